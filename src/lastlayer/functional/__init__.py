@@ -1,0 +1,1 @@
+"""The mathematics: stateless, differentiable functions, one file a family."""

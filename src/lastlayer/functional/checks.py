@@ -1,0 +1,82 @@
+"""Checks of what a caller passes: each error names the argument, what it was, and what it may be."""
+
+import operator
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_positive(name: str, value: int) -> int:
+    """`value` as an int, or an error unless it is a whole number of at least 1."""
+    return check_count(name, value, 1)
+
+
+def check_count(name: str, value: int, least: int, most: int | None = None) -> int:
+    """`value` as an int, or an error unless `least <= value <= most`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
+    if number < least or (most is not None and number > most):
+        allowed = f"at least {least}" if most is None else f"between {least} and {most}"
+        raise ValueError(f"{name} must be {allowed}, got {number}")
+    return number
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
+    """`value`, or a ValueError that lists the choices."""
+    choices = tuple(choices)
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {listed}; got {value!r}")
+    return value
+
+
+def check_hidden(hidden: Tensor, in_features: int, dtype: torch.dtype | None = None) -> None:
+    """An error unless `hidden` is a floating `(..., in_features)` tensor (of `dtype`, outside autocast)."""
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"hidden must be a Tensor, got {type(hidden).__name__}")
+    if not hidden.is_floating_point():
+        raise TypeError(f"hidden must be a floating-point tensor, got {hidden.dtype}")
+    if hidden.dim() == 0 or hidden.shape[-1] != in_features:
+        raise ValueError(
+            f"hidden must have shape (..., {in_features}), in_features last; got {tuple(hidden.shape)}"
+        )
+    if dtype is not None and hidden.dtype != dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise TypeError(
+            f"hidden must have the layer's dtype {dtype}, got {hidden.dtype}; "
+            f"cast it with hidden.to({dtype}), the layer with layer.to({hidden.dtype}), or use torch.autocast"
+        )
+
+
+def check_targets(targets: Tensor, shape: torch.Size, num_classes: int, ignore_index: int | None = None) -> None:
+    """An error unless `targets` are class ids of `shape`.
+
+    Eager on a CPU, ids out of range raise IndexError; on a GPU or compiled they are asserted on the device,
+    never by a synchronisation.
+    """
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets must be a Tensor of class ids, got {type(targets).__name__}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets must be class ids of dtype torch.int64, got {targets.dtype}")
+    if targets.shape != shape:
+        raise ValueError(f"targets must have hidden's leading shape {tuple(shape)}, got {tuple(targets.shape)}")
+    valid = (targets >= 0) & (targets < num_classes)
+    if ignore_index is not None:
+        valid |= targets == ignore_index
+    if not eager_on_cpu(targets):
+        torch.ops.aten._assert_async.msg(
+            valid.all(), "targets must be class ids below num_classes, or ignore_index"
+        )
+    elif not bool(valid.all()):
+        wrong = int(targets[~valid].reshape(-1)[0])
+        also = "" if ignore_index is None else f", or ignore_index={ignore_index}"
+        raise IndexError(f"targets must be class ids from 0 to {num_classes - 1}{also}; got {wrong}")
+
+
+def eager_on_cpu(tensor: Tensor) -> bool:
+    """Whether values of `tensor` may be read by Python at no cost: not on a GPU, not while compiling."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

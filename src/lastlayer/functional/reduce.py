@@ -1,0 +1,15 @@
+"""The reductions of a row loss, written once."""
+
+from torch import Tensor
+
+
+def reduce_loss(
+    row_loss: Tensor,  # (...), 0 where ignored
+    kept: Tensor,  # (...), bool
+    reduction: str,
+) -> Tensor:  # (), or (...) for "none"
+    """`row_loss` reduced as `F.cross_entropy` does: "mean" divides by the rows that are kept (none: nan)."""
+    if reduction == "none":
+        return row_loss
+    total = row_loss.sum()
+    return total if reduction == "sum" else total / kept.sum()

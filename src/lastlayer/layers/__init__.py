@@ -1,0 +1,1 @@
+"""Trainable output layers, one method a file."""

@@ -1,0 +1,194 @@
+"""The contract of every output layer: five calls, and the laws that tie them together."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lastlayer.functional.answers import TopK
+from lastlayer.functional.checks import (
+    REDUCTIONS,
+    check_choice,
+    check_count,
+    check_hidden,
+    check_positive,
+    check_targets,
+    eager_on_cpu,
+)
+from lastlayer.functional.reduce import reduce_loss
+
+# Rows of (rows, V) log-probabilities that `sample` and the default `topk` hold at once, in numbers.
+CHUNK_NUMBERS = 1 << 24
+
+
+class OutputLayer(nn.Module, ABC):
+    """The last layer of a network with very many classes: a model of `P(class | hidden)`.
+
+    Five calls, for `hidden (..., d)` and `targets (...)` of class ids:
+
+    | call | returns |
+    |---|---|
+    | `layer(hidden, targets)` | the training loss: `()`, or `(...)` when `reduction="none"` |
+    | `layer.log_prob(hidden)` | `(..., V)`: exact, normalised log-probabilities |
+    | `layer.target_log_prob(hidden, targets)` | `(...)`: the same for one class each; 0 where ignored |
+    | `layer.topk(hidden, k)` | `TopK(log_prob, indices)`, both `(..., k)`, best first |
+    | `layer.sample(hidden, num_samples)` | `(..., num_samples)` class ids drawn from the model |
+
+    Laws (`lastlayer.testing` holds one test for each; any layer of your own can be certified with it):
+
+    1. `log_prob(h).exp().sum(-1) == 1`
+    2. `target_log_prob(h, t) == log_prob(h).gather(-1, t)`
+    3. `topk(h, k)` equals `log_prob(h).topk(k)`, indices up to ties
+    4. the loss of a likelihood layer is the reduced `-target_log_prob`
+    5. any leading shape, no rows, every target ignored (as `F.cross_entropy` answers), non-contiguous input
+    6. `gradcheck` in float64; bfloat16 and autocast no worse than PyTorch's own operations in that dtype
+    7. `state_dict`, `copy.deepcopy`, pickling and `.to(dtype)` keep the model
+    8. bad input is a `ValueError`, `TypeError` or `IndexError` that names the argument; the layer is unchanged
+
+    A subclass writes hooks over plain rows, `hidden (N, d)` and valid `targets (N,)`: `_log_prob` and
+    `_target_log_prob`, and where it can do better than their defaults `_topk`, `_sample`, `_row_loss`
+    (a training loss that is not the likelihood) or `_loss` (one that ignores and reduces by itself).
+    Shapes, checks, ignored targets and reductions are written here, once.
+
+    Args:
+        in_features: d, the width of `hidden`.
+        num_classes: V.
+        reduction: "mean" (over the targets that are not ignored), "sum" or "none".
+        ignore_index: the target that marks a row as absent: no loss, no gradient.
+
+    Raises:
+        ValueError: a size below 1, or an unknown reduction.
+    """
+
+    def __init__(
+        self, in_features: int, num_classes: int, *, reduction: str = "mean", ignore_index: int = -100
+    ) -> None:
+        super().__init__()
+        self.in_features = check_positive("in_features", in_features)
+        self.num_classes = check_positive("num_classes", num_classes)
+        self.reduction = check_choice("reduction", reduction, REDUCTIONS)
+        self.ignore_index = ignore_index
+
+    def forward(
+        self,
+        hidden: Tensor,  # (..., d)
+        targets: Tensor,  # (...)
+    ) -> Tensor:  # (), or (...) for "none"
+        """The training loss, reduced; float32 for half-precision input."""
+        rows, ids = self._flatten(hidden, targets)
+        loss = self._loss(rows, ids)
+        return loss.reshape(targets.shape) if self.reduction == "none" else loss
+
+    def log_prob(
+        self,
+        hidden: Tensor,  # (..., d)
+    ) -> Tensor:  # (..., V)
+        """Exact, normalised log-probabilities of every class."""
+        rows = self._rows(hidden)
+        return self._log_prob(rows).reshape(*hidden.shape[:-1], self.num_classes)
+
+    def target_log_prob(
+        self,
+        hidden: Tensor,  # (..., d)
+        targets: Tensor,  # (...)
+    ) -> Tensor:  # (...), 0 where ignored
+        """The exact log-probability of one class a row."""
+        rows, ids = self._flatten(hidden, targets)
+        return self._at_kept(self._target_log_prob, rows, ids).reshape(targets.shape)
+
+    def topk(
+        self,
+        hidden: Tensor,  # (..., d)
+        k: int,
+    ) -> TopK:
+        """The `k` most probable classes, best first; `1 <= k <= num_classes`."""
+        rows = self._rows(hidden)
+        k = check_count("k", k, 1, self.num_classes)
+        log_prob, indices = self._topk(rows, k)
+        shape = (*hidden.shape[:-1], k)
+        return TopK(log_prob.reshape(shape), indices.reshape(shape))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        hidden: Tensor,  # (..., d)
+        num_samples: int = 1,
+    ) -> Tensor:  # (..., num_samples)
+        """Class ids drawn from the model, with replacement; seeded by `torch.manual_seed`."""
+        rows = self._rows(hidden)
+        num_samples = check_positive("num_samples", num_samples)
+        return self._sample(rows, num_samples).reshape(*hidden.shape[:-1], num_samples)
+
+    def linear_head(self) -> tuple[Tensor, Tensor | None, nn.Module | None]:
+        """`(weight (V, d), bias (V,) or None, logit_map or None)` of a layer that ends in one matrix."""
+        raise TypeError(f"{type(self).__name__} does not end in one matrix, so it has no linear_head()")
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, num_classes={self.num_classes}"
+
+    # The hooks: rows only, targets already checked.
+
+    @abstractmethod
+    def _log_prob(self, hidden: Tensor) -> Tensor:
+        """`hidden (N, d)` to `(N, V)`."""
+
+    @abstractmethod
+    def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """`hidden (N, d)`, valid `targets (N,)` to `(N,)`."""
+
+    def _row_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The loss of every row, `(N,)`; of a likelihood layer the negative log-probability."""
+        return -self._target_log_prob(hidden, targets)
+
+    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The reduced loss; `targets` may hold `ignore_index`."""
+        row_loss = self._at_kept(self._row_loss, hidden, targets)
+        return reduce_loss(row_loss, targets != self.ignore_index, self.reduction)
+
+    def _topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """`(log_prob, indices)`, both `(N, k)`, best first."""
+        answers = [self._log_prob(rows).topk(k) for rows in self._row_chunks(hidden)]
+        return torch.cat([a.values for a in answers]), torch.cat([a.indices for a in answers])
+
+    def _sample(self, hidden: Tensor, num_samples: int) -> Tensor:
+        """`(N, num_samples)` class ids."""
+        drawn = [
+            torch.multinomial(self._log_prob(rows).exp(), num_samples, replacement=True)
+            if len(rows)
+            else torch.empty(0, num_samples, dtype=torch.int64, device=rows.device)
+            for rows in self._row_chunks(hidden)
+        ]
+        return torch.cat(drawn)
+
+    # Written once for every layer.
+
+    def _row_chunks(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """`hidden (N, d)` in pieces whose `(rows, V)` log-probabilities stay small; one empty piece if N = 0."""
+        return hidden.split(max(1, CHUNK_NUMBERS // self.num_classes)) if len(hidden) else (hidden,)
+
+    def _rows(self, hidden: Tensor) -> Tensor:
+        first = next(self.parameters(), None)
+        check_hidden(hidden, self.in_features, None if first is None else first.dtype)
+        return hidden.reshape(-1, self.in_features)
+
+    def _flatten(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self._rows(hidden)
+        check_targets(targets, hidden.shape[:-1], self.num_classes, self.ignore_index)
+        return rows, targets.reshape(-1)
+
+    def _at_kept(self, hook: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+        """`hook(hidden, targets)` at the targets that are not ignored, 0 elsewhere.
+
+        Eager on a CPU only the kept rows are computed; elsewhere, where that would need a synchronisation,
+        ignored rows are computed for class 0 and masked.
+        """
+        kept = targets != self.ignore_index
+        if not eager_on_cpu(targets):
+            values = hook(hidden, targets.masked_fill(~kept, 0))
+            return values.masked_fill(~kept, 0)
+        if bool(kept.all()):
+            return hook(hidden, targets)
+        at = kept.nonzero().squeeze(1)
+        values = hook(hidden.index_select(0, at), targets.index_select(0, at))
+        return values.new_zeros(len(targets)).index_copy(0, at, values)

@@ -1,0 +1,1 @@
+"""Fast queries of a weight that is already trained."""

@@ -1,0 +1,273 @@
+"""The laws of `OutputLayer`, each a function of one `LayerCase` that raises where the law is broken."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from lastlayer.layers.base import OutputLayer
+from lastlayer.testing.cases import LayerCase
+
+ROWS = 7
+
+
+def assert_equal(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
+    """Equal up to rounding in float64, in shape and dtype; nan equals nan."""
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def rows_for(layer: OutputLayer, rows: int = ROWS, scale: float = 1.0, seed: int = 3) -> tuple[Tensor, Tensor]:
+    """Hidden states `(rows, d)` in the layer's dtype, and targets that include the first and last class."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = scale * torch.randn(rows, layer.in_features, generator=generator, dtype=torch.float64)
+    targets = torch.randint(layer.num_classes, (rows,), generator=generator)
+    targets[:2] = torch.tensor([0, layer.num_classes - 1])[: len(targets[:2])]
+    return hidden.to(next(layer.parameters()).dtype), targets
+
+
+def law_normalised(case: LayerCase) -> None:
+    """1. Probabilities sum to one, and equal the oracle's."""
+    layer = case.build()
+    hidden, _ = rows_for(layer)
+    log_prob = layer.log_prob(hidden)
+    assert_equal(log_prob.exp().sum(-1), torch.ones(ROWS, dtype=torch.float64))
+    assert_equal(log_prob, case.oracle(layer, hidden))
+
+
+def law_target_is_gathered(case: LayerCase) -> None:
+    """2. The log-probability of one class is that entry of all of them; 0 where ignored."""
+    layer = case.build()
+    everything = torch.arange(layer.num_classes)
+    hidden, _ = rows_for(layer, layer.num_classes)
+    expected = case.oracle(layer, hidden).diagonal().clone()
+    assert_equal(layer.target_log_prob(hidden, everything), expected)
+    ignored = everything.clone()
+    ignored[::2] = layer.ignore_index
+    expected[::2] = 0
+    assert_equal(layer.target_log_prob(hidden, ignored), expected)
+
+
+def law_topk_is_sorted(case: LayerCase) -> None:
+    """3. Top-k equals the top-k of all log-probabilities, for one class, a few, and all."""
+    layer = case.build()
+    for scale in (0.1, 3.0):
+        hidden, _ = rows_for(layer, scale=scale)
+        log_prob = case.oracle(layer, hidden)
+        for k in {1, min(3, layer.num_classes), layer.num_classes}:
+            answer = layer.topk(hidden, k)
+            assert_equal(answer.log_prob, log_prob.topk(k).values)
+            assert_equal(log_prob.gather(-1, answer.indices), answer.log_prob)
+            assert all(len(set(row)) == k for row in answer.indices.tolist()), "topk repeats a class"
+
+
+def law_loss_is_likelihood(case: LayerCase) -> None:
+    """4. The loss and all its gradients are the oracle's, for every reduction and a non-uniform upstream."""
+    if not case.likelihood:
+        return
+    for reduction in ("mean", "sum", "none"):
+        layer = case.build(reduction=reduction)
+        hidden, targets = rows_for(layer)
+        targets[2] = layer.ignore_index
+        upstream = torch.linspace(-1.5, 2.0, ROWS, dtype=torch.float64) if reduction == "none" else 0.7
+        answers = []
+        for loss_of in (layer, lambda h, t, layer=layer: case.loss(layer, h, t)):
+            layer.zero_grad()
+            leaf = hidden.clone().requires_grad_()
+            loss = loss_of(leaf, targets)
+            (loss * upstream).sum().backward()
+            gradients = {
+                name: torch.zeros_like(p) if p.grad is None else p.grad.to_dense().clone()
+                for name, p in layer.named_parameters()
+            }
+            answers.append({"loss": loss.detach(), "hidden": leaf.grad, **gradients})
+        assert_equal(answers[0], answers[1])
+
+
+def law_any_shape(case: LayerCase) -> None:
+    """5. Leading shapes, no rows, every target ignored, non-contiguous input, huge logits."""
+    layer = case.build(reduction="none")
+    hidden, targets = rows_for(layer, 6)
+    log_prob, loss = layer.log_prob(hidden), layer(hidden, targets)
+    k = min(2, layer.num_classes)
+    for shape in ((6,), (2, 3), (1, 6, 1)):
+        shaped, ids = hidden.reshape(*shape, -1), targets.reshape(shape)
+        assert_equal(layer.log_prob(shaped), log_prob.reshape(*shape, -1))
+        if case.likelihood:
+            assert_equal(layer(shaped, ids), loss.reshape(shape))
+        assert layer.target_log_prob(shaped, ids).shape == shape
+        assert layer.topk(shaped, k).indices.shape == (*shape, k)
+        assert layer.sample(shaped, 4).shape == (*shape, 4)
+    assert layer.log_prob(hidden[0]).shape == (layer.num_classes,)
+    assert layer(hidden[0], targets[0]).shape == ()
+
+    strided = hidden.T.contiguous().T
+    assert_equal(layer.log_prob(strided), log_prob)
+    spaced = torch.stack([targets, targets], 1)[:, 0]
+    assert_equal(layer.target_log_prob(strided, spaced), layer.target_log_prob(hidden, targets))
+    if case.likelihood:
+        assert_equal(layer(strided, spaced), loss)
+
+    _check_nothing_to_learn(case)
+    extreme = (1e4 * hidden).requires_grad_()
+    total = layer(extreme, targets).sum()
+    (slope,) = torch.autograd.grad(total, extreme)
+    assert total.isfinite(), "a huge logit makes the loss infinite or NaN"
+    assert slope.isfinite().all(), "a huge logit makes the gradient infinite or NaN"
+
+
+def _check_nothing_to_learn(case: LayerCase) -> None:
+    """No rows, or none that counts: "mean" is nan as `F.cross_entropy` answers, else 0; gradients are 0."""
+    for rows in (0, 3):
+        for reduction, expected in (("mean", float("nan")), ("sum", 0.0), ("none", 0.0)):
+            layer = case.build(reduction=reduction)
+            hidden, targets = rows_for(layer, rows)
+            hidden.requires_grad_()
+            loss = layer(hidden, torch.full_like(targets, layer.ignore_index))
+            assert_equal(loss, torch.full_like(loss, expected))
+            if reduction != "mean":
+                loss.sum().backward()
+                for leaf in (hidden, *layer.parameters()):
+                    assert leaf.grad is None or not leaf.grad.to_dense().any(), "a gradient from nothing"
+    layer = case.build()
+    empty = rows_for(layer, 0)[0]
+    assert layer.log_prob(empty).shape == (0, layer.num_classes)
+    assert layer.topk(empty, 1).indices.shape == (0, 1)
+    assert layer.sample(empty, 2).shape == (0, 2)
+
+
+def law_gradcheck(case: LayerCase) -> None:
+    """6a. First derivatives of every differentiable call, by finite differences in float64."""
+    for reduction in ("mean", "sum", "none"):
+        layer = case.build(reduction=reduction)
+        hidden, targets = rows_for(layer, 4)
+        targets[1] = layer.ignore_index
+        inputs = [hidden.requires_grad_(), *layer.parameters()]
+        if case.likelihood:
+            assert gradcheck(lambda h, *_, layer=layer, t=targets: layer(h, t), inputs, masked=False)
+    targets = targets.clamp(min=0)
+    assert gradcheck(lambda h, *_: layer.target_log_prob(h, targets), inputs)
+    assert gradcheck(lambda h, *_: layer.log_prob(h), inputs)
+    assert gradcheck(lambda h, *_: layer.topk(h, 1).log_prob, inputs)
+
+
+def law_low_precision(case: LayerCase) -> None:
+    """6b. In bfloat16, and under autocast, no further from float64 than plain PyTorch operations are."""
+    for dtype in (torch.bfloat16, torch.float32):
+        layer = case.build(dtype=dtype, reduction="sum")
+        hidden, targets = rows_for(layer, 64)
+        exact = copy.deepcopy(layer).double()
+        truth = case.oracle(exact, hidden.double())
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.float32):
+            plain = case.oracle(layer, hidden)
+            ours = layer.log_prob(hidden)
+            loss = layer(hidden, targets)
+            target = layer.target_log_prob(hidden, targets)
+        assert ours.dtype == loss.dtype == target.dtype == torch.float32
+        allowed = 1.2 * _rms(plain.double() - truth) + 1e-6
+        assert _rms(ours.double() - truth) <= allowed, "less accurate than plain PyTorch in this dtype"
+        picked = truth.gather(-1, targets[:, None])[:, 0]
+        assert _rms(target.double() - picked) <= 2 * allowed, "target_log_prob is less accurate than log_prob"
+
+
+def _rms(error: Tensor) -> float:
+    return float(error.detach().square().mean().sqrt())
+
+
+def law_survives_copies(case: LayerCase) -> None:
+    """7. `state_dict`, `deepcopy`, pickle and `.to(dtype)` keep the model."""
+    layer = case.build()
+    hidden, targets = rows_for(layer)
+    expected = layer.log_prob(hidden)
+
+    other = case.make(dtype=torch.float64)
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    for twin in (other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert_equal(twin.log_prob(hidden), expected, tolerance=0)
+        assert (twin.reduction, twin.ignore_index) == (layer.reduction, layer.ignore_index)
+        if case.likelihood:
+            assert_equal(twin(hidden, targets), layer(hidden, targets), tolerance=1e-12)
+
+    single = layer.to(torch.float32)
+    assert {p.dtype for p in single.parameters()} == {torch.float32}
+    assert_equal(single.log_prob(hidden.float()), expected.float(), tolerance=1e-4)
+
+
+def law_refuses_bad_input(case: LayerCase) -> None:
+    """8. Bad input is an error that names the argument; the layer is unchanged afterwards."""
+    layer = case.build()
+    before = copy.deepcopy(layer.state_dict())
+    hidden, targets = rows_for(layer)
+    V = layer.num_classes
+    refusals: list[tuple[type[Exception], str, Callable[[], object]]] = [
+        (ValueError, "hidden", lambda: layer(hidden[:, :-1], targets)),
+        (ValueError, "hidden", lambda: layer.log_prob(hidden[:, :-1])),
+        (TypeError, "hidden", lambda: layer.log_prob(hidden.long())),
+        (TypeError, "hidden", lambda: layer.topk(hidden.tolist(), 1)),  # pyright: ignore[reportArgumentType]
+        (TypeError, "hidden", lambda: layer(hidden.to(torch.bfloat16), targets)),
+        (TypeError, "targets", lambda: layer(hidden, targets.double())),
+        (TypeError, "targets", lambda: layer(hidden, targets.tolist())),
+        (ValueError, "targets", lambda: layer(hidden, targets[:-1])),
+        (ValueError, "targets", lambda: layer.target_log_prob(hidden, targets[:, None])),
+        (IndexError, "targets", lambda: layer(hidden, targets + V)),
+        (IndexError, "targets", lambda: layer.target_log_prob(hidden, torch.full_like(targets, -1))),
+        (ValueError, "k", lambda: layer.topk(hidden, 0)),
+        (ValueError, "k", lambda: layer.topk(hidden, V + 1)),
+        (TypeError, "k", lambda: layer.topk(hidden, 1.5)),  # pyright: ignore[reportArgumentType]
+        (ValueError, "num_samples", lambda: layer.sample(hidden, 0)),
+        (ValueError, "reduction", lambda: case.make(reduction="average")),
+    ]
+    for error, argument, call in refusals:
+        try:
+            call()
+        except error as caught:
+            assert argument in str(caught), f"the message does not name {argument}: {caught}"
+        else:
+            raise AssertionError(f"bad {argument} was accepted")
+    after = layer.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before), "bad input changed the layer"
+
+
+def law_samples_follow_the_model(case: LayerCase) -> None:
+    """Samples have the model's frequencies: chi-squared within five standard deviations of its mean."""
+    layer = case.build()
+    hidden, _ = rows_for(layer, 2)
+    draws = 20_000
+    torch.manual_seed(0)
+    ids = layer.sample(hidden, draws)
+    for row, log_prob in zip(ids, case.oracle(layer, hidden), strict=True):
+        expected = draws * log_prob.exp()
+        count = torch.bincount(row, minlength=layer.num_classes)
+        common = expected >= 5
+        chi2 = ((count - expected)[common].square() / expected[common]).sum()
+        freedom = max(int(common.sum()) - 1, 1)
+        assert chi2 <= freedom + 5 * (2 * freedom) ** 0.5, f"chi-squared {chi2:.1f} at {freedom} degrees"
+        rare = expected[~common].sum()
+        assert abs(count[~common].sum() - rare) <= 5 * rare.sqrt() + 5
+
+
+LAWS: tuple[Callable[[LayerCase], None], ...] = (
+    law_normalised,
+    law_target_is_gathered,
+    law_topk_is_sorted,
+    law_loss_is_likelihood,
+    law_any_shape,
+    law_gradcheck,
+    law_low_precision,
+    law_survives_copies,
+    law_refuses_bad_input,
+    law_samples_follow_the_model,
+)
+
+
+def certify(case: LayerCase) -> None:
+    """Runs every law on one case; the first that is broken raises."""
+    for law in LAWS:
+        law(case)

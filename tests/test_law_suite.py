@@ -1,0 +1,103 @@
+"""The suite itself: a right layer passes every law, and each way of being wrong breaks one."""
+
+import pytest
+import torch
+from torch import nn
+
+from lastlayer import OutputLayer
+from lastlayer.testing import LayerCase, certify
+
+
+class NaiveSoftmax(OutputLayer):
+    """The plain layer that everything else must equal."""
+
+    def __init__(self, in_features, num_classes, *, reduction="mean", ignore_index=-100, device=None, dtype=None):
+        super().__init__(in_features, num_classes, reduction=reduction, ignore_index=ignore_index)
+        self.weight = nn.Parameter(torch.randn(num_classes, in_features, device=device, dtype=dtype))
+
+    def _log_prob(self, hidden):
+        return float_or_double(hidden @ self.weight.T).log_softmax(-1)
+
+    def _target_log_prob(self, hidden, targets):
+        return self._log_prob(hidden).gather(-1, targets[:, None])[:, 0]
+
+
+def float_or_double(logits):
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def oracle(layer, hidden):
+    return float_or_double(hidden @ layer.weight.T).log_softmax(-1)
+
+
+class Unnormalised(NaiveSoftmax):
+    def _log_prob(self, hidden):
+        return hidden @ self.weight.T
+
+
+class WrongTarget(NaiveSoftmax):
+    def _target_log_prob(self, hidden, targets):
+        return super()._target_log_prob(hidden, (targets + 1) % self.num_classes)
+
+
+class UnsortedTopK(NaiveSoftmax):
+    def _topk(self, hidden, k):
+        values, indices = super()._topk(hidden, k)
+        return values.flip(-1), indices.flip(-1)
+
+
+class DetachedLoss(NaiveSoftmax):
+    def _row_loss(self, hidden, targets):
+        return super()._row_loss(hidden.detach(), targets)
+
+
+class CountsIgnored(NaiveSoftmax):
+    def _loss(self, hidden, targets):
+        row_loss = self._at_kept(self._row_loss, hidden, targets)
+        return {"mean": row_loss.mean(), "sum": row_loss.sum(), "none": row_loss}[self.reduction]
+
+
+class ForgetsItsOptions(NaiveSoftmax):
+    def __getstate__(self):
+        return {**super().__getstate__(), "reduction": "sum"}
+
+
+class SamplesUniformly(NaiveSoftmax):
+    def _sample(self, hidden, num_samples):
+        return torch.randint(self.num_classes, (len(hidden), num_samples))
+
+
+class AcceptsAnything(NaiveSoftmax):
+    def topk(self, hidden, k):
+        return super().topk(hidden, min(max(int(k), 1), self.num_classes))
+
+
+def case(layer_class, in_features=5, num_classes=11):
+    return LayerCase(
+        layer_class.__name__,
+        make=lambda **kwargs: layer_class(in_features, num_classes, **kwargs),
+        oracle=oracle,
+    )
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 11])
+def test_right_layer_is_certified(num_classes):
+    certify(case(NaiveSoftmax, num_classes=num_classes))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        Unnormalised,
+        WrongTarget,
+        UnsortedTopK,
+        DetachedLoss,
+        CountsIgnored,
+        ForgetsItsOptions,
+        SamplesUniformly,
+        AcceptsAnything,
+    ],
+)
+def test_wrong_layer_is_refused(wrong):
+    with pytest.raises(Exception):  # noqa: B017 - each law fails in its own way
+        certify(case(wrong))
