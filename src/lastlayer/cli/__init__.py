@@ -1,0 +1,40 @@
+"""The command line: one file a verb, no mathematics.
+
+A new verb is its import and one line below; a sub-study of `reproduce` likewise.
+"""
+
+from typing import Annotated
+
+import typer
+
+import lastlayer
+from lastlayer.cli.bench import bench
+from lastlayer.cli.options import verb
+
+PLAIN = {"rich_markup_mode": None, "no_args_is_help": True, "add_completion": False}
+app = typer.Typer(**PLAIN, pretty_exceptions_enable=False)
+reproduce = typer.Typer(**PLAIN, help="A paper's figures, each beside what is measured here.")
+
+app.command("bench")(verb(bench))
+
+if reproduce.registered_commands:  # a group without papers is not shown
+    app.add_typer(reproduce, name="reproduce")
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"lastlayer {lastlayer.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _lastlayer(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
+) -> None:
+    """Output layers for very many classes: train them without computing every logit, query them without
+    reading every weight."""
+
+
+def main() -> None:
+    """The `lastlayer` command."""
+    app()

@@ -1,0 +1,97 @@
+"""What every verb shares: its common options, its exit codes, its records."""
+
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from lastlayer.study.errors import StudyError, UsageError
+from lastlayer.study.files import make_folder, write_json
+
+FAILED, BAD_USAGE = 1, 2
+
+Records = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Common:
+    """The common options of a verb, checked and already in force."""
+
+    seed: int
+    device: torch.device
+
+
+def _common_options(
+    json: Annotated[Path | None, typer.Option(help="Also write the results here: a list of flat records.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every random number.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")] = False,
+) -> None:
+    """Only its signature is used: the options that `verb` adds to each command."""
+
+
+COMMON = inspect.signature(_common_options).parameters
+
+
+def verb(run: Callable[..., Records]) -> Callable[..., None]:
+    """`run(common, **its own options) -> records` as a command with the common options and exit codes.
+
+    Exit codes: 0 when done, 2 on bad usage, 1 on failure: one clear line, and no traceback without `--debug`.
+    """
+    own = list(inspect.signature(run).parameters.values())[1:]  # the first is `common`
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *COMMON.values())]
+
+    def command(**given: Any) -> None:
+        options = {name: given.pop(name) for name in COMMON}
+        try:
+            common = _prepare(options)
+            records = run(common, **given)
+            if options["json"] is not None:
+                write_json(options["json"], records)
+        except (Exception, KeyboardInterrupt) as problem:
+            if options["debug"]:
+                traceback.print_exc()
+            print(f"lastlayer: {_one_line(problem)}", file=sys.stderr)
+            code = BAD_USAGE if isinstance(problem, UsageError) else FAILED
+            raise typer.Exit(code) from None
+
+    command.__name__, command.__doc__ = run.__name__, run.__doc__
+    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _prepare(options: dict[str, Any]) -> Common:
+    if options["threads"] is not None:
+        torch.set_num_threads(options["threads"])
+    if options["json"] is not None:
+        if options["json"].is_dir():
+            raise UsageError(f"--json {options['json']} is a folder; give the path of a file")
+        make_folder(options["json"].parent)  # fails now rather than when the work is done
+    torch.manual_seed(options["seed"])
+    return Common(options["seed"], _device(options["device"]))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except Exception as problem:
+        raise UsageError(f"--device {name} cannot be used here: {str(problem).splitlines()[0]}") from problem
+    return device
+
+
+def _one_line(problem: BaseException) -> str:
+    if isinstance(problem, StudyError):
+        return str(problem)
+    if isinstance(problem, KeyboardInterrupt):
+        return "interrupted"
+    first = next(iter(str(problem).strip().splitlines()), "no message")
+    return f"{type(problem).__name__}: {first} (--debug shows where)"

@@ -1,0 +1,87 @@
+"""What every verb shares: common options, exit codes, one line of error and no traceback."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from lastlayer.cli import app
+from lastlayer.cli.options import verb
+from lastlayer.study.errors import StudyError, UsageError
+
+SMALL = ["bench", "--num-classes", "50", "--in-features", "4", "--batch", "3", "--seconds", "0.1"]
+
+
+@pytest.fixture
+def run():
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def failing(problem):
+    toy = typer.Typer()
+
+    def study(common):
+        raise problem
+
+    toy.command()(verb(study))
+    return toy
+
+
+@pytest.mark.parametrize(
+    ("problem", "code", "said"),
+    [
+        (UsageError("no such layer"), 2, "lastlayer: no such layer\n"),
+        (StudyError("the text is empty"), 1, "lastlayer: the text is empty\n"),
+        (KeyboardInterrupt(), 1, "lastlayer: interrupted\n"),
+        (RuntimeError("deep\ninside"), 1, "lastlayer: RuntimeError: deep (--debug shows where)\n"),
+    ],
+)
+def test_failures_are_one_line(problem, code, said):
+    result = CliRunner().invoke(failing(problem), [])
+    assert (result.exit_code, result.stderr) == (code, said)
+    assert "Traceback" in CliRunner().invoke(failing(problem), ["--debug"]).stderr
+
+
+def test_records_are_written(run, tmp_path):
+    path = tmp_path / "new" / "records.json"
+    result = run(*SMALL, "--json", path)
+    assert result.exit_code == 0, result.output
+    records = json.loads(path.read_text())
+    needed = {"case", "name", "num_classes", "in_features", "batch", "ms", "ratio_to_full", "peak_bytes"}
+    assert all(needed <= record.keys() for record in records)
+    assert {record["case"] for record in records} >= {"training", "query"}
+    assert all(record["ms"] > 0 and isinstance(record["peak_bytes"], int) for record in records)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["bench", "--no-such-option"], "--no-such-option"),
+        (["bench", "--batch", "0"], "--batch"),
+        (["bench", "--device", "abacus"], "--device abacus"),
+        (["bench", "--threads", "0"], "--threads"),
+        ([*SMALL, "--k", "51"], "--k"),
+        ([*SMALL, "--json", "/"], "--json"),
+        (["nonsense"], "nonsense"),
+    ],
+)
+def test_bad_usage_is_two(run, arguments, said):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_unwritable_records_fail_before_the_work(run):
+    result = run(*SMALL, "--json", "/dev/null/records.json")
+    assert result.exit_code == 1
+    assert "cannot write to the folder /dev/null" in result.stderr
+    assert "ratio" not in result.stdout
+
+
+def test_command_runs_as_a_module():
+    ended = subprocess.run([sys.executable, "-m", "lastlayer", "--version"], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout[:10]) == (0, "lastlayer ")
