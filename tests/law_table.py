@@ -1,5 +1,44 @@
 """The table of layers under the law suite; one line a case."""
 
-from lastlayer.testing import LayerCase
+import torch
+from torch import nn
 
-CASES: list[LayerCase] = []
+from lastlayer import FullSoftmax, SoftCap
+from lastlayer.testing import LayerCase
+from oracles import full_softmax, full_softmax_loss
+
+
+def full(name, in_features, num_classes, loss_oracle=None, **options):
+    """A row for `FullSoftmax`."""
+
+    def make(**kwargs):
+        return FullSoftmax(in_features, num_classes, **options, **kwargs)
+
+    return LayerCase(f"full-{name}", make=make, oracle=full_softmax, loss_oracle=loss_oracle)
+
+
+def tied(**kwargs):
+    """A `FullSoftmax` on the weight of an embedding."""
+    of_embedding = {name: kwargs.pop(name) for name in ("device", "dtype") if name in kwargs}
+    return FullSoftmax(6, 13, weight=nn.Embedding(13, 6, **of_embedding).weight, **kwargs)
+
+
+CASES: list[LayerCase] = [
+    full("plain", 5, 23),
+    full("no-bias", 8, 16, bias=False),
+    full("one-class", 3, 1),
+    full("soft-cap", 5, 11, logit_map=SoftCap(2.0)),
+    full(
+        "every-option",
+        4,
+        17,
+        full_softmax_loss,
+        class_weights=torch.linspace(0.2, 2.0, 17),
+        label_smoothing=0.15,
+        z_loss=0.01,
+        logit_map=SoftCap(3.0),
+    ),
+    full("smooth", 4, 9, full_softmax_loss, label_smoothing=0.3),
+    full("z-loss", 4, 9, full_softmax_loss, z_loss=0.1),
+    LayerCase("full-tied", make=tied, oracle=full_softmax),
+]

@@ -1,9 +1,22 @@
 """Output layers for very many classes: train them without computing every logit, query them without
 reading every weight."""
 
+from lastlayer import functional
 from lastlayer.functional.answers import ScoreTopK, ScreenedTopK, TopK
+from lastlayer.functional.logit_map import LogitMap
 from lastlayer.layers.base import OutputLayer
+from lastlayer.layers.full import FullSoftmax
+from lastlayer.layers.soft_cap import SoftCap
 
 __version__ = "0.1.0"
 
-__all__ = ["OutputLayer", "ScoreTopK", "ScreenedTopK", "TopK"]
+__all__ = [
+    "OutputLayer",
+    "TopK",
+    "ScreenedTopK",
+    "ScoreTopK",
+    "FullSoftmax",
+    "LogitMap",
+    "SoftCap",
+    "functional",
+]

@@ -80,3 +80,36 @@ def check_targets(targets: Tensor, shape: torch.Size, num_classes: int, ignore_i
 def eager_on_cpu(tensor: Tensor) -> bool:
     """Whether values of `tensor` may be read by Python at no cost: not on a GPU, not while compiling."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_fraction(name: str, value: float) -> float:
+    """`value`, or a ValueError unless it is from 0 to 1."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
+    return value
+
+
+def check_vector(name: str, vector: Tensor, length: int) -> None:
+    """An error unless `vector` is a floating tensor `(length,)`."""
+    if not isinstance(vector, Tensor) or not vector.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {getattr(vector, 'dtype', vector)}")
+    if vector.shape != (length,):
+        raise ValueError(f"{name} must have shape ({length},), got {tuple(vector.shape)}")
+
+
+def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """An error unless `weight (V, d)` and `bias (V,)` are a linear layer for `hidden (..., d)`."""
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise TypeError(f"weight must be a floating-point tensor, got {getattr(weight, 'dtype', weight)}")
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"weight must have shape (num_classes, in_features), got {tuple(weight.shape)}")
+    check_hidden(hidden, weight.shape[1], weight.dtype)
+    if bias is not None:
+        check_vector("bias", bias, len(weight))
+
+
+def check_not_negative(name: str, value: float) -> float:
+    """`value`, or a ValueError unless it is finite and at least 0."""
+    if not 0.0 <= value < float("inf"):
+        raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
+    return value

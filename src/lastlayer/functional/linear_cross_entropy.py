@@ -1,0 +1,242 @@
+"""Cross-entropy of a linear layer without its `(N, V)` logits."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lastlayer.functional.checks import (
+    REDUCTIONS,
+    check_choice,
+    check_fraction,
+    check_linear,
+    check_not_negative,
+    check_targets,
+    check_vector,
+    eager_on_cpu,
+)
+from lastlayer.functional.first_order import first_order
+from lastlayer.functional.linear_chunks import LinearChunks, Wanted, exact_dtype, product_dtype
+from lastlayer.functional.logit_map import LogitMap, check_logit_map
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # (..., d)
+    weight: Tensor,  # (V, d)
+    targets: Tensor,  # (...)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    logit_map: LogitMap | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    class_weights: Tensor | None = None,  # (V,)
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:  # (), or (...) for "none"
+    """`F.cross_entropy(hidden @ weight.T + bias, targets)` without the `(N, V)` logits.
+
+    With every option, equals, for `f = logit_map` and `lse = f(logits).logsumexp(-1)` at targets not ignored,
+
+        F.cross_entropy(f(hidden @ weight.T + bias), targets, weight=class_weights, reduction=reduction,
+                        ignore_index=ignore_index, label_smoothing=label_smoothing)
+        + z_loss * (lse ** 2), reduced alike ("mean": over the rows that are not ignored)
+
+    The rows are taken in chunks. For "mean" and "sum" the gradients are formed in the forward pass, while a
+    chunk's logits are at hand, and scaled by the upstream gradient in the backward pass: three matrix products
+    of `2 N V d` operations, not the four of recomputation. For "none" the backward pass recomputes the chunks.
+    Memory beyond the gradients: one chunk of logits. Sums are in float32 at least; under autocast the products
+    run in its dtype.
+
+    Not for second derivatives (they are refused), nor where a smaller layer would do: the cost is still that of
+    all V classes.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape or range.
+        IndexError: a target that is no class (on a GPU: a device-side assertion).
+        RuntimeError: a second derivative.
+
+    Source: the idea of gradients in the forward pass is that of Apple's cut-cross-entropy and of Liger.
+
+    >>> import torch
+    >>> hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
+    >>> targets = torch.randint(1000, (6,))
+    >>> loss = linear_cross_entropy(hidden, weight, targets)
+    >>> loss.backward()
+    >>> torch.allclose(loss, torch.nn.functional.cross_entropy(hidden @ weight.T, targets))
+    True
+    """
+    check_linear(hidden, weight, bias)
+    check_targets(targets, hidden.shape[:-1], len(weight), ignore_index)
+    check_logit_map(logit_map)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_fraction("label_smoothing", label_smoothing)
+    check_not_negative("z_loss", z_loss)
+    if class_weights is not None:
+        check_vector("class_weights", class_weights, len(weight))
+
+    rows, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    kept, at = ids != ignore_index, None
+    if eager_on_cpu(ids) and not bool(kept.all()):  # ignored rows cost nothing
+        at = kept.nonzero().squeeze(1)
+        rows, ids, kept = rows.index_select(0, at), ids.index_select(0, at), kept.index_select(0, at)
+    dtype = product_dtype(hidden)
+    terms, absent = _terms(ids, kept, class_weights, label_smoothing, z_loss, len(weight), reduction, dtype)
+    parameters = () if logit_map is None else tuple(logit_map.parameters())
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss = _LinearCrossEntropy.apply(
+            rows, weight, bias, terms, logit_map, dtype, reduction, torch.is_grad_enabled(), *parameters
+        )
+    if reduction != "none":
+        return loss + absent
+    if at is not None:
+        loss = loss.new_zeros(targets.numel()).index_copy(0, at, loss)
+    return loss.reshape(targets.shape)
+
+
+class _Terms(NamedTuple):
+    """The coefficients of a row's loss; with f its mapped logits, y its class, u the class weights, it is
+
+        hard (lse - f_y) + soft (Σ_c u_c lse - Σ_c u_c f_c) + square lse²
+
+    and so its gradient with respect to f_c is
+
+        p_c (hard + soft Σ u + 2 square lse) - hard [c = y] - soft u_c
+    """
+
+    ids: Tensor  # (N,) valid classes y
+    hard: Tensor  # (N,)
+    soft: Tensor | None  # (N,)
+    square: Tensor | None  # (N,)
+    class_weights: Tensor | None  # (V,) u; None: all 1
+    total: Tensor | float  # Σ u
+
+
+def _terms(
+    ids: Tensor,
+    kept: Tensor,
+    class_weights: Tensor | None,
+    smoothing: float,
+    z_loss: float,
+    num_classes: int,
+    reduction: str,
+    dtype: torch.dtype,
+) -> tuple[_Terms, Tensor | float]:
+    """The coefficients of every row; and what to add to a mean: nan where it is over nothing, else 0."""
+    exact = exact_dtype(dtype)
+    counted = kept.to(exact)
+    ids = ids.masked_fill(~kept, 0)
+    if class_weights is None:
+        of_target, total = counted, float(num_classes)
+    else:
+        class_weights = class_weights.detach().to(exact)
+        of_target, total = class_weights[ids] * counted, class_weights.sum()
+    share, square_share, absent = 1.0, 1.0, 0.0
+    if reduction == "mean":
+        whole, count = of_target.sum(), counted.sum()
+        absent = whole / whole - 1
+        share, square_share = whole.reciprocal().nan_to_num(posinf=0.0), 1 / count.clamp(min=1)
+    terms = _Terms(
+        ids,
+        (1 - smoothing) * share * of_target,
+        smoothing / num_classes * share * counted if smoothing else None,
+        z_loss * square_share * counted if z_loss else None,
+        class_weights,
+        total,
+    )
+    return terms, absent
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        terms: _Terms,
+        logit_map: LogitMap | None,
+        dtype: torch.dtype,
+        reduction: str,
+        with_gradients: bool,
+        *parameters: Tensor,
+    ) -> Tensor:
+        needs = ctx.needs_input_grad
+        ctx.wanted = Wanted(needs[0], needs[1], needs[2], any(needs[8:]))
+        ctx.settings = terms, logit_map, dtype
+        ctx.save_for_backward(hidden, weight, bias, *parameters)
+        chunks = LinearChunks(hidden, weight, bias, logit_map, dtype)
+        form = with_gradients and reduction != "none" and any(ctx.wanted)
+        row_loss = _run(chunks, terms, ctx.wanted if form else None)
+        ctx.formed = chunks.gradients() if form else None
+        return row_loss if reduction == "none" else row_loss.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = upstream
+        formed, ctx.formed = ctx.formed, None
+        with torch.no_grad():
+            if formed is None:  # "none", or a second pass over a retained graph
+                hidden, weight, bias, *_ = ctx.saved_tensors
+                terms, logit_map, dtype = ctx.settings
+                chunks = LinearChunks(hidden, weight, bias, logit_map, dtype)
+                _run(chunks, _scaled(terms, scale), ctx.wanted)
+                formed = chunks.gradients()
+            elif not (eager_on_cpu(scale) and float(scale) == 1.0):
+                for gradient in (*formed[:3], *formed.logit_map):
+                    if gradient is not None:  # nobody else holds it
+                        gradient.mul_(scale)
+        gradients = (*formed[:3], None, None, None, None, None, *formed.logit_map)
+        return first_order("linear_cross_entropy", gradients)
+
+
+def _scaled(terms: _Terms, scale: Tensor) -> _Terms:
+    return terms._replace(
+        hard=terms.hard * scale,
+        soft=None if terms.soft is None else terms.soft * scale,
+        square=None if terms.square is None else terms.square * scale,
+    )
+
+
+def _run(chunks: LinearChunks, terms: _Terms, wanted: Wanted | None) -> Tensor:  # (N,)
+    """The loss of every row; forms the gradients of their sum where wanted."""
+    if wanted is not None:
+        chunks.want(wanted)
+    row_loss = torch.empty_like(terms.hard)
+    for rows in chunks:
+        logits = chunks.logits(rows)
+        values = chunks.map(logits)
+        row_loss[rows] = _softmax_chunk(values, rows, terms, wanted is not None)
+        if wanted is not None:
+            chunks.backward(rows, logits, values)
+    return row_loss
+
+
+def _softmax_chunk(values: Tensor, rows: slice, terms: _Terms, with_gradient: bool) -> Tensor:
+    """The loss of a chunk's rows; `values (n, V)` become their gradient, or are lost."""
+    ids, hard = terms.ids[rows, None], terms.hard[rows]
+    soft = None if terms.soft is None else terms.soft[rows]
+    square = None if terms.square is None else terms.square[rows]
+    weights = terms.class_weights
+    at_target = values.gather(1, ids)[:, 0]
+    weighted = None
+    if soft is not None:
+        weighted = values.sum(1) if weights is None else values @ weights
+
+    peak = values.amax(1)
+    mass = values.sub_(peak[:, None]).exp_().sum(1)
+    log_normalizer = peak + mass.log()
+
+    loss = hard * (log_normalizer - at_target)
+    of_normalizer = hard
+    if soft is not None and weighted is not None:
+        loss = loss + soft * (terms.total * log_normalizer - weighted)
+        of_normalizer = of_normalizer + soft * terms.total
+    if square is not None:
+        loss = loss + square * log_normalizer.square()
+        of_normalizer = of_normalizer + 2 * square * log_normalizer
+    if with_gradient:
+        values.mul_((of_normalizer / mass)[:, None])
+        values.scatter_add_(1, ids, -hard[:, None])
+        if soft is not None:
+            values.sub_(soft[:, None] if weights is None else torch.outer(soft, weights))
+    return loss

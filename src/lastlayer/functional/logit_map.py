@@ -1,0 +1,85 @@
+"""Increasing functions of one logit, applied to every logit before the softmax."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+GRID = 50.0  # a user's map is checked on [-GRID, GRID]
+
+
+class LogitMap(nn.Module, ABC):
+    """An increasing function `f` of one logit: the model is `P(c | h) ∝ exp(f(h · w_c + b_c))`.
+
+    Because `f` is increasing, the best classes are those of the raw logits, so top-k and screening work
+    unchanged. A softmax over mapped logits can have a log-probability matrix of a higher rank than `d + 2`.
+
+    Write `forward`. Where the default is too slow, write `vjp` too (the chunked layers call it); `derivative`
+    has a default by autograd; `inverse` is for maps that have one.
+
+    A map of your own is checked on a grid the first time that a layer takes it; one that decreases is refused.
+
+    >>> import torch, lastlayer
+    >>> class Cubic(lastlayer.LogitMap):
+    ...     def forward(self, logits):
+    ...         return logits + 0.01 * logits**3
+    >>> layer = lastlayer.FullSoftmax(8, 100, logit_map=Cubic())
+    >>> layer.log_prob(torch.randn(3, 8)).shape
+    torch.Size([3, 100])
+    """
+
+    increases = False  # whether the check has seen it
+
+    @abstractmethod
+    def forward(
+        self,
+        logits: Tensor,  # any shape
+    ) -> Tensor:  # the same shape
+        """`f(logits)`, elementwise, differentiable."""
+
+    def derivative(self, logits: Tensor) -> Tensor:
+        """`f'(logits)`, elementwise; not differentiable itself."""
+        return self.vjp(logits, torch.ones_like(logits))[0]
+
+    def inverse(self, values: Tensor) -> Tensor:
+        """The logits that `forward` maps to `values`."""
+        raise NotImplementedError(f"{type(self).__name__} has no inverse()")
+
+    def vjp(
+        self,
+        logits: Tensor,  # any shape
+        gradient: Tensor,  # the same shape: the gradient of `f(logits)`
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """The gradient carried back to the logits, and to `self.parameters()` in their order."""
+        parameters = tuple(self.parameters())
+        wanted = [parameter for parameter in parameters if parameter.requires_grad]
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            found = torch.autograd.grad(self(leaf), [leaf, *wanted], gradient, materialize_grads=True)
+        of_wanted = iter(found[1:])
+        return found[0], tuple(next(of_wanted) if p.requires_grad else None for p in parameters)
+
+
+def check_logit_map(logit_map: LogitMap | None) -> LogitMap | None:
+    """`logit_map`, or an error unless it is a `LogitMap` that does not decrease on a grid (looked at once)."""
+    if logit_map is None:
+        return None
+    name = type(logit_map).__name__
+    if not isinstance(logit_map, LogitMap):
+        raise TypeError(f"logit_map must be a LogitMap (subclass lastlayer.LogitMap), got {name}")
+    if logit_map.increases:
+        return logit_map
+    first = next(logit_map.parameters(), torch.empty(0))
+    with torch.no_grad():
+        grid = torch.linspace(-GRID, GRID, 2001, dtype=torch.float64, device=first.device).to(first.dtype)
+        values = logit_map(grid)
+    if values.shape != grid.shape or not bool(values.isfinite().all()):
+        raise ValueError(f"logit_map must be finite and elementwise; {name} is not on [{-GRID}, {GRID}]")
+    # A map that saturates is flat up to rounding.
+    least = -1e-6 * values.abs().max().clamp(min=1.0)
+    falls = values.diff() < (least if values.dtype != torch.float64 else 1e-6 * least)
+    if bool(falls.any()) or not bool(values[-1] > values[0]):
+        at = float(grid[:-1][falls][0]) if bool(falls.any()) else -GRID
+        raise ValueError(f"logit_map must be increasing, or top-k would be wrong; {name} is not, at {at:.3g}")
+    logit_map.increases = True
+    return logit_map

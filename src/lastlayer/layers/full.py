@@ -1,0 +1,147 @@
+"""The exact softmax over all classes, in chunks that never hold all the logits."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lastlayer.functional.checks import check_fraction, check_not_negative, check_vector
+from lastlayer.functional.linear_chunks import exact_dtype
+from lastlayer.functional.linear_cross_entropy import linear_cross_entropy
+from lastlayer.functional.linear_statistics import linear_statistics
+from lastlayer.functional.logit_map import LogitMap, check_logit_map
+from lastlayer.layers.base import OutputLayer
+
+
+class FullSoftmax(OutputLayer):
+    """`F.cross_entropy(nn.Linear(in_features, num_classes)(hidden), targets)` without the `(N, V)` logits.
+
+    The model is `P(c | h) = softmax(f(weight @ h + bias))_c` with f the `logit_map`, or nothing. The loss equals
+    `functional.linear_cross_entropy`, whose options the constructor takes.
+
+    Cost of a training step: `6 N V d` operations (three matrix products); memory beyond the parameters and their
+    gradients: one chunk of logits, about 130 MB at most (twice that with a logit map). A query reads all of
+    `weight`.
+
+    Not for hundreds of thousands of classes where an approximation or a hierarchy would serve: this layer is what
+    those are measured against.
+
+    Args:
+        in_features: d, the width of `hidden`.
+        num_classes: V.
+        bias: whether there is a bias for each class.
+        logit_map: an increasing function of one logit; `topk` is taken on the raw logits, where a map that
+            saturates cannot tie them.
+        label_smoothing: as in `F.cross_entropy`; of the loss only.
+        z_loss: adds `z_loss * lse ** 2`, which keeps the normaliser near 1; of the loss only.
+        class_weights: `(V,)`, as `weight` in `F.cross_entropy`; of the loss only, and not in `state_dict`.
+        weight: an `nn.Parameter (V, d)` to use instead of a new one, such as that of an `nn.Embedding`: tied.
+        reduction: "mean", "sum" or "none".
+        ignore_index: the target that marks a row as absent.
+
+    A state dict of `nn.Linear` loads as it is. Weights are initialised as `nn.Linear` does.
+
+    Raises:
+        ValueError, TypeError: an argument out of range or of the wrong kind.
+
+    >>> import torch, lastlayer
+    >>> embedding = torch.nn.Embedding(1000, 16)
+    >>> layer = lastlayer.FullSoftmax(16, 1000, bias=False, weight=embedding.weight)
+    >>> hidden, targets = torch.randn(2, 5, 16), torch.randint(1000, (2, 5))
+    >>> layer(hidden, targets).backward()
+    >>> embedding.weight.grad.shape
+    torch.Size([1000, 16])
+    >>> layer.topk(hidden, 3).indices.shape
+    torch.Size([2, 5, 3])
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    logit_map: LogitMap | None
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = True,
+        logit_map: LogitMap | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        class_weights: Tensor | None = None,
+        weight: nn.Parameter | None = None,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, num_classes, reduction=reduction, ignore_index=ignore_index)
+        self.label_smoothing = check_fraction("label_smoothing", label_smoothing)
+        self.z_loss = check_not_negative("z_loss", z_loss)
+        shape = (self.num_classes, self.in_features)
+        tied = weight is not None
+        if weight is None:
+            weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        elif not isinstance(weight, nn.Parameter):
+            raise TypeError(
+                f"weight must be an nn.Parameter, such as embedding.weight; got {type(weight).__name__}"
+            )
+        elif weight.shape != shape:
+            raise ValueError(f"weight must have shape {shape}, got {tuple(weight.shape)}")
+        self.weight = weight
+        on_weight = {"device": weight.device, "dtype": weight.dtype}
+        self.bias = nn.Parameter(torch.empty(self.num_classes, **on_weight)) if bias else None
+        self.logit_map = check_logit_map(logit_map)
+        if logit_map is not None:
+            logit_map.to(**on_weight)
+        if class_weights is not None:
+            check_vector("class_weights", class_weights, self.num_classes)
+            class_weights = class_weights.detach().to(weight.device)
+        # Not persistent: a setting, as the smoothing is, and nn.Linear's state dict has none.
+        self.register_buffer("class_weights", class_weights, persistent=False)
+        self._reset(keep_weight=tied)
+
+    def _reset(self, keep_weight: bool) -> None:
+        bound = self.in_features**-0.5
+        if not keep_weight:
+            nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def linear_head(self) -> tuple[Tensor, Tensor | None, nn.Module | None]:
+        """`(weight, bias, logit_map)`: the parameters themselves."""
+        return self.weight, self.bias, self.logit_map
+
+    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return linear_cross_entropy(
+            hidden,
+            self.weight,
+            targets,
+            bias=self.bias,
+            logit_map=self.logit_map,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            class_weights=self.class_weights,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+
+    def _log_prob(self, hidden: Tensor) -> Tensor:
+        logits = F.linear(hidden, self.weight)
+        logits = logits.to(exact_dtype(logits.dtype))
+        if self.bias is not None:
+            logits = logits + self.bias
+        if self.logit_map is not None:
+            with torch.autocast(hidden.device.type, enabled=False):
+                logits = self.logit_map(logits)
+        return logits.log_softmax(-1)
+
+    def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        answer = linear_statistics(hidden, self.weight, targets, bias=self.bias, logit_map=self.logit_map)
+        assert answer.target_log_prob is not None  # targets were given
+        return answer.target_log_prob
+
+    def _topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        answer = linear_statistics(hidden, self.weight, bias=self.bias, logit_map=self.logit_map, k=k)
+        assert answer.topk is not None  # k was given
+        return answer.topk

@@ -1,0 +1,47 @@
+"""A logit map that keeps every logit between two bounds (as Gemma 2 does)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lastlayer.functional.logit_map import LogitMap
+
+
+class SoftCap(LogitMap):
+    """`f(x) = cap * tanh(x / cap)`: nearly the identity for small logits, never beyond `±cap`.
+
+    Keeps a few huge logits from dominating the loss. Not for a model that has to be very sure of one class: no
+    probability can exceed `1 / (1 + (V - 1) exp(-2 cap))`.
+
+    Args:
+        cap: the bound; positive and finite.
+
+    Raises:
+        ValueError: a cap that is not.
+
+    >>> import torch
+    >>> SoftCap(30.0)(torch.tensor([0.1, 1000.0]))
+    tensor([ 0.1000, 30.0000])
+    """
+
+    def __init__(self, cap: float) -> None:
+        super().__init__()
+        if not (cap > 0 and math.isfinite(cap)):
+            raise ValueError(f"cap must be a positive finite number, got {cap!r}")
+        self.cap = float(cap)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return torch.tanh(logits / self.cap) * self.cap
+
+    def derivative(self, logits: Tensor) -> Tensor:
+        return 1 - torch.tanh(logits / self.cap).square()
+
+    def inverse(self, values: Tensor) -> Tensor:
+        return torch.atanh(values / self.cap) * self.cap
+
+    def vjp(self, logits: Tensor, gradient: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        return gradient * self.derivative(logits), ()
+
+    def extra_repr(self) -> str:
+        return f"cap={self.cap:g}"

@@ -1,0 +1,92 @@
+"""`linear_statistics` against `log_softmax` of all the logits: values and gradients."""
+
+import pytest
+import torch
+
+from lastlayer import SoftCap
+from lastlayer.functional import linear_chunks, linear_statistics
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Chunks of a few rows, the last one not full."""
+    monkeypatch.setattr(linear_chunks, "CHUNK_LOGITS", 3 * 13)
+
+
+def leaves():
+    generator = torch.Generator().manual_seed(2)
+    hidden, weight, bias = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in ((7, 4), (13, 4), (13,))
+    )
+    return hidden, weight, bias, torch.randint(13, (7,), generator=generator)
+
+
+def reference(hidden, weight, targets, bias, logit_map, k):
+    logits = hidden @ weight.T + bias
+    mapped = logits if logit_map is None else logit_map(logits)
+    log_prob = mapped.log_softmax(-1)
+    indices = logits.topk(k).indices
+    entropy = -(log_prob.exp() * log_prob).sum(-1)
+    target = log_prob.gather(1, targets[:, None])[:, 0]
+    return target, mapped.logsumexp(-1), entropy, log_prob.gather(1, indices), indices
+
+
+@pytest.mark.parametrize("logit_map", [None, SoftCap(1.5)], ids=["plain", "soft-cap"])
+def test_equals_log_softmax(logit_map):
+    hidden, weight, bias, targets = leaves()
+    answer = linear_statistics(hidden, weight, targets, bias=bias, logit_map=logit_map, k=4)
+    ours = (answer.target_log_prob, answer.log_normalizer, answer.entropy, answer.topk.log_prob)
+    *theirs, indices = reference(hidden, weight, targets, bias, logit_map, 4)
+    assert torch.equal(answer.topk.indices, indices)
+    torch.testing.assert_close(ours, tuple(theirs), rtol=1e-12, atol=1e-12)
+    generator = torch.Generator().manual_seed(3)
+    upstream = [torch.randn(part.shape, generator=generator, dtype=torch.float64) for part in ours]
+    for used in (slice(0, 4), *(slice(i, i + 1) for i in range(4))):  # all together, and each alone
+        gradients = [
+            torch.autograd.grad(parts[used], (hidden, weight, bias), upstream[used], retain_graph=True)
+            for parts in (ours, tuple(theirs))
+        ]
+        torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-12)
+
+
+def test_gradcheck():
+    hidden, weight, bias, targets = leaves()
+
+    def parts(*inputs):
+        answer = linear_statistics(inputs[0], inputs[1], targets, bias=inputs[2], k=2)
+        return answer.target_log_prob, answer.log_normalizer, answer.entropy, answer.topk.log_prob
+
+    assert torch.autograd.gradcheck(parts, (hidden, weight, bias))
+
+
+def test_only_what_is_asked():
+    hidden, weight, bias, _ = leaves()
+    answer = linear_statistics(hidden[:0], weight, bias=bias)
+    assert answer.target_log_prob is None
+    assert answer.topk is None
+    assert answer.entropy.shape == (0,)
+    answer = linear_statistics(hidden[0], weight, k=13)
+    assert answer.entropy.shape == ()
+    assert sorted(answer.topk.indices.tolist()) == list(range(13))
+
+
+def test_certain_rows_have_no_entropy():
+    """Probabilities that underflow add nothing to the entropy, and no nan to its gradient."""
+    hidden, weight, _, _ = leaves()
+    hidden = (1e4 * hidden.detach().float()).requires_grad_()
+    entropy = linear_statistics(hidden, weight.detach().float()).entropy
+    torch.testing.assert_close(entropy, torch.zeros(7))
+    (slope,) = torch.autograd.grad(entropy.sum(), hidden)
+    assert slope.isfinite().all()
+
+
+def test_refusals():
+    hidden, weight, _, targets = leaves()
+    with pytest.raises(ValueError, match="k must be between 1 and 13"):
+        linear_statistics(hidden, weight, k=14)
+    with pytest.raises(IndexError, match="targets"):
+        linear_statistics(hidden, weight, targets + 13)
+    slope = torch.autograd.grad(linear_statistics(hidden, weight).entropy.sum(), hidden, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        slope.sum().backward()

@@ -1,0 +1,34 @@
+"""Plain formulas, short enough to check by eye, that the layers of the law table must equal."""
+
+import torch
+import torch.nn.functional as F
+
+
+def full_softmax(layer, hidden):
+    """`log_softmax(f(hidden @ weight.T + bias))`."""
+    logits = hidden @ layer.weight.T
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if layer.bias is not None:
+        logits = logits + layer.bias
+    if layer.logit_map is not None:
+        logits = layer.logit_map(logits)
+    return logits.log_softmax(-1)
+
+
+def full_softmax_loss(layer, hidden, targets):
+    """The loss with every option, by `F.cross_entropy`."""
+    logits = hidden @ layer.weight.T + (0 if layer.bias is None else layer.bias)
+    if layer.logit_map is not None:
+        logits = layer.logit_map(logits)
+    loss = F.cross_entropy(
+        logits,
+        targets,
+        weight=None if layer.class_weights is None else layer.class_weights.to(logits.dtype),
+        label_smoothing=layer.label_smoothing,
+        reduction=layer.reduction,
+        ignore_index=layer.ignore_index,
+    )
+    kept = targets != layer.ignore_index
+    square = logits.logsumexp(-1).square() * kept
+    reduced = {"none": square, "sum": square.sum(), "mean": square.sum() / kept.sum()}[layer.reduction]
+    return loss + layer.z_loss * reduced
