@@ -7,6 +7,7 @@ from lastlayer.functional.logit_map import LogitMap
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.full import FullSoftmax
 from lastlayer.layers.soft_cap import SoftCap
+from lastlayer.screening import ScreenedSoftmax, SVDPreview, SVDSoftmax
 
 __version__ = "0.1.0"
 
@@ -18,5 +19,8 @@ __all__ = [
     "FullSoftmax",
     "LogitMap",
     "SoftCap",
+    "ScreenedSoftmax",
+    "SVDPreview",
+    "SVDSoftmax",
     "functional",
 ]

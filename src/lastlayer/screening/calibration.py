@@ -1,0 +1,57 @@
+"""The second moment of hidden states: all that a calibrated preview needs to know of them."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lastlayer.functional.gram import gram_matrix
+
+
+class SecondMoment(NamedTuple):
+    """Mean of `h h^T` over some hidden states, and how many there were."""
+
+    moment: Tensor  # (d, d), float64
+    rows: int
+
+
+Calibration = Tensor | Iterable[Tensor] | SecondMoment
+
+
+def second_moment(calibration: Calibration) -> SecondMoment:
+    """Reads hidden states: one tensor `(..., d)`, or batches of them, each read once and not kept.
+
+    Raises:
+        TypeError: not floating-point tensors.
+        ValueError: fewer than two rows, widths that differ, NaN or infinity, or nothing but zeros.
+    """
+    if isinstance(calibration, SecondMoment):
+        return calibration
+    batches = [calibration] if isinstance(calibration, Tensor) else calibration
+    total: Tensor | None = None
+    count = 0
+    for batch in batches:
+        rows = _checked(batch)
+        if total is not None and len(total) != rows.shape[-1]:
+            raise ValueError(f"calibration batches must be of one width, got {len(total)} and {rows.shape[-1]}")
+        gram = gram_matrix(rows)
+        total = gram if total is None else total + gram
+        count += len(rows)
+    if total is None or count < 2:
+        raise ValueError(f"calibration must hold at least 2 hidden states, got {count}")
+    if not bool(total.isfinite().all()):
+        raise ValueError("calibration must be finite, got NaN or infinity among its hidden states")
+    if not bool(total.trace() > 0):
+        raise ValueError("calibration must not be all zero")
+    return SecondMoment(total / count, count)
+
+
+def _checked(batch: Tensor) -> Tensor:  # (n, d)
+    if not isinstance(batch, Tensor) or not batch.is_floating_point():
+        what = batch.dtype if isinstance(batch, Tensor) else type(batch).__name__
+        raise TypeError(
+            f"calibration must be a floating-point tensor of hidden states or batches of them, got {what}"
+        )
+    if batch.dim() < 2 or batch.shape[-1] == 0:
+        raise ValueError(f"calibration must have shape (..., d) with rows, got {tuple(batch.shape)}")
+    return batch.reshape(-1, batch.shape[-1])

@@ -1,0 +1,51 @@
+"""The full layer, as screening measures itself against it: logits in the working dtype, and what rounding does."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CAST_ROWS = 8192  # rows of a half-precision weight cast at once
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def full_logits(
+    hidden: Tensor,  # (N, d)
+    weight: Tensor,  # (V, d)
+    bias: Tensor | None,  # (V,)
+) -> Tensor:  # (N, V)
+    """`hidden @ weight.T + bias` in the working dtype; a half-precision weight is cast by blocks, never whole."""
+    dtype = working_dtype(weight.dtype)
+    bias = None if bias is None else bias.to(dtype)
+    if weight.dtype == dtype:
+        return F.linear(hidden.to(dtype), weight, bias)
+    hidden = hidden.to(dtype)
+    logits = torch.cat([hidden @ block.to(dtype).T for block in weight.split(CAST_ROWS)], dim=-1)
+    return logits if bias is None else logits + bias
+
+
+def logits_at(
+    hidden: Tensor,  # (N, d)
+    weight: Tensor,  # (V, d)
+    bias: Tensor | None,  # (V,)
+    classes: Tensor,  # (N, C)
+) -> Tensor:  # (N, C)
+    """The full layer's logits of some classes of each row, from the weight's own rows."""
+    dtype = working_dtype(weight.dtype)
+    rows = weight.index_select(0, classes.reshape(-1)).view(*classes.shape, weight.shape[-1]).to(dtype)
+    logits = torch.matmul(rows, hidden.to(dtype).unsqueeze(-1)).squeeze(-1)
+    return logits if bias is None else logits + bias.to(dtype)[classes]
+
+
+def rounding_share(width: int, dtype: torch.dtype) -> float:
+    """What rounding adds to a dot product of `width` terms, as a share of the two norms' product (or less)."""
+    return (width + 4) * torch.finfo(working_dtype(dtype)).eps
+
+
+def row_norms(weight: Tensor) -> Tensor:  # (V, d) -> (V,)
+    """Euclidean norms in the working dtype; the weight is cast by blocks."""
+    dtype = working_dtype(weight.dtype)
+    return torch.cat([torch.linalg.vector_norm(block.to(dtype), dim=-1) for block in weight.split(CAST_ROWS)])

@@ -1,0 +1,252 @@
+"""ScreenedSoftmax: a trained layer queried by a cheap preview of all classes and exact logits of the best."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from lastlayer.functional.answers import ScreenedTopK
+from lastlayer.functional.checks import check_count, check_hidden, check_positive
+from lastlayer.screening.exact import full_logits
+from lastlayer.screening.preview import Preview
+from lastlayer.screening.screen import Head, Screened, screen
+
+CHUNK_NUMBERS = 1 << 25  # of a (rows, V) tensor held at once
+
+
+class ScreenedSoftmax(nn.Module):
+    """Answers as `nn.Linear(d, V)` followed by a softmax would, reading a preview and a few rows of the weight.
+
+    A preview scores every class approximately; the `candidates` best get their exact logits, from the weight's own
+    rows. The normaliser is the log-sum-exp of the exact logits of the candidates and the preview's scores of the
+    rest. Where the preview can bound its error, an answer comes with a certificate: `topk(...).certified` says
+    that indices and logits are proved equal to the full layer's (ties aside; a half-precision weight counts as the
+    float32 layer of the same numbers). `exact=True` rescores whatever else could be among the best, until all are.
+
+    Where gathering the candidates' rows would move more than the full layer does (large batches), the full layer
+    runs, and everything is exact.
+
+    The weight is kept by reference. When it was changed or moved, the next query raises `RuntimeError` until
+    `refresh()` prepares the preview anew (a change through `.data` goes unnoticed, as PyTorch does not tell).
+
+    `forward` and `log_prob` are differentiable, with the preview's rotation held fixed; they then cost at least
+    what the full layer does. `topk` and `sample` are queries and carry no gradient.
+
+    Args:
+        weight: `(V, d)`, float16, bfloat16, float32 or float64.
+        bias: `(V,)` or None.
+        preview: how all classes are scored: `SVDPreview(...)`, `Int8Preview()`.
+        candidates: classes a row whose exact logits are computed, from 1 to V.
+        logit_map: an increasing function of one logit, before the softmax; candidates are chosen by raw logits.
+        exact: the default of `topk`'s `exact`; also makes the argmax of `forward` the full layer's.
+
+    Raises:
+        TypeError, ValueError: a weight that is not a finite floating `(V, d)` matrix, a bias that does not fit it,
+            `candidates` out of range, a preview that does not fit the weight.
+        RuntimeError: at a query, when the weight has changed since the last `refresh()`.
+
+    Cost: a row reads the preview and `candidates * d` numbers of the weight. Memory: the preview, and a few
+    numbers a class while a query runs. When NOT to use it: in training (the weight changes every step), for large
+    batches (the full layer is then the cheapest exact answer), for a few thousand classes.
+
+    Source: Shim, Lee, Choi, Boo and Sung, SVD-Softmax (NIPS 2017); certificates by Cauchy-Schwarz.
+
+    >>> import torch
+    >>> from lastlayer import ScreenedSoftmax, SVDPreview
+    >>> linear = torch.nn.Linear(16, 1000)
+    >>> screened = ScreenedSoftmax.from_linear(linear, preview=SVDPreview(4), candidates=50, exact=True)
+    >>> hidden = torch.randn(3, 16)
+    >>> answer = screened.topk(hidden, 5)
+    >>> bool((answer.indices == linear(hidden).topk(5).indices).all())
+    True
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor,  # (V, d)
+        bias: Tensor | None = None,  # (V,)
+        *,
+        preview: Preview,
+        candidates: int,
+        logit_map: nn.Module | None = None,
+        exact: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_head(weight, bias)
+        if not isinstance(preview, Preview):
+            raise TypeError(f"preview must be a Preview such as SVDPreview(64), got {type(preview).__name__}")
+        self.out_features, self.in_features = weight.shape
+        self.candidates = check_count("candidates", candidates, 1, len(weight))
+        self.preview = preview
+        self.logit_map = logit_map
+        self.exact = bool(exact)
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if isinstance(tensor, nn.Parameter) or tensor is None:
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor)
+        self.refresh()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **settings: Any) -> Self:
+        """Screens an `nn.Linear`, sharing its parameters; `settings` as for the class."""
+        return cls(linear.weight, linear.bias, **settings)
+
+    @classmethod
+    def from_layer(cls, layer: Any, **settings: Any) -> Self:
+        """Screens any layer that ends in one matrix and offers `linear_head() -> (weight, bias, logit_map)`."""
+        if not hasattr(layer, "linear_head"):
+            raise TypeError(f"layer must offer linear_head(), which {type(layer).__name__} does not")
+        weight, bias, logit_map = layer.linear_head()
+        return cls(weight, bias, **{"logit_map": logit_map, **settings})
+
+    def forward(
+        self,
+        hidden: Tensor,  # (..., d)
+    ) -> Tensor:  # (..., V)
+        """Logits, in hidden's dtype: exact for the candidates, the preview's for the rest; `logit_map` applied."""
+        return self._each_row(hidden, lambda rows, screened: self._mapped(screened.logits)).to(hidden.dtype)
+
+    def log_prob(
+        self,
+        hidden: Tensor,  # (..., d)
+    ) -> Tensor:  # (..., V)
+        """Log-probabilities under the screen's own normaliser (float32, or float64)."""
+
+        def answer(rows: Tensor, screened: Screened) -> Tensor:
+            return self._mapped(screened.logits) - self._log_normalizer(screened)
+
+        return self._each_row(hidden, answer)
+
+    @torch.no_grad()
+    def topk(
+        self,
+        hidden: Tensor,  # (..., d)
+        k: int,
+        exact: bool | None = None,
+    ) -> ScreenedTopK:
+        """The k best of the rescored classes, best first; `1 <= k <= candidates`; `exact` as for the class."""
+        k = check_count("k", k, 1, self.candidates)
+        exact = self.exact if exact is None else bool(exact)
+        answers = []
+        for rows in self._chunks(hidden):
+            screened = self._screened(rows, k, exact)
+            log_prob = self._mapped(screened.values) - self._log_normalizer(screened)
+            answers.append((log_prob, screened.indices, screened.certified))
+        log_prob, indices, certified = (torch.cat(parts) for parts in zip(*answers, strict=True))
+        shape = hidden.shape[:-1]
+        return ScreenedTopK(log_prob.view(*shape, k), indices.view(*shape, k), certified.reshape(shape))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        hidden: Tensor,  # (..., d)
+        num_samples: int = 1,
+    ) -> Tensor:  # (..., num_samples)
+        """Class ids drawn from `log_prob`, with replacement; seeded by `torch.manual_seed`."""
+        num_samples = check_positive("num_samples", num_samples)
+
+        def draw(rows: Tensor, screened: Screened) -> Tensor:
+            if not len(rows):
+                return torch.empty(0, num_samples, dtype=torch.int64, device=rows.device)
+            weights = self._mapped(screened.logits).softmax(-1)
+            return torch.multinomial(weights, num_samples, replacement=True)
+
+        return self._each_row(hidden, draw)
+
+    @torch.no_grad()
+    def log_normalizer_error(
+        self,
+        hidden: Tensor,  # (..., d)
+    ) -> Tensor:  # (...)
+        """The most by which the screen's log-normaliser can differ from the full layer's, for every row."""
+
+        def answer(rows: Tensor, screened: Screened) -> Tensor:
+            error = self._prepared.error(rows).all().masked_fill(screened.rescored, 0.0)
+            used = self._log_normalizer(screened)
+            above = self._mapped(screened.logits + error).logsumexp(-1, keepdim=True) - used
+            below = used - self._mapped(screened.logits - error).logsumexp(-1, keepdim=True)
+            return torch.maximum(above, below).clamp(min=0.0).squeeze(-1)
+
+        return self._each_row(hidden, answer)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Prepares the preview of the weight as it is now; needed after the weight was changed or moved."""
+        _check_head(self.weight, self.bias)
+        self._prepared = self.preview.prepare(self.weight, self.bias)
+        self._prepared_for = self._stamp()
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, candidates={self.candidates}, "
+            f"exact={self.exact}, preview={type(self.preview).__name__}"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_prepared_for": self._prepared_for == self._stamp()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # a copy has memory of its own, and is as fresh or stale as its original
+        self._prepared_for = self._stamp() if state["_prepared_for"] else None
+
+    def _stamp(self) -> tuple[Any, ...]:
+        """Changes whenever the weight or bias is written or moved (except through `.data`)."""
+        tensors = [tensor for tensor in (self.weight, self.bias) if tensor is not None]
+        return tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.shape) for t in tensors)
+
+    def _each_row(self, hidden: Tensor, answer: Callable[[Tensor, Screened], Tensor]) -> Tensor:
+        """`answer(rows, screened)` of every chunk of rows, in hidden's leading shape."""
+        exact = self.exact
+        parts = [answer(rows, self._screened(rows, 1, exact)) for rows in self._chunks(hidden)]
+        together = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return together.reshape((*hidden.shape[:-1], *together.shape[1:]))
+
+    def _chunks(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        check_hidden(hidden, self.in_features, self.weight.dtype)
+        if self._prepared_for != self._stamp():
+            raise RuntimeError(
+                "the weight has changed or moved since the preview was prepared: call refresh() first"
+            )
+        rows = hidden.reshape(-1, self.in_features)
+        return rows.split(max(1, CHUNK_NUMBERS // self.out_features)) if len(rows) else (rows,)
+
+    def _screened(self, rows: Tensor, k: int, exact: bool) -> Screened:
+        head = Head(self.weight, self.bias)
+        with torch.autocast(rows.device.type, enabled=False):  # a proof needs the arithmetic it is about
+            fixed = Head(head.weight.detach(), None if head.bias is None else head.bias.detach())
+            with torch.no_grad():
+                screened = screen(fixed, self._prepared, rows, self.candidates, k, exact)
+            followed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, *head))
+            if followed:
+                full = full_logits(rows, *head)
+                approximate = self._prepared.follow(rows, *head)
+                screened = screened._replace(logits=torch.where(screened.rescored, full, approximate))
+        return screened
+
+    def _mapped(self, logits: Tensor) -> Tensor:
+        return logits if self.logit_map is None else self.logit_map(logits)
+
+    def _log_normalizer(self, screened: Screened) -> Tensor:  # (N, 1)
+        logits, shift = screened.logits, self._prepared.normalizer_shift
+        if shift is not None:
+            logits = torch.where(screened.rescored, logits, logits + shift)
+        return self._mapped(logits).logsumexp(-1, keepdim=True)
+
+
+def _check_head(weight: Tensor, bias: Tensor | None) -> None:
+    for name, tensor, dims in (("weight", weight, 2), ("bias", bias, 1)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, got {what}")
+        if tensor.dim() != dims or 0 in tensor.shape or len(tensor) != len(weight):
+            expected = "(V, d)" if dims == 2 else f"({len(weight)},)"
+            raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} must be finite, got NaN or infinity")
