@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from lastlayer import FullSoftmax, SoftCap
+from lastlayer import FullSoftmax, HierarchicalSoftmax, SoftCap
 from lastlayer.testing import LayerCase
-from oracles import full_softmax, full_softmax_loss
+from oracles import full_softmax, full_softmax_loss, hierarchical_softmax
 
 
 def full(name, in_features, num_classes, loss_oracle=None, **options):
@@ -21,6 +21,16 @@ def tied(**kwargs):
     """A `FullSoftmax` on the weight of an embedding."""
     of_embedding = {name: kwargs.pop(name) for name in ("device", "dtype") if name in kwargs}
     return FullSoftmax(6, 13, weight=nn.Embedding(13, 6, **of_embedding).weight, **kwargs)
+
+
+def hierarchical(name, num_classes, clusters=None, **options):
+    """A row for `HierarchicalSoftmax`."""
+    ids = None if clusters is None else torch.tensor(clusters)
+
+    def make(**kwargs):
+        return HierarchicalSoftmax(4, num_classes, clusters=ids, **options, **kwargs)
+
+    return LayerCase(f"hierarchical-{name}", make=make, oracle=hierarchical_softmax)
 
 
 CASES: list[LayerCase] = [
@@ -41,4 +51,13 @@ CASES: list[LayerCase] = [
     full("smooth", 4, 9, full_softmax_loss, label_smoothing=0.3),
     full("z-loss", 4, 9, full_softmax_loss, z_loss=0.1),
     LayerCase("full-tied", make=tied, oracle=full_softmax),
+    hierarchical("even", 16),
+    hierarchical("odd", 23),
+    hierarchical("ragged", 13, [2, 0, 1, 1, 0, 1, 3, 1, 1, 0, 1, 3, 1], sparse=True),
+    hierarchical("one-class", 1),
+    hierarchical("one-cluster", 9, [0] * 9),
+    hierarchical("own-clusters", 5, [3, 1, 0, 4, 2], sparse=True),
+    hierarchical("sparse", 20, sparse=True),
+    hierarchical("no-bias", 20, bias=False),
+    hierarchical("sparse-no-bias", 11, sparse=True, bias=False),
 ]

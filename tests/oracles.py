@@ -32,3 +32,21 @@ def full_softmax_loss(layer, hidden, targets):
     square = logits.logsumexp(-1).square() * kept
     reduced = {"none": square, "sum": square.sum(), "mean": square.sum() / kept.sum()}[layer.reduction]
     return loss + layer.z_loss * reduced
+
+
+def hierarchical_softmax(layer, hidden):
+    """`log P(cluster) + log P(class | cluster)`, a class at a time."""
+    head = accurate(F.linear(hidden, layer.head_weight, layer.head_bias)).log_softmax(-1)
+    columns = [None] * layer.num_classes
+    for cluster in range(len(layer.offsets) - 1):
+        a, b = layer.offsets[cluster : cluster + 2].tolist()
+        bias = None if layer.bias is None else layer.bias[a:b]
+        inner = accurate(F.linear(hidden, layer.weight[a:b], bias)).log_softmax(-1)
+        for place, class_id in enumerate(layer.order[a:b].tolist()):
+            columns[class_id] = head[:, cluster] + inner[:, place]
+    return torch.stack(columns, -1)
+
+
+def accurate(logits):
+    """In at least float32."""
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -2,10 +2,12 @@
 reading every weight."""
 
 from lastlayer import functional
+from lastlayer.functional import clusters
 from lastlayer.functional.answers import ScoreTopK, ScreenedTopK, TopK
 from lastlayer.functional.logit_map import LogitMap
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.full import FullSoftmax
+from lastlayer.layers.hierarchical import HierarchicalSoftmax
 from lastlayer.layers.soft_cap import SoftCap
 from lastlayer.screening import ScreenedSoftmax, SVDPreview, SVDSoftmax
 
@@ -17,10 +19,12 @@ __all__ = [
     "ScreenedTopK",
     "ScoreTopK",
     "FullSoftmax",
+    "HierarchicalSoftmax",
     "LogitMap",
     "SoftCap",
     "ScreenedSoftmax",
     "SVDPreview",
     "SVDSoftmax",
+    "clusters",
     "functional",
 ]

@@ -41,6 +41,11 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def as_exact(logits: Tensor) -> Tensor:
+    """`logits` in the dtype of logarithms and sums."""
+    return logits.to(exact_dtype(logits.dtype))
+
+
 class LinearChunks:
     """The logits of `hidden`, by chunks of rows in buffers that every chunk reuses.
 

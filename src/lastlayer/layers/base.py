@@ -124,6 +124,13 @@ class OutputLayer(nn.Module, ABC):
         """`(weight (V, d), bias (V,) or None, logit_map or None)` of a layer that ends in one matrix."""
         raise TypeError(f"{type(self).__name__} does not end in one matrix, so it has no linear_head()")
 
+    def sparse_parameters(self) -> list[nn.Parameter]:
+        """The parameters whose gradients in training are row-sparse; empty unless the layer has `sparse=True`.
+
+        `SGD` and `Adagrad` take them beside dense ones; an optimizer that does not must be given the others alone.
+        """
+        return []
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, num_classes={self.num_classes}"
 

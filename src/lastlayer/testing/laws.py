@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 from lastlayer.layers.base import OutputLayer
@@ -146,13 +146,48 @@ def law_gradcheck(case: LayerCase) -> None:
         layer = case.build(reduction=reduction)
         hidden, targets = rows_for(layer, 4)
         targets[1] = layer.ignore_index
-        inputs = [hidden.requires_grad_(), *layer.parameters()]
         if case.likelihood:
-            assert gradcheck(lambda h, *_, layer=layer, t=targets: layer(h, t), inputs, masked=False)
+            _check_gradients(layer, hidden, lambda layer, h, t=targets: layer(h, t))
     targets = targets.clamp(min=0)
-    assert gradcheck(lambda h, *_: layer.target_log_prob(h, targets), inputs)
-    assert gradcheck(lambda h, *_: layer.log_prob(h), inputs)
-    assert gradcheck(lambda h, *_: layer.topk(h, 1).log_prob, inputs)
+    _check_gradients(layer, hidden, lambda layer, h: layer.target_log_prob(h, targets))
+    _check_gradients(layer, hidden, lambda layer, h: layer.log_prob(h))
+    _check_gradients(layer, hidden, lambda layer, h: layer.topk(h, 1).log_prob)
+
+
+def _check_gradients(layer: OutputLayer, hidden: Tensor, call: Callable[[OutputLayer, Tensor], Tensor]) -> None:
+    """`gradcheck` of `call(layer, hidden)` in hidden and parameters, whose gradients may be sparse."""
+    names = [name for name, _ in layer.named_parameters()]
+    caller = _Caller(layer, call)
+
+    def of_inputs(hidden: Tensor, *parameters: Tensor) -> Tensor:
+        dense = {f"layer.{n}": _DenseGradient.apply(p) for n, p in zip(names, parameters, strict=True)}
+        return torch.func.functional_call(caller, dense, (hidden,))  # pyright: ignore[reportArgumentType]
+
+    assert gradcheck(of_inputs, [hidden.detach().requires_grad_(), *layer.parameters()], masked=False)
+
+
+class _Caller(nn.Module):
+    """Any call of a layer as a `forward`, for `functional_call`."""
+
+    def __init__(self, layer: OutputLayer, call: Callable[[OutputLayer, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.call = call
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.call(self.layer, hidden)
+
+
+class _DenseGradient(torch.autograd.Function):
+    """The identity; its gradient is dense, since `gradcheck` takes no sparse gradient of a dense input."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor) -> Tensor:
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad.to_dense()
 
 
 def law_low_precision(case: LayerCase) -> None:

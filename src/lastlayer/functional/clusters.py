@@ -1,0 +1,149 @@
+"""Which classes share a cluster: assignments for the layers that decide in two steps, as `(V,)` cluster ids."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lastlayer.functional.checks import check_count, check_positive
+
+# Clusters per sqrt(V). A target costs the scores of all clusters and of its own cluster's classes, least at 1; but
+# the scores of all clusters are one large matrix product, and those inside are many small ones that read fresh
+# rows.
+CLUSTERS_PER_ROOT = 2.0
+
+
+def default_num_clusters(num_classes: int) -> int:
+    """The number of clusters with which a training step costs least: about `2 sqrt(V)`."""
+    return min(num_classes, max(1, round(CLUSTERS_PER_ROOT * math.sqrt(num_classes))))
+
+
+def even(
+    num_classes: int,
+    num_clusters: int | None = None,
+) -> Tensor:  # (V,), cluster ids
+    """Neighbouring ids together, sizes that differ by one at most.
+
+    Args:
+        num_classes: V.
+        num_clusters: from 1 to V; none: `default_num_clusters(V)`.
+
+    Raises:
+        ValueError: a number of clusters below 1 or above V.
+
+    Example:
+        >>> even(7, 3).tolist()
+        [0, 0, 0, 1, 1, 2, 2]
+    """
+    num_classes, num_clusters = _sizes(num_classes, num_clusters)
+    return torch.arange(num_classes).mul_(num_clusters).div_(num_classes, rounding_mode="floor")
+
+
+def by_frequency(
+    counts: Tensor,  # (V,)
+    num_clusters: int | None = None,
+    *,
+    power: float = 0.5,
+) -> Tensor:  # (V,), cluster ids
+    r"""Classes by falling count, cut into clusters of equal mass of `counts ** power`.
+
+    Few frequent classes share a cluster, many rare ones do, so a target costs less on average than with even
+    clusters: of Zipf counts over 10,000 classes and 100 clusters a target meets 200 scores with even clusters, 140
+    with `power=0.5`. `power=1` gives equal mass of the counts themselves; `power=0` even clusters by count.
+    No cluster is empty.
+
+    Args:
+        counts: how often each class occurs; zeros are allowed.
+        num_clusters: from 1 to V; none: `default_num_clusters(V)`.
+        power: of the counts; at least 0.
+
+    Raises:
+        TypeError: counts that are not a tensor of numbers.
+        ValueError: counts that are empty, negative, not finite or not one-dimensional; a number of clusters below
+            1 or above V; a negative power.
+
+    Example:
+        >>> by_frequency(torch.tensor([1, 100, 25, 4, 1]), 3).tolist()
+        [2, 0, 1, 2, 2]
+    """
+    counts = check_counts("counts", counts)
+    num_classes, num_clusters = _sizes(len(counts), num_clusters)
+    if not power >= 0:
+        raise ValueError(f"power must be at least 0, got {power}")
+    order = counts.argsort(descending=True, stable=True)
+    mass = counts.index_select(0, order).pow(power)
+    if not mass.any():
+        mass = torch.ones_like(mass)
+    middle = mass.cumsum(0) - mass / 2  # a class belongs where the middle of its mass falls
+    bins = (middle * (num_clusters / mass.sum())).long().clamp_(max=num_clusters - 1)
+    ids = torch.empty(num_classes, dtype=torch.int64)
+    ids[order] = _without_gaps(bins, num_clusters)
+    return ids
+
+
+def check_counts(name: str, counts: Tensor) -> Tensor:
+    """`counts` as float64 on the CPU, or an error unless they are `(V,)` finite numbers of at least 0."""
+    if not isinstance(counts, Tensor):
+        raise TypeError(f"{name} must be a Tensor with one count a class, got {type(counts).__name__}")
+    if counts.is_complex() or counts.dtype == torch.bool:
+        raise TypeError(f"{name} must be a tensor of numbers, got {counts.dtype}")
+    if counts.dim() != 1 or not len(counts):
+        raise ValueError(f"{name} must have shape (num_classes,), got {tuple(counts.shape)}")
+    counts = counts.detach().to("cpu", torch.float64)
+    if not bool(counts.isfinite().all()) or bool((counts < 0).any()):
+        wrong = int((~counts.isfinite() | (counts < 0)).nonzero()[0])
+        raise ValueError(f"{name} must be finite and at least 0; {name}[{wrong}] is {counts[wrong].item()}")
+    return counts
+
+
+def check_clusters(clusters: Tensor, num_classes: int) -> Tensor:
+    """`clusters` on the CPU, or an error unless they are `(V,)` ids in which each from 0 to the highest occurs."""
+    if not isinstance(clusters, Tensor):
+        raise TypeError(f"clusters must be a Tensor of cluster ids, got {type(clusters).__name__}")
+    if clusters.dtype != torch.int64:
+        raise TypeError(f"clusters must be cluster ids of dtype torch.int64, got {clusters.dtype}")
+    if clusters.shape != (num_classes,):
+        raise ValueError(
+            f"clusters must have one id for each of the {num_classes} classes, shape ({num_classes},); "
+            f"got {tuple(clusters.shape)}"
+        )
+    clusters = clusters.detach().cpu()
+    lowest, highest = int(clusters.min()), int(clusters.max())
+    if lowest < 0:
+        at = int(clusters.argmin())
+        raise ValueError(f"clusters must be ids of at least 0; clusters[{at}] is {lowest}")
+    if highest >= num_classes:
+        raise ValueError(
+            f"clusters must be ids below num_classes={num_classes}, none empty; the highest is {highest}"
+        )
+    sizes = torch.bincount(clusters)
+    if not bool(sizes.all()):
+        gap = int((sizes == 0).nonzero()[0])
+        raise ValueError(
+            f"clusters must use every id from 0 to the highest, {highest}; no class is in cluster {gap}. "
+            "clusters.unique(return_inverse=True)[1] closes the gaps"
+        )
+    return clusters
+
+
+def _sizes(num_classes: int, num_clusters: int | None) -> tuple[int, int]:
+    num_classes = check_positive("num_classes", num_classes)
+    if num_clusters is None:
+        return num_classes, default_num_clusters(num_classes)
+    return num_classes, check_count("num_clusters", num_clusters, 1, num_classes)
+
+
+def _without_gaps(
+    bins: Tensor,  # (V,), rising
+    num_bins: int,
+) -> Tensor:
+    """Rising bin ids with as little change as leaves none of `num_bins` empty.
+
+    Place i may hold at most bin i (each bin before it needs a place) and at least bin `num_bins - (V - i)`; within
+    these bounds each id may exceed the one before it by one at most.
+    """
+    place = torch.arange(len(bins))
+    # ids[i] = min over j <= i of bins[j] + (i - j): the largest sequence below `bins` that rises by single steps.
+    ids = (bins - place).cummin(0).values + place
+    ids = torch.minimum(ids - ids[0], place)
+    return torch.maximum(ids, place - (len(bins) - num_bins))

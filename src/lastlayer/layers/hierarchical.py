@@ -1,0 +1,200 @@
+"""Two-level hierarchical softmax: choose a cluster, then a class inside it (Goodman 2001)."""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lastlayer.functional.best_first import best_first_topk, sample_within
+from lastlayer.functional.clusters import check_clusters, even
+from lastlayer.functional.grouped import group_by_cluster, grouped_log_prob
+from lastlayer.functional.linear_chunks import as_exact
+from lastlayer.functional.row_sparse import GradientMemory, keep_coalesced
+from lastlayer.layers.base import OutputLayer
+
+
+class HierarchicalSoftmax(OutputLayer):
+    r"""Each class belongs to one of C clusters; `P(class | h) = P(cluster | h) P(class | cluster, h)`.
+
+    With `c = clusters[y]`, equals
+
+        head = F.log_softmax(F.linear(h, layer.head_weight, layer.head_bias))[c]
+        tail = F.log_softmax(F.linear(h, rows of c in layer.weight, their biases))[place of y in c]
+        log P(y | h) = head + tail
+
+    A different model from the full softmax, with its own parameters; it is exact in itself: probabilities sum to
+    one, and there is no padding that holds any. Cost of one target: `d (C + size of its cluster)`, about
+    `2 d sqrt(V)`, against `d V`. Memory beyond parameters: the batch, and the gradient of the touched clusters.
+    `log_prob` costs `d (V + C)` a row, as the full layer does. `topk` opens clusters best first and stops as
+    soon as the next cannot beat the k-th best.
+
+    With `sparse=True` the gradients of `weight` and `bias` hold the touched clusters' rows only (coalesced), and a
+    whole training step costs what those rows cost. `torch.optim.SGD` (no weight decay) and `Adagrad` take them,
+    also beside dense parameters; `SparseAdam` takes them alone: `sparse_parameters()` splits the groups. AdamW,
+    weight decay and `clip_grad_norm_` do not take them.
+
+    When *not* to use it: below a few thousand classes, where the full softmax costs no more; and where the last
+    few percent of perplexity count more than training time.
+
+    Args:
+        in_features: d.
+        num_classes: V.
+        clusters: `(V,)` cluster ids, each from 0 to the highest used at least once; see `lastlayer.clusters`.
+            None: even ones of neighbouring ids, about `2 sqrt(V)` of them, so that the step costs least.
+        bias: whether clusters and classes have one.
+        sparse: row-sparse gradients for `weight` and `bias`.
+        reduction: "mean", "sum" or "none".
+        ignore_index: the target that marks a row as absent.
+
+    Attributes:
+        head_weight: `(C, d)`; head_bias: `(C,)`.
+        weight: `(V, d)`, cluster after cluster; bias: `(V,)`, likewise. `class_weight()` gives class order.
+        order: `(V,)` buffer, the class at each row of `weight`.
+        offsets: `(C + 1,)` buffer; cluster c holds the rows from `offsets[c]` up to `offsets[c + 1]`.
+
+    Raises:
+        TypeError: clusters that are not int64 ids.
+        ValueError: clusters of another length, negative, or with an empty cluster.
+
+    Source: J. Goodman, "Classes for fast maximum entropy training", 2001.
+
+    Example:
+        >>> layer = HierarchicalSoftmax(16, 10_000, sparse=True)
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        >>> hidden, targets = torch.randn(32, 16), torch.randint(10_000, (32,))
+        >>> layer(hidden, targets).backward()
+        >>> optimizer.step()
+        >>> layer.topk(hidden, 5).indices.shape
+        torch.Size([32, 5])
+    """
+
+    order: Tensor
+    offsets: Tensor
+    _slots: Tensor  # (V,), the row of each class
+    _clusters: Tensor  # (V,), the cluster of each class
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        clusters: Tensor | None = None,
+        bias: bool = True,
+        sparse: bool = False,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, num_classes, reduction=reduction, ignore_index=ignore_index)
+        ids = even(self.num_classes) if clusters is None else check_clusters(clusters, self.num_classes)
+        sizes = torch.bincount(ids)
+        self.sparse = sparse
+        self.num_clusters = len(sizes)
+        self.register_buffer("order", ids.argsort(stable=True).to(device))
+        self.register_buffer("offsets", F.pad(sizes.cumsum(0), (1, 0)).to(device))
+        self.register_buffer("_slots", None, persistent=False)
+        self.register_buffer("_clusters", None, persistent=False)
+        self._derive()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.head_weight = nn.Parameter(torch.empty(self.num_clusters, self.in_features, **factory))
+        self.weight = nn.Parameter(torch.empty(self.num_classes, self.in_features, **factory))
+        self.head_bias = nn.Parameter(torch.empty(self.num_clusters, **factory)) if bias else None
+        self.bias = nn.Parameter(torch.empty(self.num_classes, **factory)) if bias else None
+        self._memory = GradientMemory()
+        self._mark_sparse()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform within `1 / sqrt(d)`, as `nn.Linear`."""
+        bound = 1 / math.sqrt(self.in_features)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def class_weight(self) -> Tensor:  # (V, d)
+        """The rows of `weight` in class order (a copy): row y is class y's vector inside its cluster."""
+        return self.weight.index_select(0, self._slots)
+
+    def sparse_parameters(self) -> list[nn.Parameter]:
+        if not self.sparse:
+            return []
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def _log_prob(self, hidden: Tensor) -> Tensor:
+        sizes = self.offsets.diff()
+        logits = as_exact(F.linear(hidden, self.weight, self.bias))
+        normalizer = torch.stack([own.logsumexp(1) for own in logits.split(sizes.tolist(), 1)], 1)
+        log_prob = logits + (self._head_log_prob(hidden) - normalizer).repeat_interleave(sizes, 1)
+        return log_prob.index_select(1, self._slots)
+
+    def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        clusters = self._clusters.index_select(0, targets)
+        head = self._head_log_prob(hidden).gather(1, clusters[:, None])[:, 0]
+        return head + grouped_log_prob(
+            hidden,
+            self.weight,
+            self.bias,
+            self._slots.index_select(0, targets),
+            group_by_cluster(clusters, self.offsets),
+            sparse=self.sparse,
+            memory=self._memory,
+        )
+
+    def _topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            head = self._head_log_prob(hidden)
+            log_prob, slots = best_first_topk(head, self.offsets, k, partial(self._inner_log_prob, hidden))
+        indices = self.order[slots]
+        if torch.is_grad_enabled():  # the search is not differentiable, its answer is
+            rows = hidden.repeat_interleave(k, 0)
+            log_prob = self._target_log_prob(rows, indices.reshape(-1)).reshape(-1, k)
+        return log_prob, indices
+
+    def _sample(self, hidden: Tensor, num_samples: int) -> Tensor:
+        head = self._head_log_prob(hidden)
+        if not len(hidden):
+            return self.order.new_empty(0, num_samples)
+        clusters = torch.multinomial(head.exp(), num_samples, replacement=True)
+        return self.order[sample_within(clusters, self.offsets, partial(self._inner_log_prob, hidden))]
+
+    def _head_log_prob(self, hidden: Tensor) -> Tensor:  # (N, C)
+        return as_exact(F.linear(hidden, self.head_weight, self.head_bias)).log_softmax(1)
+
+    def _inner_log_prob(self, hidden: Tensor, rows: Tensor, start: int, size: int) -> Tensor:  # (rows, size)
+        """Log-probabilities within the cluster of `size` classes from `start`, of some rows of `hidden`."""
+        bias = None if self.bias is None else self.bias.narrow(0, start, size)
+        logits = F.linear(hidden.index_select(0, rows), self.weight.narrow(0, start, size), bias)
+        return as_exact(logits).log_softmax(1)
+
+    def _mark_sparse(self) -> None:
+        for parameter in self.sparse_parameters():
+            keep_coalesced(parameter)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mark_sparse()  # copying and pickling drop a parameter's hooks
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Takes over the clusters of the saved layer too, of which there must be as many."""
+        last = self.num_classes - 1
+        order, offsets = state_dict.get(f"{prefix}order"), state_dict.get(f"{prefix}offsets")
+        if order is not None and not torch.equal(order.sort().values.cpu(), torch.arange(last + 1)):
+            raise ValueError(f"{prefix}order in the state dict must hold each class from 0 to {last} once")
+        if offsets is not None and not _is_partition(offsets, self.num_classes):
+            raise ValueError(f"{prefix}offsets in the state dict must rise from 0 to {self.num_classes}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._derive()
+
+    def _derive(self) -> None:
+        """Sets what follows from `order` and `offsets`: the row and the cluster of each class."""
+        of_rows = torch.arange(self.num_clusters, device=self.order.device).repeat_interleave(self.offsets.diff())
+        self._slots = self.order.argsort()
+        self._clusters = of_rows.index_select(0, self._slots)
+
+
+def _is_partition(offsets: Tensor, num_classes: int) -> bool:
+    return int(offsets[0]) == 0 and int(offsets[-1]) == num_classes and bool((offsets.diff() > 0).all())

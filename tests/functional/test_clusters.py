@@ -1,0 +1,75 @@
+"""Assignments of classes to clusters."""
+
+import pytest
+import torch
+
+from lastlayer import clusters
+
+
+@pytest.mark.parametrize(("num_classes", "num_clusters"), [(1, 1), (7, 3), (7, 7), (100, 9), (100_003, 317)])
+def test_even_clusters_are_even_and_in_order(num_classes, num_clusters):
+    ids = clusters.even(num_classes, num_clusters)
+    sizes = torch.bincount(ids)
+    assert ids.shape == (num_classes,)
+    assert len(sizes) == num_clusters
+    assert sizes.max() - sizes.min() <= 1
+    assert (ids.diff() >= 0).all()
+
+
+def zipf(num_classes):
+    return 1e6 / torch.arange(1, num_classes + 1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("num_clusters", [1, 10, 99, 1000])
+def test_frequency_clusters_follow_counts_and_none_is_empty(power, num_clusters):
+    shuffle = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    counts = zipf(1000)[shuffle]
+    ids = clusters.by_frequency(counts, num_clusters, power=power)
+    sizes = torch.bincount(ids, minlength=num_clusters)
+    assert len(sizes) == num_clusters
+    assert sizes.min() >= 1
+    by_count = ids[counts.argsort(descending=True)]
+    assert (by_count.diff() >= 0).all(), "a rarer class is in an earlier cluster"
+    if num_clusters == 10:
+        mass = torch.zeros(10, dtype=torch.float64).index_add(0, ids, counts**power)
+        largest = (counts**power).max()
+        assert (mass - mass.mean()).abs().max() <= largest + 1e-9
+
+
+def test_root_of_count_costs_least_as_in_the_literature():
+    """methods.md 3.4: Zipf, V = 10,000, 100 clusters: 140 scores a target against 200 with even clusters."""
+    counts = zipf(10_000)
+    share = counts / counts.sum()
+    cost = {}
+    for name, ids in (("root", clusters.by_frequency(counts, 100)), ("even", clusters.even(10_000, 100))):
+        cost[name] = 100 + float((share * torch.bincount(ids)[ids]).sum())
+    assert cost["even"] == pytest.approx(200)
+    assert cost["root"] < 150
+
+
+@pytest.mark.parametrize("counts", [torch.zeros(6), torch.ones(6), torch.tensor([0, 0, 5, 0, 0, 0])])
+def test_degenerate_counts(counts):
+    ids = clusters.by_frequency(counts, 3)
+    assert torch.bincount(ids, minlength=3).min() >= 1
+    if len(counts.unique()) == 1:
+        assert torch.bincount(ids).tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: clusters.even(0), ValueError, "num_classes"),
+        (lambda: clusters.even(5, 6), ValueError, "num_clusters must be between 1 and 5"),
+        (lambda: clusters.even(5, 0), ValueError, "num_clusters"),
+        (lambda: clusters.by_frequency([1, 2]), TypeError, "counts"),
+        (lambda: clusters.by_frequency(torch.tensor([])), ValueError, "counts"),
+        (lambda: clusters.by_frequency(torch.tensor([1.0, -2.0])), ValueError, r"counts\[1\] is -2"),
+        (lambda: clusters.by_frequency(torch.tensor([1.0, torch.nan])), ValueError, r"counts\[1\] is nan"),
+        (lambda: clusters.by_frequency(torch.ones(2, 2)), ValueError, "counts"),
+        (lambda: clusters.by_frequency(torch.ones(2), power=-1), ValueError, "power"),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
