@@ -65,7 +65,8 @@ def load_corpus(
         StudyError: a file that is no UTF-8 text, or a text with too little in it.
     """
     if not paths:
-        return make_corpus(EMBEDDED_NAME, library_lines(), min_count=min_count, split_signs=True)
+        least = MIN_COUNT if min_count is None else min_count  # the library itself speaks of "<unk>"
+        return make_corpus(EMBEDDED_NAME, library_lines(), min_count=least, split_signs=True)
     files = find_files(paths)
     held_out = _lines_of(files.held_out) if files.held_out else None
     return make_corpus(
