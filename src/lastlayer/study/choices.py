@@ -1,0 +1,53 @@
+"""The layers by the names that the command line knows them by; a new one is one entry."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lastlayer import clusters
+from lastlayer.layers.base import OutputLayer
+from lastlayer.layers.full import FullSoftmax
+from lastlayer.layers.hierarchical import HierarchicalSoftmax
+from lastlayer.study.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A layer as `compare` and `bench` make it.
+
+    Args:
+        description: one line for a reader who does not know it.
+        build: `build(in_features, counts (V,))` gives the layer; `counts` fall, as ids are sorted by frequency.
+    """
+
+    description: str
+    build: Callable[[int, Tensor], OutputLayer]
+
+
+CHOICES: dict[str, Choice] = {
+    "full": Choice("exact softmax over all classes", lambda d, counts: FullSoftmax(d, len(counts))),
+    "hierarchical": Choice(
+        "a cluster, then a class inside it",
+        lambda d, counts: HierarchicalSoftmax(d, len(counts), clusters=clusters.by_frequency(counts), sparse=True),
+    ),
+}
+
+
+def choose(names: str) -> list[str]:
+    """The names in a comma-separated list, each once, in its order.
+
+    Raises:
+        UsageError: a name that is not known (it lists those that are), or none.
+    """
+    chosen = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    unknown = [name for name in chosen if name not in CHOICES]
+    if unknown or not chosen:
+        problem = f"there is no layer {unknown[0]!r}" if unknown else "no layer was named"
+        raise UsageError(f"{problem}; the layers are: {', '.join(CHOICES)}")
+    return chosen
+
+
+def build_layer(name: str, in_features: int, counts: Tensor) -> OutputLayer:
+    """The layer called `name` for classes that occur `counts (V,)` times."""
+    return CHOICES[name].build(in_features, counts)
