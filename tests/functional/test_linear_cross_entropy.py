@@ -14,7 +14,7 @@ from lastlayer.functional import linear_chunks, linear_cross_entropy
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Chunks of a few rows, the last one not full."""
-    monkeypatch.setattr(linear_chunks, "CHUNK_LOGITS", 3 * 19)
+    monkeypatch.setattr(linear_chunks, "CHUNK_BYTES", 3 * 19 * 8)
 
 
 class Scaled(LogitMap):
@@ -137,7 +137,7 @@ def test_second_derivative_is_refused():
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_precision(monkeypatch, dtype, autocast):
     """No further from float64 than `F.cross_entropy` of `F.linear` in the same dtype."""
-    monkeypatch.setattr(linear_chunks, "CHUNK_LOGITS", 32 * 300)
+    monkeypatch.setattr(linear_chunks, "CHUNK_BYTES", 32 * 300 * 2)
     stored = torch.float32 if autocast else dtype
     hidden, weight, bias, targets = leaves(stored, rows=64, classes=300, width=32)
     scale = 0.3

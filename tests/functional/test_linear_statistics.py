@@ -10,7 +10,7 @@ from lastlayer.functional import linear_chunks, linear_statistics
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Chunks of a few rows, the last one not full."""
-    monkeypatch.setattr(linear_chunks, "CHUNK_LOGITS", 3 * 13)
+    monkeypatch.setattr(linear_chunks, "CHUNK_BYTES", 3 * 13 * 8)
 
 
 def leaves():

@@ -50,7 +50,7 @@ def test_tied_weight_is_the_embedding():
 
 def test_never_holds_all_logits(monkeypatch):
     """Training, target log-probabilities and top-k make no tensor of `N * V` numbers."""
-    monkeypatch.setattr(linear_chunks, "CHUNK_LOGITS", 5 * 100)
+    monkeypatch.setattr(linear_chunks, "CHUNK_BYTES", 5 * 100 * 4)
     layer, hidden, targets = FullSoftmax(4, 100), torch.randn(60, 4, requires_grad=True), torch.randint(100, (60,))
     with LargestTensor() as seen:
         layer(hidden, targets).backward()

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from lastlayer.functional.logit_map import LogitMap
 
-# Logits that one chunk holds. Larger chunks mean fewer passes over the weight's gradient, more memory.
-CHUNK_LOGITS = 1 << 25
+# What the logits of one chunk may take. Larger chunks mean fewer passes over the weight's gradient.
+CHUNK_BYTES = 1 << 28
+# Classes whose weight gradient is formed at once in low precision, before it is added to the float32 sum.
+BLOCK_CLASSES = 4096
 
 
 class Wanted(NamedTuple):
@@ -69,14 +71,14 @@ class LinearChunks:
     ) -> None:
         self.leaves = (hidden, weight, bias)
         self.exact = exact_dtype(dtype)
-        self.low = dtype != self.exact
         self.hidden = hidden.detach().to(dtype)
         self.weight = weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(self.exact)
         self.logit_map = logit_map
-        self.chunk_rows = max(1, CHUNK_LOGITS // len(weight))
-        self.product = self._buffer(dtype)
-        self.wide = self._buffer(self.exact) if self.low else self.product
+        # A map's values lie beside the logits they came from.
+        row_bytes = len(weight) * dtype.itemsize * (1 if logit_map is None else 2)
+        self.chunk_rows = max(1, min(CHUNK_BYTES // row_bytes, len(hidden)))
+        self.product = hidden.new_empty(self.chunk_rows, len(weight), dtype=dtype)
         self.sums: list[Tensor | None] = [None, None, None]
         self.map_sums: list[Tensor | None] = []
         self.wanted = Wanted(False, False, False, False)
@@ -84,10 +86,11 @@ class LinearChunks:
     def want(self, wanted: Wanted) -> None:
         """Says whose gradients `backward` is to form."""
         self.wanted = wanted
+        make = torch.empty_like if len(self.hidden) else torch.zeros_like
         if wanted.hidden:
-            self.sums[0] = torch.empty_like(self.hidden, dtype=self.exact)
+            self.sums[0] = make(self.hidden, dtype=self.exact)
         if wanted.weight:
-            self.sums[1] = torch.zeros_like(self.weight, dtype=self.exact)
+            self.sums[1] = make(self.weight, dtype=self.exact, memory_format=torch.contiguous_format)
         if wanted.bias:
             self.sums[2] = torch.zeros(len(self.weight), dtype=self.exact, device=self.weight.device)
 
@@ -95,16 +98,16 @@ class LinearChunks:
         for start in range(0, len(self.hidden), self.chunk_rows):
             yield slice(start, min(start + self.chunk_rows, len(self.hidden)))
 
+    def products(self, rows: slice) -> Tensor:  # (n, V)
+        """The logits of some rows before the bias, in the dtype of the products, in a buffer."""
+        return torch.mm(self.hidden[rows], self.weight.T, out=self.product[: rows.stop - rows.start])
+
     def logits(self, rows: slice) -> Tensor:  # (n, V)
-        """The raw logits of some rows, in a buffer; the bias is added in full precision."""
-        product = self.product[: rows.stop - rows.start]
-        if self.low:
-            torch.mm(self.hidden[rows], self.weight.T, out=product)
-            wide = self.wide[: len(product)]
-            return wide.copy_(product) if self.bias is None else torch.add(product, self.bias, out=wide)
-        if self.bias is None:
-            return torch.mm(self.hidden[rows], self.weight.T, out=product)
-        return torch.addmm(self.bias, self.hidden[rows], self.weight.T, out=product)
+        """The raw logits of some rows; the bias is added in float32 at least."""
+        product = self.products(rows)
+        if product.dtype != self.exact:
+            product = product.to(self.exact)
+        return product if self.bias is None else product.add_(self.bias)
 
     def map(self, logits: Tensor) -> Tensor:
         """The logits as the softmax sees them."""
@@ -120,18 +123,31 @@ class LinearChunks:
             if self.wanted.logit_map:
                 sums = self.map_sums or [None] * len(of_map)
                 self.map_sums = [_added(total, part) for total, part in zip(sums, of_map, strict=True)]
+        if gradient.dtype != self.product.dtype:
+            gradient = self.product[: len(gradient)].copy_(gradient)
+        self.multiply_back(rows, gradient)
+
+    def multiply_back(self, rows: slice, gradient: Tensor) -> None:
+        """The products of `gradient (n, V)`, of the raw logits and in the dtype of the products."""
         of_hidden, of_weight, of_bias = self.sums
-        if of_bias is not None:
-            of_bias.add_(gradient.sum(0))
-        factor = self.product[: len(gradient)].copy_(gradient) if self.low else gradient
+        hidden, first = self.hidden[rows], rows.start == 0
         if of_hidden is not None:
-            of_hidden[rows] = factor @ self.weight
-        if of_weight is None:
+            of_hidden[rows] = gradient @ self.weight
+        if gradient.dtype == self.exact:
+            if of_bias is not None:
+                of_bias.addmv_(gradient.T, gradient.new_ones(len(gradient)))
+            if of_weight is not None:
+                of_weight.addmm_(gradient.T, hidden, beta=0 if first else 1)
             return
-        if self.low:  # a low-precision product is rounded once, and summed exactly
-            of_weight.add_(factor.T @ self.hidden[rows])
-        else:
-            of_weight.addmm_(factor.T, self.hidden[rows])
+        # Products are rounded once a chunk and summed in float32, by blocks still in cache when they are added.
+        for start in range(0, gradient.shape[1], BLOCK_CLASSES):
+            classes = slice(start, start + BLOCK_CLASSES)
+            block = gradient[:, classes]
+            if of_bias is not None:
+                of_bias[classes].add_(block.to(self.exact).sum(0))
+            if of_weight is not None:
+                part = block.T @ hidden
+                of_weight[classes].copy_(part) if first else of_weight[classes].add_(part)
 
     def gradients(self) -> Gradients:
         """The sums over all chunks so far."""

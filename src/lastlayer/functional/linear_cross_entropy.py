@@ -1,6 +1,6 @@
 """Cross-entropy of a linear layer without its `(N, V)` logits."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from lastlayer.functional.checks import (
 from lastlayer.functional.first_order import first_order
 from lastlayer.functional.linear_chunks import LinearChunks, Wanted, exact_dtype, product_dtype
 from lastlayer.functional.logit_map import LogitMap, check_logit_map
+from lastlayer.kernels.softmax_rows import RowTerms, can_fuse, fused, plain
 
 
 def linear_cross_entropy(
@@ -93,24 +94,6 @@ def linear_cross_entropy(
     return loss.reshape(targets.shape)
 
 
-class _Terms(NamedTuple):
-    """The coefficients of a row's loss; with f its mapped logits, y its class, u the class weights, it is
-
-        hard (lse - f_y) + soft (Σ_c u_c lse - Σ_c u_c f_c) + square lse²
-
-    and so its gradient with respect to f_c is
-
-        p_c (hard + soft Σ u + 2 square lse) - hard [c = y] - soft u_c
-    """
-
-    ids: Tensor  # (N,) valid classes y
-    hard: Tensor  # (N,)
-    soft: Tensor | None  # (N,)
-    square: Tensor | None  # (N,)
-    class_weights: Tensor | None  # (V,) u; None: all 1
-    total: Tensor | float  # Σ u
-
-
 def _terms(
     ids: Tensor,
     kept: Tensor,
@@ -120,28 +103,26 @@ def _terms(
     num_classes: int,
     reduction: str,
     dtype: torch.dtype,
-) -> tuple[_Terms, Tensor | float]:
+) -> tuple[RowTerms, Tensor | float]:
     """The coefficients of every row; and what to add to a mean: nan where it is over nothing, else 0."""
     exact = exact_dtype(dtype)
     counted = kept.to(exact)
     ids = ids.masked_fill(~kept, 0)
-    if class_weights is None:
-        of_target, total = counted, float(num_classes)
-    else:
+    of_target = counted
+    if class_weights is not None:
         class_weights = class_weights.detach().to(exact)
-        of_target, total = class_weights[ids] * counted, class_weights.sum()
+        of_target = class_weights[ids] * counted
     share, square_share, absent = 1.0, 1.0, 0.0
     if reduction == "mean":
-        whole, count = of_target.sum(), counted.sum()
+        whole = of_target.sum()
         absent = whole / whole - 1
-        share, square_share = whole.reciprocal().nan_to_num(posinf=0.0), 1 / count.clamp(min=1)
-    terms = _Terms(
+        share, square_share = whole.reciprocal().nan_to_num(posinf=0.0), 1 / counted.sum().clamp(min=1)
+    terms = RowTerms(
         ids,
         (1 - smoothing) * share * of_target,
         smoothing / num_classes * share * counted if smoothing else None,
         z_loss * square_share * counted if z_loss else None,
         class_weights,
-        total,
     )
     return terms, absent
 
@@ -153,7 +134,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        terms: _Terms,
+        terms: RowTerms,
         logit_map: LogitMap | None,
         dtype: torch.dtype,
         reduction: str,
@@ -179,7 +160,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 hidden, weight, bias, *_ = ctx.saved_tensors
                 terms, logit_map, dtype = ctx.settings
                 chunks = LinearChunks(hidden, weight, bias, logit_map, dtype)
-                _run(chunks, _scaled(terms, scale), ctx.wanted)
+                _run(chunks, terms.scaled(scale), ctx.wanted)
                 formed = chunks.gradients()
             elif not (eager_on_cpu(scale) and float(scale) == 1.0):
                 for gradient in (*formed[:3], *formed.logit_map):
@@ -189,54 +170,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return first_order("linear_cross_entropy", gradients)
 
 
-def _scaled(terms: _Terms, scale: Tensor) -> _Terms:
-    return terms._replace(
-        hard=terms.hard * scale,
-        soft=None if terms.soft is None else terms.soft * scale,
-        square=None if terms.square is None else terms.square * scale,
-    )
-
-
-def _run(chunks: LinearChunks, terms: _Terms, wanted: Wanted | None) -> Tensor:  # (N,)
+def _run(chunks: LinearChunks, terms: RowTerms, wanted: Wanted | None) -> Tensor:  # (N,)
     """The loss of every row; forms the gradients of their sum where wanted."""
+    form = wanted is not None
     if wanted is not None:
         chunks.want(wanted)
     row_loss = torch.empty_like(terms.hard)
     for rows in chunks:
-        logits = chunks.logits(rows)
-        values = chunks.map(logits)
-        row_loss[rows] = _softmax_chunk(values, rows, terms, wanted is not None)
-        if wanted is not None:
+        if terms.soft is None and chunks.logit_map is None and can_fuse(chunks.product):
+            logits = chunks.products(rows)
+            row_loss[rows] = fused(logits, chunks.bias, terms.of(rows), form)
+            chunks.multiply_back(rows, logits)
+        else:
+            logits = chunks.logits(rows)
+            values = chunks.map(logits)
+            row_loss[rows] = plain(values, terms.of(rows), form)
             chunks.backward(rows, logits, values)
     return row_loss
-
-
-def _softmax_chunk(values: Tensor, rows: slice, terms: _Terms, with_gradient: bool) -> Tensor:
-    """The loss of a chunk's rows; `values (n, V)` become their gradient, or are lost."""
-    ids, hard = terms.ids[rows, None], terms.hard[rows]
-    soft = None if terms.soft is None else terms.soft[rows]
-    square = None if terms.square is None else terms.square[rows]
-    weights = terms.class_weights
-    at_target = values.gather(1, ids)[:, 0]
-    weighted = None
-    if soft is not None:
-        weighted = values.sum(1) if weights is None else values @ weights
-
-    peak = values.amax(1)
-    mass = values.sub_(peak[:, None]).exp_().sum(1)
-    log_normalizer = peak + mass.log()
-
-    loss = hard * (log_normalizer - at_target)
-    of_normalizer = hard
-    if soft is not None and weighted is not None:
-        loss = loss + soft * (terms.total * log_normalizer - weighted)
-        of_normalizer = of_normalizer + soft * terms.total
-    if square is not None:
-        loss = loss + square * log_normalizer.square()
-        of_normalizer = of_normalizer + 2 * square * log_normalizer
-    if with_gradient:
-        values.mul_((of_normalizer / mass)[:, None])
-        values.scatter_add_(1, ids, -hard[:, None])
-        if soft is not None:
-            values.sub_(soft[:, None] if weights is None else torch.outer(soft, weights))
-    return loss

@@ -137,9 +137,9 @@ class FullSoftmax(OutputLayer):
         return logits.log_softmax(-1)
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        answer = linear_statistics(hidden, self.weight, targets, bias=self.bias, logit_map=self.logit_map)
-        assert answer.target_log_prob is not None  # targets were given
-        return answer.target_log_prob
+        return -linear_cross_entropy(
+            hidden, self.weight, targets, bias=self.bias, logit_map=self.logit_map, reduction="none"
+        )
 
     def _topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
         answer = linear_statistics(hidden, self.weight, bias=self.bias, logit_map=self.logit_map, k=k)
