@@ -28,7 +28,7 @@ def test_equals_plain(monkeypatch, shape, with_square, threads):
     if with_square:
         terms = terms._replace(square=torch.linspace(0, 0.1, shape[0]))
     exact = logits.double() + bias.double()
-    expected = plain(exact, terms.scaled(torch.ones((), dtype=torch.float64)), True)
+    expected = plain(exact, terms.scaled(torch.ones(shape[0], dtype=torch.float64)), True)
     kept = logits.clone()
     loss = fused(logits, bias, terms, False)
     assert torch.equal(logits, kept), "rows changed though no gradient was asked for"

@@ -1,0 +1,135 @@
+"""FullSoftmax against PyTorch's own, forward + backward: time, memory, and distance from float64.
+
+python benchmarks/full_softmax.py [--rows 4096] [--rounds 3]
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lastlayer import FullSoftmax
+from lastlayer.study.measure import interleaved, peak_bytes, write_records
+
+RESULTS = Path(__file__).parent / "results" / "full_softmax.json"
+IN_FEATURES, NUM_CLASSES = 512, 128_000
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    layer = FullSoftmax(IN_FEATURES, NUM_CLASSES)
+    records = time_and_memory(layer, arguments.rows, arguments.rounds)
+    records += distances(layer, arguments.rows // 2)
+    for record in records:
+        print("  ".join(f"{key}={value}" for key, value in record.items()))
+    write_records(RESULTS, records, notes="forward + backward; memory beyond the parameters and their gradients")
+
+
+def steps(layer: FullSoftmax, hidden: Tensor, targets: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """A loss by name; "autocast" ones run in bfloat16."""
+
+    def own() -> Tensor:
+        return layer(hidden, targets)
+
+    def plain() -> Tensor:
+        return F.cross_entropy(F.linear(hidden, layer.weight, layer.bias), targets)
+
+    losses = {"FullSoftmax": own, "F.linear + F.cross_entropy": plain}
+    if hasattr(F, "linear_cross_entropy"):  # PyTorch 2.13
+        best = torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=512)
+        losses["F.linear_cross_entropy, chunks of 512"] = lambda: F.linear_cross_entropy(
+            hidden, layer.weight, targets, linear_bias=layer.bias, options=best
+        )
+    autocast = {f"{name}, autocast": in_bfloat16(losses[name]) for name in list(losses)[:2]}
+    return {**losses, **autocast}
+
+
+def in_bfloat16(loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same under bfloat16 autocast."""
+
+    def under_autocast() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss()
+
+    return under_autocast
+
+
+def time_and_memory(layer: FullSoftmax, rows: int, rounds: int) -> list[dict[str, Any]]:
+    """One record a peer."""
+    leaves = [torch.randn(rows, IN_FEATURES, requires_grad=True), *layer.parameters()]
+    losses = steps(layer, leaves[0], torch.randint(NUM_CLASSES, (rows,)))
+
+    def step_of(loss: Callable[[], Tensor]) -> Callable[[], None]:
+        def step() -> None:
+            for leaf in leaves:
+                leaf.grad = None
+            loss().backward()
+
+        return step
+
+    peers = {name: step_of(loss) for name, loss in losses.items()}
+    gradient_bytes = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    memory = {}
+    for name, step in peers.items():  # the first run of each, so the warm-up too
+        for leaf in leaves:
+            leaf.grad = None
+        memory[name] = peak_bytes(step) - gradient_bytes
+    timings = interleaved(peers, rounds=rounds, warmup=0)
+    plain = "F.linear + F.cross_entropy"
+    return [
+        {
+            "case": "train",
+            "name": name,
+            "num_classes": NUM_CLASSES,
+            "in_features": IN_FEATURES,
+            "batch": rows,
+            "ms": round(timing.ms, 1),
+            "low_ms": round(timing.low_ms, 1),
+            "high_ms": round(timing.high_ms, 1),
+            "runs": timing.runs,
+            "ratio_to_plain": round(timing.ms / timings[plain].ms, 3),
+            "peak_bytes": memory[name],
+            "memory_ratio_to_plain": round(memory[name] / memory[plain], 4),
+        }
+        for name, timing in timings.items()
+    ]
+
+
+def distances(layer: FullSoftmax, rows: int) -> list[dict[str, Any]]:
+    """How far loss and gradients under autocast are from those of float64 (chunked too: tested to be exact)."""
+    hidden, targets = torch.randn(rows, IN_FEATURES), torch.randint(NUM_CLASSES, (rows,))
+
+    def answer(kind: str) -> list[Tensor]:
+        exact = kind == "exact"
+        model = FullSoftmax(IN_FEATURES, NUM_CLASSES, dtype=torch.float64) if exact else layer
+        model.load_state_dict(layer.state_dict())
+        leaves = [hidden.to(model.weight.dtype).requires_grad_(), *model.parameters()]
+        losses = steps(model, leaves[0], targets)
+        loss = losses["FullSoftmax" if exact else kind]()
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    truth = answer("exact")
+    records = []
+    for name in ("FullSoftmax, autocast", "F.linear + F.cross_entropy, autocast"):
+        errors = [
+            float((part.double() - exact).norm() / exact.norm())
+            for part, exact in zip(answer(name), truth, strict=True)
+        ]
+        named = zip(("loss", "hidden", "weight", "bias"), errors, strict=True)
+        records.append(
+            {"case": "distance", "name": name, "batch": rows, **{k: float(f"{e:.3e}") for k, e in named}}
+        )
+    return records
+
+
+if __name__ == "__main__":
+    main()
