@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lastlayer.functional.grouped import group_by_cluster
+from lastlayer.functional.groups import group_by_cluster
 
 # (rows of the batch (n,), first weight row of the cluster, its size) to log-probabilities within it, (n, size)
 OpenCluster = Callable[[Tensor, int, int], Tensor]
@@ -60,10 +60,10 @@ def _open(
 ) -> tuple[Tensor, Tensor]:  # both (P, at most k)
     """The best classes of each (row, cluster) pair, -inf where a cluster has fewer."""
     groups = group_by_cluster(clusters, offsets)
-    width = min(k, max(groups.sizes, default=1))
+    width = min(k, int(groups.sizes.max(initial=1)))
     values = bounds.new_full((len(rows), width), -torch.inf)
     slots = rows.new_zeros(len(rows), width)
-    for pairs, start, size in zip(groups.order.split(groups.rows), groups.starts, groups.sizes, strict=True):
+    for pairs, start, size in groups.each():
         own = open_cluster(rows[pairs], start, size) + bounds[pairs, None]
         found = own.topk(min(k, size))
         values[pairs, : found.values.shape[1]] = found.values
@@ -84,7 +84,7 @@ def sample_within(
     groups = group_by_cluster(pairs // num_rows, offsets)
     slots = torch.empty_like(draws)
     place = 0
-    for own, start, size in zip(groups.order.split(groups.rows), groups.starts, groups.sizes, strict=True):
+    for own, start, size in groups.each():
         wanted = counts[own]
         most, total = int(wanted.max()), int(wanted.sum())
         drawn = torch.multinomial(open_cluster(pairs[own] % num_rows, start, size).exp(), most, replacement=True)

@@ -64,6 +64,10 @@ def check_targets(targets: Tensor, shape: torch.Size, num_classes: int, ignore_i
         raise TypeError(f"targets must be class ids of dtype torch.int64, got {targets.dtype}")
     if targets.shape != shape:
         raise ValueError(f"targets must have hidden's leading shape {tuple(shape)}, got {tuple(targets.shape)}")
+    if eager_on_cpu(targets) and targets.numel():
+        least, most = targets.aminmax()
+        if least.item() >= 0 and most.item() < num_classes:  # the usual case, in one pass
+            return
     valid = (targets >= 0) & (targets < num_classes)
     if ignore_index is not None:
         valid |= targets == ignore_index

@@ -5,11 +5,13 @@ from torch import Tensor
 
 def reduce_loss(
     row_loss: Tensor,  # (...), 0 where ignored
-    kept: Tensor,  # (...), bool
+    kept: Tensor | None,  # (...), bool; None: every row is
     reduction: str,
 ) -> Tensor:  # (), or (...) for "none"
     """`row_loss` reduced as `F.cross_entropy` does: "mean" divides by the rows that are kept (none: nan)."""
     if reduction == "none":
         return row_loss
+    if kept is None:
+        return row_loss.sum() if reduction == "sum" else row_loss.mean()
     total = row_loss.sum()
     return total if reduction == "sum" else total / kept.sum()

@@ -34,8 +34,8 @@ def keep_coalesced(parameter: nn.Parameter) -> None:
 def _mark_if_increasing(parameter: Tensor) -> None:
     grad = parameter.grad
     if grad is not None and grad.is_sparse and not grad.is_coalesced():
-        rows = grad._indices()[0]
-        if bool((rows[1:] > rows[:-1]).all()):  # two gradients added up are not
+        rows = grad._indices()[0].cpu().numpy()
+        if (rows[1:] > rows[:-1]).all():  # not where two gradients were added up
             grad._coalesced_(True)
 
 

@@ -150,8 +150,10 @@ class OutputLayer(nn.Module, ABC):
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The reduced loss; `targets` may hold `ignore_index`."""
-        row_loss = self._at_kept(self._row_loss, hidden, targets)
-        return reduce_loss(row_loss, targets != self.ignore_index, self.reduction)
+        kept = targets != self.ignore_index
+        if eager_on_cpu(targets) and bool(kept.all()):  # the usual case, in few operations
+            return reduce_loss(self._row_loss(hidden, targets), None, self.reduction)
+        return reduce_loss(self._at_kept(self._row_loss, hidden, targets), kept, self.reduction)
 
     def _topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """`(log_prob, indices)`, both `(N, k)`, best first."""

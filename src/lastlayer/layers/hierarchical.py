@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from lastlayer.functional.best_first import best_first_topk, sample_within
 from lastlayer.functional.clusters import check_clusters, even
-from lastlayer.functional.grouped import group_by_cluster, grouped_log_prob
 from lastlayer.functional.linear_chunks import as_exact
 from lastlayer.functional.row_sparse import GradientMemory, keep_coalesced
+from lastlayer.functional.two_level import TwoLevel, two_level_log_prob
 from lastlayer.layers.base import OutputLayer
 
 
@@ -132,14 +132,12 @@ class HierarchicalSoftmax(OutputLayer):
         return log_prob.index_select(1, self._slots)
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        clusters = self._clusters.index_select(0, targets)
-        head = self._head_log_prob(hidden).gather(1, clusters[:, None])[:, 0]
-        return head + grouped_log_prob(
+        return two_level_log_prob(
             hidden,
-            self.weight,
-            self.bias,
+            TwoLevel(self.head_weight, self.head_bias, self.weight, self.bias),
+            self._clusters.index_select(0, targets),
             self._slots.index_select(0, targets),
-            group_by_cluster(clusters, self.offsets),
+            self.offsets,
             sparse=self.sparse,
             memory=self._memory,
         )

@@ -186,8 +186,8 @@ class _DenseGradient(torch.autograd.Function):
         return parameter.view_as(parameter)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad.to_dense()
+    def backward(ctx: Any, *upstream: Tensor) -> Tensor:
+        return upstream[0].to_dense()
 
 
 def law_low_precision(case: LayerCase) -> None:

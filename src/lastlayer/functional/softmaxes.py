@@ -1,0 +1,115 @@
+"""Many softmaxes side by side, each of some rows of a batch over its own rows of one weight."""
+
+import functools
+import importlib.util
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lastlayer.functional.groups import Groups
+from lastlayer.functional.linear_chunks import exact_dtype
+from lastlayer.kernels import grouped as kernels
+from lastlayer.kernels.grouped import GroupArrays
+
+# From so many rows of the batch, and so many multiply-adds, in one group on, PyTorch's matrix product beats the
+# compiled loops: it costs more to call, and less per number.
+MANY_ROWS = 4
+MUCH_WORK = 1 << 19
+
+
+class Softmaxes(NamedTuple):
+    """The groups of a batch, and who computes each: small ones the compiled loops, where these can run."""
+
+    small: GroupArrays
+    large: list[tuple[int, ...]]  # the same fields, a tuple a group
+    num_residuals: int
+
+    @classmethod
+    def of(cls, groups: Groups, hidden: Tensor, weight: Tensor, *, compact: bool = False) -> "Softmaxes":
+        """Plans the work; `compact` gradients hold the groups' rows only, one group after the other."""
+        numbers = groups.counts * groups.sizes
+        ends = numbers.cumsum()
+        outs = groups.sizes.cumsum() - groups.sizes if compact else groups.starts
+        arrays = GroupArrays(groups.rows, groups.counts, groups.starts, groups.sizes, ends - numbers, outs)
+        total = int(ends[-1]) if len(ends) else 0
+        if can_compile(hidden, weight):
+            small = (groups.counts < MANY_ROWS) | (numbers * hidden.shape[1] < MUCH_WORK)
+        else:
+            small = np.zeros(len(numbers), dtype=bool)
+        if small.all():
+            return cls(arrays, [], total)
+        large = [tuple(numbers) for numbers in zip(*(array[~small].tolist() for array in arrays), strict=True)]
+        return cls(GroupArrays(*(array[small] for array in arrays)), large, total)
+
+    def forward(
+        self,
+        rows: Tensor,  # (N, d), sorted by group
+        weight: Tensor,  # (V, d)
+        bias: Tensor | None,  # (V,)
+        slots: Tensor,  # (N,), the weight row of each target
+        log_prob: Tensor,  # (N,), gains the log-softmax at the targets
+        slope: Tensor,  # (N, d), or (0, d) for none; gains residual @ weight
+    ) -> Tensor:  # flat, a group after the other
+        """Residuals `softmax(rows @ weight.T + bias) - one_hot(target)` of every group."""
+        residual = log_prob.new_empty(self.num_residuals)
+        if len(self.small.rows):
+            arrays = (rows, weight, rows[:0, 0] if bias is None else bias, slots, residual, log_prob, slope)
+            kernels.softmax_forward(
+                self.small, *(t.detach().numpy() for t in arrays), threads=torch.get_num_threads()
+            )
+        for row, count, start, size, place, _ in self.large:
+            own = slice(row, row + count)
+            block = weight.narrow(0, start, size).to(rows.dtype)
+            if bias is None:
+                logits = rows[own] @ block.T
+            else:
+                logits = torch.addmm(bias.narrow(0, start, size).to(rows.dtype), rows[own], block.T)
+            flat = residual.narrow(0, place, count * size).view(count, size)
+            log_p = torch.log_softmax(logits, 1, dtype=exact_dtype(rows.dtype), out=flat)
+            targets = (slots[own] - start)[:, None]
+            picked = log_p.gather(1, targets)
+            log_prob[own] += picked[:, 0]
+            log_p.exp_().scatter_add_(1, targets, torch.full_like(picked, -1))
+            if len(slope):
+                slope[own].addmm_(flat.to(rows.dtype), block)
+        return residual
+
+    def backward(
+        self,
+        rows: Tensor,  # (N, d), sorted by group
+        residual: Tensor,  # flat, from the forward pass
+        scale: Tensor,  # (N,), sorted by group
+        of_weight: Tensor,  # (R, d), written at the groups' rows
+        of_bias: Tensor,  # (R,), likewise
+    ) -> None:
+        """Writes the gradients of weight and bias, `(scale * residual).T @ rows` and its sums, each row once."""
+        if len(self.small.rows):
+            arrays = (rows, residual, scale, of_weight, of_bias)
+            kernels.softmax_backward(self.small, *(t.numpy() for t in arrays), threads=torch.get_num_threads())
+        for row, count, _, size, place, out in self.large:
+            own = slice(row, row + count)
+            of_logits = residual.narrow(0, place, count * size).view(count, size) * scale[own, None]
+            into = of_weight.narrow(0, out, size)
+            if into.dtype == rows.dtype:
+                torch.mm(of_logits.T.to(rows.dtype), rows[own], out=into)
+            else:  # a float32 gradient of products taken in half precision
+                into.copy_(of_logits.T.to(rows.dtype) @ rows[own])
+            of_bias.narrow(0, out, size).copy_(of_logits.sum(0))
+
+
+def can_compile(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the compiled loops take these tensors; else PyTorch's operations do all the work."""
+    return (
+        hidden.device.type == "cpu"
+        and hidden.dtype == weight.dtype
+        and hidden.dtype in (torch.float32, torch.float64)
+        and weight.is_contiguous()
+        and _numba_is_there()
+    )
+
+
+@functools.cache
+def _numba_is_there() -> bool:
+    return importlib.util.find_spec("numba") is not None

@@ -1,0 +1,132 @@
+"""`log P(cluster) + log P(class | cluster)` with the batch grouped by cluster, and its gradient."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lastlayer.functional.groups import group_by_cluster, touched_rows, whole_batch
+from lastlayer.functional.linear_chunks import exact_dtype, product_dtype
+from lastlayer.functional.row_sparse import GradientMemory, row_sparse
+from lastlayer.functional.softmaxes import Softmaxes, can_compile
+from lastlayer.functional.two_level_small import SmallTwoLevelLogProb
+
+# Multiply-adds of a batch up to which compiled loops beat PyTorch's operations, which cost microseconds each to
+# call.
+SMALL_WORK = 1 << 20
+
+
+class TwoLevel(NamedTuple):
+    """The parameters of both levels."""
+
+    head_weight: Tensor  # (C, d)
+    head_bias: Tensor | None  # (C,)
+    weight: Tensor  # (V, d), cluster after cluster
+    bias: Tensor | None  # (V,)
+
+
+def two_level_log_prob(
+    hidden: Tensor,  # (N, d)
+    parameters: TwoLevel,
+    clusters: Tensor,  # (N,), the cluster of each target
+    slots: Tensor,  # (N,), the row of each target in `weight`
+    offsets: Tensor,  # (C + 1,): cluster c holds the rows from offsets[c] up to offsets[c + 1]
+    *,
+    sparse: bool = False,
+    memory: GradientMemory | None = None,
+) -> Tensor:  # (N,)
+    """`log P(cluster) + log P(class | cluster)` of the targets; of the second level only touched rows are read.
+
+    Equals, a row at a time,
+
+        (head_weight @ h + head_bias).log_softmax(0)[c] + (weight[a:b] @ h + bias[a:b]).log_softmax(0)[slot - a]
+
+    where cluster c holds the rows from a up to b. The batch is sorted by cluster, so there is no `(N, rows, d)`
+    gather: every touched cluster is read once, forward and backward together, and of the gradient of `weight` only
+    touched clusters are written, once. Once differentiable.
+
+    Args:
+        sparse: the gradients of `weight` and `bias` hold the touched clusters' rows only, coalesced.
+        memory: lends the memory for the gradient of `weight`.
+    """
+    dtype = product_dtype(hidden)
+    num_clusters, (num_classes, width) = len(offsets) - 1, parameters.weight.shape
+    work = len(hidden) * (num_clusters + num_classes // num_clusters) * width
+    small = 0 < work < SMALL_WORK and dtype == hidden.dtype and can_compile(hidden, parameters.weight)
+    function: Any = SmallTwoLevelLogProb if small else _TwoLevelLogProb
+    with torch.autocast(hidden.device.type, enabled=False):
+        return function.apply(hidden.to(dtype), *parameters, clusters, slots, offsets, sparse, memory)
+
+
+class _TwoLevelLogProb(torch.autograd.Function):
+    """Each level is a softmax p over weight rows W with target t. With the residual r = p - e_t and scale = -g:
+
+    hidden: scale W^T r        its factor of scale is formed in the forward pass, while W is in the cache
+    weight: (scale r) h^T      summed over the batch: one product a cluster
+    bias:   scale r            summed likewise
+
+    The head is a level of one group, the whole batch; inside the clusters each group has its own weight rows.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        clusters: Tensor,
+        slots: Tensor,
+        offsets: Tensor,
+        sparse: bool,
+        memory: GradientMemory | None,
+    ) -> Tensor:
+        groups = group_by_cluster(clusters, offsets)
+        order = groups.order
+        rows, slots, clusters = (t.index_select(0, order) for t in (hidden, slots, clusters))
+        head = Softmaxes.of(whole_batch(len(rows), len(head_weight)), rows, head_weight)
+        inner = Softmaxes.of(groups, rows, weight, compact=sparse)
+        log_prob = rows.new_zeros(len(rows), dtype=exact_dtype(rows.dtype))
+        slope = torch.zeros_like(rows) if ctx.needs_input_grad[0] else rows[:0]
+        head_residual = head.forward(rows, head_weight, head_bias, clusters, log_prob, slope)
+        residual = inner.forward(rows, weight, bias, slots, log_prob, slope)
+        ctx.save_for_backward(order, rows, slope, head_residual, residual)
+        ctx.levels, ctx.groups, ctx.sparse, ctx.memory = (head, inner), groups, sparse, memory
+        ctx.like, ctx.num_clusters, ctx.num_classes = weight[:0], len(head_weight), len(weight)
+        return torch.empty_like(log_prob).index_copy_(0, order, log_prob)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        order, rows, slope, head_residual, residual = ctx.saved_tensors
+        (head, inner), wanted, like = ctx.levels, ctx.needs_input_grad, ctx.like
+        scale = upstream[0].index_select(0, order).neg_()
+        of_hidden = of_head_weight = of_head_bias = of_weight = of_bias = None
+        if wanted[0]:
+            of_hidden = torch.empty_like(slope).index_copy_(0, order, slope * scale[:, None].to(slope.dtype))
+        if wanted[1] or wanted[2]:
+            of_head_weight = like.new_zeros(ctx.num_clusters, rows.shape[1])
+            of_head_bias = like.new_zeros(ctx.num_clusters)
+            head.backward(rows, head_residual, scale, of_head_weight, of_head_bias)
+        if wanted[3] or wanted[4]:
+            of_weight, of_bias = _inner_gradients(ctx, inner, rows, residual, scale)
+        gradients = (of_hidden, of_head_weight, of_head_bias, of_weight, of_bias)
+        return (*(g if want else None for g, want in zip(gradients, wanted, strict=False)), *[None] * 5)
+
+
+def _inner_gradients(
+    ctx: Any, inner: Softmaxes, rows: Tensor, residual: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of weight and bias: dense, or of the touched clusters' rows only."""
+    like, num_classes = ctx.like, ctx.num_classes
+    if not ctx.sparse:
+        of_weight, of_bias = like.new_zeros(num_classes, rows.shape[1]), like.new_zeros(num_classes)
+        inner.backward(rows, residual, scale, of_weight, of_bias)
+        return of_weight, of_bias
+    touched = touched_rows(ctx.groups)
+    of_weight = (ctx.memory or GradientMemory()).lend((len(touched), rows.shape[1]), like)
+    of_bias = like.new_empty(len(touched))
+    inner.backward(rows, residual, scale, of_weight, of_bias)
+    return row_sparse(touched, of_weight, num_classes), row_sparse(touched, of_bias, num_classes)

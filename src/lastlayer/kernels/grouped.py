@@ -1,0 +1,99 @@
+"""Many tiny softmaxes, each over its own few rows of one large matrix; compiled by numba, arrays in, arrays out.
+
+numba is imported when a function here first runs. Where one or two rows of the batch fall into a cluster, a matrix
+product per cluster is all overhead, and what remains is reading each cluster's weight once.
+`functional/two_level.py` holds the same in plain PyTorch.
+"""
+
+import functools
+import itertools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Multiply-adds below which handing half of the groups to another thread costs more than it saves.
+WORTH_A_THREAD = 1 << 19
+
+
+class GroupArrays(NamedTuple):
+    """Some groups: rows `rows[g]` up to `rows[g] + counts[g]` share the weight rows from `starts[g]`."""
+
+    rows: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    places: NDArray[np.int64]  # where the group's (counts, sizes) numbers begin in the flat residuals
+    outs: NDArray[np.int64]  # first row of the group in the weight's gradient
+
+
+def softmax_forward(
+    groups: GroupArrays,
+    hidden: NDArray[Any],  # (N, d), sorted by group
+    weight: NDArray[Any],  # (V, d)
+    bias: NDArray[Any],  # (V,), or (0,) for none
+    slots: NDArray[np.int64],  # (N,), the weight row of each target
+    residual: NDArray[Any],  # flat; becomes softmax - one_hot(target), group after group
+    log_prob: NDArray[Any],  # (N,); gains the target's log-probability in its group
+    slope: NDArray[Any],  # (N, d), or (0, d) for none; gains residual @ weight
+    threads: int,
+) -> None:
+    """For every group `log_softmax(hidden @ weight.T + bias)` at the targets, and what its gradient needs."""
+    from lastlayer.kernels import grouped_loops
+
+    _spread(grouped_loops.forward, groups, (hidden, weight, bias, slots, residual, log_prob, slope), threads)
+
+
+def softmax_backward(
+    groups: GroupArrays,
+    hidden: NDArray[Any],  # (N, d), sorted by group
+    residual: NDArray[Any],  # flat, from the forward pass
+    scale: NDArray[Any],  # (N,)
+    grad_weight: NDArray[Any],  # (R, d); rows of the groups become (scale * residual).T @ hidden
+    grad_bias: NDArray[Any],  # (R,), or (0,) for none; likewise the sums over the batch
+    threads: int,
+) -> None:
+    """The gradients of weight and bias, every row written once."""
+    from lastlayer.kernels import grouped_loops
+
+    _spread(grouped_loops.backward, groups, (hidden, residual, scale, grad_weight, grad_bias), threads)
+
+
+def small_forward(*arguments: Any) -> Any:
+    """Both levels of a hierarchical softmax for a small batch, as `grouped_loops.small_forward` says."""
+    from lastlayer.kernels import grouped_loops
+
+    return grouped_loops.small_forward(*arguments)
+
+
+def small_backward(*arguments: Any) -> None:
+    """Its gradients, as `grouped_loops.small_backward` says."""
+    from lastlayer.kernels import grouped_loops
+
+    grouped_loops.small_backward(*arguments)
+
+
+def _spread(kernel: Callable[..., None], groups: GroupArrays, arrays: tuple[Any, ...], threads: int) -> None:
+    """Runs `kernel` over all groups, in parts of about equal work on `threads` threads."""
+    num_groups = len(groups.sizes)
+    work = (groups.sizes * (groups.counts + 1)).cumsum()
+    total = int(work[-1])
+    threads = min(threads, num_groups, total * arrays[0].shape[1] // WORTH_A_THREAD)
+    if threads <= 1:
+        kernel(0, num_groups, *groups, *arrays)
+        return
+    cuts = [0, *np.searchsorted(work, [total * part / threads for part in range(1, threads)]).tolist(), num_groups]
+    parts = list(itertools.pairwise(cuts))
+    others = [_pool(os.getpid()).submit(kernel, *part, *groups, *arrays) for part in parts[1:]]
+    kernel(*parts[0], *groups, *arrays)
+    for other in others:
+        other.result()
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Threads of this process; a forked child has none of its parent's."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="lastlayer")
