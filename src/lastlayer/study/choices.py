@@ -33,6 +33,8 @@ CHOICES: dict[str, Choice] = {
     ),
 }
 
+DEFAULT_LAYERS = "full,hierarchical"
+
 
 def choose(names: str) -> list[str]:
     """The names in a comma-separated list, each once, in its order.

@@ -1,5 +1,7 @@
 """A small language model under any output layer: embedding, LSTM, output layer."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -49,11 +51,16 @@ class LanguageModel(nn.Module):
 def make_optimizers(model: LanguageModel, learning_rate: float) -> list[torch.optim.Optimizer]:
     """Adam for the LSTM; Adagrad for what has a row for every word: it takes row-sparse and dense gradients by the
     same rule, so that no output layer has a better optimizer than another."""
-    checks = torch.sparse.check_sparse_tensor_invariants
-    if not checks.is_enabled():
-        checks.disable()  # said aloud, so that Adagrad does not warn of it at its first sparse gradient
     tables = [*model.embedding.parameters(), *model.output.parameters()]
     return [
         torch.optim.Adam(model.lstm.parameters(), lr=learning_rate / 50),
-        torch.optim.Adagrad(tables, lr=learning_rate),
+        adagrad(tables, learning_rate),
     ]
+
+
+def adagrad(parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.Adagrad:
+    """Adagrad that does not warn at its first row-sparse gradient."""
+    checks = torch.sparse.check_sparse_tensor_invariants
+    if not checks.is_enabled():
+        checks.disable()  # as they are anyway; said aloud, PyTorch does not mention it
+    return torch.optim.Adagrad(parameters, lr=learning_rate)

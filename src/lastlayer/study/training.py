@@ -17,8 +17,8 @@ from lastlayer.study.evaluation import evaluate
 from lastlayer.study.language_model import LanguageModel, State, make_optimizers
 from lastlayer.study.measure import synchronise
 
-CURVE_AT = (0.02, 0.05, 0.1, 0.18, 0.28, 0.4, 0.52, 0.64, 0.76, 0.88, 1.0)  # shares of the budget
-CURVE_TOKENS = 7_000
+CURVE_AT = (0.03, 0.08, 0.16, 0.26, 0.38, 0.5, 0.62, 0.75, 0.88, 1.0)  # shares of the budget
+CURVE_TOKENS = 4_000
 DECAY_FROM, FINAL_RATE = 0.5, 0.05  # the learning rate falls linearly over the second half
 CLIP = 0.5
 SAVE_EVERY = 20.0  # seconds

@@ -1,0 +1,76 @@
+"""`lastlayer compare`: which output layer suits this text?"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lastlayer.cli.options import Common, Records
+from lastlayer.study.choices import DEFAULT_LAYERS, choose
+from lastlayer.study.compare import Comparison, Plan
+from lastlayer.study.errors import UsageError
+from lastlayer.study.text import load_corpus
+from lastlayer.study.training import Budget
+
+SECONDS = 60.0
+DEFAULTS = Plan([], Budget())
+
+
+def compare(
+    common: Common,
+    more_text: Annotated[list[Path] | None, typer.Argument(metavar="[PATH]...", hidden=True)] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Text files, plain or .xz, or a folder with a train and a valid file. "
+            "Not given: the source of Python's standard library."
+        ),
+    ] = None,
+    layers: Annotated[str, typer.Option(help="Which layers, with commas between them.")] = DEFAULT_LAYERS,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.1, help=f"Training time of each layer [default: {SECONDS:g}].")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps of each layer, instead of --seconds.")
+    ] = None,
+    min_count: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rarer words become <unk> [default: 3, or 1 if the text already has <unk>]."),
+    ] = None,
+    split_signs: Annotated[
+        bool, typer.Option("--split-signs", help="Separate punctuation from words, in text where it is not.")
+    ] = False,
+    width: Annotated[int, typer.Option(min=1, help="Of embedding, LSTM and hidden states.")] = DEFAULTS.width,
+    batch: Annotated[int, typer.Option(min=1, help="Parallel streams through the text.")] = DEFAULTS.batch,
+    window: Annotated[int, typer.Option(min=1, help="Words of each stream in a step.")] = DEFAULTS.window,
+    learning_rate: Annotated[
+        float, typer.Option(min=1e-9, help="Of Adagrad; Adam for the LSTM has a fiftieth.")
+    ] = DEFAULTS.learning_rate,
+    held_out_tokens: Annotated[
+        int, typer.Option(min=1, help="At most so many held-out words for the final perplexity.")
+    ] = DEFAULTS.held_out_tokens,
+    out: Annotated[Path, typer.Option(help="Folder for the page, the results and the models.")] = Path(
+        "lastlayer-compare"
+    ),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what was interrupted in --out.")] = False,
+) -> Records:
+    """Train the same small language model under each output layer for the same time, and compare them."""
+    if seconds is not None and steps is not None:
+        raise UsageError("give --seconds or --steps, not both")
+    plan = Plan(
+        choose(layers),
+        Budget(steps=steps) if steps is not None else Budget(seconds=seconds or SECONDS),
+        width=width,
+        batch=batch,
+        window=window,
+        learning_rate=learning_rate,
+        held_out_tokens=held_out_tokens,
+        seed=common.seed,
+        device=common.device,
+    )
+    console = Console()
+    paths = [*(text or []), *(more_text or [])]
+    with console.status("reading the text"):
+        corpus = load_corpus(paths, min_count=min_count, split_signs=split_signs)
+    return Comparison(corpus, plan, out, console).run(resume)

@@ -1,0 +1,270 @@
+"""The same small language model once per output layer, each for the same budget, and what each costs."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lastlayer.study.batches import Streams
+from lastlayer.study.checkpoint import load_checkpoint
+from lastlayer.study.choices import build_layer
+from lastlayer.study.cost import Sample, measure_costs
+from lastlayer.study.errors import StudyError, UsageError
+from lastlayer.study.evaluation import evaluate, topk_accuracy
+from lastlayer.study.figures import duration
+from lastlayer.study.files import make_folder, write_text
+from lastlayer.study.language_model import LanguageModel
+from lastlayer.study.measure import synchronise
+from lastlayer.study.report import Report, show, write_report
+from lastlayer.study.text import Corpus
+from lastlayer.study.training import CURVE_AT, CURVE_TOKENS, Budget, Trainer
+
+TOP = 10
+TOP_TOKENS = 2_000  # held-out tokens whose top-10 is asked for
+HELD_OUT_BATCH, HELD_OUT_WINDOW = 10, 50
+STEPS_OF_BAR = 1000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared, and how."""
+
+    layers: list[str]
+    budget: Budget
+    width: int = 256
+    batch: int = 20
+    window: int = 35
+    dropout: float = 0.1
+    learning_rate: float = 0.2
+    held_out_tokens: int = 30_000
+    seed: int = 0
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+
+    def settings(self) -> dict[str, Any]:
+        """Everything but the layers and the device: what two runs must share to be one."""
+        return {
+            "seconds": self.budget.seconds,
+            "steps": self.budget.steps,
+            "width": self.width,
+            "batch": self.batch,
+            "window": self.window,
+            "dropout": self.dropout,
+            "learning_rate": self.learning_rate,
+            "held_out_tokens": self.held_out_tokens,
+            "seed": self.seed,
+        }
+
+
+class Comparison:
+    """One run of `lastlayer compare`.
+
+    Args:
+        corpus: the text.
+        plan: layers, budget and sizes.
+        out: the folder for models, results and report.
+        console: where progress is shown.
+    """
+
+    def __init__(self, corpus: Corpus, plan: Plan, out: Path, console: Console) -> None:
+        self.corpus, self.plan, self.out, self.console = corpus, plan, out, console
+        self.train = Streams(corpus.train, plan.batch, plan.window, plan.device)
+        self.held_out = Streams(corpus.held_out, HELD_OUT_BATCH, HELD_OUT_WINDOW, plan.device)
+
+    def run(self, resume: bool = False) -> list[dict[str, Any]]:
+        """Trains, measures, reports; the records.
+
+        Raises:
+            UsageError: `out` holds an unfinished run and `resume` is False.
+            StudyError: `out` cannot be written to, a checkpoint is damaged or of another run, a loss is NaN.
+        """
+        make_folder(self.out)
+        if not resume:
+            self._refuse_to_overwrite()
+        self._write_vocabulary()
+        self._announce()
+        try:
+            trainers = {name: self._train(name, resume) for name in self.plan.layers}
+            with self.console.status("measuring the layers side by side"):
+                report = self._measure(trainers)
+        except KeyboardInterrupt:
+            raise StudyError(f"interrupted; the same command with --resume goes on from {self.out}") from None
+        write_report(self.out, report)
+        show(report, self.out, self.console)
+        return report.records
+
+    def checkpoint(self, name: str) -> Path:
+        """Where the model with that layer is kept."""
+        return self.out / f"{name}.safetensors"
+
+    def _refuse_to_overwrite(self) -> None:
+        for name in self.plan.layers:
+            path = self.checkpoint(name)
+            if path.exists() and load_checkpoint(path)["result"] is None:
+                raise UsageError(
+                    f"{self.out} holds an unfinished run: --resume goes on with it, another --out starts "
+                    f"beside it, and removing {path} gives it up"
+                )
+
+    def _write_vocabulary(self) -> None:
+        lines = (
+            f"{word}\t{count}\n"
+            for word, count in zip(self.corpus.words, self.corpus.counts.tolist(), strict=True)
+        )
+        write_text(self.out / "vocabulary.tsv", "".join(lines))
+
+    def _trainer(self, name: str, path: Path | None) -> Trainer:
+        """The run of one layer from its start; the seed is the same for each."""
+        torch.manual_seed(self.plan.seed)
+        layer = build_layer(name, self.plan.width, self.corpus.counts)
+        model = LanguageModel(self.corpus.num_classes, layer, self.plan.dropout).to(self.plan.device)
+        return Trainer(
+            model,
+            self.train,
+            self.held_out,
+            self.plan.budget,
+            learning_rate=self.plan.learning_rate,
+            path=path,
+            identity={"layer": name, "text": self.corpus.fingerprint(), **self.plan.settings()},
+        )
+
+    def _announce(self) -> None:
+        """Says what is about to be done and about how long it will take."""
+        corpus, budget = self.corpus, self.plan.budget
+        self.console.print(
+            f"[bold]{corpus.name}[/]: {len(corpus.train):,} words to train on, {len(corpus.held_out):,} "
+            f"held out, {corpus.num_classes:,} different ones",
+            highlight=False,
+        )
+        with self.console.status("trying each layer for a step, to tell how long this will take"):
+            estimates = [self._estimate(name) for name in self.plan.layers]
+        length = f"{budget.steps:,} steps" if budget.steps is not None else f"{budget.seconds:g} s of training"
+        self.console.print(
+            f"{len(estimates)} layers, {length} each, and the measuring: about {duration(sum(estimates))} in all",
+            highlight=False,
+        )
+
+    def _estimate(self, name: str) -> float:
+        """Seconds that one layer will take, from a step and a window of each kind."""
+        trainer = self._trainer(name, None)
+        trainer._step()  # the first of each is slower
+        training = _seconds(trainer._step)
+        rows = self.held_out.batch * self.held_out.window
+        per_token = _seconds(lambda: evaluate(trainer.model, self.held_out, rows)) / rows
+        per_top = _seconds(lambda: topk_accuracy(trainer.model, self.held_out, TOP, rows)) / rows
+        held_out = min(self.plan.held_out_tokens, len(self.corpus.held_out))
+        evaluated = len(CURVE_AT) * min(CURVE_TOKENS, len(self.corpus.held_out)) + held_out
+        budget = self.plan.budget
+        trained = budget.steps * training if budget.steps is not None else budget.seconds or 0.0
+        return trained + evaluated * per_token + min(TOP_TOKENS, held_out) * per_top + 12 * training + 1.0
+
+    def _train(self, name: str, resume: bool) -> Trainer:
+        """Trains and evaluates one layer, or takes it from its checkpoint."""
+        trainer = self._trainer(name, self.checkpoint(name))
+        if resume and trainer.resume() and trainer.result is not None:
+            self.console.print(f"{name}: already trained", highlight=False)
+            return trainer
+        with _progress(name, trainer, self.console) as on_step:
+            trainer.run(on_step)
+        with self.console.status(f"{name}: reading the held-out text"):
+            quality = evaluate(trainer.model, self.held_out, self.plan.held_out_tokens)
+            accuracy, accuracy_tokens = topk_accuracy(trainer.model, self.held_out, TOP, TOP_TOKENS)
+        trainer.result = {
+            "perplexity": quality.perplexity,
+            "held_out_tokens": quality.tokens,
+            "top10_accuracy": accuracy,
+            "top10_tokens": accuracy_tokens,
+        }
+        trainer.save()
+        self.console.print(
+            f"{name}: perplexity {quality.perplexity:,.1f} after {trainer.tokens:,} tokens", highlight=False
+        )
+        return trainer
+
+    def _measure(self, trainers: dict[str, Trainer]) -> Report:
+        layers = {name: trainer.model.output for name, trainer in trainers.items()}
+        samples = {name: self._sample(trainer.model) for name, trainer in trainers.items()}
+        costs = measure_costs(layers, samples, min(TOP, self.corpus.num_classes))
+        records = []
+        for name, trainer in trainers.items():
+            assert trainer.result is not None  # set when its training ended
+            cost = costs[name]
+            records.append(
+                {
+                    "layer": name,
+                    **trainer.result,
+                    "seconds": trainer.seconds,
+                    "steps": trainer.steps,
+                    "tokens": trainer.tokens,
+                    "tokens_per_second": trainer.tokens / trainer.seconds,
+                    "output_layer_ms": cost.step_ms,
+                    "peak_bytes": cost.step_bytes,
+                    "parameters": sum(p.numel() for p in layers[name].parameters()),
+                    "query_ms": cost.query_ms,
+                    "screened_query_ms": cost.screened_ms,
+                    "screened_agreement": cost.screened_agreement,
+                    "num_classes": self.corpus.num_classes,
+                    "in_features": self.plan.width,
+                    "batch": self.train.batch * self.plan.window,
+                }
+            )
+        curves = {name: trainer.curve for name, trainer in trainers.items()}
+        text = {
+            "name": self.corpus.name,
+            "training_tokens": len(self.corpus.train),
+            "held_out_tokens": len(self.corpus.held_out),
+            "num_classes": self.corpus.num_classes,
+            "fingerprint": self.corpus.fingerprint(),
+        }
+        settings = self.plan.settings() | {"device": str(self.plan.device)}
+        return Report(text, settings, sorted(records, key=lambda r: r["perplexity"]), curves)
+
+    @torch.no_grad()
+    def _sample(self, model: LanguageModel) -> Sample:
+        """Hidden states of one training batch's size, from held-out text."""
+        model.eval()
+        rows = self.train.batch * self.plan.window
+        streams = Streams(self.corpus.held_out, self.plan.batch, self.plan.window, self.plan.device)
+        inputs, targets = streams[0]
+        hidden, _ = model.encode(inputs, None)
+        return Sample(hidden.flatten(0, 1)[:rows], targets.flatten()[:rows])
+
+
+def _seconds(call: Any) -> float:
+    synchronise()
+    start = time.perf_counter()
+    call()
+    synchronise()
+    return time.perf_counter() - start
+
+
+@contextmanager
+def _progress(name: str, trainer: Trainer, console: Console) -> Iterator[Any]:
+    """A bar of the budget used, with the speed and the last held-out perplexity."""
+    columns = (
+        TextColumn("{task.description:<14}"),
+        BarColumn(),
+        TextColumn("{task.fields[speed]:>7,.0f} tokens/s  perplexity {task.fields[perplexity]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(
+            name,
+            total=STEPS_OF_BAR,
+            completed=round(STEPS_OF_BAR * trainer.share_used),
+            speed=0.0,
+            perplexity="...",
+        )
+
+        def on_step(at: Trainer) -> None:
+            last = f"{at.curve[-1].perplexity:,.0f}" if at.curve else "..."
+            progress.update(
+                task, completed=STEPS_OF_BAR * at.share_used, speed=at.tokens / at.seconds, perplexity=last
+            )
+
+        yield on_step

@@ -1,0 +1,104 @@
+"""What trained output layers cost, all of them side by side: a training step, its memory, a query."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from lastlayer.layers.base import OutputLayer
+from lastlayer.screening import ScreenedSoftmax, SVDPreview
+from lastlayer.study.language_model import adagrad
+from lastlayer.study.measure import interleaved, peak_bytes
+
+ROUNDS, QUERY_ROUNDS, QUERY_REPEATS = 7, 15, 8
+SCREEN_FROM = 4096  # classes; below, a query of all of them is as quick
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Hidden states of one model, with the words that came next."""
+
+    hidden: Tensor  # (N, d)
+    targets: Tensor  # (N,)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Medians, in milliseconds and bytes."""
+
+    step_ms: float  # forward, backward and the optimizer's update, of the output layer alone
+    step_bytes: int  # the most that such a step holds beyond parameters and optimizer state
+    query_ms: float  # the top-k of one hidden state
+    screened_ms: float | None  # the same through a screen, where the layer ends in one matrix
+    screened_agreement: float | None  # share of hidden states whose top-k is the layer's own
+
+
+def measure_costs(layers: dict[str, OutputLayer], samples: dict[str, Sample], k: int) -> dict[str, Cost]:
+    """Measures every layer on its own sample, interleaved; the layers stay as they are."""
+    steps = {name: training_step(layer, samples[name]) for name, layer in layers.items()}
+    step_times = interleaved(steps, rounds=ROUNDS, warmup=1)
+    peaks = {name: peak_bytes(step) for name, step in steps.items()}
+    steps.clear()  # frees the optimizers' states
+
+    screens = {name: screen for name, layer in layers.items() if (screen := screen_of(layer)) is not None}
+    queries = {name: one_by_one(layer.topk, samples[name].hidden, k) for name, layer in layers.items()}
+    for name, screen in screens.items():
+        queries[f"{name}, screened"] = one_by_one(screen.topk, samples[name].hidden, k)
+    query_times = interleaved(queries, rounds=QUERY_ROUNDS, repeats=QUERY_REPEATS)
+
+    costs = {}
+    for name, layer in layers.items():
+        screened, agreement = None, None
+        if name in screens:
+            screened = query_times[f"{name}, screened"].ms
+            agreement = _agreement(layer, screens[name], samples[name].hidden, k)
+        costs[name] = Cost(step_times[name].ms, peaks[name], query_times[name].ms, screened, agreement)
+    return costs
+
+
+def training_step(layer: OutputLayer, sample: Sample) -> Callable[[], None]:
+    """Forward, backward and an Adagrad update of rate 0, which costs what any other does and changes nothing."""
+    optimizer = adagrad(layer.parameters(), 0.0)
+    inputs = sample.hidden.detach().requires_grad_()  # the rest of the network wants its gradient
+
+    def step() -> None:
+        layer(inputs, sample.targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        inputs.grad = None
+
+    return step
+
+
+def screen_of(layer: OutputLayer) -> ScreenedSoftmax | None:
+    """A screen with an eighth of the width and a sixteenth of the classes; None for a layer without one matrix."""
+    if layer.num_classes < SCREEN_FROM:
+        return None
+    preview = SVDPreview(max(1, layer.in_features // 8))
+    try:
+        return ScreenedSoftmax.from_layer(layer, preview=preview, candidates=layer.num_classes // 16)
+    except TypeError:
+        return None
+
+
+def one_by_one(topk: Callable[[Tensor, int], object], hidden: Tensor, k: int) -> Callable[[], None]:
+    """The query of one hidden state, the next one at each call."""
+    rows = cycle(hidden.split(1))
+
+    @torch.no_grad()
+    def query() -> None:
+        topk(next(rows), k)
+
+    return query
+
+
+@torch.no_grad()
+def _agreement(layer: OutputLayer, screen: ScreenedSoftmax, hidden: Tensor, k: int) -> float:
+    """Asked one by one, as the queries are timed: a large batch would be answered by the full layer."""
+    same = [
+        set(screen.topk(row, k).indices[0].tolist()) == set(layer.topk(row, k).indices[0].tolist())
+        for row in hidden.split(1)
+    ]
+    return sum(same) / len(same)

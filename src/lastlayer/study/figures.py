@@ -1,0 +1,18 @@
+"""How numbers are written for a reader."""
+
+import math
+
+
+def figure(value: float) -> str:
+    """Three figures at least, thousands set apart: 0.0123, 4.50, 67.8, 12,345."""
+    if value == 0 or abs(value) >= 100:
+        return f"{value:,.0f}"
+    decimals = min(6, max(0, 2 - math.floor(math.log10(abs(value)))))
+    return f"{value:.{decimals}f}"
+
+
+def duration(seconds: float) -> str:
+    """A length of time in the unit that suits it."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} seconds"
+    return f"{round(seconds / 60)} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -1,0 +1,61 @@
+"""How the page looks: light and dark, wide and narrow. Eight colours told apart in both."""
+
+LIGHT = ("#1f6fc4", "#d4531a", "#12856a", "#8446c0", "#b8860b", "#c02a6c", "#4d7a1f", "#58646f")
+DARK = ("#6cb0f5", "#ff9a66", "#4cc9a6", "#c29bf2", "#e6bf55", "#f582b4", "#a4cf6f", "#a9b5c0")
+COLOURS = len(LIGHT)
+
+
+def _variables(colours: tuple[str, ...]) -> str:
+    return "".join(f"--c{i}:{colour};" for i, colour in enumerate(colours))
+
+
+_CLASSES = "".join(
+    f".fill-{i}{{background:var(--c{i})}}.line-{i}{{stroke:var(--c{i})}}"
+    f".dot.line-{i},.name.line-{i}{{fill:var(--c{i});stroke:none}}"
+    for i in range(COLOURS)
+)
+
+STYLE = (
+    f"""
+:root{{--page:#fbfbf9;--card:#fff;--text:#1c2024;--quiet:#60676e;--rule:#e3e4e0;{_variables(LIGHT)}}}
+@media(prefers-color-scheme:dark){{
+:root{{--page:#14171a;--card:#1d2125;--text:#e8eaec;--quiet:#a0a8b0;--rule:#343a40;{_variables(DARK)}}}}}
+{_CLASSES}
+"""
+    + """
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--text);font:16px/1.5 system-ui,sans-serif}
+main{max-width:62rem;margin:0 auto;padding:1.5rem 1rem 3rem}
+h1{font-size:1.35rem;margin:0 0 .5rem}
+h2{font-size:1.1rem;margin:2rem 0 .5rem}
+h3{font-size:1rem;margin:0}
+.answer{font-size:1.3rem;line-height:1.35;margin:.25rem 0 .5rem}
+.quiet{color:var(--quiet);font-size:.9rem;font-weight:400;margin:0 0 .5rem}
+figure,section{background:var(--card);border:1px solid var(--rule);border-radius:.6rem;padding:.9rem 1rem;margin:0}
+figure{margin:1rem 0}
+figcaption{font-weight:600}
+figcaption .quiet{margin-left:.4rem}
+svg{display:block;width:100%;height:auto}
+.narrow{display:none}
+.axis{font:12px system-ui,sans-serif;fill:var(--quiet)}
+.name{font:600 13px system-ui,sans-serif}
+.grid{stroke:var(--rule)}
+.line{fill:none;stroke-width:2.5;stroke-linejoin:round}
+.measures{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr))}
+.row{display:grid;grid-template-columns:1fr auto;font-size:.92rem;margin-top:.45rem}
+.value{font-variant-numeric:tabular-nums;font-weight:600}
+.bar{grid-column:1/-1;height:.55rem;border-radius:.2rem}
+dl{display:grid;grid-template-columns:auto 1fr;gap:.3rem 1rem;margin:0}
+dt{font-weight:600}
+dd{margin:0}
+dt i{display:inline-block;width:.7rem;height:.7rem;border-radius:.2rem;margin-right:.45rem}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-size:.84rem;font-variant-numeric:tabular-nums;white-space:nowrap}
+th,td{padding:.35rem .55rem;text-align:right;border-bottom:1px solid var(--rule)}
+th{color:var(--quiet);font-weight:500}
+th:first-child,td:first-child{text-align:left;padding-left:0;font-weight:600}
+code{font-size:.88rem;overflow-wrap:anywhere}
+@media(max-width:34rem){.wide{display:none}.narrow{display:block}figure{padding:.9rem .5rem}
+dl{grid-template-columns:1fr}dd{margin:0 0 .4rem}}
+"""
+)

@@ -1,0 +1,156 @@
+"""`lastlayer compare` from end to end on a tiny text, and every way in which it can be asked wrongly."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from lastlayer.cli import app
+
+TINY = ["--width", 8, "--batch", 4, "--window", 5, "--layers", "full,hierarchical", "--threads", 1]
+NEEDED = {
+    "layer", "perplexity", "top10_accuracy", "seconds", "tokens", "tokens_per_second",
+    "output_layer_ms", "peak_bytes", "parameters", "query_ms", "screened_query_ms",
+}  # fmt: skip
+
+
+@pytest.fixture
+def story(tmp_path):
+    path = tmp_path / "story.txt"
+    lines = (f"the {a} saw the {b} and ran" for a in ("cat", "dog", "owl") for b in ("hen", "fox", "bee", "ant"))
+    path.write_text("\n".join(list(lines) * 30), encoding="utf-8")
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["compare", *(str(argument) for argument in arguments)])
+
+
+@pytest.fixture
+def compared(tmp_path, story):
+    """A finished run: its output, its folder, its records."""
+    out, records = tmp_path / "out", tmp_path / "records.json"
+    result = run("--text", story, *TINY, "--steps", 25, "--out", out, "--json", records)
+    assert result.exit_code == 0, result.output
+    return result.output, out, json.loads(records.read_text())
+
+
+def test_table_records_and_page(compared):
+    output, out, records = compared
+    assert {record["layer"] for record in records} == {"full", "hierarchical"}
+    assert all(record.keys() >= NEEDED for record in records)
+    assert all(1 < record["perplexity"] < 30 and record["steps"] == 25 for record in records)
+    assert [r["perplexity"] for r in records] == sorted(r["perplexity"] for r in records)
+    assert output.index("story.txt: ") < output.index("about") < output.index("perplexity")
+
+    results = json.loads((out / "results.json").read_text())
+    assert results["records"] == records
+    assert all(curve[-1]["tokens"] == records[0]["tokens"] for curve in results["curves"].values())
+    assert {"machine", "torch", "commit", "command"} <= results["environment"].keys()
+
+    page = (out / "index.html").read_text()
+    assert not re.search(r"<script|<link|<img|url\(|https?:|@import", page)
+    assert page.count("<svg") == 2
+    assert "prefers-color-scheme:dark" in page
+    assert all(f"{record['perplexity']:.2f}"[:4] in page for record in records)
+    assert (out / "vocabulary.tsv").read_text().splitlines()[0].startswith("the\t")
+
+
+def test_finished_run_is_shown_again(compared, story):
+    _, out, records = compared
+    result = run("--text", story, *TINY, "--steps", 25, "--out", out, "--resume")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("already trained") == 2
+    again = json.loads((out / "results.json").read_text())["records"]
+    assert [r["perplexity"] for r in again] == [r["perplexity"] for r in records]
+    differs = run("--text", story, *TINY, "--steps", 30, "--out", out, "--resume")
+    assert (differs.exit_code, "steps was 25, now 30" in differs.stderr) == (1, True)
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, story):
+    options = ["--text", str(story), *map(str, TINY), "--steps", "150", "--json"]
+    command = [sys.executable, "-m", "lastlayer", "compare", *options]
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        [*command, str(tmp_path / "no.json"), "--out", str(killed)], stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (killed / "full.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (killed / "results.json").exists()
+
+    refused = run("--text", story, *TINY, "--steps", 150, "--out", killed)
+    assert (refused.exit_code, "--resume goes on" in refused.stderr) == (2, True)
+    for name, more in (("resumed", ["--resume", "--out", killed]), ("whole", ["--out", tmp_path / "other"])):
+        result = run(*options, tmp_path / name, *more)
+        assert result.exit_code == 0, result.output
+    resumed, whole = (json.loads((tmp_path / name).read_text()) for name in ("resumed", "whole"))
+    for field in ("layer", "perplexity", "top10_accuracy", "tokens", "steps"):
+        assert [r[field] for r in resumed] == [r[field] for r in whole]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--layers", "full,fool"], 2, "no layer 'fool'; the layers are: full, hierarchical"),
+        (["--steps", 5, "--seconds", 5], 2, "not both"),
+        (["--text", "missing.txt"], 2, "no text file missing.txt"),
+        (["--min-count", 100_000], 1, "lower --min-count"),
+        (["--out", "/dev/null/out"], 1, "cannot write to the folder /dev/null/out"),
+        (["--steps", 20, "--learning-rate", 1e38], 1, "lower the learning rate with --learning-rate"),
+    ],
+)
+def test_bad_requests(tmp_path, story, options, code, said):
+    text = [] if "--text" in options else ["--text", story]
+    result = run(*text, *TINY, "--out", tmp_path / "out", *options)
+    assert result.exit_code == code, result.output
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"word", b"one line of text", b"\0\1\2" * 500, b"caf\xe9 " * 500])
+def test_bad_texts(tmp_path, content):
+    path = tmp_path / "bad.txt"
+    path.write_bytes(content)
+    result = run("--text", path, *TINY, "--steps", 3, "--out", tmp_path / "out")
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("lastlayer: ")
+    assert "bad.txt" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_several_texts_after_one_option(tmp_path, story):
+    result = run("--text", story, story, *TINY, "--layers", "full", "--steps", 3, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "story.txt and 1 more" in result.output
+
+
+def test_truncated_checkpoint(compared, story):
+    _, out, _ = compared
+    path = out / "full.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+    for options in ([], ["--resume"]):
+        result = run("--text", story, *TINY, "--steps", 25, "--out", out, *options)
+        assert (result.exit_code, "full.safetensors is damaged" in result.stderr) == (1, True)
+
+
+def test_full_disk_loses_nothing(compared, story, monkeypatch):
+    _, out, _ = compared
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def disk_is_full(tensors, file, metadata):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lastlayer.study.checkpoint.save_file", disk_is_full)
+    result = run("--text", story, *TINY, "--steps", 25, "--out", out)
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
