@@ -1,0 +1,158 @@
+"""The spherical family: losses that see V outputs only through their squared norm, their sum, and the targets'.
+
+(Vincent, de Brebisson and Bouthillier 2015; de Brebisson and Vincent 2016.) Such a loss and its gradient never need
+the V outputs, which is what `FactoredOutput` lives on; `spherical_loss` is the dense twin over a plain weight.
+
+A loss of your own is one class with one method; its derivatives come from autograd:
+
+>>> import torch
+>>> from lastlayer.functional.spherical import SphericalLoss
+>>> class SquaredHinge(SphericalLoss):
+...     def row_loss(self, scores, weights, squared_norm, total, num_classes):
+...         spread = (squared_norm / num_classes).sqrt()
+...         return (weights * (1 - scores / spread[:, None]).clamp(min=0).square()).sum(1)
+>>> scores, weights = torch.tensor([[2.0]]), torch.ones(1, 1)
+>>> SquaredHinge().row_loss(scores, weights, torch.tensor([90.0]), torch.zeros(1), 10)
+tensor([0.1111])
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class SphericalLoss(ABC):
+    """A loss of one example's outputs `o (V,)` that reads `o` at the targets, `||o||^2` and `sum(o)` only.
+
+    `FactoredOutput` calls it in float64 on a few numbers a row; within a row no class occurs twice, and an entry of
+    weight 0 is padding and must not count.
+    """
+
+    uses_sum = False  # True when `row_loss` reads `total`, which costs the layer two more vectors
+
+    @abstractmethod
+    def row_loss(
+        self,
+        scores: Tensor,  # (N, K), the outputs of the target classes
+        weights: Tensor,  # (N, K), what each target counts for
+        squared_norm: Tensor,  # (N,)
+        total: Tensor,  # (N,), the sum of the outputs
+        num_classes: int,
+    ) -> Tensor:  # (N,)
+        """The loss of every row."""
+
+
+class NormalizedLoss(SphericalLoss):
+    """A member of the family that is the negative log-likelihood of `p_i = n(o_i) / sum_j n(o_j)`."""
+
+    @abstractmethod
+    def log_numerator(self, scores: Tensor) -> Tensor:
+        """`log n(o)` of each output."""
+
+    @abstractmethod
+    def log_normalizer(self, squared_norm: Tensor, total: Tensor, num_classes: int) -> Tensor:
+        """`log sum_j n(o_j)`."""
+
+    def row_loss(
+        self, scores: Tensor, weights: Tensor, squared_norm: Tensor, total: Tensor, num_classes: int
+    ) -> Tensor:
+        log_normalizer = self.log_normalizer(squared_norm, total, num_classes)
+        return (weights * (log_normalizer[:, None] - self.log_numerator(scores))).sum(1)
+
+    def log_prob(
+        self,
+        outputs: Tensor,  # (N, V)
+    ) -> Tensor:  # (N, V)
+        """Exact, normalised log-probabilities of every class."""
+        squared_norm, total = outputs.square().sum(1), outputs.sum(1)
+        return self.log_numerator(outputs) - self.log_normalizer(squared_norm, total, outputs.shape[1])[:, None]
+
+
+@dataclass(frozen=True)
+class SquaredError(SphericalLoss):
+    """`||o - y||^2` for a sparse target `y (V,)`: regression, or embeddings trained with all negatives at once.
+
+    No probabilities; classes are ranked by their score.
+    """
+
+    def row_loss(
+        self, scores: Tensor, weights: Tensor, squared_norm: Tensor, total: Tensor, num_classes: int
+    ) -> Tensor:
+        return squared_norm + (weights * (weights - 2 * scores)).sum(1)
+
+
+@dataclass(frozen=True)
+class SphericalSoftmax(NormalizedLoss):
+    """`p_i = (o_i^2 + epsilon) / sum_j (o_j^2 + epsilon)`.
+
+    Even in `o`, and blind to its scale but for `epsilon`. The gradient reaches `1 / sqrt(epsilon)` near `o = 0`, so a
+    smaller `epsilon` wants a smaller learning rate.
+
+    Args:
+        epsilon: what keeps every probability above 0.
+
+    Raises:
+        ValueError: `epsilon` is not positive.
+    """
+
+    epsilon: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not self.epsilon > 0:
+            raise ValueError(f"epsilon must be positive, got {self.epsilon}")
+
+    def log_numerator(self, scores: Tensor) -> Tensor:
+        return (scores.square() + self.epsilon).log()
+
+    def log_normalizer(self, squared_norm: Tensor, total: Tensor, num_classes: int) -> Tensor:
+        return (squared_norm + num_classes * self.epsilon).log()
+
+
+@dataclass(frozen=True)
+class TaylorSoftmax(NormalizedLoss):
+    """`p_i` proportional to `1 + o_i + o_i^2 / 2`, the softmax with `exp` cut after its second term.
+
+    Nothing to tune, and every numerator is at least 1/2; the least probable output is `o = -1`, not minus infinity.
+    """
+
+    uses_sum = True
+
+    def log_numerator(self, scores: Tensor) -> Tensor:
+        return (1 + scores + scores.square() / 2).log()
+
+    def log_normalizer(self, squared_norm: Tensor, total: Tensor, num_classes: int) -> Tensor:
+        return (num_classes + total + squared_norm / 2).log()
+
+
+@dataclass(frozen=True)
+class ZLoss(SphericalLoss):
+    """`softplus(alpha (beta - z)) / alpha` of the target's z-score `z = (o - mean(o)) / std(o)`.
+
+    Blind to shift and scale of the outputs; `alpha` and `beta` tune it towards a top-k. No probabilities; classes are
+    ranked by their score. The variance is bounded below by a millionth of the mean square, since outputs that are
+    all alike have no z-score.
+
+    Raises:
+        ValueError: `alpha` is not positive.
+    """
+
+    uses_sum = True
+
+    alpha: float = 1.0
+    beta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be positive, got {self.alpha}")
+
+    def row_loss(
+        self, scores: Tensor, weights: Tensor, squared_norm: Tensor, total: Tensor, num_classes: int
+    ) -> Tensor:
+        mean, mean_square = total / num_classes, squared_norm / num_classes
+        floor = 1e-6 * mean_square.detach() + 1e-30
+        deviation = torch.maximum(mean_square - mean.square(), floor).sqrt()
+        z = (scores - mean[:, None]) / deviation[:, None]
+        return -(weights * F.logsigmoid(self.alpha * (z - self.beta))).sum(1) / self.alpha

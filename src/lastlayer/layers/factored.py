@@ -1,0 +1,295 @@
+"""FactoredOutput: exact SGD of a layer with very many classes at a cost that does not depend on their number.
+
+Vincent, de Brebisson and Bouthillier, "Efficient exact gradient update for training deep networks with very large
+sparse targets" (NIPS 2015); de Brebisson and Vincent, "An exploration of softmax alternatives belonging to the
+spherical loss family" (ICLR 2016).
+"""
+
+import math
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lastlayer.functional.answers import ScoreTopK, TopK
+from lastlayer.functional.checks import check_count
+from lastlayer.functional.reduce import reduce_loss
+from lastlayer.functional.sparse_targets import rows_kept, sparse_targets
+from lastlayer.functional.spherical import NormalizedLoss, SphericalLoss, SphericalSoftmax
+from lastlayer.layers.base import OutputLayer
+from lastlayer.layers.factored_record import Ledger, recorded_statistics
+from lastlayer.layers.factored_stability import Stabilizer
+from lastlayer.layers.factored_state import Consistency, FactoredState
+
+
+class FactoredOutput(OutputLayer):
+    r"""Equals `spherical_loss(hidden, weight, targets, bias, loss=loss)` trained by plain SGD, but an exact step costs
+    O(d^2) an example instead of O(V d).
+
+    The V outputs `o = W h + b` are never computed in training: the loss may read their squared norm, their sum and the
+    few target outputs. From `W = F U` with a small `U (d, d)`, its inverse, and `Q = W^T W`:
+
+    .. math:: \|o\|^2 = h^T Q h, \qquad o_t = F_t (U h), \qquad
+        W \leftarrow W - \eta\, G^T H \;\text{ as an update of } U, Q \text{ and the target rows of } F.
+
+    Train it with `FactoredSGD`, which owns the step; the weight is state of the layer, not a parameter (one empty
+    parameter, the anchor, stands for it in optimizers and schedulers). Backward in training mode without one raises.
+    In `eval()` nothing is recorded, and gradients reach `hidden` alone.
+
+    Time of a step on N examples: about `7 N d^2 + 5 N^2 d` multiply-adds, whatever V; memory `V d + 3 d^2`.
+    `log_prob`, `topk` and `weight` cost what V classes cost. Now and then the state is kept well conditioned at
+    O(V d) for each direction of the hidden space that training shrank a few hundredfold, and once in 3 V examples Q is
+    made anew at O(V d^2).
+
+    When not to use it: with the ordinary softmax (no `exp` is possible here), with momentum, Adam or elementwise
+    clipping, or for few classes (below about 10 d a dense layer is as fast). bfloat16 layers compute and keep their
+    state in float32; float16 ones do not train.
+
+    Args:
+        in_features: d.
+        num_classes: V.
+        loss: `SquaredError()`, `SphericalSoftmax()`, `TaylorSoftmax()`, `ZLoss()`, or your own `SphericalLoss`. The
+            normalised ones (spherical, Taylor) have probabilities; of the others `log_prob` raises, while `scores`
+            and `topk` work.
+        bias: adds one output bias a class, by a constant feature.
+        reduction, ignore_index, device, dtype: as in every `OutputLayer`.
+
+    Raises:
+        TypeError: `loss` is not a `SphericalLoss`; training in float16; `log_prob` of a loss that has none.
+        RuntimeError: backward in training mode with no `FactoredSGD`, twice for one forward, or after a step that
+            came between.
+
+    Example:
+        >>> import torch
+        >>> from lastlayer import FactoredOutput, FactoredSGD, SquaredError
+        >>> layer = FactoredOutput(16, 100_000, loss=SquaredError())
+        >>> optimizer = FactoredSGD(layer, lr=0.05)
+        >>> hidden, targets = torch.ones(8, 16) / 4, torch.arange(8)
+        >>> before = layer(hidden, targets)
+        >>> before.backward()
+        >>> optimizer.step()
+        >>> bool(layer(hidden, targets) < before)
+        True
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        loss: SphericalLoss | None = None,
+        bias: bool = False,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, num_classes, reduction=reduction, ignore_index=ignore_index)
+        self.loss = SphericalSoftmax() if loss is None else loss
+        if not isinstance(self.loss, SphericalLoss):
+            raise TypeError(f"loss must be a SphericalLoss such as SquaredError(), got {loss!r}")
+        self.has_bias = bias
+        self.anchor = nn.Parameter(torch.zeros((), device=device, dtype=dtype))
+        self._ledger = Ledger()
+        self._stabilizer = Stabilizer()
+        self._owner: Callable[[], object | None] | None = None
+        bound = 1 / math.sqrt(self.in_features)  # as nn.Linear, weight and bias alike
+        shape = (self.num_classes, self.in_features + bias)
+        self._rebuild(torch.empty(shape, device=device, dtype=dtype).uniform_(-bound, bound))
+
+    def forward(
+        self,
+        hidden: Tensor,  # (..., d)
+        targets: Tensor,  # (...), (..., K), or sparse (N, V)
+        target_weights: Tensor | None = None,  # the shape of targets
+    ) -> Tensor:  # (), or (...) for "none"
+        """The training loss.
+
+        Targets are one class a row; K classes a row, each counting `target_weights` (1 without), padded with
+        `ignore_index`; or a sparse `(N, V)` matrix of values. Duplicates add. A row of nothing but `ignore_index` is
+        ignored, an empty row of a matrix is a target of zeros.
+        """
+        rows, shape = self._rows(hidden), hidden.shape[:-1]
+        ids, weights, kept = sparse_targets(targets, target_weights, shape, self.num_classes, self.ignore_index)
+        at = rows_kept(kept)
+        if at is None:
+            row_loss = self._statistics_loss(rows, ids, weights).masked_fill(~kept, 0)
+        else:
+            some = self._statistics_loss(rows.index_select(0, at), ids[at], weights[at])
+            row_loss = some.new_zeros(len(kept)).index_copy(0, at, some)
+        loss = reduce_loss(row_loss, kept, self.reduction).to(self.state.factor.dtype)
+        return loss.reshape(shape) if self.reduction == "none" else loss
+
+    def scores(
+        self,
+        hidden: Tensor,  # (..., d)
+    ) -> Tensor:  # (..., V)
+        """The outputs themselves, `hidden @ weight.T + bias`: O(V d) an example."""
+        rows = self._rows(hidden)
+        with self._full_precision():
+            return self.state.outputs(self._featured(rows)).reshape(*hidden.shape[:-1], self.num_classes)
+
+    def topk(self, hidden: Tensor, k: int) -> TopK | ScoreTopK:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The `k` most probable classes, or for a loss without probabilities those of the highest scores."""
+        if isinstance(self.loss, NormalizedLoss):
+            return super().topk(hidden, k)
+        rows = self._rows(hidden)
+        k = check_count("k", k, 1, self.num_classes)
+        found = [self.scores(part).topk(k) for part in self._row_chunks(rows)]
+        shape = (*hidden.shape[:-1], k)
+        values, indices = torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+        return ScoreTopK(values.reshape(shape), indices.reshape(shape))
+
+    @property
+    def weight(self) -> Tensor:  # (V, d)
+        """The weight, made anew at O(V d^2): a copy, to change it use `set_weight`."""
+        return self.state.weight()[:, : self.in_features].to(self.anchor.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:  # (V,)
+        """The bias, a copy as `weight` is; None without one."""
+        return self.state.weight()[:, self.in_features].to(self.anchor.dtype) if self.has_bias else None
+
+    @torch.no_grad()
+    def set_weight(
+        self,
+        weight: Tensor,  # (V, d)
+        bias: Tensor | None = None,  # (V,)
+    ) -> None:
+        """Replaces weight and bias (None: leaves the bias), and forgets recorded steps."""
+        expected = (self.num_classes, self.in_features)
+        if weight.shape != expected:
+            raise ValueError(f"weight must have shape (V, d) = {expected}, got {tuple(weight.shape)}")
+        if bias is not None and (not self.has_bias or bias.shape != expected[:1]):
+            raise ValueError(f"bias must have shape {expected[:1]} in a layer with bias=True, got {tuple(bias.shape)}")
+        columns = weight.to(self.anchor)
+        if self.has_bias:
+            last = self.bias if bias is None else bias.to(self.anchor)
+            assert last is not None
+            columns = torch.cat([columns, last[:, None]], 1)
+        self._rebuild(columns.clone())
+
+    def linear_head(self) -> tuple[Tensor, Tensor | None, nn.Module | None]:
+        """`(weight, bias, None)`, copies; of the losses that rank classes by their score."""
+        if isinstance(self.loss, NormalizedLoss):
+            raise TypeError(
+                f"{type(self.loss).__name__} does not rank classes by their output, so it has no linear_head()"
+            )
+        return self.weight, self.bias, None
+
+    def gram(self) -> Tensor:  # (d, d), or (d + 1, d + 1) with a bias
+        """`W^T W`, kept by the layer: what a preview otherwise pays O(V d^2) for."""
+        return self.state.gram.clone()
+
+    def consistency(self) -> Consistency:
+        """How far the parts of the state have drifted apart, measured from the weight itself: O(V d^2)."""
+        return self.state.consistency()
+
+    def stabilize(self) -> int:
+        """All repairs at once, which otherwise happen when needed; how many directions were rescaled."""
+        moved = self._stabilizer.stabilize(self.state)
+        self._stabilizer.refresh_gram(self.state)
+        self._ledger.version += 1
+        return moved
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, loss={self.loss}, bias={self.has_bias}"
+
+    # The hooks.
+
+    def _log_prob(self, hidden: Tensor) -> Tensor:
+        loss = self._normalized()
+        with self._full_precision():
+            return loss.log_prob(self.state.outputs(self._featured(hidden)))
+
+    def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        loss = self._normalized()
+        with self._full_precision():
+            scores, squared_norm, total = self.state.statistics(self._featured(hidden), targets[:, None])
+            row_loss = loss.row_loss(scores, torch.ones_like(scores), squared_norm, total, self.num_classes)
+            return -row_loss.to(self.state.factor.dtype)
+
+    def _normalized(self) -> NormalizedLoss:
+        if not isinstance(self.loss, NormalizedLoss):
+            raise TypeError(
+                f"{type(self.loss).__name__} has no probabilities: use scores(hidden) or topk(hidden, k), or a "
+                "normalised loss such as SphericalSoftmax()"
+            )
+        return self.loss
+
+    def _statistics_loss(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:  # (N,), float64
+        hidden = self._featured(rows)
+        if self.training and torch.is_grad_enabled() and self.anchor.requires_grad:
+            if self.anchor.dtype == torch.float16:
+                raise TypeError("a float16 FactoredOutput does not train: use layer.float() or layer.bfloat16()")
+            statistics = recorded_statistics(
+                hidden, ids, self.anchor, self.state, self._ledger, self._check_owner
+            )
+        else:
+            with self._full_precision():
+                statistics = self.state.statistics(hidden, ids)
+        scores, squared_norm, total = statistics
+        return self.loss.row_loss(scores, weights, squared_norm, total, self.num_classes)
+
+    def _featured(self, rows: Tensor) -> Tensor:  # (N, d), or (N, d + 1) with the constant feature of the bias
+        rows = rows.to(self.state.factor.dtype)
+        return torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if self.has_bias else rows
+
+    def _full_precision(self) -> Any:
+        kind = self.anchor.device.type
+        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+    # Who owns the step, and what survives copies.
+
+    def _check_owner(self) -> None:
+        if self._owner is None or self._owner() is None:
+            raise RuntimeError(
+                "backward in training mode of a FactoredOutput that no FactoredSGD owns: its weight would never be "
+                "trained; make FactoredSGD(layer, lr) and keep it, or freeze the layer with layer.eval() or "
+                "layer.requires_grad_(False)"
+            )
+
+    def _set_owner(self, optimizer: object) -> None:
+        self._owner = weakref.ref(optimizer)
+
+    def _rebuild(self, columns: Tensor) -> None:
+        with torch.no_grad():
+            self.state = FactoredState(columns, keeps_total=self.loss.uses_sum)
+        self._stabilizer = Stabilizer(automatic=self._stabilizer.automatic)
+        self._ledger.close()
+        self._ledger.spent = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_owner": None, "_ledger": Ledger()}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FactoredOutput":
+        """Moves bit for bit; a new dtype builds the state from the cast weight."""
+        before = self.anchor.dtype
+        super()._apply(fn, recurse)
+        if self.anchor.dtype != before:
+            with torch.no_grad():
+                columns = self.state.weight().to(self.anchor)
+            self._rebuild(columns)
+        else:
+            self.state.to(self.anchor.device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """An ordinary `weight`, and `bias`, as `nn.Linear` has."""
+        destination[prefix + "weight"] = self.weight
+        if self.has_bias:
+            destination[prefix + "bias"] = self.bias
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        _, _, missing, unexpected, errors = rest
+        weight, bias = (state_dict.get(prefix + name) for name in ("weight", "bias"))
+        missing += [prefix + "weight"] * (weight is None) + [prefix + "bias"] * (self.has_bias and bias is None)
+        unexpected += [prefix + "bias"] * (bias is not None and not self.has_bias)
+        if weight is not None:
+            try:
+                self.set_weight(weight, bias if self.has_bias else None)
+            except ValueError as error:
+                errors.append(f"{prefix}: {error}")

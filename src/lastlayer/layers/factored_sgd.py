@@ -1,0 +1,148 @@
+"""FactoredSGD: the optimizer of `FactoredOutput`."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lastlayer.layers.factored import FactoredOutput
+from lastlayer.layers.factored_step import plan_step
+
+
+class FactoredSGD(torch.optim.Optimizer):
+    r"""Plain SGD on the weight of `FactoredOutput` layers, exact, at O(d^2) an example.
+
+    .. math:: W \leftarrow W - \eta \left(\min(1, c / \|g\|)\, g + \lambda W\right), \qquad g = \partial L/\partial W
+
+    with rate `lr` :math:`\eta`, `weight_decay` :math:`\lambda` and `max_norm` :math:`c`, as `torch.optim.SGD` after
+    `clip_grad_norm_` on this weight alone. Train the rest of the model with any optimizer beside it.
+
+    An ordinary `torch.optim.Optimizer` over one anchor parameter a layer, so learning-rate schedulers, param groups,
+    gradient accumulation and `zero_grad` are as usual. Several backward passes before a step are one step of all their
+    rows. What scales the anchor's gradient (`clip_grad_norm_` over the model, a loss scaler) scales the step.
+
+    What needs a dense state (momentum, Adam) or single entries of the gradient (`clip_grad_value_`) cannot be exact in
+    this form and is refused, or has no effect.
+
+    Args:
+        layers: a `FactoredOutput`, several, or param groups `{"params": layers, "lr": ...}`.
+        lr: the learning rate.
+        weight_decay: coupled decay, of the bias too.
+        max_norm: clips the norm of each layer's gradient, weight and bias together.
+
+    Raises:
+        TypeError: something that is not a `FactoredOutput`, or momentum and its kin.
+        ValueError: a negative number; in `step`, a rate at which the step is singular (the message has the largest
+            safe one), or a gradient that is not finite: no layer has changed, and the gradient is kept.
+        RuntimeError: `step` without a backward before it.
+
+    Warns:
+        UserWarning: once, when a step overshoots (turns a direction of the weight around), which is exact but a sign
+            of too large a rate.
+
+    Example:
+        >>> import torch
+        >>> from lastlayer import FactoredOutput, FactoredSGD
+        >>> layer = FactoredOutput(4, 1000)
+        >>> optimizer = FactoredSGD(layer, lr=0.1, weight_decay=1e-4)
+        >>> scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=10, gamma=0.5)
+        >>> for _ in range(2):
+        ...     optimizer.zero_grad()
+        ...     layer(torch.ones(3, 4), torch.tensor([1, 5, 5])).backward()
+        ...     optimizer.step()
+        ...     scheduler.step()
+    """
+
+    def __init__(
+        self,
+        layers: FactoredOutput | Iterable[FactoredOutput] | Iterable[dict[str, Any]],
+        lr: float,
+        *,
+        weight_decay: float = 0.0,
+        max_norm: float | None = None,
+        **refused: Any,
+    ) -> None:
+        if refused:
+            raise TypeError(
+                f"FactoredSGD takes no {', '.join(refused)}: the gradient of the weight is never made, so a state of "
+                "its size (momentum, Adam) cannot be kept; it takes lr, weight_decay and max_norm"
+            )
+        self._layers: dict[Tensor, FactoredOutput] = {}
+        self._warned = False
+        given = [layers] if isinstance(layers, FactoredOutput) else list(layers)
+        groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "max_norm": max_norm})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group whose `"params"` are layers."""
+        given = param_group["params"]
+        layers = [given] if isinstance(given, FactoredOutput) else list(given)
+        for layer in layers:
+            if not isinstance(layer, FactoredOutput):
+                raise TypeError(f"layers must be FactoredOutput layers, got {type(layer).__name__}")
+        super().add_param_group({**param_group, "params": [layer.anchor for layer in layers]})
+        _check_settings(self.param_groups[-1])
+        for layer in layers:
+            self._layers[layer.anchor] = layer
+            layer._set_owner(self)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One exact step of every layer that has a gradient; none is changed unless all can be."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        plans, closing = [], []
+        for group in self.param_groups:
+            _check_settings(group)
+            for anchor in group["params"]:
+                layer = self._owned(anchor)
+                layer._ledger.settle(anchor)
+                gradient = layer._ledger.take()
+                if gradient is None:
+                    continue
+                closing.append(layer)
+                plan = plan_step(
+                    layer.state,
+                    gradient,
+                    float(group["lr"]),
+                    weight_decay=group["weight_decay"],
+                    max_norm=group["max_norm"],
+                )
+                if plan is not None:
+                    plans.append((layer, plan))
+        if not closing:
+            raise RuntimeError("step() without a backward since the last step or zero_grad(): there is no gradient")
+        for layer, plan in plans:
+            self._warn(plan.overshoots)
+            plan.apply()
+            layer._stabilizer.after(layer.state, plan)
+        for layer in closing:
+            layer._ledger.close()
+        return loss
+
+    def _owned(self, anchor: Tensor) -> FactoredOutput:
+        layer = self._layers[anchor]
+        if layer._owner is None or layer._owner() is not self:
+            raise RuntimeError("another FactoredSGD was made for this layer since, and owns its steps")
+        return layer
+
+    def _warn(self, safe_lr: float | None) -> None:
+        if safe_lr is not None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"lr turns a direction of the weight around in one step; rates up to {safe_lr:.6g} would not on this "
+                "batch (said once)",
+                stacklevel=3,
+            )
+
+
+def _check_settings(group: dict[str, Any]) -> None:
+    for name in ("lr", "weight_decay"):
+        if not float(group[name]) >= 0:
+            raise ValueError(f"{name} must be at least 0, got {group[name]}")
+    if group["max_norm"] is not None and not group["max_norm"] > 0:
+        raise ValueError(f"max_norm must be positive or None, got {group['max_norm']}")

@@ -1,0 +1,173 @@
+"""The state of `FactoredOutput`: a weight kept as a product, so that an exact SGD step need not touch its rows."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK_NUMBERS = 1 << 22  # numbers of the (V, d) factor, or of gathered rows, that one pass holds at once
+
+
+class Consistency(NamedTuple):
+    """How far the parts of the state have drifted apart; all 0 in exact arithmetic, `condition` aside."""
+
+    inverse: float  # the largest entry of |U^T R - I|
+    gram: float  # ||Q - W^T W|| / ||W^T W||
+    total: float  # ||sum(W) - its kept value|| / ||sum(W)||
+    condition: float  # the condition number of U
+
+
+class FactoredState:
+    """`W = F U + 1 offset^T`, with `R = U^-T`, `Q = W^T W` and `total = W^T 1` kept up to date beside it.
+
+    With the three square matrices a step on N examples costs O(N d^2): the dense part of the gradient multiplies `W`
+    from the right, which `U` takes; the sparse part touches the target rows of `F`; `Q` answers `||W h||^2`.
+    float64 for a float64 weight, else float32. 3 d^2 + 2 d numbers beside the V d of the weight.
+
+    Args:
+        weight: `(V, d)`; becomes the factor `F` itself, so pass a copy of what must not change.
+        keeps_total: whether the loss reads the sum of the outputs; without it `total` is None.
+    """
+
+    def __init__(self, weight: Tensor, *, keeps_total: bool) -> None:
+        features = weight.shape[1]
+        self.factor = weight.to(torch.promote_types(weight.dtype, torch.float32)).contiguous()  # F (V, d)
+        self.square = self.factor.new_zeros(3 * features, features)  # Q over U over R: one product with all three
+        self.offset = self.factor.new_zeros(features)  # the part that all rows of W share
+        self.total = self.factor.new_zeros(features) if keeps_total else None  # W^T 1
+        self._reset_maps()
+        self.refresh_gram()
+
+    @property
+    def num_classes(self) -> int:
+        return self.factor.shape[0]
+
+    @property
+    def features(self) -> int:
+        return self.factor.shape[1]
+
+    @property
+    def gram(self) -> Tensor:  # (d, d), Q
+        return self.square[: self.features]
+
+    @property
+    def maps(self) -> Tensor:  # (2 d, d), U over R
+        return self.square[self.features :]
+
+    @property
+    def map(self) -> Tensor:  # (d, d), U
+        return self.square[self.features : 2 * self.features]
+
+    @property
+    def inverse(self) -> Tensor:  # (d, d), R
+        return self.square[2 * self.features :]
+
+    def weight(self) -> Tensor:  # (V, d)
+        """The weight itself, made anew: O(V d^2)."""
+        return torch.addmm(self.offset, self.factor, self.map)
+
+    def outputs(
+        self,
+        hidden: Tensor,  # (N, d)
+    ) -> Tensor:  # (N, V)
+        """`hidden @ W.T` without making W."""
+        return (hidden @ self.map.T) @ self.factor.T + (hidden @ self.offset)[:, None]
+
+    def statistics(
+        self,
+        hidden: Tensor,  # (N, d)
+        ids: Tensor,  # (N, K)
+    ) -> tuple[Tensor, Tensor, Tensor]:  # (N, K), (N,), (N,)
+        """Target scores, squared norm and sum of the outputs in float64, differentiable in `hidden`."""
+        squared_norm = ((hidden @ self.gram) * hidden).sum(1, dtype=torch.float64)
+        scores = self.target_scores(hidden @ self.map.T, hidden @ self.offset, ids)
+        total = torch.zeros_like(squared_norm) if self.total is None else (hidden @ self.total).double()
+        return scores.double(), squared_norm.clamp(min=0), total
+
+    def target_scores(
+        self,
+        mapped: Tensor,  # (N, d), hidden @ U^T
+        shift: Tensor,  # (N,), hidden @ offset
+        ids: Tensor,  # (N, K)
+    ) -> Tensor:  # (N, K)
+        """The outputs of a few classes a row, gathered in pieces."""
+        rows = max(1, CHUNK_NUMBERS // (ids.shape[1] * self.features))
+        pieces = [
+            torch.bmm(self.factor[piece], part[:, :, None])[:, :, 0]
+            for piece, part in zip(ids.split(rows), mapped.split(rows), strict=True)
+        ]
+        return (torch.cat(pieces) if len(pieces) > 1 else pieces[0]) + shift[:, None]
+
+    def to(self, device: torch.device) -> None:
+        """Moves every part, bit for bit."""
+        self.factor, self.square = self.factor.to(device), self.square.to(device)
+        self.offset = self.offset.to(device)
+        self.total = None if self.total is None else self.total.to(device)
+
+    def consistency(self) -> Consistency:
+        """The drift, measured from scratch: O(V d^2)."""
+        eye = torch.eye(self.features, dtype=torch.float64, device=self.factor.device)
+        drift = (self.map.double().T @ self.inverse.double() - eye).abs().max()
+        gram, total = self._measured_gram()
+        return Consistency(
+            float(drift),
+            _relative(self.gram, gram),
+            0.0 if self.total is None else _relative(self.total, total),
+            float(torch.linalg.cond(self.map.double())),
+        )
+
+    def refresh_gram(self) -> None:
+        """Q and the sum from the weight itself: O(V d^2), summed in float64."""
+        gram, total = self._measured_gram()
+        self.gram.copy_(gram)
+        if self.total is not None:
+            self.total.copy_(total)
+
+    def rebase(self) -> None:
+        """The product multiplied out: `F` becomes W and `U` the identity; O(V d^2)."""
+        for rows in self._row_chunks():
+            rows.copy_(torch.addmm(self.offset, rows, self.map))
+        self._reset_maps()
+
+    def absorb(
+        self,
+        directions: Tensor,  # (d, m), orthonormal columns
+        scales: Tensor,  # (m,)
+    ) -> None:
+        """Moves the scale of U along a few left directions into F: `F P S P^T` for P, and `U` by its inverse.
+
+        W is unchanged; O(V d m). The inverse is stale afterwards.
+        """
+        exact = self.map.double()
+        exact += directions @ ((1 / scales - 1)[:, None] * (directions.T @ exact))
+        self.map.copy_(exact)
+        left = (directions * (scales - 1)).to(self.factor.dtype)
+        right = directions.T.to(self.factor.dtype)
+        for rows in self._row_chunks():
+            rows.addmm_(rows @ left, right)
+
+    def _reset_maps(self) -> None:
+        eye = torch.eye(self.features, dtype=self.factor.dtype, device=self.factor.device)
+        self.map.copy_(eye)
+        self.inverse.copy_(eye)
+        self.offset.zero_()
+
+    def _measured_gram(self) -> tuple[Tensor, Tensor]:
+        """`W^T W` and `W^T 1` in float64, `W = F U + 1 offset^T` read in pieces of F."""
+        gram = torch.zeros(self.features, self.features, dtype=torch.float64, device=self.factor.device)
+        total = torch.zeros(self.features, dtype=torch.float64, device=self.factor.device)
+        for rows in self._row_chunks():
+            gram += rows.T @ rows
+            total += rows.sum(0, dtype=torch.float64)
+        exact, offset = self.map.double(), self.offset.double()
+        sums = exact.T @ total  # of F U alone
+        mixed = torch.outer(sums, offset)
+        gram = exact.T @ gram @ exact + mixed + mixed.T + self.num_classes * torch.outer(offset, offset)
+        return gram, sums + self.num_classes * offset
+
+    def _row_chunks(self) -> tuple[Tensor, ...]:
+        return self.factor.split(max(1, CHUNK_NUMBERS // self.features))
+
+
+def _relative(kept: Tensor, exact: Tensor) -> float:
+    return float((kept - exact).norm() / exact.norm().clamp(min=torch.finfo(kept.dtype).tiny))
