@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from lastlayer import FullSoftmax, HierarchicalSoftmax, SoftCap
+from lastlayer import FactoredOutput, FullSoftmax, HierarchicalSoftmax, SoftCap, SphericalSoftmax, TaylorSoftmax
 from lastlayer.testing import LayerCase
-from oracles import full_softmax, full_softmax_loss, hierarchical_softmax
+from oracles import factored_softmax, full_softmax, full_softmax_loss, hierarchical_softmax
 
 
 def full(name, in_features, num_classes, loss_oracle=None, **options):
@@ -31,6 +31,25 @@ def hierarchical(name, num_classes, clusters=None, **options):
         return HierarchicalSoftmax(4, num_classes, clusters=ids, **options, **kwargs)
 
     return LayerCase(f"hierarchical-{name}", make=make, oracle=hierarchical_softmax)
+
+
+def spread_weight(layer):
+    """A weight that is state, not a parameter, away from special values; in `eval()` no step is recorded."""
+    generator = torch.Generator().manual_seed(7)
+    shape = (layer.num_classes, layer.in_features)
+    weight = 0.4 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    bias = 0.4 * torch.randn(shape[0], generator=generator, dtype=torch.float64) if layer.has_bias else None
+    layer.set_weight(weight, bias)
+    layer.eval()
+
+
+def factored(name, in_features, num_classes, loss, **options):
+    """A row for `FactoredOutput`, whose steps have tests of their own."""
+
+    def make(**kwargs):
+        return FactoredOutput(in_features, num_classes, loss=loss, **options, **kwargs)
+
+    return LayerCase(f"factored-{name}", make=make, oracle=factored_softmax, spread=spread_weight)
 
 
 CASES: list[LayerCase] = [
@@ -60,4 +79,9 @@ CASES: list[LayerCase] = [
     hierarchical("sparse", 20, sparse=True),
     hierarchical("no-bias", 20, bias=False),
     hierarchical("sparse-no-bias", 11, sparse=True, bias=False),
+    factored("spherical", 5, 23, SphericalSoftmax()),
+    factored("spherical-bias", 4, 9, SphericalSoftmax(epsilon=0.3), bias=True),
+    factored("spherical-one-class", 3, 1, SphericalSoftmax()),
+    factored("taylor", 6, 16, TaylorSoftmax()),
+    factored("taylor-bias", 3, 11, TaylorSoftmax(), bias=True),
 ]

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from lastlayer import SphericalSoftmax
+
 
 def full_softmax(layer, hidden):
     """`log_softmax(f(hidden @ weight.T + bias))`."""
@@ -50,3 +52,13 @@ def hierarchical_softmax(layer, hidden):
 def accurate(logits):
     """In at least float32."""
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def factored_softmax(layer, hidden):
+    """The numerator of every class over the sum of all, for the two losses that have probabilities."""
+    outputs = accurate(F.linear(hidden, layer.weight, layer.bias))
+    if isinstance(layer.loss, SphericalSoftmax):
+        numerator = outputs.square() + layer.loss.epsilon
+    else:
+        numerator = 1 + outputs + outputs.square() / 2
+    return (numerator / numerator.sum(-1, keepdim=True)).log()

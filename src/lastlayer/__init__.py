@@ -5,7 +5,10 @@ from lastlayer import functional
 from lastlayer.functional import clusters
 from lastlayer.functional.answers import ScoreTopK, ScreenedTopK, TopK
 from lastlayer.functional.logit_map import LogitMap
+from lastlayer.functional.spherical import SphericalSoftmax, SquaredError, TaylorSoftmax, ZLoss
 from lastlayer.layers.base import OutputLayer
+from lastlayer.layers.factored import FactoredOutput
+from lastlayer.layers.factored_sgd import FactoredSGD
 from lastlayer.layers.full import FullSoftmax
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
 from lastlayer.layers.soft_cap import SoftCap
@@ -20,6 +23,12 @@ __all__ = [
     "ScoreTopK",
     "FullSoftmax",
     "HierarchicalSoftmax",
+    "FactoredOutput",
+    "FactoredSGD",
+    "SquaredError",
+    "SphericalSoftmax",
+    "TaylorSoftmax",
+    "ZLoss",
     "LogitMap",
     "SoftCap",
     "ScreenedSoftmax",

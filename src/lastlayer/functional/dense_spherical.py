@@ -23,8 +23,8 @@ def spherical_loss(
 ) -> Tensor:  # (), or (...) for "none"
     """`loss` of the outputs `hidden @ weight.T + bias`, by plain autograd.
 
-    What `FactoredOutput(..., loss=loss)` computes, at O(V d) an example instead of O(d^2); use it for few classes, or
-    where an optimizer other than SGD matters more than speed. Half precision is summed in float32.
+    What `FactoredOutput(..., loss=loss)` computes, at O(V d) an example instead of O(d^2); use it for few
+    classes, or where an optimizer other than SGD matters more than speed. Half precision is summed in float32.
 
     Raises:
         TypeError, ValueError, IndexError: as `FactoredOutput` does.
@@ -32,7 +32,7 @@ def spherical_loss(
     Example:
         >>> import torch
         >>> from lastlayer import TaylorSoftmax
-        >>> from lastlayer.functional.dense_spherical import spherical_loss
+        >>> from lastlayer.functional import spherical_loss
         >>> hidden, weight = torch.ones(2, 3), torch.zeros(10, 3)
         >>> spherical_loss(hidden, weight, torch.tensor([1, 7]), loss=TaylorSoftmax())  # log 10
         tensor(2.3026)

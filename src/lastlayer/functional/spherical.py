@@ -1,7 +1,8 @@
 """The spherical family: losses that see V outputs only through their squared norm, their sum, and the targets'.
 
-(Vincent, de Brebisson and Bouthillier 2015; de Brebisson and Vincent 2016.) Such a loss and its gradient never need
-the V outputs, which is what `FactoredOutput` lives on; `spherical_loss` is the dense twin over a plain weight.
+(Vincent, de Brebisson and Bouthillier 2015; de Brebisson and Vincent 2016.) Such a loss and its gradient never
+need the V outputs, which is what `FactoredOutput` lives on; `spherical_loss` is the dense twin over a plain
+weight.
 
 A loss of your own is one class with one method; its derivatives come from autograd:
 
@@ -27,8 +28,8 @@ from torch.nn import functional as F
 class SphericalLoss(ABC):
     """A loss of one example's outputs `o (V,)` that reads `o` at the targets, `||o||^2` and `sum(o)` only.
 
-    `FactoredOutput` calls it in float64 on a few numbers a row; within a row no class occurs twice, and an entry of
-    weight 0 is padding and must not count.
+    `FactoredOutput` calls it in float64 on a few numbers a row; within a row no class occurs twice, and an entry
+    of weight 0 is padding and must not count.
     """
 
     uses_sum = False  # True when `row_loss` reads `total`, which costs the layer two more vectors
@@ -88,8 +89,8 @@ class SquaredError(SphericalLoss):
 class SphericalSoftmax(NormalizedLoss):
     """`p_i = (o_i^2 + epsilon) / sum_j (o_j^2 + epsilon)`.
 
-    Even in `o`, and blind to its scale but for `epsilon`. The gradient reaches `1 / sqrt(epsilon)` near `o = 0`, so a
-    smaller `epsilon` wants a smaller learning rate.
+    Even in `o`, and blind to its scale but for `epsilon`. The gradient reaches `1 / sqrt(epsilon)` near `o = 0`,
+    so a smaller `epsilon` wants a smaller learning rate.
 
     Args:
         epsilon: what keeps every probability above 0.
@@ -115,7 +116,8 @@ class SphericalSoftmax(NormalizedLoss):
 class TaylorSoftmax(NormalizedLoss):
     """`p_i` proportional to `1 + o_i + o_i^2 / 2`, the softmax with `exp` cut after its second term.
 
-    Nothing to tune, and every numerator is at least 1/2; the least probable output is `o = -1`, not minus infinity.
+    Nothing to tune, and every numerator is at least 1/2; the least probable output is `o = -1`, not minus
+    infinity.
     """
 
     uses_sum = True
@@ -131,9 +133,9 @@ class TaylorSoftmax(NormalizedLoss):
 class ZLoss(SphericalLoss):
     """`softplus(alpha (beta - z)) / alpha` of the target's z-score `z = (o - mean(o)) / std(o)`.
 
-    Blind to shift and scale of the outputs; `alpha` and `beta` tune it towards a top-k. No probabilities; classes are
-    ranked by their score. The variance is bounded below by a millionth of the mean square, since outputs that are
-    all alike have no z-score.
+    Blind to shift and scale of the outputs; `alpha` and `beta` tune it towards a top-k. No probabilities;
+    classes are ranked by their score. The variance is bounded below by a millionth of the mean square, since
+    outputs that are all alike have no z-score.
 
     Raises:
         ValueError: `alpha` is not positive.

@@ -26,34 +26,33 @@ from lastlayer.layers.factored_state import Consistency, FactoredState
 
 
 class FactoredOutput(OutputLayer):
-    r"""Equals `spherical_loss(hidden, weight, targets, bias, loss=loss)` trained by plain SGD, but an exact step costs
-    O(d^2) an example instead of O(V d).
+    """Equals `spherical_loss(hidden, weight, targets, bias, loss=loss)` trained by plain SGD, but an exact step
+    costs O(d^2) an example instead of O(V d).
 
-    The V outputs `o = W h + b` are never computed in training: the loss may read their squared norm, their sum and the
-    few target outputs. From `W = F U` with a small `U (d, d)`, its inverse, and `Q = W^T W`:
+    The V outputs `o = W h + b` are never computed in training: the loss may read their squared norm, their sum
+    and the few target outputs. From `W = F U` with a small `U (d, d)`, its inverse, and `Q = W^T W`:
 
-    .. math:: \|o\|^2 = h^T Q h, \qquad o_t = F_t (U h), \qquad
-        W \leftarrow W - \eta\, G^T H \;\text{ as an update of } U, Q \text{ and the target rows of } F.
+        ||o||^2 = h^T Q h,    o_t = F_t (U h),    W - lr G^T H by updates of U, Q and the target rows of F
 
     Train it with `FactoredSGD`, which owns the step; the weight is state of the layer, not a parameter (one empty
-    parameter, the anchor, stands for it in optimizers and schedulers). Backward in training mode without one raises.
-    In `eval()` nothing is recorded, and gradients reach `hidden` alone.
+    parameter, the anchor, stands for it in optimizers and schedulers). Backward in training mode without one
+    raises. In `eval()` nothing is recorded, and gradients reach `hidden` alone.
 
     Time of a step on N examples: about `7 N d^2 + 5 N^2 d` multiply-adds, whatever V; memory `V d + 3 d^2`.
     `log_prob`, `topk` and `weight` cost what V classes cost. Now and then the state is kept well conditioned at
-    O(V d) for each direction of the hidden space that training shrank a few hundredfold, and once in 3 V examples Q is
-    made anew at O(V d^2).
+    O(V d) for each direction of the hidden space that training shrank a few hundredfold, and once in 3 V
+    examples Q is made anew at O(V d^2).
 
     When not to use it: with the ordinary softmax (no `exp` is possible here), with momentum, Adam or elementwise
-    clipping, or for few classes (below about 10 d a dense layer is as fast). bfloat16 layers compute and keep their
-    state in float32; float16 ones do not train.
+    clipping, or for few classes (below about 10 d a dense layer is as fast). bfloat16 layers compute and keep
+    their state in float32; float16 ones do not train.
 
     Args:
         in_features: d.
         num_classes: V.
-        loss: `SquaredError()`, `SphericalSoftmax()`, `TaylorSoftmax()`, `ZLoss()`, or your own `SphericalLoss`. The
-            normalised ones (spherical, Taylor) have probabilities; of the others `log_prob` raises, while `scores`
-            and `topk` work.
+        loss: `SquaredError()`, `SphericalSoftmax()`, `TaylorSoftmax()`, `ZLoss()`, or your own `SphericalLoss`.
+            The normalised ones (spherical, Taylor) have probabilities; of the others `log_prob` raises, while
+            `scores` and `topk` work.
         bias: adds one output bias a class, by a constant feature.
         reduction, ignore_index, device, dtype: as in every `OutputLayer`.
 
@@ -109,8 +108,8 @@ class FactoredOutput(OutputLayer):
         """The training loss.
 
         Targets are one class a row; K classes a row, each counting `target_weights` (1 without), padded with
-        `ignore_index`; or a sparse `(N, V)` matrix of values. Duplicates add. A row of nothing but `ignore_index` is
-        ignored, an empty row of a matrix is a target of zeros.
+        `ignore_index`; or a sparse `(N, V)` matrix of values. Duplicates add. A row of nothing but
+        `ignore_index` is ignored, an empty row of a matrix is a target of zeros.
         """
         rows, shape = self._rows(hidden), hidden.shape[:-1]
         ids, weights, kept = sparse_targets(targets, target_weights, shape, self.num_classes, self.ignore_index)
@@ -164,7 +163,9 @@ class FactoredOutput(OutputLayer):
         if weight.shape != expected:
             raise ValueError(f"weight must have shape (V, d) = {expected}, got {tuple(weight.shape)}")
         if bias is not None and (not self.has_bias or bias.shape != expected[:1]):
-            raise ValueError(f"bias must have shape {expected[:1]} in a layer with bias=True, got {tuple(bias.shape)}")
+            raise ValueError(
+                f"bias must have shape {expected[:1]} in a layer with bias=True, got {tuple(bias.shape)}"
+            )
         columns = weight.to(self.anchor)
         if self.has_bias:
             last = self.bias if bias is None else bias.to(self.anchor)
@@ -225,9 +226,7 @@ class FactoredOutput(OutputLayer):
         if self.training and torch.is_grad_enabled() and self.anchor.requires_grad:
             if self.anchor.dtype == torch.float16:
                 raise TypeError("a float16 FactoredOutput does not train: use layer.float() or layer.bfloat16()")
-            statistics = recorded_statistics(
-                hidden, ids, self.anchor, self.state, self._ledger, self._check_owner
-            )
+            statistics = recorded_statistics(hidden, ids, self.anchor, self.state, self._ledger, self._check_owner)
         else:
             with self._full_precision():
                 statistics = self.state.statistics(hidden, ids)
@@ -247,8 +246,8 @@ class FactoredOutput(OutputLayer):
     def _check_owner(self) -> None:
         if self._owner is None or self._owner() is None:
             raise RuntimeError(
-                "backward in training mode of a FactoredOutput that no FactoredSGD owns: its weight would never be "
-                "trained; make FactoredSGD(layer, lr) and keep it, or freeze the layer with layer.eval() or "
+                "backward in training mode of a FactoredOutput that no FactoredSGD owns: its weight would never "
+                "be trained; make FactoredSGD(layer, lr) and keep it, or freeze the layer with layer.eval() or "
                 "layer.requires_grad_(False)"
             )
 
@@ -259,8 +258,7 @@ class FactoredOutput(OutputLayer):
         with torch.no_grad():
             self.state = FactoredState(columns, keeps_total=self.loss.uses_sum)
         self._stabilizer = Stabilizer(automatic=self._stabilizer.automatic)
-        self._ledger.close()
-        self._ledger.spent = False
+        self._ledger.forget(self.anchor)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_owner": None, "_ledger": Ledger()}
@@ -283,8 +281,8 @@ class FactoredOutput(OutputLayer):
         if self.has_bias:
             destination[prefix + "bias"] = self.bias
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        _, _, missing, unexpected, errors = rest
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        _, _, missing, unexpected, errors = args
         weight, bias = (state_dict.get(prefix + name) for name in ("weight", "bias"))
         missing += [prefix + "weight"] * (weight is None) + [prefix + "bias"] * (self.has_bias and bias is None)
         unexpected += [prefix + "bias"] * (bias is not None and not self.has_bias)

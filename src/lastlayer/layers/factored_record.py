@@ -1,11 +1,12 @@
 """What a training-mode pass of `FactoredOutput` leaves for `FactoredSGD`, and how autograd carries it there.
 
-Two nodes. `_Statistics` computes the few numbers of the loss and, backwards, the gradient of the hidden states and the
-record of the step. `_Commit` stands between it and the layer's anchor, so that it runs only when the gradient of the
-layer itself is wanted: `torch.autograd.grad(loss, hidden)` records nothing, `loss.backward()` does.
+Two nodes. `_Statistics` computes the few numbers of the loss and, backwards, the gradient of the hidden states
+and the record of the step. `_Commit` stands between it and the layer's anchor, so that it runs only when the
+gradient of the layer itself is wanted: `torch.autograd.grad(loss, hidden)` records nothing, `loss.backward()`
+does.
 
-The anchor's gradient stands for the weight's: each pass adds a tiny mark to it. Whoever removes it (`zero_grad` of any
-kind) removes the records, and whoever multiplies it (`clip_grad_norm_`, a loss scaler) scales the step.
+The anchor's gradient stands for the weight's: each pass adds a tiny mark to it. Whoever removes it (`zero_grad`
+of any kind) removes the records, and whoever multiplies it (`clip_grad_norm_`, a loss scaler) scales the step.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from lastlayer.layers.factored_state import FactoredState
 from lastlayer.layers.factored_step import FactoredGradient, prefers_features
@@ -38,8 +40,8 @@ class Ledger:
             self.settle(anchor)
             if self.spent:
                 raise RuntimeError(
-                    "backward after step() without zero_grad(): a gradient of the weight before the step cannot be "
-                    "added to one after it; call zero_grad() between them"
+                    "backward after step() without zero_grad(): a gradient of the weight before the step "
+                    "cannot be added to one after it; call zero_grad() between them"
                 )
             self._backward = this_backward
         self.gradients.append(gradient)
@@ -58,6 +60,12 @@ class Ledger:
     def take(self) -> FactoredGradient | None:
         """The settled records as one."""
         return FactoredGradient.joined(self.gradients) if self.gradients else None
+
+    def forget(self, anchor: Tensor) -> None:
+        """After the weight was replaced: what was recorded no longer fits it."""
+        anchor.grad = None
+        self.close()
+        self.spent = False
 
     def close(self) -> None:
         """After a step: the records are used up."""
@@ -104,7 +112,7 @@ class _Commit(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         record: Record = ctx.record
         ctx.check_owner()
         if record.committed:
@@ -145,7 +153,7 @@ class _Statistics(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, by_score: Tensor, by_norm: Tensor, by_total: Tensor
     ) -> tuple[Tensor, Tensor, None, None]:
         """The gradient of hidden, `D H Q + Y W + g_s total^T`, with `Y W = (Y F) U + y offset^T`."""
@@ -158,13 +166,13 @@ class _Statistics(torch.autograd.Function):
             if ctx.factor_rows is not None:
                 sparse = (target * ctx.factor_rows) @ state.map
             else:
-                sparse = nn.functional.embedding_bag(
-                    ctx.ids, state.factor, per_sample_weights=target, mode="sum"
-                ) @ state.map
+                bags = F.embedding_bag(ctx.ids, state.factor, per_sample_weights=target, mode="sum")
+                sparse = bags @ state.map
             total = None
             if state.total is not None:
                 total = by_total.to(hidden.dtype)
                 sparse.addr_(target.sum(1), state.offset).addr_(total, state.total)
             wanted = torch.addcmul(sparse, (2 * norm)[:, None], ctx.products[:, :d])
-        record.gradient = FactoredGradient(hidden, ctx.ids, target, norm, total, ctx.products, sparse, wanted)
+        own = hidden.clone(memory_format=torch.contiguous_format)  # the caller may refill its buffer before step()
+        record.gradient = FactoredGradient(own, ctx.ids, target, norm, total, ctx.products, sparse, wanted)
         return wanted, record.gradient.norm.new_zeros(()), None, None

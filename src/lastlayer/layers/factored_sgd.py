@@ -12,19 +12,20 @@ from lastlayer.layers.factored_step import plan_step
 
 
 class FactoredSGD(torch.optim.Optimizer):
-    r"""Plain SGD on the weight of `FactoredOutput` layers, exact, at O(d^2) an example.
+    """Plain SGD on the weight of `FactoredOutput` layers, exact, at O(d^2) an example.
 
-    .. math:: W \leftarrow W - \eta \left(\min(1, c / \|g\|)\, g + \lambda W\right), \qquad g = \partial L/\partial W
+        W <- W - lr (min(1, max_norm / ||g||) g + weight_decay W),    g = dL/dW
 
-    with rate `lr` :math:`\eta`, `weight_decay` :math:`\lambda` and `max_norm` :math:`c`, as `torch.optim.SGD` after
-    `clip_grad_norm_` on this weight alone. Train the rest of the model with any optimizer beside it.
+    as `torch.optim.SGD` does after `clip_grad_norm_` on this weight alone. Train the rest of the model with any
+    optimizer beside it.
 
-    An ordinary `torch.optim.Optimizer` over one anchor parameter a layer, so learning-rate schedulers, param groups,
-    gradient accumulation and `zero_grad` are as usual. Several backward passes before a step are one step of all their
-    rows. What scales the anchor's gradient (`clip_grad_norm_` over the model, a loss scaler) scales the step.
+    An ordinary `torch.optim.Optimizer` over one anchor parameter a layer, so learning-rate schedulers, param
+    groups, gradient accumulation and `zero_grad` are as usual. Several backward passes before a step are one
+    step of all their rows. What scales the anchor's gradient (`clip_grad_norm_` over the model, a loss scaler)
+    scales the step.
 
-    What needs a dense state (momentum, Adam) or single entries of the gradient (`clip_grad_value_`) cannot be exact in
-    this form and is refused, or has no effect.
+    What needs a dense state (momentum, Adam) or single entries of the gradient (`clip_grad_value_`) cannot be
+    exact in this form and is refused, or has no effect.
 
     Args:
         layers: a `FactoredOutput`, several, or param groups `{"params": layers, "lr": ...}`.
@@ -39,8 +40,8 @@ class FactoredSGD(torch.optim.Optimizer):
         RuntimeError: `step` without a backward before it.
 
     Warns:
-        UserWarning: once, when a step overshoots (turns a direction of the weight around), which is exact but a sign
-            of too large a rate.
+        UserWarning: once, when a step overshoots (turns a direction of the weight around), which is exact but a
+            sign of too large a rate.
 
     Example:
         >>> import torch
@@ -66,14 +67,17 @@ class FactoredSGD(torch.optim.Optimizer):
     ) -> None:
         if refused:
             raise TypeError(
-                f"FactoredSGD takes no {', '.join(refused)}: the gradient of the weight is never made, so a state of "
-                "its size (momentum, Adam) cannot be kept; it takes lr, weight_decay and max_norm"
+                f"FactoredSGD takes no {', '.join(refused)}: the gradient of the weight is never made, so a "
+                "state of its size (momentum, Adam) cannot be kept; it takes lr, weight_decay and max_norm"
             )
         self._layers: dict[Tensor, FactoredOutput] = {}
         self._warned = False
-        given = [layers] if isinstance(layers, FactoredOutput) else list(layers)
-        groups = given if given and isinstance(given[0], dict) else [{"params": given}]
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "max_norm": max_norm})
+        given: list[Any] = [layers] if isinstance(layers, FactoredOutput) else list(layers)
+        in_groups = bool(given) and isinstance(given[0], dict)
+        super().__init__(
+            given if in_groups else [{"params": given}],
+            {"lr": lr, "weight_decay": weight_decay, "max_norm": max_norm},
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group whose `"params"` are layers."""
@@ -115,7 +119,9 @@ class FactoredSGD(torch.optim.Optimizer):
                 if plan is not None:
                     plans.append((layer, plan))
         if not closing:
-            raise RuntimeError("step() without a backward since the last step or zero_grad(): there is no gradient")
+            raise RuntimeError(
+                "step() without a backward since the last step or zero_grad(): there is no gradient"
+            )
         for layer, plan in plans:
             self._warn(plan.overshoots)
             plan.apply()
@@ -134,7 +140,8 @@ class FactoredSGD(torch.optim.Optimizer):
         if safe_lr is not None and not self._warned:
             self._warned = True
             warnings.warn(
-                f"lr turns a direction of the weight around in one step; rates up to {safe_lr:.6g} would not on this "
+                f"lr turns a direction of the weight around in one step; rates up to {safe_lr:.6g} would "
+                "not on this "
                 "batch (said once)",
                 stacklevel=3,
             )

@@ -4,8 +4,8 @@ Every step multiplies U from the right, so a direction that the hidden states fa
 while its scale moves into F: left alone, U becomes singular. Three repairs, from cheap to dear:
 
 - the inverse is polished by a Newton step, O(d^3), every 100 steps or more, and made anew when it drifted too far;
-- where a bound on the growth of U and R, summed over the steps, reaches the limit, both are measured; and when they
-  did grow, the singular directions of U outside [1/2, 2] are moved into F, O(V d) each;
+- where a bound on the growth of U and R, summed over the steps, reaches the limit, both are measured; and when
+  they did grow, the singular directions of U outside [1/2, 2] are moved into F, O(V d) each;
 - Q is made anew from the weight, O(V d^2), once in so many steps that this costs one part in twenty of them.
 """
 
@@ -89,5 +89,6 @@ class Stabilizer:
 
 
 def growth_limit(state: FactoredState) -> float:
-    """Log of the norm of U or R at which a third of the digits is at stake."""
-    return max(-math.log(torch.finfo(state.factor.dtype).eps) / 3, math.log(4 * math.sqrt(state.features)))
+    """Log of the norm of U or R that calls for repair: in F, errors of rounding are larger by as much."""
+    most = 64.0 if state.factor.dtype == torch.float32 else 1e4
+    return math.log(max(most, 4 * math.sqrt(state.features)))

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lastlayer.functional.gram import gram_matrix
+
 CHUNK_NUMBERS = 1 << 22  # numbers of the (V, d) factor, or of gathered rows, that one pass holds at once
 
 
@@ -13,15 +15,15 @@ class Consistency(NamedTuple):
 
     inverse: float  # the largest entry of |U^T R - I|
     gram: float  # ||Q - W^T W|| / ||W^T W||
-    total: float  # ||sum(W) - its kept value|| / ||sum(W)||
+    total: float  # ||W^T 1 - its kept value|| / (sqrt(V) ||W||)
     condition: float  # the condition number of U
 
 
 class FactoredState:
     """`W = F U + 1 offset^T`, with `R = U^-T`, `Q = W^T W` and `total = W^T 1` kept up to date beside it.
 
-    With the three square matrices a step on N examples costs O(N d^2): the dense part of the gradient multiplies `W`
-    from the right, which `U` takes; the sparse part touches the target rows of `F`; `Q` answers `||W h||^2`.
+    With the three square matrices a step on N examples costs O(N d^2): the dense part of the gradient multiplies
+    `W` from the right, which `U` takes; the sparse part touches the target rows of `F`; `Q` answers `||W h||^2`.
     float64 for a float64 weight, else float32. 3 d^2 + 2 d numbers beside the V d of the weight.
 
     Args:
@@ -87,7 +89,7 @@ class FactoredState:
     def target_scores(
         self,
         mapped: Tensor,  # (N, d), hidden @ U^T
-        shift: Tensor,  # (N,), hidden @ offset
+        shift: Tensor | None,  # (N,), hidden @ offset
         ids: Tensor,  # (N, K)
     ) -> Tensor:  # (N, K)
         """The outputs of a few classes a row, gathered in pieces."""
@@ -96,7 +98,8 @@ class FactoredState:
             torch.bmm(self.factor[piece], part[:, :, None])[:, :, 0]
             for piece, part in zip(ids.split(rows), mapped.split(rows), strict=True)
         ]
-        return (torch.cat(pieces) if len(pieces) > 1 else pieces[0]) + shift[:, None]
+        scores = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        return scores if shift is None else scores + shift[:, None]
 
     def to(self, device: torch.device) -> None:
         """Moves every part, bit for bit."""
@@ -111,8 +114,8 @@ class FactoredState:
         gram, total = self._measured_gram()
         return Consistency(
             float(drift),
-            _relative(self.gram, gram),
-            0.0 if self.total is None else _relative(self.total, total),
+            float((self.gram - gram).norm() / gram.norm().clamp(min=1e-30)),
+            0.0 if self.total is None else float((self.total - total).norm() / _scale(gram, self.num_classes)),
             float(torch.linalg.cond(self.map.double())),
         )
 
@@ -153,21 +156,19 @@ class FactoredState:
         self.offset.zero_()
 
     def _measured_gram(self) -> tuple[Tensor, Tensor]:
-        """`W^T W` and `W^T 1` in float64, `W = F U + 1 offset^T` read in pieces of F."""
+        """`W^T W` and `W^T 1` in float64, from W a piece at a time: `U^T (F^T F) U` would square the condition."""
         gram = torch.zeros(self.features, self.features, dtype=torch.float64, device=self.factor.device)
         total = torch.zeros(self.features, dtype=torch.float64, device=self.factor.device)
         for rows in self._row_chunks():
-            gram += rows.T @ rows
-            total += rows.sum(0, dtype=torch.float64)
-        exact, offset = self.map.double(), self.offset.double()
-        sums = exact.T @ total  # of F U alone
-        mixed = torch.outer(sums, offset)
-        gram = exact.T @ gram @ exact + mixed + mixed.T + self.num_classes * torch.outer(offset, offset)
-        return gram, sums + self.num_classes * offset
+            weight = torch.addmm(self.offset, rows, self.map)
+            gram += gram_matrix(weight)
+            total += weight.sum(0, dtype=torch.float64)
+        return gram, total
 
     def _row_chunks(self) -> tuple[Tensor, ...]:
         return self.factor.split(max(1, CHUNK_NUMBERS // self.features))
 
 
-def _relative(kept: Tensor, exact: Tensor) -> float:
-    return float((kept - exact).norm() / exact.norm().clamp(min=torch.finfo(kept.dtype).tiny))
+def _scale(gram: Tensor, num_classes: int) -> Tensor:
+    """The most that the norm of the sum of the rows can be: the scale on which its error matters."""
+    return (num_classes * gram.trace()).sqrt().clamp(min=1e-30)

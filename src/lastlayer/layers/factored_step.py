@@ -17,8 +17,8 @@ On the state `W = F U + 1 offset^T`, `R = U^-T`, `Q = W^T W`:
     Q      <- Q - lr (H^T Z + Z^T H) + ...                        Z = G W, the gradient of the hidden states
 
 For N below d these are updates of rank N (`_by_rows`); otherwise A itself is made and factored (`_by_features`).
-By rows an example costs 7 d^2 multiply-adds in the products with and into U, R and Q, and about 5 N d in those with
-the (N, N) matrices.
+By rows an example costs 7 d^2 multiply-adds in the products with and into U, R and Q, and about 5 N d in those
+with the (N, N) matrices.
 """
 
 import math
@@ -79,7 +79,9 @@ class StepPlan:
     apply: Callable[[], None]
     rows: int  # N
     growth: float  # log of the most by which the condition of U can have grown
-    overshoots: float | None = None  # set when a direction of the weight changes its sign: the rate up to which none does
+    overshoots: float | None = (
+        None  # set when a direction of the weight changes its sign: the rate up to which none does
+    )
 
 
 def plan_step(
@@ -101,8 +103,7 @@ def plan_step(
     if lr == 0 or len(gradient.hidden) == 0:
         return _decay_only(state, shrink) if shrink != 1 and lr != 0 else None
     if max_norm is not None:
-        norm = gradient_norm(gradient, state.num_classes)
-        lr = lr * min(1.0, max_norm / norm) if norm > 0 else lr
+        lr *= min(1.0, max_norm / (gradient_norm(gradient, state.num_classes) + 1e-6))  # as clip_grad_norm_ does
     rate = lr / shrink
     spread = 2 * rate * gradient.norm * gradient.hidden.square().sum(1)  # (N,), of sum lr tr(H^T D H)
     probe = gradient.target.sum() + gradient.sparse.sum()
@@ -169,7 +170,7 @@ def _solve_easy(gradient: FactoredGradient, rate: float) -> Tensor:  # (N, d), X
 
 
 def _by_rows_checked(state: FactoredState, gradient: FactoredGradient, rate: float) -> StepPlan | None:
-    """The step by rows for D > 0, by Cholesky in float64; None unless A is positive and well away from singular."""
+    """The step by rows for D > 0, by Cholesky in float64; None unless A is positive, well away from singular."""
     d = gradient.hidden.shape[1]
     root = (2 * rate * gradient.norm.double()).sqrt()[:, None]
     scaled = root * gradient.hidden
@@ -229,10 +230,8 @@ def _by_rows(
 # N above d, or a step that is not easy: A itself, (d, d), in float64.
 
 
-def _by_features(
-    state: FactoredState, g: FactoredGradient, rate: float, lr: float, growing: float
-) -> StepPlan:
-    """The step through `A = I - lr H^T D H`, whose Cholesky factor or eigenvalues tell how near it is to singular."""
+def _by_features(state: FactoredState, g: FactoredGradient, rate: float, lr: float, growing: float) -> StepPlan:
+    """The step through `A = I - lr H^T D H`: its Cholesky factor or eigenvalues tell how near singular it is."""
     hidden = g.hidden.double()
     step = _identity(state.features, hidden) - (2 * rate * g.norm.double()[:, None] * hidden).T @ hidden
     factor, growth = _inverse_factor(step, growing)
@@ -245,8 +244,9 @@ def _by_features(
         growth = 1 / min(least, 1.0) if least else math.inf
         if growth > _most_growth(g.hidden.dtype):
             raise ValueError(
-                f"lr = {lr:.6g} makes this step singular (it shrinks a direction of the weight to {least:.1e} of its "
-                f"size): the weight is unchanged; a rate up to {0.99 * safe_lr:.6g} is safe for this batch"
+                f"lr = {lr:.6g} makes this step singular (it shrinks a direction of the weight to "
+                f"{least:.1e} of its size): "
+                f"the weight is unchanged; a rate up to {0.99 * safe_lr:.6g} is safe for this batch"
             )
         overshoot = safe_lr if values[0] < 0 else None
         growth *= max(1.0, float(values.abs().max()))
