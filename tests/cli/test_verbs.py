@@ -52,7 +52,7 @@ def test_records_are_written(run, tmp_path):
     records = json.loads(path.read_text())
     needed = {"case", "name", "num_classes", "in_features", "batch", "ms", "ratio_to_full", "peak_bytes"}
     assert all(needed <= record.keys() for record in records)
-    assert {record["case"] for record in records} >= {"training", "query"}
+    assert {record["case"] for record in records} >= {"training", "query", "single query"}
     assert all(record["ms"] > 0 and isinstance(record["peak_bytes"], int) for record in records)
 
 

@@ -6,6 +6,7 @@ import typer
 
 from lastlayer.cli.options import Common, Records
 from lastlayer.study.bench import Sizes, run_bench
+from lastlayer.study.choices import CHOICES, choose
 
 
 def bench(
@@ -14,7 +15,9 @@ def bench(
     in_features: Annotated[int, typer.Option(min=1, help="d, the width of the hidden states.")] = 256,
     batch: Annotated[int, typer.Option(min=1, help="N, the examples of one call.")] = 256,
     k: Annotated[int, typer.Option(min=1, help="How many classes a query asks for.")] = 10,
-    seconds: Annotated[float, typer.Option(min=0.1, help="About how long each case may take in all.")] = 20.0,
+    layers: Annotated[str, typer.Option(help="Which layers, with commas between them.")] = ",".join(CHOICES),
+    seconds: Annotated[float, typer.Option(min=0.1, help="About how long each case may take.")] = 20.0,
 ) -> Records:
-    """Time a training step and a top-k query, PyTorch's own layers and these side by side."""
-    return run_bench(Sizes(num_classes, in_features, batch, k), seconds, common.seed, common.device)
+    """Time a training step and top-k queries: PyTorch's own layers and these, side by side."""
+    sizes = Sizes(num_classes, in_features, batch, k)
+    return run_bench(sizes, choose(layers), seconds, common.seed, common.device)
