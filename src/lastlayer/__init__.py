@@ -12,7 +12,7 @@ from lastlayer.layers.factored_sgd import FactoredSGD
 from lastlayer.layers.full import FullSoftmax
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
 from lastlayer.layers.soft_cap import SoftCap
-from lastlayer.screening import ScreenedSoftmax, SVDPreview, SVDSoftmax
+from lastlayer.screening import Int8Preview, ScreenedSoftmax, SVDPreview, SVDSoftmax
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,7 @@ __all__ = [
     "SoftCap",
     "ScreenedSoftmax",
     "SVDPreview",
+    "Int8Preview",
     "SVDSoftmax",
     "clusters",
     "functional",

@@ -18,7 +18,7 @@ def head(dtype=torch.float64, num_classes=300, width=16):
     return weight.to(dtype), bias.to(dtype), hidden.to(dtype)
 
 
-@pytest.mark.parametrize("storage", [None, "float32", "bfloat16"])
+@pytest.mark.parametrize("storage", [None, "float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize("window", [1, 5, 16])
@@ -46,6 +46,7 @@ def test_bytes_read():
     weight, bias, _ = head(torch.float32)
     assert SVDPreview(4).prepare(weight, bias).bytes_read == 300 * 4 * 4
     assert SVDPreview(4, storage="bfloat16").prepare(weight, bias).bytes_read == 300 * 4 * 2
+    assert SVDPreview(4, storage="int8").prepare(weight, bias).bytes_read == 300 * (64 + 4)  # padded to 64
 
 
 def test_follow_is_the_score():

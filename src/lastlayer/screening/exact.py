@@ -1,5 +1,7 @@
 """The full layer, as screening measures itself against it: logits in the working dtype, and what rounding does."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,6 +40,12 @@ def logits_at(
     rows = weight.index_select(0, classes.reshape(-1)).view(*classes.shape, weight.shape[-1]).to(dtype)
     logits = torch.matmul(rows, hidden.to(dtype).unsqueeze(-1)).squeeze(-1)
     return logits if bias is None else logits + bias.to(dtype)[classes]
+
+
+def no_autocast(hidden: Tensor) -> AbstractContextManager[object]:
+    """Turns autocast off where it is on: a proof needs the arithmetic that it is about."""
+    device = hidden.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def rounding_share(width: int, dtype: torch.dtype) -> float:

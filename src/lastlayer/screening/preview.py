@@ -3,7 +3,10 @@
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
+
+from lastlayer.screening.summary import Summary
 
 
 class ErrorBound(NamedTuple):
@@ -24,6 +27,7 @@ class PreparedPreview(ABC):
     """A preview of one weight, ready to be queried; `N` rows of hidden states, `V` classes."""
 
     bytes_read: int  # of the preview, by one query
+    of_classes: Tensor  # (m, V), the classes' part of the error bound
     normalizer_shift: Tensor | None = None  # (V,), added to scores in the normaliser only
 
     @abstractmethod
@@ -48,6 +52,17 @@ class PreparedPreview(ABC):
         bias: Tensor | None,  # (V,)
     ) -> Tensor:  # (N, V)
         """The scores as a differentiable function of hidden, weight and bias; costs what the full layer does."""
+
+    def summary(
+        self,
+        hidden: Tensor,  # (N, d), float32 on a CPU
+        workers: int,
+    ) -> tuple[Summary, np.ndarray]:
+        """Scores summarised for the fused kernels, and the rows' part of the error bound, `(N, m)` float32.
+
+        Override it where scores and summary can be made in one pass.
+        """
+        return Summary.of(self.scores(hidden)), self.error(hidden).of_rows.contiguous().numpy()
 
 
 class Preview(ABC):

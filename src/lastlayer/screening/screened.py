@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lastlayer.functional.answers import ScreenedTopK
 from lastlayer.functional.checks import check_count, check_hidden, check_positive
-from lastlayer.screening.exact import full_logits
+from lastlayer.screening.exact import full_logits, no_autocast
+from lastlayer.screening.fused import HeadArrays, dense_topk, fused_topk, serves
 from lastlayer.screening.preview import Preview
 from lastlayer.screening.screen import Head, Screened, screen
 
@@ -132,12 +133,12 @@ class ScreenedSoftmax(nn.Module):
         """The k best of the rescored classes, best first; `1 <= k <= candidates`; `exact` as for the class."""
         k = check_count("k", k, 1, self.candidates)
         exact = self.exact if exact is None else bool(exact)
-        answers = []
-        for rows in self._chunks(hidden):
-            screened = self._screened(rows, k, exact)
-            log_prob = self._mapped(screened.values) - self._log_normalizer(screened)
-            answers.append((log_prob, screened.indices, screened.certified))
-        log_prob, indices, certified = (torch.cat(parts) for parts in zip(*answers, strict=True))
+        answers = [self._topk(rows, k, exact) for rows in self._chunks(hidden)]
+        log_prob, indices, certified = answers[0]
+        if len(answers) > 1:
+            log_prob, indices, certified = (torch.cat(parts) for parts in zip(*answers, strict=True))
+        if hidden.dim() == 2:
+            return ScreenedTopK(log_prob, indices, certified)
         shape = hidden.shape[:-1]
         return ScreenedTopK(log_prob.view(*shape, k), indices.view(*shape, k), certified.reshape(shape))
 
@@ -180,6 +181,7 @@ class ScreenedSoftmax(nn.Module):
         _check_head(self.weight, self.bias)
         self._prepared = self.preview.prepare(self.weight, self.bias)
         self._prepared_for = self._stamp()
+        self._arrays: HeadArrays | None = None
 
     def extra_repr(self) -> str:
         return (
@@ -188,7 +190,8 @@ class ScreenedSoftmax(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_prepared_for": self._prepared_for == self._stamp()}
+        fresh = self._prepared_for == self._stamp()
+        return {**super().__getstate__(), "_prepared_for": fresh, "_arrays": None}  # views of this one's memory
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # a copy has memory of its own, and is as fresh or stale as its original
@@ -212,12 +215,29 @@ class ScreenedSoftmax(nn.Module):
             raise RuntimeError(
                 "the weight has changed or moved since the preview was prepared: call refresh() first"
             )
-        rows = hidden.reshape(-1, self.in_features)
-        return rows.split(max(1, CHUNK_NUMBERS // self.out_features)) if len(rows) else (rows,)
+        rows = (hidden if hidden.dim() == 2 else hidden.reshape(-1, self.in_features)).contiguous()
+        most = max(1, CHUNK_NUMBERS // self.out_features)
+        return rows.split(most) if len(rows) > most else (rows,)
+
+    def _topk(self, rows: Tensor, k: int, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """`(log_prob, indices, certified)` of one chunk of rows, by the fused kernels where they serve."""
+        plain = self.logit_map is None and self._prepared.normalizer_shift is None
+        if plain and serves(self.weight):
+            rows, head = rows.detach(), Head(self.weight, self.bias)
+            self._arrays = self._arrays or HeadArrays.of(head, self._prepared)
+            with no_autocast(rows):
+                if len(rows) * self.candidates >= self.out_features:
+                    answer = dense_topk(head, rows, k)
+                else:
+                    answer = fused_topk(head, self._arrays, self._prepared, rows, self.candidates, k, exact)
+            if answer is not None:
+                return answer
+        screened = self._screened(rows, k, exact)
+        return self._mapped(screened.values) - self._log_normalizer(screened), screened.indices, screened.certified
 
     def _screened(self, rows: Tensor, k: int, exact: bool) -> Screened:
         head = Head(self.weight, self.bias)
-        with torch.autocast(rows.device.type, enabled=False):  # a proof needs the arithmetic it is about
+        with no_autocast(rows):
             fixed = Head(head.weight.detach(), None if head.bias is None else head.bias.detach())
             with torch.no_grad():
                 screened = screen(fixed, self._prepared, rows, self.candidates, k, exact)

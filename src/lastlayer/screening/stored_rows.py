@@ -1,16 +1,21 @@
 """How a preview keeps its rows: numbers, their rounding, and the scores of all of them."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lastlayer.screening.exact import CAST_ROWS, rounding_share
+from lastlayer.screening.quantised import Int8Rows
+from lastlayer.screening.summary import BLOCK, Summary, kernels
 
-STORAGES = ("float32", "bfloat16")
+STORAGES = ("float32", "bfloat16", "int8")
 
 
-def store_rows(rows: Tensor, storage: str | None, dtype: torch.dtype) -> "FloatRows":
+def store_rows(rows: Tensor, storage: str | None, dtype: torch.dtype) -> "FloatRows | Int8Rows":
     """`rows (V, w)` in float64, kept as `storage` says (None: as the working dtype)."""
+    if storage == "int8":
+        return Int8Rows(rows, dtype)
     return FloatRows(rows, dtype if storage in (None, "float32") else getattr(torch, storage), dtype)
 
 
@@ -37,9 +42,9 @@ class FloatRows:
     def scores(
         self,
         hidden: Tensor,  # (N, w)
-        bias: Tensor | None,  # (V,)
+        bias: Tensor,  # (V,)
     ) -> Tensor:  # (N, V)
-        """`hidden @ rows.T + bias`."""
+        """`hidden @ rows.T + bias`, summed in the working dtype."""
         hidden = hidden.to(self.dtype)
         if self.stored.dtype == self.dtype:
             return F.linear(hidden, self.stored, bias)
@@ -47,4 +52,29 @@ class FloatRows:
         for start in range(0, len(self.stored), CAST_ROWS):
             block = self.stored[start : start + CAST_ROWS].to(self.dtype)
             torch.matmul(hidden, block.T, out=scores[:, start : start + CAST_ROWS])
-        return scores if bias is None else scores.add_(bias)
+        return scores.add_(bias)
+
+    def scan(
+        self,
+        hidden: np.ndarray,  # (w,) float32
+        norm: float,  # of hidden
+        bias: np.ndarray,  # (V,) float32
+        workers: int,
+    ) -> tuple[Summary, tuple[float, ...]]:
+        """Scores of one hidden state, summarised in the same pass, and `of_rows`."""
+        room = Summary.empty(1, len(self.stored))
+        if self.stored.dtype == torch.bfloat16:
+            scan, stored = kernels().scan_bfloat16, self.stored.view(torch.int16)
+        else:
+            scan, stored = kernels().scan_float, self.stored
+        scan(stored.numpy(), hidden, bias, BLOCK, workers, *room.row())
+        return room, (norm,)
+
+    def summary(
+        self,
+        hidden: Tensor,  # (N, w)
+        bias: Tensor,  # (V,) float32
+        workers: int,
+    ) -> tuple[Summary, Tensor]:
+        """Scores summarised for the fused kernels, and `of_rows`."""
+        return Summary.of(self.scores(hidden, bias)), self.of_rows(hidden)

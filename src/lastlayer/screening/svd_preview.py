@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from lastlayer.screening.calibration import Calibration, SecondMoment, second_mo
 from lastlayer.screening.exact import CAST_ROWS, full_logits, rounding_share, row_norms, working_dtype
 from lastlayer.screening.preview import ErrorBound, PreparedPreview, Preview
 from lastlayer.screening.stored_rows import STORAGES, store_rows
+from lastlayer.screening.summary import Summary, kernels
 
 
 @dataclass(frozen=True, init=False)
@@ -104,7 +106,7 @@ class PreparedSVD(PreparedPreview):
 
     def __init__(self, settings: SVDPreview, weight: Tensor, bias: Tensor | None, rotation: Rotation) -> None:
         window, dtype = settings.window, working_dtype(weight.dtype)
-        self.window, self.dtype, self.rotation = window, dtype, rotation
+        self.dtype, self.rotation, self.window = dtype, rotation, window
         head = torch.empty(len(weight), window, dtype=torch.float64, device=weight.device)
         tail = torch.empty(len(weight), dtype=dtype, device=weight.device)
         for start in range(0, len(weight), CAST_ROWS):
@@ -112,27 +114,45 @@ class PreparedSVD(PreparedPreview):
             head[start : start + CAST_ROWS] = rotated[:, :window]
             # from the tail itself: the difference of two squared norms would cancel
             tail[start : start + CAST_ROWS] = torch.linalg.vector_norm(rotated[:, window:], dim=-1)
-        self.bias = None if bias is None else bias.to(dtype)
         self.rows = store_rows(head, settings.storage, dtype)
-        size = row_norms(weight) if bias is None else row_norms(weight) + bias.to(dtype).abs()
-        self.of_classes = torch.cat([torch.stack([tail, size]), self.rows.of_classes]).contiguous()
+        self.bias = tail.new_zeros(len(weight)) if bias is None else bias.to(dtype)
+        size = row_norms(weight) + self.bias.abs()
+        self.of_classes = torch.cat([torch.stack([tail, size]), self.rows.of_classes])
         self.bytes_read = self.rows.bytes_read
+        self.to_head = rotation.hidden_side[:, :window].T.contiguous()  # (window, d), float64
+        self.to_tail = (
+            rotation.hidden_side[:, window:].T.to(dtype).contiguous()
+        )  # for a norm; its rounding is allowed for
+        self.tail_rounding = 2 * rounding_share(len(rotation.hidden_side), dtype) * float(self.to_tail.norm())
         if settings.tail_correction:
             self.normalizer_shift = 0.5 * settings.tail_correction * tail.square()
 
     def scores(self, hidden: Tensor) -> Tensor:
-        return self.rows.scores(hidden.double() @ self.rotation.hidden_side[:, : self.window], self.bias)
+        return self.rows.scores(hidden.double() @ self.to_head.T, self.bias)
 
     def error(self, hidden: Tensor) -> ErrorBound:
-        rotated = hidden.double() @ self.rotation.hidden_side
-        head, tail = rotated[:, : self.window], rotated[:, self.window :]
-        tail_norm = torch.linalg.vector_norm(tail, dim=-1, keepdim=True)
-        norm = torch.linalg.vector_norm(hidden.double(), dim=-1, keepdim=True)
+        return ErrorBound(
+            self._of_rows(hidden, self.rows.of_rows(hidden.double() @ self.to_head.T)), self.of_classes
+        )
+
+    def summary(self, hidden: Tensor, workers: int) -> tuple[Summary, np.ndarray]:
+        if len(hidden) > 1:
+            summary, of_rows = self.rows.summary(hidden.double() @ self.to_head.T, self.bias, workers)
+            return summary, self._of_rows(hidden, of_rows).numpy()
+        head = np.empty(self.window, dtype=np.float32)
+        norm, of_head, tail = kernels().rotate(hidden.numpy()[0], self.to_head.numpy(), self.to_tail.numpy(), head)
+        summary, of_row = self.rows.scan(head, of_head, self.bias.numpy(), workers)
         rounding = rounding_share(hidden.shape[-1], self.dtype) * (norm + 1)
-        of_rows = torch.cat([tail_norm, rounding, self.rows.of_rows(head)], dim=-1)
-        return ErrorBound(of_rows.to(self.dtype), self.of_classes)
+        return summary, np.array([(tail + self.tail_rounding * norm, rounding, *of_row)], dtype=np.float32)
 
     def follow(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # (h A) (W B)^T with both rotations held fixed is h (A B^T) W^T: linear in h and in W
-        both = self.rotation.hidden_side[:, : self.window] @ self.rotation.weight_side[:, : self.window].T
+        both = self.to_head.T @ self.rotation.weight_side[:, : self.window].T
         return full_logits(hidden.to(self.dtype) @ both.to(self.dtype), weight, bias)
+
+    def _of_rows(self, hidden: Tensor, of_rows: Tensor) -> Tensor:  # (N, m)
+        """The rows' part of the bound: dropped coordinates, the full layer's rounding, the stored rows' own."""
+        norm = torch.linalg.vector_norm(hidden.double(), dim=-1, keepdim=True)
+        tail = torch.linalg.vector_norm(hidden.to(self.dtype) @ self.to_tail.T, dim=-1, keepdim=True)
+        rounding = rounding_share(hidden.shape[-1], self.dtype) * (norm + 1)
+        return torch.cat([tail + self.tail_rounding * norm, rounding, of_rows], dim=-1).to(self.dtype)

@@ -1,0 +1,137 @@
+"""Int8Rows: rows and hidden states in 8-bit integers, multiplied exactly; the rounding is bounded, not hoped."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lastlayer.screening.exact import CAST_ROWS, rounding_share
+from lastlayer.screening.summary import BLOCK, Summary, kernels
+
+WIDTH_UNIT = 64  # widths are padded to what one AVX512 instruction reads
+COLUMNS_UNIT = 16  # and the number of right-hand vectors to what `torch._int_mm` takes on a GPU
+MOST = 127
+
+
+class TwoParts(NamedTuple):
+    """Vectors as `step_high * high + step_low * low`, both int8; the low step is 254 times finer."""
+
+    high: Tensor  # (N, w), int8
+    low: Tensor  # (N, w), int8
+    step_high: Tensor  # (N, 1), float32
+    step_low: Tensor  # (N, 1), float32
+    left_over: Tensor  # (N, 1), float64: norm of what neither part holds
+
+
+def split_in_two(hidden: Tensor) -> TwoParts:
+    """`hidden (N, w)` rounded to int8, and its remainder again."""
+    high, step_high, rest = _rounded(hidden.double())
+    low, step_low, rest = _rounded(rest)
+    return TwoParts(high, low, step_high, step_low, torch.linalg.vector_norm(rest, dim=-1, keepdim=True))
+
+
+def _rounded(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`vectors (N, w)` as int8 with a step each, the steps, and what is left over."""
+    most = vectors.abs().amax(dim=-1, keepdim=True)
+    step = torch.where(most > 0, most / MOST, 1.0).float()
+    part = (vectors / step).round().clamp(-MOST - 1, MOST)
+    return part.to(torch.int8), step, vectors - part * step.double()
+
+
+class Int8Rows:
+    """Rows as `scale_i * q_i` in int8, each with its own scale.
+
+    With `h'` the two int8 parts of a hidden state `h`, Cauchy and Schwarz bound
+
+        |w_i . h - scale_i q_i . h'|  <=  ||w_i - scale_i q_i|| ||h||  +  ||scale_i q_i|| ||h - h'||
+
+    and both norms of each row are kept.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,  # (V, w)
+        dtype: torch.dtype,
+    ) -> None:
+        classes, width = rows.shape
+        padded = -(-width // WIDTH_UNIT) * WIDTH_UNIT
+        self.stored = torch.zeros(classes, padded, dtype=torch.int8, device=rows.device)
+        self.scale = torch.empty(classes, dtype=torch.float32, device=rows.device)
+        norms = torch.empty(2, classes, dtype=torch.float64, device=rows.device)
+        for start in range(0, classes, CAST_ROWS):
+            at = slice(start, start + CAST_ROWS)
+            block = rows[at].double()
+            most = block.abs().amax(dim=-1, keepdim=True)
+            scale = torch.where(most > 0, most / MOST, 1.0).float()
+            rounded = (block / scale).round().clamp(-MOST, MOST)
+            self.stored[at, :width] = rounded.to(torch.int8)
+            self.scale[at] = scale[:, 0]
+            rounded *= scale
+            norms[0, at] = torch.linalg.vector_norm(block - rounded, dim=-1)
+            norms[1, at] = torch.linalg.vector_norm(rounded, dim=-1)
+        norms[0] += rounding_share(8, torch.float32) * norms[1]  # scores are put together in float32
+        self.dtype = dtype
+        self.of_classes = _rounded_up(norms).to(dtype)  # (2, V)
+        self.bytes_read = self.stored.nbytes + self.scale.nbytes
+
+    def of_rows(self, hidden: Tensor) -> Tensor:  # (N, w) -> (N, 2)
+        """What `of_classes` is multiplied by to bound the error of `scores`."""
+        norm = torch.linalg.vector_norm(hidden.double(), dim=-1, keepdim=True)
+        return torch.cat([norm, split_in_two(hidden).left_over], dim=-1)
+
+    def products(self, parts: TwoParts) -> Tensor:  # (V, M), int32
+        """Integer products with all high parts, then all low ones; the columns are padded."""
+        both = torch.cat([parts.high, parts.low])
+        columns = -(-len(both) // COLUMNS_UNIT) * COLUMNS_UNIT
+        both = F.pad(both, (0, self.stored.shape[-1] - both.shape[-1], 0, columns - len(both)))
+        return torch._int_mm(self.stored, both.T)  # pyright: ignore[reportPrivateImportUsage]
+
+    def scores(
+        self,
+        hidden: Tensor,  # (N, w)
+        bias: Tensor,  # (V,)
+    ) -> Tensor:  # (N, V)
+        """`hidden @ rows.T + bias`, but for the rounding of both."""
+        parts, count = split_in_two(hidden), len(hidden)
+        products = self.products(parts).T
+        scores = parts.step_high * products[:count] + parts.step_low * products[count : 2 * count]
+        return (scores * self.scale).to(self.dtype).add_(bias)
+
+    def scan(
+        self,
+        hidden: np.ndarray,  # (w,) float32
+        norm: float,  # of hidden
+        bias: np.ndarray,  # (V,) float32
+        workers: int,
+    ) -> tuple[Summary, tuple[float, ...]]:
+        """Scores of one hidden state, summarised in the same pass, and `of_rows`."""
+        run, room = kernels(), Summary.empty(1, len(self.stored))
+        if not run.HAS_VNNI:
+            summary, of_rows = self.summary(torch.from_numpy(hidden)[None], torch.from_numpy(bias), workers)
+            return summary, tuple(of_rows[0].tolist())
+        high, low = np.zeros((2, self.stored.shape[-1]), dtype=np.int8)
+        step_high, step_low, norm, left_over = run.split_in_two(hidden, high, low)
+        rows, scale = self.stored.numpy(), self.scale.numpy()
+        run.scan_int8(rows, scale, bias, high, low, step_high, step_low, BLOCK, workers, *room.row())
+        return room, (norm, left_over)
+
+    def summary(
+        self,
+        hidden: Tensor,  # (N, w)
+        bias: Tensor,  # (V,) float32
+        workers: int,
+    ) -> tuple[Summary, Tensor]:
+        """Scores summarised for the fused kernels, and `of_rows`."""
+        room, parts = Summary.empty(len(hidden), len(self.stored)), split_in_two(hidden)
+        steps = parts.step_high[:, 0].numpy(), parts.step_low[:, 0].numpy()
+        products = self.products(parts).numpy()
+        kernels().combine_int8(products, self.scale.numpy(), bias.numpy(), *steps, BLOCK, workers, *room)
+        norm = torch.linalg.vector_norm(hidden.double(), dim=-1, keepdim=True)
+        return room, torch.cat([norm, parts.left_over], dim=-1)
+
+
+def _rounded_up(norms: Tensor) -> Tensor:
+    """So that rounding to float32 does not make a bound smaller."""
+    return norms * (1 + 2 * torch.finfo(torch.float32).eps)

@@ -1,0 +1,116 @@
+"""The fused kernels against their plain twin: the same candidates, values, normalisers and certificates."""
+
+import pytest
+import torch
+
+from lastlayer import Int8Preview, ScreenedSoftmax, SVDPreview
+from lastlayer.screening import screened as module
+from lastlayer.screening import stored_rows, summary
+
+kernels = summary.kernels()
+pytestmark = pytest.mark.skipif(kernels is None, reason="numba does not serve here")
+
+
+def head(num_classes, width=40, seed=7):
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.logspace(0.3, -1, width)
+    weight = torch.randn(num_classes, width, generator=generator) * scale
+    return weight, torch.randn(num_classes, generator=generator), torch.randn(30, width, generator=generator)
+
+
+def plain(layer, hidden, k, exact, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "serves", lambda weight: False)
+        return layer.topk(hidden, k, exact)
+
+
+PREVIEWS = {
+    "float32": SVDPreview(9),
+    "bfloat16": SVDPreview(9, storage="bfloat16"),
+    "svd-int8": SVDPreview(9, storage="int8"),
+    "int8": Int8Preview(),
+}
+
+
+@pytest.mark.parametrize("preview", PREVIEWS.values(), ids=PREVIEWS)
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(
+    ("num_classes", "candidates"), [(1, 1), (63, 5), (64, 64), (1001, 3), (4003, 10), (4003, 1500)]
+)
+def test_fused_is_plain(preview, exact, num_classes, candidates, monkeypatch):
+    weight, bias, hidden = head(num_classes)
+    layer = ScreenedSoftmax(weight, bias, preview=preview, candidates=candidates)
+    k = min(3, candidates)
+    for rows in (1, 2, 5):
+        for part in hidden.split(rows):
+            mine, theirs = layer.topk(part, k, exact), plain(layer, part, k, exact, monkeypatch)
+            torch.testing.assert_close(mine.log_prob, theirs.log_prob, rtol=1e-5, atol=1e-5)
+            assert torch.equal(mine.indices, theirs.indices)
+            assert torch.equal(mine.certified, theirs.certified)
+
+
+def test_fused_without_bias_and_with_several_threads(monkeypatch):
+    weight, _, hidden = head(5000, 70)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for preview in PREVIEWS.values():
+            layer = ScreenedSoftmax(weight, preview=preview, candidates=2000, exact=True)
+            mine = layer.topk(hidden[0], 4)
+            theirs = plain(layer, hidden[0], 4, True, monkeypatch)
+            assert torch.equal(mine.indices, theirs.indices)
+            torch.testing.assert_close(mine.log_prob, theirs.log_prob, rtol=1e-5, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_vnni(monkeypatch):
+    weight, bias, hidden = head(3000)
+    layer = ScreenedSoftmax(weight, bias, preview=Int8Preview(), candidates=20)
+    expected = layer.topk(hidden[0], 5)
+    monkeypatch.setattr(kernels, "HAS_VNNI", False)
+    answer = layer.topk(hidden[0], 5)
+    assert torch.equal(answer.indices, expected.indices)
+    torch.testing.assert_close(answer.log_prob, expected.log_prob)
+
+
+def test_without_numba(monkeypatch):
+    weight, bias, hidden = head(3000)
+    layer = ScreenedSoftmax(weight, bias, preview=Int8Preview(), candidates=20, exact=True)
+    monkeypatch.setattr(module, "serves", lambda weight: False)
+    monkeypatch.setattr(stored_rows, "kernels", lambda: None)
+    assert torch.equal(layer.topk(hidden[:4], 5).indices, (hidden[:4] @ weight.T + bias).topk(5).indices)
+
+
+@pytest.mark.parametrize("preview", PREVIEWS.values(), ids=PREVIEWS)
+def test_ties(preview, monkeypatch):
+    weight, _, hidden = head(900)
+    weight[:] = weight[:3].repeat(300, 1)
+    layer = ScreenedSoftmax(weight, preview=preview, candidates=7, exact=True)
+    for row in (*hidden[:5], torch.zeros(40)):
+        answer = layer.topk(row, 4)
+        logits = weight @ row
+        torch.testing.assert_close(logits[answer.indices], logits.topk(4).values)
+        assert len(set(answer.indices.tolist())) == 4
+        assert answer.certified
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e38])
+def test_hidden_states_that_the_kernels_do_not_take(bad):
+    weight, bias, hidden = head(900)
+    hidden[0, 3] = bad
+    layer = ScreenedSoftmax(weight, bias, preview=Int8Preview(), candidates=7)
+    answer = layer.topk(hidden[:2], 2)
+    assert not answer.certified[0] or answer.log_prob[0].isfinite().all()
+    good = layer.topk(hidden[1:2], 2)
+    assert torch.equal(answer.indices[1:], good.indices)
+
+
+def test_exponentials():
+    """The kernels' own e^x: to a few units in the last place, 0 far down."""
+    scores = -torch.rand(1, 640) * 80
+    room = summary.Summary.of(scores)
+    blocks = scores.view(10, 64).double()
+    truth = (blocks - blocks.amax(-1, keepdim=True)).exp().sum(-1)
+    torch.testing.assert_close(torch.from_numpy(room.block_sum[0]).double(), truth, rtol=1e-6, atol=0)
+    assert torch.equal(torch.from_numpy(room.block_max[0]), scores.view(10, 64).amax(-1))
