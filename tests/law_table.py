@@ -3,9 +3,23 @@
 import torch
 from torch import nn
 
-from lastlayer import FactoredOutput, FullSoftmax, HierarchicalSoftmax, SoftCap, SphericalSoftmax, TaylorSoftmax
+from lastlayer import (
+    AdaptiveSoftmax,
+    FactoredOutput,
+    FullSoftmax,
+    HierarchicalSoftmax,
+    SoftCap,
+    SphericalSoftmax,
+    TaylorSoftmax,
+)
 from lastlayer.testing import LayerCase
-from oracles import factored_softmax, full_softmax, full_softmax_loss, hierarchical_softmax
+from oracles import (
+    adaptive_softmax,
+    factored_softmax,
+    full_softmax,
+    full_softmax_loss,
+    hierarchical_softmax,
+)
 
 
 def full(name, in_features, num_classes, loss_oracle=None, **options):
@@ -52,6 +66,24 @@ def factored(name, in_features, num_classes, loss, **options):
     return LayerCase(f"factored-{name}", make=make, oracle=factored_softmax, spread=spread_weight)
 
 
+def adaptive(name, num_classes, cutoffs, **options):
+    """A row for `AdaptiveSoftmax`."""
+
+    def make(**kwargs):
+        return AdaptiveSoftmax(6, num_classes, cutoffs, div_value=2.0, **options, **kwargs)
+
+    return LayerCase(f"adaptive-{name}", make=make, oracle=adaptive_softmax)
+
+
+def adaptive_tied(**kwargs):
+    """An `AdaptiveSoftmax` whose head is an embedding's."""
+    of_embedding = {name: kwargs.pop(name) for name in ("device", "dtype") if name in kwargs}
+    weight = nn.Embedding(11, 4, **of_embedding).weight
+    return AdaptiveSoftmax(4, 11, [3, 7], div_value=2.0, weight=weight, counts=SHUFFLED[:11], **kwargs)
+
+
+SHUFFLED = torch.tensor([3.0, 0, 9, 1, 5, 5, 2, 8, 0, 7, 4, 6, 1])
+
 CASES: list[LayerCase] = [
     full("plain", 5, 23),
     full("no-bias", 8, 16, bias=False),
@@ -84,4 +116,9 @@ CASES: list[LayerCase] = [
     factored("spherical-one-class", 3, 1, SphericalSoftmax()),
     factored("taylor", 6, 16, TaylorSoftmax()),
     factored("taylor-bias", 3, 11, TaylorSoftmax(), bias=True),
+    adaptive("two-tails", 17, [4, 9]),
+    adaptive("head-bias", 12, [5], head_bias=True),
+    adaptive("one-class-parts", 4, [1, 2], head_bias=True),
+    adaptive("counts", 13, [3, 8], counts=SHUFFLED),
+    LayerCase("adaptive-tied", make=adaptive_tied, oracle=adaptive_softmax),
 ]

@@ -49,6 +49,23 @@ def hierarchical_softmax(layer, hidden):
     return torch.stack(columns, -1)
 
 
+def adaptive_softmax(layer, hidden):
+    """The head's own classes, and each tail inside its share of the head, a cluster at a time."""
+    weight = layer.head.weight
+    by_rank = torch.arange(layer.num_classes) if layer.order is None else layer.order
+    if layer.weight is not None:
+        weight = torch.cat([layer.weight[by_rank[: layer.cutoffs[0]]], weight])
+    head = accurate(F.linear(hidden, weight, layer.head.bias)).log_softmax(-1)
+    size = layer.cutoffs[0]
+    parts = [head[:, :size]]
+    for i, (project, classes) in enumerate(layer.tail):
+        inner = accurate(F.linear(F.linear(hidden, project.weight), classes.weight)).log_softmax(-1)
+        parts.append(head[:, size + i, None] + inner)
+    columns = torch.cat(parts, -1).unbind(-1)
+    of_class = {int(class_id): column for class_id, column in zip(by_rank, columns, strict=True)}
+    return torch.stack([of_class[y] for y in range(layer.num_classes)], -1)
+
+
 def accurate(logits):
     """In at least float32."""
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -6,6 +6,7 @@ from lastlayer.functional import clusters
 from lastlayer.functional.answers import ScoreTopK, ScreenedTopK, TopK
 from lastlayer.functional.logit_map import LogitMap
 from lastlayer.functional.spherical import SphericalSoftmax, SquaredError, TaylorSoftmax, ZLoss
+from lastlayer.layers.adaptive import AdaptiveSoftmax
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.factored import FactoredOutput
 from lastlayer.layers.factored_sgd import FactoredSGD
@@ -29,6 +30,7 @@ __all__ = [
     "SphericalSoftmax",
     "TaylorSoftmax",
     "ZLoss",
+    "AdaptiveSoftmax",
     "LogitMap",
     "SoftCap",
     "ScreenedSoftmax",

@@ -14,8 +14,8 @@ OpenCluster = Callable[[Tensor, int, int], Tensor]
 def best_first_topk(
     head: Tensor,  # (N, C), log-probabilities of the clusters
     offsets: Tensor,  # (C + 1,)
-    k: int,
     open_cluster: OpenCluster,
+    k: int,
 ) -> tuple[Tensor, Tensor]:  # log-probabilities and slots, both (N, k), best first
     """The k most probable classes, exactly: no class is more probable than its cluster.
 
@@ -71,13 +71,17 @@ def _open(
     return values, slots
 
 
-def sample_within(
-    clusters: Tensor,  # (N, S), clusters drawn for each row
+def sample_two_level(
+    head: Tensor,  # (N, C), log-probabilities of the clusters
     offsets: Tensor,  # (C + 1,)
     open_cluster: OpenCluster,
-) -> Tensor:  # (N, S), slots
-    """A class within each cluster drawn, from the model; every (row, cluster) pair is opened once."""
-    num_rows, num_samples = clusters.shape
+    num_samples: int,
+) -> Tensor:  # (N, num_samples), slots
+    """A cluster for each sample, then a class within it; every (row, cluster) pair is opened once."""
+    num_rows = len(head)
+    if not num_rows:
+        return offsets.new_empty(0, num_samples)
+    clusters = torch.multinomial(head.exp(), num_samples, replacement=True)
     of_draw = torch.arange(num_rows, device=clusters.device).repeat_interleave(num_samples)
     pairs, draws = (clusters.reshape(-1) * num_rows + of_draw).sort(stable=True)
     pairs, counts = pairs.unique_consecutive(return_counts=True)

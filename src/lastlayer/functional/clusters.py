@@ -70,7 +70,7 @@ def by_frequency(
     num_classes, num_clusters = _sizes(len(counts), num_clusters)
     if not power >= 0:
         raise ValueError(f"power must be at least 0, got {power}")
-    order = counts.argsort(descending=True, stable=True)
+    order = by_falling_count(counts, num_classes)
     mass = counts.index_select(0, order).pow(power)
     if not mass.any():
         mass = torch.ones_like(mass)
@@ -79,6 +79,17 @@ def by_frequency(
     ids = torch.empty(num_classes, dtype=torch.int64)
     ids[order] = _without_gaps(bins, num_clusters)
     return ids
+
+
+def by_falling_count(
+    counts: Tensor,  # (V,)
+    num_classes: int,
+) -> Tensor:  # (V,), the class of each rank
+    """The classes by falling count, equal counts by id."""
+    counts = check_counts("counts", counts)
+    if len(counts) != num_classes:
+        raise ValueError(f"counts must have shape ({num_classes},), one for each class; got ({len(counts)},)")
+    return counts.argsort(descending=True, stable=True)
 
 
 def check_counts(name: str, counts: Tensor) -> Tensor:

@@ -94,6 +94,27 @@ def linear_cross_entropy(
     return loss.reshape(targets.shape)
 
 
+def linear_nll(
+    hidden: Tensor,  # (N, d)
+    weight: Tensor,  # (V, d)
+    ids: Tensor,  # (N,), valid classes
+    bias: Tensor | None = None,  # (V,)
+    *,
+    scale: float = 1.0,
+) -> Tensor:  # ()
+    """`scale * F.cross_entropy(hidden @ weight.T + bias, ids, reduction="sum")`, for layers made of several such.
+
+    The gradients are formed in the forward pass with the factor in them, so a mean over rows that several products
+    share costs no second pass over any gradient. Nothing is checked.
+    """
+    dtype = product_dtype(hidden)
+    terms = RowTerms(ids, hidden.new_full((len(ids),), scale, dtype=exact_dtype(dtype)), None, None, None)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _LinearCrossEntropy.apply(  # pyright: ignore[reportReturnType]
+            hidden, weight, bias, terms, None, dtype, "sum", torch.is_grad_enabled()
+        )
+
+
 def _terms(
     ids: Tensor,
     kept: Tensor,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lastlayer.functional.best_first import best_first_topk, sample_within
+from lastlayer.functional.best_first import best_first_topk, sample_two_level
 from lastlayer.functional.clusters import check_clusters, even
 from lastlayer.functional.linear_chunks import as_exact
 from lastlayer.functional.row_sparse import GradientMemory, keep_coalesced
@@ -145,7 +145,7 @@ class HierarchicalSoftmax(OutputLayer):
     def _topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             head = self._head_log_prob(hidden)
-            log_prob, slots = best_first_topk(head, self.offsets, k, partial(self._inner_log_prob, hidden))
+            log_prob, slots = best_first_topk(head, self.offsets, partial(self._inner_log_prob, hidden), k)
         indices = self.order[slots]
         if torch.is_grad_enabled():  # the search is not differentiable, its answer is
             rows = hidden.repeat_interleave(k, 0)
@@ -153,11 +153,13 @@ class HierarchicalSoftmax(OutputLayer):
         return log_prob, indices
 
     def _sample(self, hidden: Tensor, num_samples: int) -> Tensor:
-        head = self._head_log_prob(hidden)
-        if not len(hidden):
-            return self.order.new_empty(0, num_samples)
-        clusters = torch.multinomial(head.exp(), num_samples, replacement=True)
-        return self.order[sample_within(clusters, self.offsets, partial(self._inner_log_prob, hidden))]
+        drawn = [
+            sample_two_level(
+                self._head_log_prob(rows), self.offsets, partial(self._inner_log_prob, rows), num_samples
+            )
+            for rows in self._row_chunks(hidden)
+        ]
+        return self.order[torch.cat(drawn)]
 
     def _head_log_prob(self, hidden: Tensor) -> Tensor:  # (N, C)
         return as_exact(F.linear(hidden, self.head_weight, self.head_bias)).log_softmax(1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lastlayer import clusters
+from lastlayer.layers.adaptive import AdaptiveSoftmax
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.full import FullSoftmax
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
@@ -30,6 +31,10 @@ CHOICES: dict[str, Choice] = {
     "hierarchical": Choice(
         "a cluster, then a class inside it",
         lambda d, counts: HierarchicalSoftmax(d, len(counts), clusters=clusters.by_frequency(counts), sparse=True),
+    ),
+    "adaptive": Choice(
+        "frequent classes in the head, rare ones in narrow tails",
+        lambda d, counts: AdaptiveSoftmax(d, len(counts), AdaptiveSoftmax.cutoffs_for(counts, 2, in_features=d)),
     ),
 }
 

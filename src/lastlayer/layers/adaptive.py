@@ -1,0 +1,279 @@
+"""Adaptive softmax (Grave et al. 2017): frequent classes in the head, rare ones in tails of falling width."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lastlayer.functional.best_first import OpenCluster, best_first_topk, sample_two_level
+from lastlayer.functional.checks import check_count, eager_on_cpu
+from lastlayer.functional.clusters import by_falling_count
+from lastlayer.functional.cutoffs import best_cutoffs, check_cutoffs, measure_costs, tail_widths
+from lastlayer.functional.linear_chunks import as_exact, exact_dtype
+from lastlayer.functional.linear_cross_entropy import linear_cross_entropy, linear_nll
+from lastlayer.layers.base import OutputLayer
+
+
+class _Part(NamedTuple):
+    """One softmax of the layer: some rows of the batch, its matrix, and their classes in it."""
+
+    rows: Tensor  # (n, w)
+    weight: Tensor  # (k, w)
+    ids: Tensor  # (n,)
+    bias: Tensor | None  # (k,)
+    at: Tensor | None  # (n,); None: all
+
+
+class AdaptiveSoftmax(OutputLayer):
+    r"""The most frequent classes are the head's own; the others share one head logit per cluster and go through a
+    tail whose width falls: `d / div_value^i` for cluster i = 1, 2, ...
+
+    Equals `nn.AdaptiveLogSoftmaxWithLoss` with the same weights, whose state dicts load both ways, and has what
+    that
+    lacks: `ignore_index`, reductions, any leading shape, autocast, classes in any order (`counts`), exact top-k,
+    sampling, a head tied to an embedding, and `torch.compile(fullgraph=True)`. With `k_h = cutoffs[0]`:
+
+        head = F.log_softmax(F.linear(h, layer.head.weight, layer.head.bias))       # k_h + J entries
+        log P(y | h) = head[y]                                                      for y < k_h, else
+                       head[k_h + i] + F.log_softmax(layer.tail[i](h))[y - cutoffs[i]]
+
+    A cluster that no target touches is not computed and gets no gradient. Cost of one target in cluster i:
+    `d (k_h + J) + d d_i + d_i k_i`; nothing of size `(N, V)` is ever held. Under `torch.compile` the rows of a
+    cluster cannot be picked without breaking the graph, so every row goes through every tail, and targets pick.
+
+    When *not* to use it: below some ten thousand classes, or where counts are flat: the gain comes from the rare
+    classes being rare. The tails are narrow, so rare classes are modelled more coarsely than by a full softmax.
+
+    Args:
+        in_features: d.
+        num_classes: V.
+        cutoffs: rising, from 1 to V - 1: the head's classes, then the end of each cluster but the last; see
+            `cutoffs_for`.
+        div_value: by how much the width of each further tail is divided.
+        head_bias: whether the head has a bias (of k_h + J entries).
+        counts: `(V,)`, how often each class occurs, when ids are not sorted by falling frequency: the layer keeps
+            the permutation.
+        weight: `(V, d)` Parameter, such as `embedding.weight`, whose rows then are the head's for its classes.
+        reduction: "mean", "sum" or "none".
+        ignore_index: the target that marks a row as absent.
+
+    Attributes:
+        head: `weight` `(k_h + J, d)`, or `(J, d)` where tied.
+        tail: for each cluster, two matrices `(d_i, d)` and `(k_i, d_i)`.
+        order: `(V,)` buffer, the class of each rank; None where ids are ranks already.
+
+    Raises:
+        ValueError: cutoffs that are empty, repeated, not rising or not from 1 to V - 1; a tail of width 0; counts
+            of another length, negative or not finite; a weight of another shape.
+
+    Source: E. Grave et al., "Efficient softmax approximation for GPUs", ICML 2017.
+
+    Example:
+        >>> layer = AdaptiveSoftmax(64, 10_000, cutoffs=[1_000, 4_000])
+        >>> hidden, targets = torch.randn(32, 64), torch.randint(10_000, (32,))
+        >>> layer(hidden, targets).backward()
+        >>> theirs = nn.AdaptiveLogSoftmaxWithLoss(64, 10_000, [1_000, 4_000])
+        >>> theirs.load_state_dict(layer.state_dict())
+        <All keys matched successfully>
+        >>> torch.allclose(theirs(hidden, targets).loss, layer(hidden, targets))
+        True
+    """
+
+    weight: nn.Parameter | None
+    order: Tensor | None
+    _ranks: Tensor | None  # (V,), the rank of each class
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        cutoffs: Sequence[int],
+        *,
+        div_value: float = 4.0,
+        head_bias: bool = False,
+        counts: Tensor | None = None,
+        weight: nn.Parameter | None = None,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, num_classes, reduction=reduction, ignore_index=ignore_index)
+        self.cutoffs = check_cutoffs(cutoffs, self.num_classes)
+        self.div_value = div_value
+        widths = tail_widths(self.in_features, div_value, len(self.cutoffs))
+        if weight is not None:
+            _check_tied(weight, (self.num_classes, self.in_features))
+            device, dtype = weight.device, weight.dtype
+        self.register_parameter("weight", weight)
+        order = None if counts is None else by_falling_count(counts, self.num_classes).to(device)
+        self.register_buffer("order", order)
+        self.register_buffer("_ranks", None if order is None else order.argsort(), persistent=False)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        head_size = self.cutoffs[0] + len(widths)
+        self.head = nn.Linear(self.in_features, head_size, bias=head_bias, **factory)
+        if weight is not None:
+            self.head.weight = nn.Parameter(self.head.weight.detach()[self.cutoffs[0] :].clone())
+        self.tail = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(self.in_features, width, bias=False, **factory),
+                nn.Linear(width, stop - start, bias=False, **factory),
+            )
+            for width, (start, stop) in zip(widths, pairwise([*self.cutoffs, self.num_classes]), strict=True)
+        )
+
+    @staticmethod
+    def cutoffs_for(
+        counts: Tensor,  # (V,)
+        num_clusters: int,
+        *,
+        in_features: int = 512,
+        batch_size: int = 1024,
+        div_value: float = 4.0,
+        costs: tuple[float, float] | None = None,
+    ) -> list[int]:
+        """The `num_clusters` cut-offs of least cost by the paper's model, on this machine.
+
+        A product of n rows with k classes of width w costs `c + λ n w k`; a batch of B rows sends the share p_i of
+        the counts through tail i. The sum over the head and all tails is least over a grid of about 150 cut-offs,
+        exactly, by dynamic programming.
+
+        Args:
+            counts: how often each class occurs, in any order.
+            num_clusters: J, the number of tails, at least 1 and below V.
+            in_features, batch_size, div_value: as the layer will be used.
+            costs: `(c, λ)` in seconds; None: measured here and now, in a fraction of a second.
+
+        Raises:
+            ValueError: counts that are empty, negative or not finite; a number of clusters out of range.
+        """
+        order = by_falling_count(counts, len(counts))
+        check_count("num_clusters", num_clusters, 1, len(counts) - 1)
+        widths = tail_widths(in_features, div_value, num_clusters)
+        falling = counts.detach().cpu().double()[order]
+        fixed, per_product = measure_costs(in_features) if costs is None else costs
+        return best_cutoffs(falling, [in_features, *widths], batch_size, fixed, per_product)
+
+    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        if self.reduction == "none" or not eager_on_cpu(targets):
+            return super()._loss(hidden, targets)
+        kept = targets != self.ignore_index
+        if not bool(kept.all()):
+            at = kept.nonzero().squeeze(1)
+            hidden, targets = hidden.index_select(0, at), targets.index_select(0, at)
+        # The gradients are formed in the forward pass, so the rows carry the factor of the mean from the start.
+        share = 1.0 if self.reduction == "sum" else 1.0 / max(len(targets), 1)
+        parts = [linear_nll(*part[:4], scale=share) for part in self._parts(hidden, targets)]
+        loss = torch.stack(parts).sum()
+        return loss if len(targets) or self.reduction == "sum" else loss / 0
+
+    def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._target_log_prob_without_picking(hidden, targets)
+        total = hidden.new_zeros(len(hidden), dtype=exact_dtype(hidden.dtype))
+        for rows, weight, ids, bias, at in self._parts(hidden, targets):
+            log_prob = -linear_cross_entropy(rows, weight, ids, bias=bias, reduction="none")
+            total = total + log_prob if at is None else total.index_add(0, at, log_prob)
+        return total
+
+    def _parts(self, hidden: Tensor, targets: Tensor) -> Iterator[_Part]:
+        """The head, and every tail that a target is in."""
+        ranks = targets if self._ranks is None else self._ranks.index_select(0, targets)
+        edges = torch.tensor(self.cutoffs, device=targets.device)
+        tails = torch.bucketize(ranks.contiguous(), edges, right=True)  # 0: the head's own class
+        head_ids = torch.where(tails == 0, ranks, self.cutoffs[0] - 1 + tails)
+        yield _Part(hidden, self._head_weight(), head_ids, self.head.bias, None)
+        for i, start in enumerate(self.cutoffs):
+            at = (tails == i + 1).nonzero().squeeze(1)
+            if len(at):
+                project, classes = self._tail(i)
+                ids = ranks.index_select(0, at) - start
+                yield _Part(project(hidden.index_select(0, at)), classes.weight, ids, None, at)
+
+    def _tail(self, i: int) -> tuple[nn.Linear, nn.Linear]:
+        """The two matrices of tail i."""
+        project, classes = self.tail[i].children()
+        assert isinstance(project, nn.Linear)
+        assert isinstance(classes, nn.Linear)
+        return project, classes
+
+    def _target_log_prob_without_picking(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Every row through every tail: no shape depends on the targets."""
+        ranks = targets if self._ranks is None else self._ranks.index_select(0, targets)
+        head = self._head_log_prob(hidden)
+        total = head.gather(1, ranks.clamp(max=self.cutoffs[0] - 1)[:, None])[:, 0]
+        for i, (start, stop) in enumerate(pairwise([*self.cutoffs, self.num_classes])):
+            inner = as_exact(self.tail[i](hidden)).log_softmax(1)
+            at_target = inner.gather(1, (ranks - start).clamp(0, stop - start - 1)[:, None])[:, 0]
+            own = (ranks >= start) & (ranks < stop)
+            total = torch.where(own, head[:, self.cutoffs[0] + i] + at_target, total)
+        return total
+
+    def _log_prob(self, hidden: Tensor) -> Tensor:
+        head = self._head_log_prob(hidden)
+        parts = [head[:, : self.cutoffs[0]]]
+        for i, tail in enumerate(self.tail):
+            of_cluster = head[:, self.cutoffs[0] + i, None]
+            parts.append(as_exact(tail(hidden)).log_softmax(1) + of_cluster)
+        log_prob = torch.cat(parts, 1)
+        return log_prob if self._ranks is None else log_prob.index_select(1, self._ranks)
+
+    def _topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            found = [best_first_topk(*self._clusters(rows), k) for rows in self._row_chunks(hidden)]
+        log_prob, ranks = (torch.cat(part) for part in zip(*found, strict=True))
+        indices = ranks if self.order is None else self.order[ranks]
+        if torch.is_grad_enabled():  # the search is not differentiable, its answer is
+            log_prob = self._target_log_prob(hidden.repeat_interleave(k, 0), indices.reshape(-1)).reshape(-1, k)
+        return log_prob, indices
+
+    def _sample(self, hidden: Tensor, num_samples: int) -> Tensor:
+        drawn = [sample_two_level(*self._clusters(rows), num_samples) for rows in self._row_chunks(hidden)]
+        ranks = torch.cat(drawn)
+        return ranks if self.order is None else self.order[ranks]
+
+    def _clusters(self, hidden: Tensor) -> tuple[Tensor, Tensor, OpenCluster]:
+        """The model as clusters to search: log-probabilities `(N, 1 + J)`, offsets, and what opens one.
+
+        The head's own classes are the first cluster.
+        """
+        size = self.cutoffs[0]
+        head = self._head_log_prob(hidden)
+        own = head[:, :size].logsumexp(1, keepdim=True)
+        offsets = torch.tensor([0, *self.cutoffs, self.num_classes], device=hidden.device)
+
+        def open_cluster(rows: Tensor, start: int, _: int) -> Tensor:
+            if start == 0:
+                return head[rows, :size] - own[rows]
+            project, classes = self._tail(self.cutoffs.index(start))
+            return as_exact(classes(project(hidden.index_select(0, rows)))).log_softmax(1)
+
+        return torch.cat([own, head[:, size:]], 1), offsets, open_cluster
+
+    def _head_log_prob(self, hidden: Tensor) -> Tensor:  # (N, k_h + J)
+        return as_exact(F.linear(hidden, self._head_weight(), self.head.bias)).log_softmax(1)
+
+    def _head_weight(self) -> Tensor:  # (k_h + J, d)
+        tied, size = self.weight, self.cutoffs[0]
+        if tied is None:
+            return self.head.weight
+        own = tied[:size] if self.order is None else tied.index_select(0, self.order[:size])
+        return torch.cat([own, self.head.weight])
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """PyTorch's layer has no `order`: its classes are ranks, and this layer keeps its own permutation."""
+        if self.order is not None and f"{prefix}order" not in state_dict:
+            state_dict = {**state_dict, f"{prefix}order": self.order}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.order is not None:
+            self._ranks = self.order.argsort()
+
+
+def _check_tied(weight: nn.Parameter, shape: tuple[int, int]) -> None:
+    if not isinstance(weight, nn.Parameter):
+        raise TypeError(f"weight must be an nn.Parameter, such as embedding.weight; got {type(weight).__name__}")
+    if weight.shape != shape:
+        raise ValueError(f"weight must have shape {shape}, got {tuple(weight.shape)}")
