@@ -26,16 +26,21 @@ class Choice:
     build: Callable[[int, Tensor], OutputLayer]
 
 
+def _adaptive(in_features: int, counts: Tensor) -> OutputLayer:
+    """Two tails, where there are enough classes, each a quarter as wide as the last, where that leaves a width."""
+    div_value = 4.0 if in_features >= 16 else 2.0 if in_features >= 4 else 1.0
+    tails = min(2, len(counts) - 1)
+    cutoffs = AdaptiveSoftmax.cutoffs_for(counts, tails, in_features=in_features, div_value=div_value)
+    return AdaptiveSoftmax(in_features, len(counts), cutoffs, div_value=div_value)
+
+
 CHOICES: dict[str, Choice] = {
     "full": Choice("exact softmax over all classes", lambda d, counts: FullSoftmax(d, len(counts))),
     "hierarchical": Choice(
         "a cluster, then a class inside it",
         lambda d, counts: HierarchicalSoftmax(d, len(counts), clusters=clusters.by_frequency(counts), sparse=True),
     ),
-    "adaptive": Choice(
-        "frequent classes in the head, rare ones in narrow tails",
-        lambda d, counts: AdaptiveSoftmax(d, len(counts), AdaptiveSoftmax.cutoffs_for(counts, 2, in_features=d)),
-    ),
+    "adaptive": Choice("frequent classes in the head, rare ones in narrow tails", _adaptive),
 }
 
 DEFAULT_LAYERS = "full,hierarchical"
