@@ -4,10 +4,13 @@ import torch
 from torch import nn
 
 from lastlayer import (
+    PLIF,
     AdaptiveSoftmax,
     FactoredOutput,
     FullSoftmax,
     HierarchicalSoftmax,
+    MonotoneNetwork,
+    Sigsoftmax,
     SoftCap,
     SphericalSoftmax,
     TaylorSoftmax,
@@ -22,11 +25,11 @@ from oracles import (
 )
 
 
-def full(name, in_features, num_classes, loss_oracle=None, **options):
+def full(name, in_features, num_classes, loss_oracle=None, logit_map=lambda: None, **options):
     """A row for `FullSoftmax`."""
 
     def make(**kwargs):
-        return FullSoftmax(in_features, num_classes, **options, **kwargs)
+        return FullSoftmax(in_features, num_classes, logit_map=logit_map(), **options, **kwargs)
 
     return LayerCase(f"full-{name}", make=make, oracle=full_softmax, loss_oracle=loss_oracle)
 
@@ -88,7 +91,7 @@ CASES: list[LayerCase] = [
     full("plain", 5, 23),
     full("no-bias", 8, 16, bias=False),
     full("one-class", 3, 1),
-    full("soft-cap", 5, 11, logit_map=SoftCap(2.0)),
+    full("soft-cap", 5, 11, logit_map=lambda: SoftCap(2.0)),
     full(
         "every-option",
         4,
@@ -97,10 +100,13 @@ CASES: list[LayerCase] = [
         class_weights=torch.linspace(0.2, 2.0, 17),
         label_smoothing=0.15,
         z_loss=0.01,
-        logit_map=SoftCap(3.0),
+        logit_map=lambda: SoftCap(3.0),
     ),
     full("smooth", 4, 9, full_softmax_loss, label_smoothing=0.3),
     full("z-loss", 4, 9, full_softmax_loss, z_loss=0.1),
+    full("sigsoftmax", 4, 13, logit_map=lambda: Sigsoftmax()),
+    full("plif", 3, 11, logit_map=lambda: PLIF(7, 2.0, init_std=1.0)),
+    full("monotone-network", 3, 11, logit_map=lambda: MonotoneNetwork(4)),
     LayerCase("full-tied", make=tied, oracle=full_softmax),
     hierarchical("even", 16),
     hierarchical("odd", 23),

@@ -12,6 +12,9 @@ from lastlayer.layers.factored import FactoredOutput
 from lastlayer.layers.factored_sgd import FactoredSGD
 from lastlayer.layers.full import FullSoftmax
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
+from lastlayer.layers.monotone_network import MonotoneNetwork
+from lastlayer.layers.plif import PLIF
+from lastlayer.layers.sigsoftmax import Sigsoftmax
 from lastlayer.layers.soft_cap import SoftCap
 from lastlayer.screening import Int8Preview, ScreenedSoftmax, SVDPreview, SVDSoftmax
 
@@ -33,6 +36,9 @@ __all__ = [
     "AdaptiveSoftmax",
     "LogitMap",
     "SoftCap",
+    "Sigsoftmax",
+    "PLIF",
+    "MonotoneNetwork",
     "ScreenedSoftmax",
     "SVDPreview",
     "Int8Preview",

@@ -10,6 +10,8 @@ from lastlayer.functional.logit_map import LogitMap
 
 # What the logits of one chunk may take. Larger chunks mean fewer passes over the weight's gradient.
 CHUNK_BYTES = 1 << 28
+# Tensors of a chunk's size that a map makes in PyTorch's operations, beside the logits: values, gradient, indices.
+MAPPED_COPIES = 6
 # Classes whose weight gradient is formed at once in low precision, before it is added to the float32 sum.
 BLOCK_CLASSES = 4096
 
@@ -68,6 +70,7 @@ class LinearChunks:
         bias: Tensor | None,  # (V,)
         logit_map: LogitMap | None,
         dtype: torch.dtype,  # of the matrix products
+        in_place: bool = False,  # the map's values take no room beside the logits: a fused kernel is used
     ) -> None:
         self.leaves = (hidden, weight, bias)
         self.exact = exact_dtype(dtype)
@@ -75,8 +78,8 @@ class LinearChunks:
         self.weight = weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(self.exact)
         self.logit_map = logit_map
-        # A map's values lie beside the logits they came from.
-        row_bytes = len(weight) * dtype.itemsize * (1 if logit_map is None else 2)
+        copies = 1 if logit_map is None or in_place else MAPPED_COPIES
+        row_bytes = len(weight) * dtype.itemsize * copies
         self.chunk_rows = max(1, min(CHUNK_BYTES // row_bytes, len(hidden)))
         self.product = hidden.new_empty(self.chunk_rows, len(weight), dtype=dtype)
         self.sums: list[Tensor | None] = [None, None, None]
@@ -120,9 +123,7 @@ class LinearChunks:
         """Carries `gradient (n, V)`, of the mapped logits, back to whatever is wanted."""
         if self.logit_map is not None:
             gradient, of_map = self.logit_map.vjp(logits, gradient)
-            if self.wanted.logit_map:
-                sums = self.map_sums or [None] * len(of_map)
-                self.map_sums = [_added(total, part) for total, part in zip(sums, of_map, strict=True)]
+            self._add_to_map(of_map)
         if gradient.dtype != self.product.dtype:
             gradient = self.product[: len(gradient)].copy_(gradient)
         self.multiply_back(rows, gradient)
@@ -148,6 +149,16 @@ class LinearChunks:
             if of_weight is not None:
                 part = block.T @ hidden
                 of_weight[classes].copy_(part) if first else of_weight[classes].add_(part)
+
+    def add_to_map(self, sums: Tensor | None) -> None:
+        """Adds what a kernel counted for the map's own parameters."""
+        if self.logit_map is not None and self.wanted.logit_map and sums is not None:
+            self._add_to_map(self.logit_map.vjp_of_sums(sums))
+
+    def _add_to_map(self, parts: tuple[Tensor | None, ...]) -> None:
+        if self.wanted.logit_map:
+            sums = self.map_sums or [None] * len(parts)
+            self.map_sums = [_added(total, part) for total, part in zip(sums, parts, strict=True)]
 
     def gradients(self) -> Gradients:
         """The sums over all chunks so far."""

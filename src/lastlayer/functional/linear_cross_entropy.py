@@ -16,9 +16,9 @@ from lastlayer.functional.checks import (
     eager_on_cpu,
 )
 from lastlayer.functional.first_order import first_order
-from lastlayer.functional.linear_chunks import LinearChunks, Wanted, exact_dtype, product_dtype
+from lastlayer.functional.linear_chunks import Gradients, LinearChunks, Wanted, exact_dtype, product_dtype
 from lastlayer.functional.logit_map import LogitMap, check_logit_map
-from lastlayer.kernels.softmax_rows import RowTerms, can_fuse, fused, plain
+from lastlayer.kernels.softmax_rows import NO_MAP, RowTerms, can_fuse, fused, plain
 
 
 def linear_cross_entropy(
@@ -166,10 +166,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.wanted = Wanted(needs[0], needs[1], needs[2], any(needs[8:]))
         ctx.settings = terms, logit_map, dtype
         ctx.save_for_backward(hidden, weight, bias, *parameters)
-        chunks = LinearChunks(hidden, weight, bias, logit_map, dtype)
         form = with_gradients and reduction != "none" and any(ctx.wanted)
-        row_loss = _run(chunks, terms, ctx.wanted if form else None)
-        ctx.formed = chunks.gradients() if form else None
+        row_loss, formed = _run(hidden, weight, bias, *ctx.settings, ctx.wanted if form else None)
+        ctx.formed = formed if form else None
         return row_loss if reduction == "none" else row_loss.sum()
 
     @staticmethod
@@ -180,9 +179,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if formed is None:  # "none", or a second pass over a retained graph
                 hidden, weight, bias, *_ = ctx.saved_tensors
                 terms, logit_map, dtype = ctx.settings
-                chunks = LinearChunks(hidden, weight, bias, logit_map, dtype)
-                _run(chunks, terms.scaled(scale), ctx.wanted)
-                formed = chunks.gradients()
+                _, formed = _run(hidden, weight, bias, terms.scaled(scale), logit_map, dtype, ctx.wanted)
             elif not (eager_on_cpu(scale) and float(scale) == 1.0):
                 for gradient in (*formed[:3], *formed.logit_map):
                     if gradient is not None:  # nobody else holds it
@@ -191,20 +188,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return first_order("linear_cross_entropy", gradients)
 
 
-def _run(chunks: LinearChunks, terms: RowTerms, wanted: Wanted | None) -> Tensor:  # (N,)
-    """The loss of every row; forms the gradients of their sum where wanted."""
+def _run(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    terms: RowTerms,
+    logit_map: LogitMap | None,
+    dtype: torch.dtype,
+    wanted: Wanted | None,
+) -> tuple[Tensor, Gradients]:
+    """The loss of every row (N,); and the gradients of their sum that are wanted."""
+    kernel_map = None
+    if terms.soft is None and can_fuse(hidden.device, dtype, len(hidden) * len(weight)):
+        kernel_map = NO_MAP if logit_map is None else logit_map.kernel_map()
+    chunks = LinearChunks(hidden, weight, bias, logit_map, dtype, in_place=kernel_map is not None)
     form = wanted is not None
     if wanted is not None:
         chunks.want(wanted)
+        kernel_map = None if kernel_map is None else kernel_map._replace(counted=wanted.logit_map)
     row_loss = torch.empty_like(terms.hard)
     for rows in chunks:
-        if terms.soft is None and chunks.logit_map is None and can_fuse(chunks.product):
+        if kernel_map is not None:
             logits = chunks.products(rows)
-            row_loss[rows] = fused(logits, chunks.bias, terms.of(rows), form)
-            chunks.multiply_back(rows, logits)
+            row_loss[rows], sums = fused(logits, chunks.bias, terms.of(rows), form, kernel_map)
+            if form:
+                chunks.multiply_back(rows, logits)
+                chunks.add_to_map(sums)
         else:
             logits = chunks.logits(rows)
             values = chunks.map(logits)
             row_loss[rows] = plain(values, terms.of(rows), form)
-            chunks.backward(rows, logits, values)
-    return row_loss
+            if form:
+                chunks.backward(rows, logits, values)
+    return row_loss, chunks.gradients()

@@ -1,9 +1,14 @@
 """Increasing functions of one logit, applied to every logit before the softmax."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lastlayer.functional.first_order import first_order
+from lastlayer.kernels.softmax_rows import KernelMap
 
 GRID = 50.0  # a user's map is checked on [-GRID, GRID]
 
@@ -58,6 +63,46 @@ class LogitMap(nn.Module, ABC):
             found = torch.autograd.grad(self(leaf), [leaf, *wanted], gradient, materialize_grads=True)
         of_wanted = iter(found[1:])
         return found[0], tuple(next(of_wanted) if p.requires_grad else None for p in parameters)
+
+    def kernel_map(self) -> KernelMap | None:
+        """How a fused kernel is told of this map; None if there is no kernel for it."""
+        return None
+
+    def vjp_of_sums(
+        self,
+        sums: Tensor,  # what a kernel that counts gave
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of `self.parameters()` from what its kernel counted."""
+        return ()
+
+
+class MapFunction(torch.autograd.Function):
+    """`logit_map.evaluate(logits)` with the gradient of `logit_map.vjp`: autograd keeps no temporaries of it.
+
+    Called as `MapFunction.apply(logit_map, logits, *logit_map.parameters())`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logit_map: Any, logits: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.logit_map = logit_map
+        ctx.save_for_backward(logits, *parameters)
+        return logit_map.evaluate(logits)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        logits, *_ = ctx.saved_tensors  # reading them checks that no parameter has changed since
+        with torch.no_grad():
+            of_logits, of_parameters = ctx.logit_map.vjp(logits, upstream[0])
+        return None, *first_order(type(ctx.logit_map).__name__, (of_logits, *of_parameters))
+
+
+def in_blocks(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Flat pieces of tensors of one shape, the last of them to be written: temporaries stay small and in cache.
+
+    The tensors that are written must be contiguous.
+    """
+    if tensors[0].numel():
+        yield from zip(*(tensor.reshape(-1).split(size) for tensor in tensors), strict=True)
 
 
 def check_logit_map(logit_map: LogitMap | None) -> LogitMap | None:

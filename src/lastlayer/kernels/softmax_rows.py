@@ -13,7 +13,7 @@ import importlib.util
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from torch import Tensor
 
 # Below this many logits the plain version is as quick, and numba need not be imported.
 LEAST_LOGITS = 1 << 20
+
+Result = TypeVar("Result")
 
 
 class RowTerms(NamedTuple):
@@ -81,15 +83,27 @@ def numba_is_there() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
-def can_fuse(logits: Tensor) -> bool:
-    """Whether `fused` serves for such logits, and is worth its start."""
+def can_fuse(device: torch.device, dtype: torch.dtype, num_logits: int) -> bool:
+    """Whether `fused` serves for so many logits in `dtype`, and is worth its start."""
     return (
-        logits.device.type == "cpu"
-        and logits.dtype in (torch.float32, torch.bfloat16)
-        and logits.numel() >= LEAST_LOGITS
+        device.type == "cpu"
+        and dtype in (torch.float32, torch.bfloat16)
+        and num_logits >= LEAST_LOGITS
         and not torch.compiler.is_compiling()
         and numba_is_there()
     )
+
+
+class KernelMap(NamedTuple):
+    """A logit map as a kernel takes it: which, its numbers, and for PLIF its lines."""
+
+    kernel: str = "plain_rows"
+    numbers: tuple[float, ...] = ()
+    lines: Tensor | None = None  # (K, 2) float32: slope and offset of each segment
+    counted: bool = False  # whether the sums over segments are wanted
+
+
+NO_MAP = KernelMap()
 
 
 def fused(
@@ -97,29 +111,39 @@ def fused(
     bias: Tensor | None,  # (V,) float32
     terms: RowTerms,  # no `soft`
     form: bool,
-) -> Tensor:  # (n,) the loss of every row
+    logit_map: KernelMap = NO_MAP,
+) -> tuple[Tensor, Tensor | None]:  # the loss of every row (n,); sums (K, 2) float64 over PLIF's segments
     """The same in one visit to each row; rows are shared among as many threads as PyTorch uses."""
-    from lastlayer.kernels.softmax_rows_numba import plain_rows
+    from lastlayer.kernels import softmax_rows_numba
 
+    kernel = getattr(softmax_rows_numba, logit_map.kernel)
     count, num_classes = logits.shape
     bias = torch.zeros(num_classes) if bias is None else bias
     square = torch.zeros_like(terms.hard) if terms.square is None else terms.square
     loss = torch.empty_like(terms.hard)
     stored = logits.view(torch.int16) if logits.dtype == torch.bfloat16 else logits
     of_rows = [part.numpy() for part in (stored, terms.ids, terms.hard, square, loss)]
+    numbers = [np.float32(number) for number in logit_map.numbers]
 
-    def work(rows: slice) -> None:
+    def work(rows: slice) -> Tensor | None:
         values, ids, hard, squares, losses = (array[rows] for array in of_rows)
-        scratch = np.empty(num_classes, np.float32)
-        plain_rows(values, bias.numpy(), ids, hard, squares, form, scratch, losses)
+        common = values, bias.numpy(), ids, hard, squares, form, np.empty(num_classes, np.float32), losses
+        if logit_map.lines is None:
+            kernel(*common, *numbers)
+            return None
+        sums = torch.zeros_like(logit_map.lines, dtype=torch.float64)
+        kernel(*common, logit_map.lines.numpy(), *numbers, sums.numpy(), logit_map.counted)
+        return sums
 
-    in_threads(work, count)
-    return loss
+    first, *others = in_threads(work, count)
+    for part in others:
+        first = first if first is None or part is None else first.add_(part)
+    return loss, first
 
 
-def in_threads(work: Callable[[slice], None], count: int) -> None:
+def in_threads(work: Callable[[slice], Result], count: int) -> list[Result]:
     """`work(slice)` over `range(count)`, in as many threads as PyTorch uses; `work` must drop the lock."""
     threads = min(torch.get_num_threads(), count)
     edges = np.linspace(0, count, threads + 1).astype(int).tolist()
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, map(slice, edges[:-1], edges[1:])))
+        return list(pool.map(work, map(slice, edges[:-1], edges[1:])))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lastlayer.functional.logit_map import LogitMap
+from lastlayer.kernels.softmax_rows import KernelMap
 
 
 class SoftCap(LogitMap):
@@ -42,6 +43,9 @@ class SoftCap(LogitMap):
 
     def vjp(self, logits: Tensor, gradient: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         return gradient * self.derivative(logits), ()
+
+    def kernel_map(self) -> KernelMap:
+        return KernelMap("soft_cap_rows", (self.cap,))
 
     def extra_repr(self) -> str:
         return f"cap={self.cap:g}"

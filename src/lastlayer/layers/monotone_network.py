@@ -1,0 +1,111 @@
+"""A one-layer network with positive weights as a logit map (Daniels & Velikova 2010)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lastlayer.functional.checks import check_positive
+from lastlayer.functional.logit_map import LogitMap, MapFunction, in_blocks
+
+BLOCK_NUMBERS = 1 << 20  # of the (logits, units) matrix that exists at once
+REACH = 10.0  # the units' centres start spread over [-REACH, REACH]
+
+
+class MonotoneNetwork(LogitMap):
+    """`f(x) = a x + Σ_k v_k sigmoid(u_k x + b_k)` with `a, u, v > 0` (softplus of parameters): smooth, unbounded.
+
+    Any increasing function can be approached with enough units, but each logit costs `hidden_units` exponentials:
+    PLIF is as flexible and cheaper by far. The linear term keeps the image unbounded, without which no class could
+    become certain. Memory is that of the logits: the (logits, units) matrix exists a block at a time, in the
+    backward pass too.
+
+    Args:
+        hidden_units: K.
+
+    Raises:
+        ValueError: K below 1.
+
+    Source: Daniels & Velikova, "Monotone and Partially Monotone Neural Networks", IEEE TNN 2010; as a logit map in
+    Ganea et al., ICML 2019.
+
+    >>> import torch
+    >>> values = MonotoneNetwork(10)(torch.linspace(-30, 30, 7))
+    >>> bool((values.diff() > 0).all())
+    True
+    """
+
+    def __init__(self, hidden_units: int) -> None:
+        super().__init__()
+        self.hidden_units = check_positive("hidden_units", hidden_units)
+        one = math.log(math.e - 1)  # softplus gives 1
+        self.raw_slope = nn.Parameter(torch.tensor(one))
+        self.raw_rates = nn.Parameter(torch.full((hidden_units,), one))
+        centres = torch.linspace(-REACH, REACH, hidden_units) if hidden_units > 1 else torch.zeros(1)
+        self.shifts = nn.Parameter(-centres)
+        small = 1 / hidden_units
+        self.raw_heights = nn.Parameter(torch.full((hidden_units,), math.log(math.expm1(small))))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return MapFunction.apply(self, logits, *self.parameters())
+
+    @torch.no_grad()
+    def evaluate(self, logits: Tensor) -> Tensor:
+        """`forward` without a graph."""
+        slope, rates, shifts, heights = self._positive(logits.dtype)
+        values = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        for x, out in in_blocks(self._block, logits, values):
+            torch.addmv(slope * x, torch.sigmoid(self._inputs(x, rates, shifts)), heights, out=out)
+        return values
+
+    @torch.no_grad()
+    def vjp(self, logits: Tensor, gradient: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """With σ_k the units and `τ_k = σ_k (1 - σ_k)`, sums over logits x with gradient g of f(x):
+
+        ∂x = g (a + Σ v_k u_k τ_k)    ∂a = Σ g x    ∂u_k = v_k Σ g τ_k x    ∂b_k = v_k Σ g τ_k    ∂v_k = Σ g σ_k
+        """
+        slope, rates, shifts, heights = self._positive(logits.dtype)
+        of_slope, *of_units = (
+            torch.zeros(shape, dtype=torch.float64, device=logits.device)
+            for shape in ((), *[(self.hidden_units,)] * 3)
+        )
+        of_rates, of_shifts, of_heights = of_units
+        of_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        for x, g, out in in_blocks(self._block, logits, gradient, of_logits):
+            unit = torch.sigmoid(self._inputs(x, rates, shifts))
+            of_slope += g @ x
+            of_heights += unit.T @ g
+            bend = unit.mul_(1 - unit)
+            of_shifts += bend.T @ g
+            of_rates += bend.T @ (g * x)
+            torch.mul(bend @ (rates * heights) + slope, g, out=out)
+        of_parameters = (
+            of_slope * torch.sigmoid(self.raw_slope),
+            of_rates * heights * torch.sigmoid(self.raw_rates),
+            of_shifts * heights,
+            of_heights * torch.sigmoid(self.raw_heights),
+        )
+        parameters = tuple(self.parameters())
+        return of_logits, tuple(
+            part.to(p.dtype) if p.requires_grad else None
+            for part, p in zip(of_parameters, parameters, strict=True)
+        )
+
+    def extra_repr(self) -> str:
+        return f"hidden_units={self.hidden_units}"
+
+    def _positive(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`a`, `u`, `b`, `v` in the dtype of the logits."""
+        slope, rates, heights = (
+            F.softplus(raw.to(dtype)) for raw in (self.raw_slope, self.raw_rates, self.raw_heights)
+        )
+        return slope, rates, self.shifts.to(dtype), heights
+
+    @property
+    def _block(self) -> int:
+        return max(1, BLOCK_NUMBERS // self.hidden_units)
+
+    @staticmethod
+    def _inputs(x: Tensor, rates: Tensor, shifts: Tensor) -> Tensor:  # (n, K)
+        return torch.addcmul(shifts, x[:, None], rates)
