@@ -11,7 +11,7 @@ from lastlayer.functional.logit_map import LogitMap
 # What the logits of one chunk may take. Larger chunks mean fewer passes over the weight's gradient.
 CHUNK_BYTES = 1 << 28
 # Tensors of a chunk's size that a map makes in PyTorch's operations, beside the logits: values, gradient, indices.
-MAPPED_COPIES = 6
+MAPPED_COPIES = 4
 # Classes whose weight gradient is formed at once in low precision, before it is added to the float32 sum.
 BLOCK_CLASSES = 4096
 
