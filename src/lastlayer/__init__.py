@@ -16,7 +16,7 @@ from lastlayer.layers.monotone_network import MonotoneNetwork
 from lastlayer.layers.plif import PLIF
 from lastlayer.layers.sigsoftmax import Sigsoftmax
 from lastlayer.layers.soft_cap import SoftCap
-from lastlayer.screening import Int8Preview, ScreenedSoftmax, SVDPreview, SVDSoftmax
+from lastlayer.screening import Int8Preview, ScreenedSoftmax, SVDPreview, SVDSoftmax, choose_screen
 
 __version__ = "0.1.0"
 
@@ -42,6 +42,7 @@ __all__ = [
     "ScreenedSoftmax",
     "SVDPreview",
     "Int8Preview",
+    "choose_screen",
     "SVDSoftmax",
     "clusters",
     "functional",

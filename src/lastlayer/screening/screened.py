@@ -1,6 +1,7 @@
 """ScreenedSoftmax: a trained layer queried by a cheap preview of all classes and exact logits of the best."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -11,6 +12,7 @@ from lastlayer.functional.checks import check_count, check_hidden, check_positiv
 from lastlayer.screening.exact import full_logits, no_autocast
 from lastlayer.screening.fused import HeadArrays, dense_topk, fused_topk, serves
 from lastlayer.screening.preview import Preview
+from lastlayer.screening.saved import load_screen, save_screen
 from lastlayer.screening.screen import Head, Screened, screen
 
 CHUNK_NUMBERS = 1 << 25  # of a (rows, V) tensor held at once
@@ -176,12 +178,45 @@ class ScreenedSoftmax(nn.Module):
         return self._each_row(hidden, answer)
 
     @torch.no_grad()
+    def preview_scores(
+        self,
+        hidden: Tensor,  # (..., d)
+    ) -> Tensor:  # (..., V)
+        """The preview's approximate logits of all classes, no candidate rescored."""
+        with no_autocast(hidden):
+            scores = [self._prepared.scores(rows) for rows in self._chunks(hidden)]
+        return torch.cat(scores).reshape(*hidden.shape[:-1], self.out_features)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that one query reads: the preview, and the candidates' rows."""
+        return self._prepared.bytes_read + self.candidates * self.in_features * self.weight.element_size()
+
+    @torch.no_grad()
     def refresh(self) -> None:
         """Prepares the preview of the weight as it is now; needed after the weight was changed or moved."""
         _check_head(self.weight, self.bias)
         self._prepared = self.preview.prepare(self.weight, self.bias)
         self._prepared_for = self._stamp()
         self._arrays: HeadArrays | None = None
+
+    def save(self, folder: str | Path, include_weight: bool = True) -> None:
+        """Writes the screen's settings and calibration, and its weight if wanted: safetensors and JSON.
+
+        The preview is prepared again by `load`. Raises TypeError for a preview or a logit map of one's own.
+        """
+        save_screen(self, Path(folder), include_weight)
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> "ScreenedSoftmax":
+        """Reads what `save` wrote, for `weight` (and `bias`) where given, which must be the ones it was saved for.
+
+        Raises ValueError when files are missing, truncated, changed or of another version, or the weight differs.
+        """
+        weight, bias, settings = load_screen(Path(folder), weight, bias)
+        return ScreenedSoftmax(weight, bias, **settings)
 
     def extra_repr(self) -> str:
         return (

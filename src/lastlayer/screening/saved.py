@@ -1,0 +1,126 @@
+"""A screen on disk: its settings as JSON, calibration (and weight, if wanted) as safetensors, and a fingerprint.
+
+The preview itself is not stored but prepared again when loaded: a preview that was tampered with could certify
+what is not so, and preparing takes seconds.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lastlayer.screening.calibration import SecondMoment
+from lastlayer.screening.int8_preview import Int8Preview
+from lastlayer.screening.preview import Preview
+from lastlayer.screening.svd_preview import SVDPreview
+
+if TYPE_CHECKING:
+    from lastlayer.screening.screened import ScreenedSoftmax
+
+SETTINGS, TENSORS, VERSION = "screen.json", "screen.safetensors", 1
+HASHED_ROWS = 8192
+
+
+def fingerprint(weight: Tensor, bias: Tensor | None) -> str:
+    """SHA-256 of shapes, dtypes and every number."""
+    digest = hashlib.sha256()
+    for tensor in (weight, bias):
+        digest.update(b"none" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        for block in () if tensor is None else tensor.detach().split(HASHED_ROWS):
+            digest.update(block.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_screen(screen: "ScreenedSoftmax", folder: Path, include_weight: bool) -> None:
+    """Writes both files; the JSON names the fingerprints of the weight and of the tensors' file."""
+    from safetensors.torch import save
+
+    preview, tensors = screen.preview, {}
+    if include_weight:
+        tensors |= {"weight": screen.weight} | ({} if screen.bias is None else {"bias": screen.bias})
+    settings: dict[str, Any] = {"kind": type(preview).__name__}
+    if isinstance(preview, SVDPreview):
+        settings |= {"window": preview.window, "storage": preview.storage}
+        settings |= {"tail_correction": preview.tail_correction}
+        if preview.calibration is not None:
+            settings["calibration_rows"] = preview.calibration.rows
+            tensors["calibration"] = preview.calibration.moment
+    elif not isinstance(preview, Int8Preview):
+        raise TypeError(f"a {type(preview).__name__} of your own cannot be saved; save its settings yourself")
+    if screen.logit_map is not None:
+        raise TypeError("a screen with a logit_map cannot be saved: pass the map again to the constructor instead")
+    content = save({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()})
+    described = {
+        "format": "lastlayer screen",
+        "version": VERSION,
+        "preview": settings,
+        "candidates": screen.candidates,
+        "exact": screen.exact,
+        "num_classes": screen.out_features,
+        "in_features": screen.in_features,
+        "weight_sha256": fingerprint(screen.weight, screen.bias),
+        "tensors_sha256": hashlib.sha256(content).hexdigest(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / TENSORS).write_bytes(content)
+    (folder / SETTINGS).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+
+
+def load_screen(
+    folder: Path, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    """`(weight, bias, settings)` of a saved screen; everything is checked before anything is used."""
+    described, tensors = _read(folder)
+    saved = tensors.get("weight")
+    if weight is None:
+        if saved is None:
+            raise ValueError(f"{folder} was saved without its weight: pass load(folder, weight=...)")
+        weight, bias = saved, tensors.get("bias")
+    if fingerprint(weight, bias) != described["weight_sha256"]:
+        raise ValueError(f"weight is not the one that {folder} was saved for: its fingerprint differs")
+    preview = _preview(described["preview"], tensors.get("calibration"), folder)
+    return weight, bias, {"preview": preview, "candidates": described["candidates"], "exact": described["exact"]}
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors.torch import load
+
+    try:
+        described = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        content = (folder / TENSORS).read_bytes()
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} does not hold a saved screen: {error}") from None
+    wanted = {"preview": dict, "candidates": int, "exact": bool, "weight_sha256": str, "tensors_sha256": str}
+    if not isinstance(described, dict) or described.get("format") != "lastlayer screen":
+        raise ValueError(f"{folder / SETTINGS} does not describe a saved screen")
+    if described.get("version") != VERSION:
+        raise ValueError(
+            f"{folder} has format version {described.get('version')!r}; this lastlayer reads {VERSION}"
+        )
+    for name, kind in wanted.items():
+        if not isinstance(described.get(name), kind):
+            raise ValueError(f"{folder / SETTINGS}: {name} must be a {kind.__name__}, got {described.get(name)!r}")
+    if hashlib.sha256(content).hexdigest() != described["tensors_sha256"]:
+        raise ValueError(f"{folder / TENSORS} is truncated or was changed after it was saved")
+    return described, load(content)
+
+
+def _preview(settings: dict[str, Any], moment: Tensor | None, folder: Path) -> Preview:
+    kind = settings.get("kind")
+    if kind == "Int8Preview":
+        return Int8Preview()
+    if kind != "SVDPreview":
+        raise ValueError(f"{folder / SETTINGS}: preview must be an SVDPreview or Int8Preview, got {kind!r}")
+    try:
+        calibration = None if moment is None else SecondMoment(moment, int(settings["calibration_rows"]))
+        return SVDPreview(
+            settings["window"],
+            calibration=calibration,
+            storage=settings["storage"],
+            tail_correction=settings["tail_correction"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / SETTINGS} does not describe a preview: {error!r}") from None
