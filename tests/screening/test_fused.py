@@ -49,6 +49,20 @@ def test_fused_is_plain(preview, exact, num_classes, candidates, monkeypatch):
             assert torch.equal(mine.certified, theirs.certified)
 
 
+@pytest.mark.parametrize("preview", PREVIEWS.values(), ids=PREVIEWS)
+@pytest.mark.parametrize("exact", [False, True])
+def test_fused_logits_are_plain(preview, exact, monkeypatch):
+    weight, bias, hidden = head(3000)
+    layer = ScreenedSoftmax(weight, bias, preview=preview, candidates=40, exact=exact)
+    for rows in (1, 4, 30):
+        for call in (layer, layer.log_prob):
+            mine = call(hidden[:rows])
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "serves", lambda weight: False)
+                theirs = call(hidden[:rows])
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
+
+
 def test_fused_without_bias_and_with_several_threads(monkeypatch):
     weight, _, hidden = head(5000, 70)
     before = torch.get_num_threads()

@@ -11,12 +11,14 @@ import lastlayer
 from lastlayer.cli.bench import bench
 from lastlayer.cli.compare import compare
 from lastlayer.cli.options import verb
+from lastlayer.cli.speedup import speedup
 
 PLAIN = {"rich_markup_mode": None, "no_args_is_help": True, "add_completion": False}
 app = typer.Typer(**PLAIN, pretty_exceptions_enable=False)
 reproduce = typer.Typer(**PLAIN, help="A paper's figures, each beside what is measured here.")
 
 app.command("compare")(verb(compare))
+app.command("speedup")(verb(speedup))
 app.command("bench")(verb(bench))
 
 if reproduce.registered_commands:  # a group without papers is not shown

@@ -479,6 +479,13 @@ def _sum_exp(logits: Any, most: float) -> Any:
 
 
 @njit(cache=True)
+def _put(final: Any, classes: Any, logits: Any) -> None:
+    if final.size:
+        for n in range(classes.size):
+            final[classes[n]] = logits[n]
+
+
+@njit(cache=True)
 def answer(
     scores: Any,  # (V,) float32; overwritten
     block_max: Any,  # (blocks,) float32; overwritten
@@ -495,6 +502,7 @@ def answer(
     workers: int,  # for the rescoring of one row; 1 where rows are spread over workers already
     values: Any,  # (k,) float32, out: best raw logits
     indices: Any,  # (k,) int64, out
+    final: Any,  # (V,) float32: the scores again, where exact logits are put; or (0,)
 ) -> Any:
     """Top-k of one row from its summarised scores: `(log-normaliser, UNCERTIFIED | CERTIFIED | DENSE)`."""
     chosen = _choose(scores, block_max, size, candidates)
@@ -503,6 +511,7 @@ def answer(
         _rescore_apart(weight, bias, hidden, chosen, logits, workers)
     else:
         _rescore(weight, bias, hidden, chosen, logits, 0, chosen.size)
+    _put(final, chosen, logits)
     filled = _insert(logits, chosen, values, indices, 0)
     best = values[0]
     total = _sum_exp(logits, best)
@@ -514,6 +523,7 @@ def answer(
             return 0.0, DENSE
         logits = np.empty(open_classes.size, dtype=np.float32)
         _rescore(weight, bias, hidden, open_classes, logits, 0, open_classes.size)
+        _put(final, open_classes, logits)
         _insert(logits, open_classes, values, indices, filled)
         total = total * np.exp(float(best - values[0]))
         best = values[0]
@@ -539,6 +549,7 @@ def answer_rows(
     exact: bool,
     values: Any,
     indices: Any,
+    final: Any,
     log_normalizer: Any,  # (N,) float32, out
     status: Any,  # (N,) int64, out
 ) -> None:
@@ -560,6 +571,7 @@ def answer_rows(
             1,
             values[row],
             indices[row],
+            final[row],
         )
 
 

@@ -52,7 +52,24 @@ def set_workers() -> int:
     return count
 
 
-def fused_topk(
+class Fused(NamedTuple):
+    """What the kernels say of some rows."""
+
+    log_prob: Tensor  # (N, k)
+    indices: Tensor  # (N, k)
+    certified: Tensor  # (N,)
+    logits: Tensor  # (N, V), exact where rescored; (N, 0) if not asked for
+    log_normalizer: Tensor  # (N, 1)
+
+    @classmethod
+    def of(cls, values: np.ndarray, log_normalizer: np.ndarray, *others: np.ndarray) -> "Fused":
+        """Tensors over the kernels' arrays: raw logits of the best, normaliser, then the other fields."""
+        indices, certified, logits = (torch.from_numpy(part) for part in others)
+        normalizer = torch.from_numpy(log_normalizer)
+        return cls(torch.from_numpy(values - log_normalizer), indices, certified, logits, normalizer)
+
+
+def fused_answer(
     head: Head,
     arrays: HeadArrays,
     preview: PreparedPreview,
@@ -60,49 +77,51 @@ def fused_topk(
     candidates: int,
     k: int,
     exact: bool,
-) -> tuple[Tensor, Tensor, Tensor] | None:  # (N, k), (N, k), (N,)
-    """Log-probabilities, indices and certificates; None where the rows are not for the kernels."""
+    with_logits: bool = False,
+) -> Fused | None:
+    """Some rows screened by the kernels; None where they are not for the kernels."""
     rows = hidden.numpy()
     if not max(rows.max(), -rows.min()) < MOST:  # NaN as well
         return None
     count, workers, run = len(rows), set_workers(), kernels()
     summary, of_rows = preview.summary(hidden, workers)
+    final = summary.scores.copy() if with_logits else np.empty((count, 0), dtype=np.float32)
     values, indices = np.empty((count, k), dtype=np.float32), np.empty((count, k), dtype=np.int64)
     log_normalizer, status = np.empty((count, 1), dtype=np.float32), np.empty(count, dtype=np.int64)
     bounds = arrays.of_classes, arrays.of_blocks, arrays.weight, arrays.bias
     if count == 1:  # workers share the row
-        outputs = values[0], indices[0]
+        outputs = values[0], indices[0], final[0]
         log_normalizer[0, 0], status[0] = run.answer(
             *summary.row(), BLOCK, of_rows[0], *bounds, rows[0], candidates, exact, workers, *outputs
         )
     else:  # rows are spread over workers
-        outputs = values, indices, log_normalizer[:, 0], status
+        outputs = values, indices, final, log_normalizer[:, 0], status
         run.answer_rows(*summary, BLOCK, of_rows, *bounds, rows, candidates, exact, *outputs)
     dense = status == run.DENSE
     if dense.any():
-        values[dense], indices[dense], log_normalizer[dense] = _dense(head, hidden[torch.from_numpy(dense)], k)
-    answers = (values - log_normalizer, indices, status != run.UNCERTIFIED)
-    log_prob, ids, certified = (torch.from_numpy(part) for part in answers)
-    return log_prob, ids, certified
+        full = _dense(head, hidden[torch.from_numpy(dense)], k)
+        values[dense], indices[dense], log_normalizer[dense] = full[:3]
+        if with_logits:
+            final[dense] = full[3]
+    return Fused.of(values, log_normalizer, indices, status != run.UNCERTIFIED, final)
 
 
-def dense_topk(
+def dense_answer(
     head: Head,
     hidden: Tensor,  # (N, d) float32
     k: int,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The full layer's log-probabilities, indices and certificates, selected by the kernels."""
+) -> Fused | None:
+    """The full layer, its best selected by the kernels; None where the rows are not for the kernels."""
     if not len(hidden) or not hidden.abs().amax() < MOST:
         return None
     set_workers()
-    values, indices, log_normalizer = _dense(head, hidden, k)
-    certified = torch.ones(len(hidden), dtype=torch.bool)
-    return torch.from_numpy(values - log_normalizer), torch.from_numpy(indices), certified
+    values, indices, log_normalizer, logits = _dense(head, hidden, k)
+    return Fused.of(values, log_normalizer, indices, np.ones(len(hidden), dtype=np.bool_), logits)
 
 
-def _dense(head: Head, hidden: Tensor, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _dense(head: Head, hidden: Tensor, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     summary = Summary.of(full_logits(hidden, head.weight.detach(), head.bias))
     values, indices = np.empty((len(hidden), k), dtype=np.float32), np.empty((len(hidden), k), dtype=np.int64)
     log_normalizer = np.empty((len(hidden), 1), dtype=np.float32)
     kernels().answer_dense(*summary, BLOCK, values, indices, log_normalizer[:, 0])
-    return values, indices, log_normalizer
+    return values, indices, log_normalizer, summary.scores

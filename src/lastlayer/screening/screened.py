@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lastlayer.functional.answers import ScreenedTopK
 from lastlayer.functional.checks import check_count, check_hidden, check_positive
 from lastlayer.screening.exact import full_logits, no_autocast
-from lastlayer.screening.fused import HeadArrays, dense_topk, fused_topk, serves
+from lastlayer.screening.fused import Fused, HeadArrays, dense_answer, fused_answer, serves
 from lastlayer.screening.preview import Preview
 from lastlayer.screening.saved import load_screen, save_screen
 from lastlayer.screening.screen import Head, Screened, screen
@@ -112,18 +112,14 @@ class ScreenedSoftmax(nn.Module):
         hidden: Tensor,  # (..., d)
     ) -> Tensor:  # (..., V)
         """Logits, in hidden's dtype: exact for the candidates, the preview's for the rest; `logit_map` applied."""
-        return self._each_row(hidden, lambda rows, screened: self._mapped(screened.logits)).to(hidden.dtype)
+        return self._each_row(hidden, lambda rows: self._logits(rows, False)).to(hidden.dtype)
 
     def log_prob(
         self,
         hidden: Tensor,  # (..., d)
     ) -> Tensor:  # (..., V)
         """Log-probabilities under the screen's own normaliser (float32, or float64)."""
-
-        def answer(rows: Tensor, screened: Screened) -> Tensor:
-            return self._mapped(screened.logits) - self._log_normalizer(screened)
-
-        return self._each_row(hidden, answer)
+        return self._each_row(hidden, lambda rows: self._logits(rows, True))
 
     @torch.no_grad()
     def topk(
@@ -153,11 +149,10 @@ class ScreenedSoftmax(nn.Module):
         """Class ids drawn from `log_prob`, with replacement; seeded by `torch.manual_seed`."""
         num_samples = check_positive("num_samples", num_samples)
 
-        def draw(rows: Tensor, screened: Screened) -> Tensor:
+        def draw(rows: Tensor) -> Tensor:
             if not len(rows):
                 return torch.empty(0, num_samples, dtype=torch.int64, device=rows.device)
-            weights = self._mapped(screened.logits).softmax(-1)
-            return torch.multinomial(weights, num_samples, replacement=True)
+            return torch.multinomial(self._logits(rows, False).softmax(-1), num_samples, replacement=True)
 
         return self._each_row(hidden, draw)
 
@@ -168,7 +163,8 @@ class ScreenedSoftmax(nn.Module):
     ) -> Tensor:  # (...)
         """The most by which the screen's log-normaliser can differ from the full layer's, for every row."""
 
-        def answer(rows: Tensor, screened: Screened) -> Tensor:
+        def answer(rows: Tensor) -> Tensor:
+            screened = self._screened(rows, 1, self.exact)
             error = self._prepared.error(rows).all().masked_fill(screened.rescored, 0.0)
             used = self._log_normalizer(screened)
             above = self._mapped(screened.logits + error).logsumexp(-1, keepdim=True) - used
@@ -237,10 +233,9 @@ class ScreenedSoftmax(nn.Module):
         tensors = [tensor for tensor in (self.weight, self.bias) if tensor is not None]
         return tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.shape) for t in tensors)
 
-    def _each_row(self, hidden: Tensor, answer: Callable[[Tensor, Screened], Tensor]) -> Tensor:
-        """`answer(rows, screened)` of every chunk of rows, in hidden's leading shape."""
-        exact = self.exact
-        parts = [answer(rows, self._screened(rows, 1, exact)) for rows in self._chunks(hidden)]
+    def _each_row(self, hidden: Tensor, answer: Callable[[Tensor], Tensor]) -> Tensor:
+        """`answer(rows)` of every chunk of rows, in hidden's leading shape."""
+        parts = [answer(rows) for rows in self._chunks(hidden)]
         together = parts[0] if len(parts) == 1 else torch.cat(parts)
         return together.reshape((*hidden.shape[:-1], *together.shape[1:]))
 
@@ -255,20 +250,38 @@ class ScreenedSoftmax(nn.Module):
         return rows.split(most) if len(rows) > most else (rows,)
 
     def _topk(self, rows: Tensor, k: int, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """`(log_prob, indices, certified)` of one chunk of rows, by the fused kernels where they serve."""
-        plain = self.logit_map is None and self._prepared.normalizer_shift is None
-        if plain and serves(self.weight):
-            rows, head = rows.detach(), Head(self.weight, self.bias)
-            self._arrays = self._arrays or HeadArrays.of(head, self._prepared)
-            with no_autocast(rows):
-                if len(rows) * self.candidates >= self.out_features:
-                    answer = dense_topk(head, rows, k)
-                else:
-                    answer = fused_topk(head, self._arrays, self._prepared, rows, self.candidates, k, exact)
-            if answer is not None:
-                return answer
+        """`(log_prob, indices, certified)` of one chunk of rows."""
+        fused = self._by_kernels(rows, k, exact)
+        if fused is not None:
+            return fused[:3]
         screened = self._screened(rows, k, exact)
         return self._mapped(screened.values) - self._log_normalizer(screened), screened.indices, screened.certified
+
+    def _logits(self, rows: Tensor, normalised: bool) -> Tensor:
+        """Logits, or log-probabilities, of one chunk of rows."""
+        fused = None if self._followed(rows) else self._by_kernels(rows, 1, self.exact, with_logits=True)
+        if fused is not None:
+            return fused.logits - fused.log_normalizer if normalised else fused.logits
+        screened = self._screened(rows, 1, self.exact)
+        logits = self._mapped(screened.logits)
+        return logits - self._log_normalizer(screened) if normalised else logits
+
+    def _by_kernels(self, rows: Tensor, k: int, exact: bool, with_logits: bool = False) -> Fused | None:
+        """What the fused kernels say; None where they do not serve."""
+        plain = self.logit_map is None and self._prepared.normalizer_shift is None
+        if not plain or not serves(self.weight):
+            return None
+        rows, head = rows.detach(), Head(self.weight.detach(), None if self.bias is None else self.bias.detach())
+        self._arrays = self._arrays or HeadArrays.of(head, self._prepared)
+        with no_autocast(rows):
+            if len(rows) * self.candidates >= self.out_features:
+                return dense_answer(head, rows, k)
+            return fused_answer(head, self._arrays, self._prepared, rows, self.candidates, k, exact, with_logits)
+
+    def _followed(self, rows: Tensor) -> bool:
+        """Whether autograd is to follow."""
+        tensors = (rows, self.weight, self.bias)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
     def _screened(self, rows: Tensor, k: int, exact: bool) -> Screened:
         head = Head(self.weight, self.bias)
@@ -276,8 +289,7 @@ class ScreenedSoftmax(nn.Module):
             fixed = Head(head.weight.detach(), None if head.bias is None else head.bias.detach())
             with torch.no_grad():
                 screened = screen(fixed, self._prepared, rows, self.candidates, k, exact)
-            followed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, *head))
-            if followed:
+            if self._followed(rows):
                 full = full_logits(rows, *head)
                 approximate = self._prepared.follow(rows, *head)
                 screened = screened._replace(logits=torch.where(screened.rescored, full, approximate))

@@ -1,0 +1,154 @@
+"""Where a trained head comes from: a Transformers folder or GGUF, safetensors, `.pt` without code, `.npy`."""
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lastlayer.study.errors import StudyError, UsageError
+
+# What output layers are called in checkpoints, best first; the last are embeddings that a head is tied to.
+HEAD_NAMES = (
+    "lm_head.weight",
+    "output.weight",
+    "embed_out.weight",
+    "weight",
+    "model.embed_tokens.weight",
+    "transformer.wte.weight",
+    "shared.weight",
+)
+
+
+@dataclass(frozen=True)
+class LoadedHead:
+    """A trained output layer, and the model and tokenizer around it where there are any."""
+
+    name: str
+    weight: Tensor  # (V, d)
+    bias: Tensor | None  # (V,)
+    model: Any = None
+    tokenizer: Any = None
+
+
+def load_head(path: Path, tensor: str | None = None) -> LoadedHead:
+    """The head in `path`; `tensor` names it where a file holds several.
+
+    Raises:
+        UsageError: a path that is not there, or of no known kind; a tensor that is not there.
+        StudyError: a file that cannot be read, or holds no head.
+    """
+    if not path.exists():
+        raise UsageError(f"there is no model {path}")
+    try:
+        if path.is_dir() or path.suffix == ".gguf":
+            return _from_transformers(path)
+        readers = {".npy": _from_npy, ".safetensors": _from_safetensors, ".pt": _from_pt, ".pth": _from_pt}
+        if path.suffix not in readers:
+            kinds = ", ".join([*readers, ".gguf"])
+            raise UsageError(f"{path} is no model that is known here: a Transformers folder, or one of {kinds}")
+        weight, bias = readers[path.suffix](path, tensor)
+    except StudyError:
+        raise
+    except Exception as problem:  # every reader fails in its own ways
+        raise StudyError(f"cannot read {path}: {_first_line(problem)}") from problem
+    return LoadedHead(path.name, *_checked(path, weight, bias))
+
+
+def load_hidden(path: Path, width: int) -> Tensor:  # (n, d), float32
+    """Hidden states from a `.npy` file of shape `(..., d)`."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as problem:
+        raise StudyError(f"cannot read {path}: {_first_line(problem)}") from problem
+    if array.ndim < 2 or array.shape[-1] != width or array.dtype.kind != "f":
+        raise StudyError(f"{path} must hold hidden states (n, {width}), got {array.dtype} {array.shape}")
+    hidden = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).reshape(-1, width)
+    if not bool(hidden.isfinite().all()):
+        raise StudyError(f"{path} holds NaN or infinity")
+    return hidden
+
+
+def _from_npy(path: Path, tensor: str | None) -> tuple[Tensor, None]:
+    array = np.load(path, allow_pickle=False)
+    return torch.from_numpy(array.astype(np.float32, copy=False)), None
+
+
+def _from_safetensors(path: Path, tensor: str | None) -> tuple[Tensor, Tensor | None]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        name = _pick(path, {key: file.get_slice(key).get_shape() for key in file.keys()}, tensor)  # noqa: SIM118
+        bias = name.removesuffix("weight") + "bias"
+        return file.get_tensor(name), file.get_tensor(bias) if bias in file.keys() else None  # noqa: SIM118
+
+
+def _from_pt(path: Path, tensor: str | None) -> tuple[Tensor, Tensor | None]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as problem:
+        raise StudyError(f"{path} is not a file of weights alone, and nothing else is ever unpickled") from problem
+    if isinstance(content, Tensor):
+        return content, None
+    if not isinstance(content, dict):
+        raise StudyError(f"{path} holds a {type(content).__name__}, not weights")
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    name = _pick(path, {key: list(value.shape) for key, value in tensors.items()}, tensor)
+    return tensors[name], tensors.get(name.removesuffix("weight") + "bias")
+
+
+def _pick(path: Path, shapes: dict[str, list[int]], wanted: str | None) -> str:
+    matrices = [name for name, shape in shapes.items() if len(shape) == 2]
+    if wanted is not None:
+        if wanted not in matrices:
+            raise UsageError(
+                f"--tensor {wanted} is no matrix in {path}; there are: {', '.join(matrices) or 'none'}"
+            )
+        return wanted
+    known = [name for name in HEAD_NAMES if name in matrices]
+    if known or len(matrices) == 1:
+        return (known or matrices)[0]
+    if not matrices:
+        raise StudyError(f"{path} holds no matrix that could be a head")
+    raise StudyError(f"{path} does not say which is the head; give --tensor, one of: {', '.join(matrices)}")
+
+
+def _from_transformers(path: Path) -> LoadedHead:
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    except ImportError:
+        raise StudyError(f"{path} needs Transformers: pip install 'lastlayer[transformers]'") from None
+    if path.is_dir():
+        folder, more = path, {}
+        if not (path / "config.json").exists():
+            raise StudyError(f"{path} is no Transformers model: it has no config.json")
+    else:
+        folder, more = path.parent, {"gguf_file": path.name}
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, **more)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = kind.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **more).eval()
+    head = model.get_output_embeddings()
+    if head is None or not isinstance(getattr(head, "weight", None), Tensor):
+        raise StudyError(f"{path} has no output head")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **more)
+    weight, bias = _checked(path, head.weight.detach(), getattr(head, "bias", None))
+    return LoadedHead(path.name, weight, bias, model, tokenizer)
+
+
+def _checked(path: Path, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:
+        raise StudyError(f"{path} must hold a floating-point matrix, got {weight.dtype} {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise StudyError(
+            f"{path}: the head's bias has shape {tuple(bias.shape)}, its weight {tuple(weight.shape)}"
+        )
+    if not all(bool(t.isfinite().all()) for t in (weight, bias) if t is not None):
+        raise StudyError(f"{path}: the head holds NaN or infinity")
+    return weight.float().contiguous(), None if bias is None else bias.detach().float()
+
+
+def _first_line(problem: BaseException) -> str:
+    return next(iter(str(problem).strip().splitlines()), type(problem).__name__)

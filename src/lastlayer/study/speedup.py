@@ -1,0 +1,145 @@
+"""What `lastlayer speedup` does: hidden states, the screens that were tried, the frontier, the saved head."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lastlayer.screening import choose_screen
+from lastlayer.study.embedded import library_lines
+from lastlayer.study.errors import StudyError, UsageError
+from lastlayer.study.figures import figure
+from lastlayer.study.files import make_folder, write_json, write_whole
+from lastlayer.study.heads import LoadedHead, load_hidden
+from lastlayer.study.measure import environment
+from lastlayer.study.sources import find_files, read_lines
+
+WINDOW, BATCH = 256, 4  # tokens in a row, rows at a time
+WORTH_IT = 1.2  # a smaller gain is not worth a second copy of the weight
+
+Record = dict[str, Any]
+
+
+def speed_up(
+    head: LoadedHead,
+    calibration: Path | None,
+    *,
+    agreement: float,
+    k: int,
+    tokens: int,
+    out: Path,
+    console: Console,
+) -> list[Record]:
+    """Chooses, shows and saves a screen of `head`; returns one record for each that was tried."""
+    classes, width = head.weight.shape
+    if k > classes:
+        raise UsageError(f"--k must be at most the head's {classes} classes, got {k}")
+    make_folder(out)
+    with console.status("collecting hidden states"):
+        hidden, source = collect_hidden(head, calibration, tokens)
+    console.print(
+        f"{head.name}: {classes:,} classes, width {width}; {len(hidden):,} hidden states from {source}, "
+        "half to calibrate and tune, half to measure",
+        highlight=False,
+    )
+    try:
+        with console.status("trying previews"):
+            screen, records = choose_screen(head.weight, head.bias, hidden, agreement=agreement, k=k)
+    except ValueError as problem:
+        raise StudyError(f"these hidden states do not serve: {problem}") from problem
+    _show(records, console)
+    chosen = next(record for record in records if record["chosen"])
+    screen.save(out / "screen", include_weight=head.model is None)
+    write_json(out / "results.json", {"environment": environment(), "source": source, "records": records})
+    write_whole(out / "frontier.png", lambda path: _plot(records, agreement, path))
+    console.print(_verdict(chosen, agreement), highlight=False)
+    console.print(f"Saved: {out / 'screen'} (ScreenedSoftmax.load), {out / 'frontier.png'}", highlight=False)
+    return records
+
+
+def collect_hidden(head: LoadedHead, calibration: Path | None, tokens: int) -> tuple[Tensor, str]:
+    """Hidden states (n, d), and where they are from: a file of them, or the model run over text."""
+    if calibration is not None and not calibration.exists():
+        raise UsageError(f"there is no calibration file {calibration}")
+    if calibration is not None and calibration.suffix == ".npy":
+        return load_hidden(calibration, head.weight.shape[-1]), calibration.name
+    if head.model is None:
+        raise UsageError("a bare head needs hidden states that it meets: --calibration HIDDEN.npy, shape (n, d)")
+    lines, source = library_lines(), "Python's standard library"
+    if calibration is not None:
+        lines, source = read_lines(find_files([calibration]).training[0]), calibration.name
+    from lastlayer.transformers import hidden_states
+
+    batches = _token_batches(head.tokenizer, lines, tokens, source)
+    return torch.cat(list(hidden_states(head.model, batches)))[:tokens].float(), source
+
+
+def _token_batches(tokenizer: Any, lines: Iterator[str], tokens: int, source: str) -> Iterator[Tensor]:
+    """Token ids (N, T) of the text's beginning; about `tokens` of them."""
+    text = "\n".join(islice(lines, 2 * tokens))[: 12 * tokens]
+    ids = tokenizer(text, return_tensors="pt").input_ids[0][:tokens]
+    if len(ids) < WINDOW:
+        raise StudyError(f"{source} has only {len(ids)} tokens; at least {WINDOW} are needed")
+    rows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+    return iter(rows.split(BATCH))
+
+
+def _verdict(chosen: Record, agreement: float) -> str:
+    name = _name(chosen)
+    if chosen["ratio"] < WORTH_IT:
+        return (
+            f"This head is too small to gain: the fastest screen that agrees ({name}) takes "
+            f"{figure(chosen['ms'])} ms, the full layer {figure(chosen['full_ms'])} ms. Keep the full layer."
+        )
+    proved = "; every answer is proved" if chosen["certified_fraction"] == 1 else ""
+    return (
+        f"{name}: {figure(chosen['ratio'])} times as fast as the full layer, "
+        f"agreement {chosen['agreement_topk']:.4%} (asked for {agreement:.4%}){proved}."
+    )
+
+
+def _name(record: Record) -> str:
+    window = "" if record["window"] is None else f", window {record['window']}"
+    return f"{record['preview']}{window}, {record['candidates']:,} candidates"
+
+
+def _show(records: list[Record], console: Console) -> None:
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("screen", no_wrap=True)
+    for heading in ("top-1", "top-k", "KL", "bytes", "proved", "ms", "times\nas fast"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for record in records:
+        table.add_row(
+            ("> " if record["chosen"] else "  ") + _name(record),
+            f"{record['agreement_top1']:.2%}",
+            f"{record['agreement_topk']:.2%}",
+            figure(record["kl"]),
+            f"{record['bytes_read_fraction']:.1%}",
+            f"{record['certified_fraction']:.1%}",
+            figure(record["ms"]),
+            figure(record["ratio"]),
+        )
+    console.print(table)
+
+
+def _plot(records: list[Record], agreement: float, path: Path) -> None:
+    """Disagreement against time, both logarithmic; the full layer's time and the target as lines."""
+    from matplotlib.figure import Figure
+
+    plot = Figure(figsize=(8, 5), layout="constrained")
+    axes = plot.add_subplot()
+    floor = 1e-5
+    for record in records:
+        wrong = max(floor, 1 - record["agreement_topk"])
+        axes.plot(record["ms"], wrong, marker="*" if record["chosen"] else "o", ms=14 if record["chosen"] else 7)
+        axes.annotate(_name(record), (record["ms"], wrong), fontsize=7, xytext=(5, 5), textcoords="offset points")
+    axes.axvline(records[0]["full_ms"], linestyle="--", color="grey", label="the full layer")
+    axes.axhline(max(floor, 1 - agreement), linestyle=":", color="grey", label="asked for")
+    axes.set(xscale="log", yscale="log", xlabel="milliseconds a query", ylabel="share of the true top-k missed")
+    axes.legend()
+    plot.savefig(path, format="png", dpi=130)

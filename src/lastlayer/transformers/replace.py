@@ -1,0 +1,69 @@
+"""replace_lm_head: a model's own `generate` on another output layer, and back."""
+
+from types import TracebackType
+from typing import Any, Self
+
+from torch import nn
+
+
+class ReplacedHead:
+    """What `replace_lm_head` did to a model; `undo()`, or leaving its `with` block, restores it."""
+
+    def __init__(self, model: Any, original: nn.Module, head: nn.Module) -> None:
+        self.model = model
+        self.original = original
+        self.head = head
+
+    def undo(self) -> None:
+        """Puts the model's own head back, the very module; a second call does nothing."""
+        if self.model.get_output_embeddings() is self.head:
+            self.model.set_output_embeddings(self.original)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+
+def replace_lm_head(model: Any, head: nn.Module) -> ReplacedHead:
+    """Makes a Transformers model compute its logits by `head`; all of its own code runs as before.
+
+    Only the module is swapped, so `generate` (greedy, sampling, beam search), caches and devices are the model's
+    own, for decoder-only and encoder-decoder models alike. Embeddings tied to the head stay as they were.
+
+    Args:
+        model: any model with `get_output_embeddings` and `set_output_embeddings`.
+        head: called with hidden states `(..., d)`, gives logits `(..., V)`: a `ScreenedSoftmax`, an `nn.Linear`.
+
+    Returns:
+        a handle with `undo()`, also a context manager.
+
+    Raises:
+        TypeError: a model without an output head to replace, or a head that is no module.
+        ValueError: a head whose `in_features` or `out_features` are not the model's.
+
+    Cost: none. When NOT to use it: in training; a screen is for a weight that stays.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from lastlayer import Int8Preview, ScreenedSoftmax
+    >>> from lastlayer.transformers import replace_lm_head
+    >>> config = GPT2Config(vocab_size=500, n_embd=32, n_layer=1, n_head=2, eos_token_id=None)
+    >>> model = GPT2LMHeadModel(config).eval()
+    >>> head = ScreenedSoftmax.from_linear(model.lm_head, preview=Int8Preview(), candidates=32, exact=True)
+    >>> with replace_lm_head(model, head):
+    ...     ids = model.generate(max_new_tokens=4, do_sample=False, bos_token_id=0, pad_token_id=0)
+    """
+    original = getattr(model, "get_output_embeddings", lambda: None)()
+    if not isinstance(original, nn.Module) or not hasattr(model, "set_output_embeddings"):
+        raise TypeError(f"model must have an output head to replace, which {type(model).__name__} does not")
+    if not isinstance(head, nn.Module):
+        raise TypeError(f"head must be a torch.nn.Module, got {type(head).__name__}")
+    for name in ("in_features", "out_features"):
+        wanted, given = getattr(original, name, None), getattr(head, name, None)
+        if wanted is not None and given is not None and wanted != given:
+            raise ValueError(f"head must have the model's {name}={wanted}, got {given}")
+    model.set_output_embeddings(head)
+    return ReplacedHead(model, original, head)

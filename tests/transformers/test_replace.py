@@ -1,0 +1,114 @@
+"""replace_lm_head: the model's own generate on a screened head, the same text, and everything put back."""
+
+import pytest
+import torch
+from torch import nn
+
+from lastlayer import Int8Preview, ScreenedSoftmax, SVDPreview
+
+transformers = pytest.importorskip("transformers")
+
+from lastlayer.transformers import hidden_states, replace_lm_head  # noqa: E402
+
+SIZE = {"vocab_size": 600, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def gpt2(tied=True):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=1, n_head=2, n_positions=64, tie_word_embeddings=tied, **SIZE
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    nn.init.normal_(model.lm_head.weight, std=0.5)
+    return model
+
+
+def llama():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **SIZE)).eval()
+    nn.init.normal_(model.lm_head.weight, std=0.5)
+    return model
+
+
+def t5():
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, **SIZE)).eval()
+
+
+MODELS = {"gpt2": gpt2, "llama": llama, "t5": t5}
+
+
+def screened(model, **settings):
+    settings = {"preview": Int8Preview(), "candidates": 24, "exact": True, **settings}
+    return ScreenedSoftmax.from_linear(model.get_output_embeddings(), **settings)
+
+
+def prompt(rows=2):
+    return torch.randint(3, 600, (rows, 5), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("how", ["greedy", "beam"])
+def test_same_text(name, how):
+    model = MODELS[name]()
+    settings = {"max_new_tokens": 10, "do_sample": False, "num_beams": 3 if how == "beam" else 1}
+    expected = model.generate(prompt(), **settings)
+    head = screened(model, candidates=600) if how == "beam" else screened(model)
+    with replace_lm_head(model, head):
+        assert model.get_output_embeddings() is head
+        assert torch.equal(model.generate(prompt(), **settings), expected)
+    assert torch.equal(model.generate(prompt(), **settings), expected)
+
+
+def test_sampling_runs():
+    model = gpt2()
+    with replace_lm_head(model, screened(model, preview=SVDPreview(8), exact=False)):
+        ids = model.generate(prompt(), max_new_tokens=6, do_sample=True, top_k=20)
+    assert ids.shape == (2, 11)
+    assert ids.max() < 600
+
+
+def test_undo_restores_the_very_module():
+    model = gpt2()
+    original, state = model.lm_head, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    handle = replace_lm_head(model, screened(model))
+    assert model.lm_head.weight is model.transformer.wte.weight  # tied embeddings stay tied
+    handle.undo()
+    handle.undo()
+    assert model.lm_head is original
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_undo_after_a_failure():
+    model = gpt2()
+    original = model.lm_head
+    with pytest.raises(ZeroDivisionError), replace_lm_head(model, screened(model)):
+        raise ZeroDivisionError
+    assert model.lm_head is original
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_hidden_states_give_the_logits(name):
+    model = MODELS[name]()
+    (hidden,) = hidden_states(model, [prompt()])
+    more = {"decoder_input_ids": prompt()} if name == "t5" else {}
+    with torch.no_grad():
+        logits = model(input_ids=prompt(), **more).logits
+    torch.testing.assert_close(model.get_output_embeddings()(hidden).view_as(logits), logits)
+    assert isinstance(model.get_output_embeddings(), nn.Linear)
+
+
+def test_bad_input():
+    model = gpt2()
+    with pytest.raises(TypeError, match="output head to replace, which Linear does not"):
+        replace_lm_head(nn.Linear(2, 3), screened(model))
+    with pytest.raises(TypeError, match="output head to replace, which GPT2Model"):
+        replace_lm_head(model.transformer, screened(model))
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        replace_lm_head(model, lambda hidden: hidden)
+    with pytest.raises(ValueError, match="out_features=600, got 7"):
+        replace_lm_head(model, nn.Linear(32, 7))
+    assert isinstance(model.lm_head, nn.Linear)
