@@ -9,8 +9,8 @@ from lastlayer.functional.two_level import TwoLevel, two_level_log_prob
 WAYS = {
     "small": {},
     "loops": {"SMALL_WORK": 0},
-    "both": {"SMALL_WORK": 0, "MANY_ROWS": 2, "MUCH_WORK": 0},
-    "products": {"SMALL_WORK": 0, "MANY_ROWS": 0, "MUCH_WORK": 0},
+    "both": {"SMALL_WORK": 0, "MANY_ROWS": 2, "LEAST_WORK": 0},
+    "products": {"SMALL_WORK": 0, "MANY_ROWS": 0, "LEAST_WORK": 0},
     "plain": {"numba": False},
 }
 SIZES = torch.tensor([5, 1, 9, 2, 7])
@@ -21,7 +21,7 @@ def run(way, monkeypatch, dtype=torch.float64, rows=23, bias=True, sparse=False,
     options = dict(WAYS[way])
     monkeypatch.setattr(softmaxes, "_numba_is_there", lambda: options.get("numba", True))
     monkeypatch.setattr(two_level, "SMALL_WORK", options.get("SMALL_WORK", two_level.SMALL_WORK))
-    for name in ("MANY_ROWS", "MUCH_WORK"):
+    for name in ("MANY_ROWS", "LEAST_WORK"):
         monkeypatch.setattr(softmaxes, name, options.get(name, getattr(softmaxes, name)))
     generator = torch.Generator().manual_seed(5)
 

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -13,10 +14,12 @@ from lastlayer.functional.linear_chunks import exact_dtype
 from lastlayer.kernels import grouped as kernels
 from lastlayer.kernels.grouped import GroupArrays
 
-# From so many rows of the batch, and so many multiply-adds, in one group on, PyTorch's matrix product beats the
-# compiled loops: it costs more to call, and less per number.
-MANY_ROWS = 4
-MUCH_WORK = 1 << 19
+# PyTorch's matrix product beats the compiled loops on groups with at least so many rows of the batch, unless the
+# whole product is too small to be worth a call; and on any that has so many multiply-adds that all threads share
+# it.
+MANY_ROWS = 16
+LEAST_WORK = 1 << 18
+WORK_FOR_ALL_THREADS = 1 << 23
 
 
 class Softmaxes(NamedTuple):
@@ -35,7 +38,8 @@ class Softmaxes(NamedTuple):
         arrays = GroupArrays(groups.rows, groups.counts, groups.starts, groups.sizes, ends - numbers, outs)
         total = int(ends[-1]) if len(ends) else 0
         if can_compile(hidden, weight):
-            small = (groups.counts < MANY_ROWS) | (numbers * hidden.shape[1] < MUCH_WORK)
+            work = numbers * hidden.shape[1]
+            small = (work < LEAST_WORK) | (groups.counts < MANY_ROWS) & (work < WORK_FOR_ALL_THREADS)
         else:
             small = np.zeros(len(numbers), dtype=bool)
         if small.all():
@@ -59,7 +63,7 @@ class Softmaxes(NamedTuple):
             kernels.softmax_forward(
                 self.small, *(t.detach().numpy() for t in arrays), threads=torch.get_num_threads()
             )
-        for row, count, start, size, place, _ in self.large:
+        for row, count, start, size, place, _ in self._each_large(rows):
             own = slice(row, row + count)
             block = weight.narrow(0, start, size).to(rows.dtype)
             if bias is None:
@@ -88,7 +92,7 @@ class Softmaxes(NamedTuple):
         if len(self.small.rows):
             arrays = (rows, residual, scale, of_weight, of_bias)
             kernels.softmax_backward(self.small, *(t.numpy() for t in arrays), threads=torch.get_num_threads())
-        for row, count, _, size, place, out in self.large:
+        for row, count, _, size, place, out in self._each_large(rows):
             own = slice(row, row + count)
             of_logits = residual.narrow(0, place, count * size).view(count, size) * scale[own, None]
             into = of_weight.narrow(0, out, size)
@@ -97,6 +101,22 @@ class Softmaxes(NamedTuple):
             else:  # a float32 gradient of products taken in half precision
                 into.copy_(of_logits.T.to(rows.dtype) @ rows[own])
             of_bias.narrow(0, out, size).copy_(of_logits.sum(0))
+
+    def _each_large(self, rows: Tensor) -> Iterator[tuple[int, ...]]:
+        """The large groups; the smaller of them on one thread, as tiny products on several threads collapse."""
+        threads = torch.get_num_threads()
+        try:
+            for group in self.large:
+                shared = group[1] * group[3] * rows.shape[1] >= WORK_FOR_ALL_THREADS
+                _set_threads(threads if shared else 1)
+                yield group
+        finally:
+            _set_threads(threads)
+
+
+def _set_threads(threads: int) -> None:
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 def can_compile(hidden: Tensor, weight: Tensor) -> bool:

@@ -3,13 +3,67 @@
 `groups` are the fields of `GroupArrays`; a "residual" is `softmax - one_hot(target)`.
 """
 
-import numba
 import numpy as np
 
-# Sums may be taken in any order; infinities and NaN keep their meaning.
-FAST = {"reassoc", "contract", "nsz", "arcp"}
+from lastlayer.kernels.fast_math import compiled
 
-compiled = numba.njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True)
+
+@compiled
+def row_logits(h, weight, logits):
+    """`weight @ h`, four weight rows at a time: `h` is loaded once for all of them."""
+    size, d = weight.shape
+    zero = h.dtype.type(0)
+    for i in range(0, size - 3, 4):
+        w0, w1, w2, w3 = weight[i], weight[i + 1], weight[i + 2], weight[i + 3]
+        s0 = s1 = s2 = s3 = zero
+        for k in range(d):
+            s0 += w0[k] * h[k]
+            s1 += w1[k] * h[k]
+            s2 += w2[k] * h[k]
+            s3 += w3[k] * h[k]
+        logits[i], logits[i + 1], logits[i + 2], logits[i + 3] = s0, s1, s2, s3
+    for i in range(size - size % 4, size):
+        total = zero
+        for k in range(d):
+            total += weight[i, k] * h[k]
+        logits[i] = total
+
+
+@compiled
+def two_rows_logits(g, h, weight, of_g, of_h):
+    """`weight @ g` and `weight @ h`, two weight rows at a time: six loads serve four products."""
+    size, d = weight.shape
+    zero = h.dtype.type(0)
+    for i in range(0, size - 1, 2):
+        w0, w1 = weight[i], weight[i + 1]
+        g0 = g1 = h0 = h1 = zero
+        for k in range(d):
+            g0 += w0[k] * g[k]
+            g1 += w1[k] * g[k]
+            h0 += w0[k] * h[k]
+            h1 += w1[k] * h[k]
+        of_g[i], of_g[i + 1], of_h[i], of_h[i + 1] = g0, g1, h0, h1
+    if size % 2:
+        g0 = h0 = zero
+        for k in range(d):
+            g0 += weight[size - 1, k] * g[k]
+            h0 += weight[size - 1, k] * h[k]
+        of_g[size - 1], of_h[size - 1] = g0, h0
+
+
+@compiled
+def add_mean_weight(factors, weight, into):
+    """`into += factors @ weight`, four weight rows at a time: `into` is loaded and stored once for all of them."""
+    size, d = weight.shape
+    for i in range(0, size - 3, 4):
+        w0, w1, w2, w3 = weight[i], weight[i + 1], weight[i + 2], weight[i + 3]
+        f0, f1, f2, f3 = factors[i], factors[i + 1], factors[i + 2], factors[i + 3]
+        for k in range(d):
+            into[k] += f0 * w0[k] + f1 * w1[k] + f2 * w2[k] + f3 * w3[k]
+    for i in range(size - size % 4, size):
+        f = factors[i]
+        for k in range(d):
+            into[k] += f * weight[i, k]
 
 
 @compiled
@@ -17,30 +71,16 @@ def forward(
     first, last, rows, counts, starts, sizes, places, outs,
     hidden, weight, bias, slots, residual, log_prob, slope,
 ):  # fmt: skip
-    d = hidden.shape[1]
     zero = hidden.dtype.type(0)
     lowest = 0.75 * np.log(np.finfo(hidden.dtype).tiny)  # nothing below: denormal numbers are slow
     for g in range(first, last):
         start, size, count = starts[g], sizes[g], counts[g]
         logits = residual[places[g] : places[g] + count * size].reshape(count, size)
         own = hidden[rows[g] : rows[g] + count]
-        # logits, two rows of the batch at a time: each weight row is read once for both
         for n in range(0, count - 1, 2):
-            for i in range(size):
-                w = weight[start + i]
-                sum0 = sum1 = zero
-                for k in range(d):
-                    sum0 += w[k] * own[n, k]
-                    sum1 += w[k] * own[n + 1, k]
-                logits[n, i] = sum0
-                logits[n + 1, i] = sum1
+            two_rows_logits(own[n], own[n + 1], weight[start : start + size], logits[n], logits[n + 1])
         if count % 2:
-            for i in range(size):
-                w = weight[start + i]
-                total = zero
-                for k in range(d):
-                    total += w[k] * own[count - 1, k]
-                logits[count - 1, i] = total
+            row_logits(own[count - 1], weight[start : start + size], logits[count - 1])
         for n in range(count):
             row = logits[n]
             if bias.shape[0]:
@@ -61,17 +101,7 @@ def forward(
                 row[i] /= total
             row[target] -= 1
             if slope.shape[0]:
-                into = slope[rows[g] + n]
-                # four weight rows at a time: `into` is loaded and stored once for all of them
-                for i in range(0, size - 3, 4):
-                    w0, w1 = weight[start + i], weight[start + i + 1]
-                    w2, w3 = weight[start + i + 2], weight[start + i + 3]
-                    for k in range(d):
-                        into[k] += row[i] * w0[k] + row[i + 1] * w1[k] + row[i + 2] * w2[k] + row[i + 3] * w3[k]
-                for i in range(size - size % 4, size):
-                    w = weight[start + i]
-                    for k in range(d):
-                        into[k] += row[i] * w[k]
+                add_mean_weight(row, weight[start : start + size], slope[rows[g] + n])
 
 
 @compiled
