@@ -1,9 +1,9 @@
-"""A whole training step (forward, backward, SGD) of HierarchicalSoftmax(sparse=True) against nn.Linear + cross-entropy.
+"""A whole training step (forward, backward, SGD) of HierarchicalSoftmax(sparse=True) against all logits.
 
 python benchmarks/hierarchical_softmax.py [--rounds 9]
 
-Three cases: the Keras thread's own (V=100,000, N=1000, d=500, uniform targets), a grid of small sizes, and the growth
-with V up to a million at small N. The gradient of the hidden states is formed too, as under a network.
+Three cases: the Keras thread's own (V=100,000, N=1000, d=500, uniform targets), a grid of small sizes, and the
+growth with V up to a million at small N. The gradient of the hidden states is formed too, as under a network.
 """
 
 import argparse

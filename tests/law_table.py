@@ -14,6 +14,7 @@ from lastlayer import (
     SoftCap,
     SphericalSoftmax,
     TaylorSoftmax,
+    TreeSoftmax,
 )
 from lastlayer.testing import LayerCase
 from oracles import (
@@ -22,6 +23,7 @@ from oracles import (
     full_softmax,
     full_softmax_loss,
     hierarchical_softmax,
+    tree_softmax,
 )
 
 
@@ -85,6 +87,15 @@ def adaptive_tied(**kwargs):
     return AdaptiveSoftmax(4, 11, [3, 7], div_value=2.0, weight=weight, counts=SHUFFLED[:11], **kwargs)
 
 
+def tree(name, counts, **options):
+    """A row for `TreeSoftmax`."""
+
+    def make(**kwargs):
+        return TreeSoftmax(4, torch.tensor(counts), **options, **kwargs)
+
+    return LayerCase(f"tree-{name}", make=make, oracle=tree_softmax)
+
+
 SHUFFLED = torch.tensor([3.0, 0, 9, 1, 5, 5, 2, 8, 0, 7, 4, 6, 1])
 
 CASES: list[LayerCase] = [
@@ -127,4 +138,9 @@ CASES: list[LayerCase] = [
     adaptive("one-class-parts", 4, [1, 2], head_bias=True),
     adaptive("counts", 13, [3, 8], counts=SHUFFLED),
     LayerCase("adaptive-tied", make=adaptive_tied, oracle=adaptive_softmax),
+    tree("huffman", [3, 0, 9, 1, 5, 5, 2, 8, 0, 7, 4, 6, 1]),
+    tree("chain", [1, 2, 4, 8, 16, 32, 64], sparse=True),
+    tree("given", [1] * 4, tree=torch.tensor([[6, 2], [0, 4], [3, 1]])),
+    tree("two-classes", [4, 1], sparse=True),
+    tree("one-class", [3]),
 ]

@@ -66,6 +66,26 @@ def adaptive_softmax(layer, hidden):
     return torch.stack([of_class[y] for y in range(layer.num_classes)], -1)
 
 
+def tree_softmax(layer, hidden):
+    """The product of the turns on the way from the root to each class."""
+    scores = accurate(hidden @ layer.weight.T)
+    columns = {}
+    inner = len(layer.nodes)
+    root = ({inner + 1 + n for n in range(inner)} | {0}) - set(layer.nodes.flatten().tolist())
+
+    def walk(node, log_prob):
+        if node < layer.num_classes:
+            columns[node] = log_prob
+            return
+        score = scores[:, node - layer.num_classes]
+        first, second = layer.nodes[node - layer.num_classes].tolist()
+        walk(first, log_prob + F.logsigmoid(score))
+        walk(second, log_prob + F.logsigmoid(-score))
+
+    walk(max(root), scores.new_zeros(len(hidden)) if inner else accurate(hidden).sum(1) * 0)
+    return torch.stack([columns[y] for y in range(layer.num_classes)], -1)
+
+
 def accurate(logits):
     """In at least float32."""
     return logits if logits.dtype == torch.float64 else logits.float()

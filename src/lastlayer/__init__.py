@@ -16,6 +16,7 @@ from lastlayer.layers.monotone_network import MonotoneNetwork
 from lastlayer.layers.plif import PLIF
 from lastlayer.layers.sigsoftmax import Sigsoftmax
 from lastlayer.layers.soft_cap import SoftCap
+from lastlayer.layers.tree import TreeSoftmax
 from lastlayer.screening import Int8Preview, ScreenedSoftmax, SVDPreview, SVDSoftmax, choose_screen
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "TaylorSoftmax",
     "ZLoss",
     "AdaptiveSoftmax",
+    "TreeSoftmax",
     "LogitMap",
     "SoftCap",
     "Sigsoftmax",

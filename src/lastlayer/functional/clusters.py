@@ -10,11 +10,11 @@ from lastlayer.functional.checks import check_count, check_positive
 # Clusters per sqrt(V). A target costs the scores of all clusters and of its own cluster's classes, least at 1; but
 # the scores of all clusters are one large matrix product, and those inside are many small ones that read fresh
 # rows.
-CLUSTERS_PER_ROOT = 2.0
+CLUSTERS_PER_ROOT = 3.0
 
 
 def default_num_clusters(num_classes: int) -> int:
-    """The number of clusters with which a training step costs least: about `2 sqrt(V)`."""
+    """The number of clusters with which a training step costs least: about `3 sqrt(V)`."""
     return min(num_classes, max(1, round(CLUSTERS_PER_ROOT * math.sqrt(num_classes))))
 
 

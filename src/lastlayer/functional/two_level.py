@@ -105,7 +105,7 @@ class _TwoLevelLogProb(torch.autograd.Function):
         scale = upstream[0].index_select(0, order).neg_()
         of_hidden = of_head_weight = of_head_bias = of_weight = of_bias = None
         if wanted[0]:
-            of_hidden = torch.empty_like(slope).index_copy_(0, order, slope * scale[:, None].to(slope.dtype))
+            of_hidden = slope.index_select(0, order.argsort()).mul_(-upstream[0][:, None])
         if wanted[1] or wanted[2]:
             of_head_weight = like.new_zeros(ctx.num_clusters, rows.shape[1])
             of_head_bias = like.new_zeros(ctx.num_clusters)

@@ -44,7 +44,8 @@ def softmax_forward(
     """For every group `log_softmax(hidden @ weight.T + bias)` at the targets, and what its gradient needs."""
     from lastlayer.kernels import grouped_loops
 
-    _spread(grouped_loops.forward, groups, (hidden, weight, bias, slots, residual, log_prob, slope), threads)
+    arrays = (*groups, hidden, weight, bias, slots, residual, log_prob, slope)
+    spread(grouped_loops.forward, groups.sizes * (groups.counts + 1), arrays, hidden.shape[1], threads)
 
 
 def softmax_backward(
@@ -59,7 +60,8 @@ def softmax_backward(
     """The gradients of weight and bias, every row written once."""
     from lastlayer.kernels import grouped_loops
 
-    _spread(grouped_loops.backward, groups, (hidden, residual, scale, grad_weight, grad_bias), threads)
+    arrays = (*groups, hidden, residual, scale, grad_weight, grad_bias)
+    spread(grouped_loops.backward, groups.sizes * (groups.counts + 1), arrays, hidden.shape[1], threads)
 
 
 def small_forward(*arguments: Any) -> Any:
@@ -76,19 +78,21 @@ def small_backward(*arguments: Any) -> None:
     grouped_loops.small_backward(*arguments)
 
 
-def _spread(kernel: Callable[..., None], groups: GroupArrays, arrays: tuple[Any, ...], threads: int) -> None:
-    """Runs `kernel` over all groups, in parts of about equal work on `threads` threads."""
-    num_groups = len(groups.sizes)
-    work = (groups.sizes * (groups.counts + 1)).cumsum()
-    total = int(work[-1])
-    threads = min(threads, num_groups, total * arrays[0].shape[1] // WORTH_A_THREAD)
+def spread(
+    kernel: Callable[..., None], work: NDArray[np.int64], arrays: tuple[Any, ...], width: int, threads: int
+) -> None:
+    """Runs `kernel(first, last, *arrays)` over all items, in parts of about equal `work` on `threads` threads."""
+    num_items = len(work)
+    done = work.cumsum()
+    total = int(done[-1]) if num_items else 0
+    threads = min(threads, num_items, total * width // WORTH_A_THREAD)
     if threads <= 1:
-        kernel(0, num_groups, *groups, *arrays)
+        kernel(0, num_items, *arrays)
         return
-    cuts = [0, *np.searchsorted(work, [total * part / threads for part in range(1, threads)]).tolist(), num_groups]
+    cuts = [0, *np.searchsorted(done, [total * part / threads for part in range(1, threads)]).tolist(), num_items]
     parts = list(itertools.pairwise(cuts))
-    others = [_pool(os.getpid()).submit(kernel, *part, *groups, *arrays) for part in parts[1:]]
-    kernel(*parts[0], *groups, *arrays)
+    others = [_pool(os.getpid()).submit(kernel, *part, *arrays) for part in parts[1:]]
+    kernel(*parts[0], *arrays)
     for other in others:
         other.result()
 

@@ -28,7 +28,7 @@ class HierarchicalSoftmax(OutputLayer):
 
     A different model from the full softmax, with its own parameters; it is exact in itself: probabilities sum to
     one, and there is no padding that holds any. Cost of one target: `d (C + size of its cluster)`, about
-    `2 d sqrt(V)`, against `d V`. Memory beyond parameters: the batch, and the gradient of the touched clusters.
+    `3.3 d sqrt(V)`, against `d V`. Memory beyond parameters: the batch, and the gradient of the touched clusters.
     `log_prob` costs `d (V + C)` a row, as the full layer does. `topk` opens clusters best first and stops as
     soon as the next cannot beat the k-th best.
 
@@ -44,7 +44,7 @@ class HierarchicalSoftmax(OutputLayer):
         in_features: d.
         num_classes: V.
         clusters: `(V,)` cluster ids, each from 0 to the highest used at least once; see `lastlayer.clusters`.
-            None: even ones of neighbouring ids, about `2 sqrt(V)` of them, so that the step costs least.
+            None: even ones of neighbouring ids, about `3 sqrt(V)` of them, so that the step costs least.
         bias: whether clusters and classes have one.
         sparse: row-sparse gradients for `weight` and `bias`.
         reduction: "mean", "sum" or "none".

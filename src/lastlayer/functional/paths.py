@@ -1,0 +1,80 @@
+"""`log P(path)` through a binary tree: a logistic regression at every node on the way, and its gradient."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lastlayer.functional.first_order import first_order
+from lastlayer.functional.linear_chunks import as_exact, product_dtype
+from lastlayer.functional.row_sparse import row_sparse
+from lastlayer.functional.softmaxes import can_compile
+from lastlayer.functional.trees import Tree
+from lastlayer.kernels import paths as kernels
+
+
+def path_log_prob(
+    hidden: Tensor,  # (N, d)
+    weight: Tensor,  # (V - 1, d)
+    classes: Tensor,  # (N,)
+    tree: Tree,
+    *,
+    sparse: bool = False,
+) -> Tensor:  # (N,)
+    """`sum over the nodes n of the class's path of log sigmoid(sign * hidden @ weight[n])`.
+
+    Only nodes on some path are read, and of the gradient only their rows are written; `sparse` ones hold no
+    others. Once differentiable.
+    """
+    starts, nodes, signs = tree.paths(classes.cpu().numpy())
+    with torch.autocast(hidden.device.type, enabled=False):
+        if product_dtype(hidden) == hidden.dtype and can_compile(hidden, weight):
+            log_prob: Any = _PathLogProb.apply(hidden, weight, (starts, nodes, signs), sparse)
+            return log_prob
+        device = hidden.device
+        at, of_row = torch.from_numpy(nodes).to(device), torch.from_numpy(np.diff(starts)).to(device)
+        rows = torch.arange(len(hidden), device=device).repeat_interleave(of_row)
+        of_nodes = F.embedding(at, weight, sparse=sparse)
+        scores = (as_exact(hidden).index_select(0, rows) * as_exact(of_nodes)).sum(1)
+        terms = F.logsigmoid(scores * torch.from_numpy(signs).to(device))
+        return terms.new_zeros(len(hidden)).index_add(0, rows, terms)
+
+
+class _PathLogProb(torch.autograd.Function):
+    """With x = sign * (h . w), f = sign * sigmoid(-x) and upstream g: of h, g f w summed over the path, its factor
+    of g formed in the forward pass; of w, g f h summed over the rows whose path has it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, paths: Any, sparse: bool) -> Tensor:
+        starts, nodes, signs = paths
+        hidden = hidden.contiguous()
+        log_prob, factors = hidden.new_empty(len(hidden)), hidden.new_empty(len(nodes))
+        slope = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else hidden[:0]
+        arrays = (t.detach().numpy() for t in (hidden, weight, log_prob, factors, slope))
+        kernels.forward(starts, nodes, signs, *arrays, threads=torch.get_num_threads())
+        ctx.save_for_backward(hidden, factors, slope)
+        ctx.paths, ctx.sparse, ctx.num_nodes = (starts, nodes), sparse, len(weight)
+        return log_prob
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        hidden, factors, slope = (t.detach() for t in ctx.saved_tensors)
+        starts, nodes = ctx.paths
+        scale = upstream[0].detach().contiguous()
+        of_hidden = slope * scale[:, None] if ctx.needs_input_grad[0] else None
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            pairs = nodes.argsort(kind="stable")
+            touched, begins = np.unique(nodes[pairs], return_index=True)
+            rows = np.repeat(np.arange(len(hidden)), np.diff(starts))
+            values = hidden.new_empty(len(touched), hidden.shape[1])
+            arrays = (t.numpy() for t in (factors, scale, hidden, values))
+            kernels.backward(np.append(begins, len(pairs)), pairs, rows, *arrays, threads=torch.get_num_threads())
+            at = torch.from_numpy(touched)
+            if ctx.sparse:
+                of_weight = row_sparse(at, values, ctx.num_nodes)
+            else:
+                of_weight = values.new_zeros(ctx.num_nodes, hidden.shape[1]).index_copy_(0, at, values)
+        return (*first_order("path_log_prob", (of_hidden, of_weight)), None, None)

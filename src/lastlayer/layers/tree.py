@@ -1,0 +1,137 @@
+"""Binary-tree softmax with Huffman's tree (Morin and Bengio 2005; Mikolov et al. 2013)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lastlayer.functional.linear_chunks import as_exact
+from lastlayer.functional.paths import path_log_prob
+from lastlayer.functional.row_sparse import keep_coalesced
+from lastlayer.functional.tree_search import sample_tree, topk_tree
+from lastlayer.functional.trees import Tree, huffman
+from lastlayer.layers.base import OutputLayer
+
+
+class TreeSoftmax(OutputLayer):
+    r"""Every class is a leaf of a binary tree, every inner node a logistic regression that goes left or right.
+
+    With `n_1, n_2, ...` the inner nodes above class y, and signs s = 1 where its path takes the first child, else
+    -1,
+
+        log P(y | h) = sum_j F.logsigmoid(s_j * (h @ layer.weight[n_j]))
+
+    which sums to one by construction. In Huffman's tree frequent classes are near the root: the mean path is at
+    most one longer than the entropy of the counts in bits, some 10 for words. Cost of one target: `d` times its
+    path's length, by far the least of all likelihood layers; with `sparse=True` a whole training step costs that
+    too, with gradients as `nn.Embedding(sparse=True)` gives, coalesced (`SGD`, `Adagrad`; see
+    `sparse_parameters`). `log_prob` costs `d (V - 1)` a row. `topk` is exact: a branch is left when it cannot beat
+    the k-th best class so far.
+
+    When *not* to use it: where quality counts. A decision near the root that no single hyperplane can make costs
+    perplexity; and on GPUs its many small products are slow. It is for training on CPUs, online, or as a baseline.
+
+    Args:
+        in_features: d.
+        counts: `(V,)`, how often each class occurs; zeros count as one.
+        tree: `(V - 1, 2)`, any other binary tree, as the children of each inner node: an entry y below V is class
+            y, `V + n` is inner node n. None: Huffman's.
+        sparse: row-sparse gradients for `weight`.
+        reduction: "mean", "sum" or "none".
+        ignore_index: the target that marks a row as absent.
+
+    Attributes:
+        weight: `(V - 1, d)`, zero at first: every class then has probability `2 ** -length`.
+        nodes: `(V - 1, 2)` buffer, the children of each inner node.
+
+    Raises:
+        TypeError: counts or a tree of the wrong kind.
+        ValueError: counts that are empty, negative or not finite; a tree that is not one over V classes.
+
+    Source: F. Morin, Y. Bengio, "Hierarchical probabilistic neural network language model", AISTATS 2005;
+    Huffman's tree as in word2vec, but for its skipping of saturated nodes, which biases them.
+
+    Example:
+        >>> layer = TreeSoftmax(16, counts=1 / torch.arange(1, 1001), sparse=True)
+        >>> hidden, targets = torch.randn(32, 16), torch.randint(1000, (32,))
+        >>> layer(hidden, targets).backward()
+        >>> layer.topk(hidden, 5).indices.shape
+        torch.Size([32, 5])
+    """
+
+    nodes: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        counts: Tensor,
+        *,
+        tree: Tensor | None = None,
+        sparse: bool = False,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        table = huffman(counts) if tree is None else tree
+        super().__init__(in_features, len(counts), reduction=reduction, ignore_index=ignore_index)
+        self._tree = Tree.of(table)
+        if len(table) != self.num_classes - 1:
+            raise ValueError(f"tree must have shape ({self.num_classes - 1}, 2), got {tuple(table.shape)}")
+        self.sparse = sparse
+        self.register_buffer("nodes", table.detach().to(device, copy=True))
+        self.weight = nn.Parameter(torch.zeros(len(table), self.in_features, device=device, dtype=dtype))
+        self._mark_sparse()
+
+    @property
+    def path_lengths(self) -> Tensor:  # (V,)
+        """How many decisions each class takes."""
+        return torch.from_numpy(self._tree.depths)
+
+    def sparse_parameters(self) -> list[nn.Parameter]:
+        return [self.weight] if self.sparse else []
+
+    def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return path_log_prob(hidden, self.weight, targets, self._tree, sparse=self.sparse)
+
+    def _log_prob(self, hidden: Tensor) -> Tensor:
+        """By levels: a child's log-probability is its parent's plus that of the turn."""
+        scores = as_exact(F.linear(hidden, self.weight))
+        turns = torch.cat([F.logsigmoid(scores), F.logsigmoid(-scores)], 1)
+        above, leaves = scores.new_zeros(len(hidden), 1), []
+        for nodes, inner, leaf in self._tree.levels:
+            nodes, inner, leaf = (part.to(hidden.device) for part in (nodes, inner, leaf))
+            both = turns.index_select(1, torch.cat([nodes, nodes + len(self.weight)]))
+            below = torch.cat([above, above], 1) + both
+            leaves.append(below.index_select(1, leaf))
+            above = below.index_select(1, inner)
+        if not leaves:
+            return above
+        return torch.cat(leaves, 1).index_select(1, self._tree.leaves.to(hidden.device))
+
+    def _topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            log_prob, indices = topk_tree(hidden, self.weight, self.nodes, self._tree.root, k)
+        if torch.is_grad_enabled():  # the search is not differentiable, its answer is
+            log_prob = self._target_log_prob(hidden.repeat_interleave(k, 0), indices.reshape(-1)).reshape(-1, k)
+        return log_prob, indices
+
+    def _sample(self, hidden: Tensor, num_samples: int) -> Tensor:
+        return sample_tree(hidden, self.weight, self.nodes, self._tree.root, num_samples)
+
+    def _mark_sparse(self) -> None:
+        for parameter in self.sparse_parameters():
+            keep_coalesced(parameter)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mark_sparse()  # copying and pickling drop a parameter's hooks
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Takes over the saved layer's tree too."""
+        table = state_dict.get(f"{prefix}nodes")
+        tree = self._tree if table is None else Tree.of(table)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._tree = tree
