@@ -73,3 +73,37 @@ def test_degenerate_counts(counts):
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_similar_vectors_share_a_cluster():
+    generator = torch.Generator().manual_seed(0)
+    kind = torch.randint(6, (300,), generator=generator)
+    vectors = 10 * torch.eye(6)[kind] + 0.1 * torch.randn(300, 6, generator=generator)
+    ids = clusters.by_embedding(vectors, 12, max_size=80)
+    pure = sum(int(torch.bincount(kind[ids == c]).max()) for c in range(12))
+    assert pure >= 0.9 * 300
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "num_clusters", "max_size"), [(50, 7, 8), (50, 50, 1), (50, 1, 50), (9, 4, 3)]
+)
+@pytest.mark.parametrize("same", [False, True])
+def test_embedding_clusters_are_bounded_and_not_empty(num_classes, num_clusters, max_size, same):
+    vectors = torch.ones(num_classes, 3) if same else torch.randn(num_classes, 3)
+    sizes = torch.bincount(clusters.by_embedding(vectors, num_clusters, max_size=max_size), minlength=num_clusters)
+    assert len(sizes) == num_clusters
+    assert 1 <= sizes.min() <= sizes.max() <= max_size
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: clusters.by_embedding(torch.ones(4, dtype=torch.int64)), TypeError, "embedding"),
+        (lambda: clusters.by_embedding(torch.ones(4)), ValueError, "embedding"),
+        (lambda: clusters.by_embedding(torch.full((4, 2), torch.inf)), ValueError, "finite"),
+        (lambda: clusters.by_embedding(torch.ones(4, 2), 2, max_size=1), ValueError, "max_size"),
+    ],
+)
+def test_bad_embeddings_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

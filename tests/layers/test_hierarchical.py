@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lastlayer import HierarchicalSoftmax, clusters
+from lastlayer import FullSoftmax, HierarchicalSoftmax, SoftCap, clusters
 from lastlayer.functional.row_sparse import GradientMemory
 
 RAGGED = torch.tensor([2, 0, 1, 1, 0, 1, 3, 1, 1, 0, 1, 3, 1])
@@ -235,3 +235,30 @@ def test_autocast_trains():
     assert layer[1].weight.grad.dtype == torch.float32
     exact = layer[1](layer[0](hidden), targets)
     torch.testing.assert_close(loss, exact, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_starts_from_a_full_layer(bias):
+    full = FullSoftmax(5, 13, bias=bias, dtype=torch.float64, reduction="sum")
+    layer = HierarchicalSoftmax.from_full(full, clusters=RAGGED, sparse=True)
+    zero = torch.zeros(1, 5, dtype=torch.float64)
+    torch.testing.assert_close(layer.log_prob(zero), full.log_prob(zero))
+    assert torch.equal(layer.class_weight(), full.weight)
+    torch.testing.assert_close(layer.head_weight[3], full.weight[RAGGED == 3].mean(0))
+    assert (layer.reduction, layer.sparse) == ("sum", True)
+    for wrong in (torch.nn.Linear(5, 13), FullSoftmax(5, 13, logit_map=SoftCap(2.0))):
+        with pytest.raises(TypeError, match="FullSoftmax"):
+            HierarchicalSoftmax.from_full(wrong)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_full_layer_touches_it_where_asked(bias):
+    """Log-probabilities and their slopes agree at the point of expansion."""
+    layer = make(bias=bias)
+    at = batch(layer, 1)[0][0]
+    full = layer.to_full(at)
+    torch.testing.assert_close(full.log_prob(at), layer.log_prob(at))
+    of_full, of_layer = (torch.autograd.functional.jacobian(m.log_prob, at) for m in (full, layer))
+    torch.testing.assert_close(of_full, of_layer)
+    origin = torch.zeros_like(at)
+    torch.testing.assert_close(layer.to_full().log_prob(origin), layer.log_prob(origin))

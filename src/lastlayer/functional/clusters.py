@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from lastlayer.functional.balanced_means import balanced_means
 from lastlayer.functional.checks import check_count, check_positive
 
 # Clusters per sqrt(V). A target costs the scores of all clusters and of its own cluster's classes, least at 1; but
@@ -79,6 +80,51 @@ def by_frequency(
     ids = torch.empty(num_classes, dtype=torch.int64)
     ids[order] = _without_gaps(bins, num_clusters)
     return ids
+
+
+def by_embedding(
+    embedding: Tensor,  # (V, d)
+    num_clusters: int | None = None,
+    *,
+    max_size: int | None = None,
+    iterations: int = 10,
+    seed: int = 0,
+) -> Tensor:  # (V,), cluster ids
+    """Classes with similar vectors together: k-means on trained vectors, with bounded sizes and no empty cluster.
+
+    A cluster that overflows keeps its nearest vectors; the others take their next choice with room. Costs
+    `iterations V C d`.
+
+    Args:
+        embedding: a vector for each class, such as a trained layer's weight or an embedding's.
+        num_clusters: from 1 to V; none: `default_num_clusters(V)`.
+        max_size: classes that a cluster holds at most; none: twice the mean, rounded up.
+        iterations: of Lloyd's algorithm, at least 1.
+        seed: of the first centres.
+
+    Raises:
+        TypeError: an embedding that is not a floating tensor.
+        ValueError: an embedding that is empty, not finite or not two-dimensional; a number of clusters below 1 or
+            above V; clusters too small to hold all classes.
+
+    Example:
+        >>> vectors = torch.tensor([[0.0], [9.0], [0.1], [9.1]])
+        >>> ids = by_embedding(vectors, 2)
+        >>> bool(ids[0] == ids[2] != ids[1] == ids[3])
+        True
+    """
+    if not isinstance(embedding, Tensor) or not embedding.is_floating_point():
+        raise TypeError(f"embedding must be a floating tensor, got {getattr(embedding, 'dtype', type(embedding))}")
+    if embedding.dim() != 2 or not embedding.numel():
+        raise ValueError(f"embedding must have shape (num_classes, width), got {tuple(embedding.shape)}")
+    vectors = embedding.detach().to("cpu", torch.float32)
+    if not bool(vectors.isfinite().all()):
+        raise ValueError("embedding must be finite")
+    num_classes, num_clusters = _sizes(len(vectors), num_clusters)
+    mean_size = -(-num_classes // num_clusters)
+    max_size = 2 * mean_size if max_size is None else check_count("max_size", max_size, mean_size)
+    check_positive("iterations", iterations)
+    return balanced_means(vectors, num_clusters, max_size, iterations, seed)
 
 
 def by_falling_count(

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lastlayer.functional.best_first import best_first_topk, sample_two_level
+from lastlayer.functional.checks import check_hidden
 from lastlayer.functional.clusters import check_clusters, even
 from lastlayer.functional.linear_chunks import as_exact
 from lastlayer.functional.row_sparse import GradientMemory, keep_coalesced
 from lastlayer.functional.two_level import TwoLevel, two_level_log_prob
 from lastlayer.layers.base import OutputLayer
+from lastlayer.layers.full import FullSoftmax
 
 
 class HierarchicalSoftmax(OutputLayer):
@@ -114,6 +116,78 @@ class HierarchicalSoftmax(OutputLayer):
         bound = 1 / math.sqrt(self.in_features)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
+
+    @classmethod
+    def from_full(
+        cls, layer: FullSoftmax, *, clusters: Tensor | None = None, sparse: bool = False
+    ) -> "HierarchicalSoftmax":
+        """A two-level layer that starts from a trained full one: its vectors inside the clusters, their means
+        above.
+
+        A cluster's bias is the log-sum-exp of its classes' biases, so at `hidden = 0` both layers agree exactly;
+        away from it the mean stands for the cluster, so train on. `clusters.by_embedding(layer.weight)` fits best.
+
+        Raises:
+            TypeError: a layer that is not a `FullSoftmax`, or has a logit map.
+        """
+        if not isinstance(layer, FullSoftmax) or layer.logit_map is not None:
+            raise TypeError("layer must be a FullSoftmax without a logit map")
+        weight = layer.weight.detach()
+        options: dict[str, Any] = {"reduction": layer.reduction, "ignore_index": layer.ignore_index}
+        made = cls(
+            layer.in_features,
+            layer.num_classes,
+            clusters=clusters,
+            sparse=sparse,
+            device=weight.device,
+            dtype=weight.dtype,
+            **options,
+        )
+        assert made.bias is not None
+        assert made.head_bias is not None
+        sizes = made.offsets.diff()
+        with torch.no_grad():
+            made.weight.copy_(weight[made.order])
+            made.bias.zero_() if layer.bias is None else made.bias.copy_(layer.bias[made.order])
+            sums = torch.zeros_like(made.head_weight).index_add_(0, made._clusters, weight)
+            made.head_weight.copy_(sums / sizes[:, None])
+            made.head_bias.copy_(torch.stack([own.logsumexp(0) for own in made.bias.split(sizes.tolist())]))
+        return made
+
+    @torch.no_grad()
+    def to_full(
+        self,
+        at: Tensor | None = None,  # (d,)
+    ) -> FullSoftmax:
+        """The full softmax nearest to this layer around the hidden state `at` (none: 0), for what needs one
+        matrix.
+
+        The clusters' normalisers are not linear in the hidden state; they are expanded to first order, so
+        log-probabilities and their slopes are exact at `at`, and drift away from it. Not for evaluating this
+        layer: `log_prob` is exact everywhere.
+        """
+        at = self.weight.new_zeros(self.in_features) if at is None else at
+        check_hidden(at, self.in_features, self.weight.dtype)
+        logits = F.linear(at, self.weight, self.bias)
+        sizes = self.offsets.diff().tolist()
+        shift_weight, shift_bias = self.head_weight.clone(), F.linear(at, self.head_weight, self.head_bias)
+        for c, (own, rows) in enumerate(zip(logits.split(sizes), self.weight.split(sizes), strict=True)):
+            shift_weight[c] -= own.softmax(0) @ rows
+            shift_bias[c] -= own.logsumexp(0)
+        weight = self.class_weight() + shift_weight[self._clusters]
+        bias = (logits[self._slots] + shift_bias[self._clusters]) - weight @ at
+        full = FullSoftmax(
+            self.in_features,
+            self.num_classes,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        assert full.bias is not None
+        full.weight.copy_(weight)
+        full.bias.copy_(bias)
+        return full
 
     def class_weight(self) -> Tensor:  # (V, d)
         """The rows of `weight` in class order (a copy): row y is class y's vector inside its cluster."""

@@ -10,6 +10,7 @@ from lastlayer.layers.adaptive import AdaptiveSoftmax
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.full import FullSoftmax
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
+from lastlayer.layers.tree import TreeSoftmax
 from lastlayer.study.errors import UsageError
 
 
@@ -41,6 +42,7 @@ CHOICES: dict[str, Choice] = {
         lambda d, counts: HierarchicalSoftmax(d, len(counts), clusters=clusters.by_frequency(counts), sparse=True),
     ),
     "adaptive": Choice("frequent classes in the head, rare ones in narrow tails", _adaptive),
+    "tree": Choice("a walk down a binary tree", lambda d, counts: TreeSoftmax(d, counts, sparse=True)),
 }
 
 DEFAULT_LAYERS = "full,hierarchical"
