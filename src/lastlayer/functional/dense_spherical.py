@@ -48,5 +48,6 @@ def spherical_loss(
     squared_norm = outputs.square().sum(1, dtype=torch.float64)  # few numbers, and differences of them cancel
     total = outputs.sum(1, dtype=torch.float64)
     row_loss = loss.row_loss(outputs.gather(1, ids).double(), weights, squared_norm, total, num_classes)
-    reduced = reduce_loss(row_loss.masked_fill(~kept, 0), kept, reduction).to(outputs.dtype)
+    row_loss = row_loss if kept is None else row_loss.masked_fill(~kept, 0)
+    reduced = reduce_loss(row_loss, kept, reduction).to(outputs.dtype)
     return reduced.reshape(shape) if reduction == "none" else reduced

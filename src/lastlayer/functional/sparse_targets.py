@@ -13,7 +13,7 @@ class SparseTargets(NamedTuple):
 
     ids: Tensor  # (N, K), valid class ids, none twice with a weight in one row
     weights: Tensor  # (N, K), float64
-    kept: Tensor  # (N,), bool: rows that are not ignored
+    kept: Tensor | None  # (N,), bool: rows that are not ignored; None where all are known to be kept
 
 
 def sparse_targets(
@@ -42,13 +42,15 @@ def sparse_targets(
     several = isinstance(targets, Tensor) and targets.dim() == len(shape) + 1 and targets.shape[:-1] == shape
     check_targets(targets, targets.shape if several else shape, num_classes, ignore_index)
     ids = targets.reshape(shape.numel(), -1) if several else targets.reshape(-1, 1)
-    present = ids != ignore_index
-    weights = present.double()
-    if target_weights is not None:
+    if target_weights is None:
+        weights = torch.ones(ids.shape, dtype=torch.float64, device=ids.device)
+    else:
         _check_weights(target_weights, targets)
-        weights = torch.where(present, target_weights.reshape(ids.shape).double(), 0.0)
-    kept = present.any(1)
-    ids = ids.masked_fill(~present, 0)
+        weights = target_weights.reshape(ids.shape).double()
+    present, kept = ids != ignore_index, None
+    if not eager_on_cpu(ids) or not bool(present.all()):
+        ids, weights = ids.masked_fill(~present, 0), torch.where(present, weights, 0.0)
+        kept = present.any(1)
     return SparseTargets(*(merge_duplicates(ids, weights) if ids.shape[1] > 1 else (ids, weights)), kept)
 
 
@@ -101,9 +103,4 @@ def _from_matrix(
     weights = torch.zeros(ids.shape, dtype=torch.float64, device=row.device)
     ids[row, place] = column
     weights[row, place] = entries.values().double()
-    return SparseTargets(ids, weights, torch.ones(shape.numel(), dtype=torch.bool, device=row.device))
-
-
-def rows_kept(kept: Tensor) -> Tensor | None:
-    """The rows to compute: their places, or None for all (on a GPU always all, without a synchronisation)."""
-    return None if not eager_on_cpu(kept) or bool(kept.all()) else kept.nonzero().squeeze(1)
+    return SparseTargets(ids, weights, None)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lastlayer.functional.answers import ScoreTopK, TopK
-from lastlayer.functional.checks import check_count
+from lastlayer.functional.checks import check_count, eager_on_cpu
 from lastlayer.functional.reduce import reduce_loss
-from lastlayer.functional.sparse_targets import rows_kept, sparse_targets
+from lastlayer.functional.sparse_targets import sparse_targets
 from lastlayer.functional.spherical import NormalizedLoss, SphericalLoss, SphericalSoftmax
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.factored_record import Ledger, recorded_statistics
@@ -113,10 +113,12 @@ class FactoredOutput(OutputLayer):
         """
         rows, shape = self._rows(hidden), hidden.shape[:-1]
         ids, weights, kept = sparse_targets(targets, target_weights, shape, self.num_classes, self.ignore_index)
-        at = rows_kept(kept)
-        if at is None:
+        if kept is None:
+            row_loss = self._statistics_loss(rows, ids, weights)
+        elif not eager_on_cpu(kept):
             row_loss = self._statistics_loss(rows, ids, weights).masked_fill(~kept, 0)
         else:
+            at = kept.nonzero().squeeze(1)
             some = self._statistics_loss(rows.index_select(0, at), ids[at], weights[at])
             row_loss = some.new_zeros(len(kept)).index_copy(0, at, some)
         loss = reduce_loss(row_loss, kept, self.reduction).to(self.state.factor.dtype)

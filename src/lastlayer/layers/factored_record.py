@@ -135,7 +135,7 @@ class _Statistics(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             needed = state.square[: 2 * d] if prefers_features(rows, d) else state.square
             products = hidden @ needed.T  # H Q, H U^T, H R^T
-            squared_norm = (products[:, :d] * hidden).sum(1, dtype=torch.float64).clamp_(min=0)
+            squared_norm = (products[:, :d] * hidden).sum(1).double().clamp_(min=0)
             mapped = products[:, d : 2 * d]
             if state.total is None:
                 shift, total = None, torch.zeros_like(squared_norm)

@@ -53,10 +53,6 @@ class FactoredState:
         return self.square[: self.features]
 
     @property
-    def maps(self) -> Tensor:  # (2 d, d), U over R
-        return self.square[self.features :]
-
-    @property
     def map(self) -> Tensor:  # (d, d), U
         return self.square[self.features : 2 * self.features]
 
@@ -81,7 +77,7 @@ class FactoredState:
         ids: Tensor,  # (N, K)
     ) -> tuple[Tensor, Tensor, Tensor]:  # (N, K), (N,), (N,)
         """Target scores, squared norm and sum of the outputs in float64, differentiable in `hidden`."""
-        squared_norm = ((hidden @ self.gram) * hidden).sum(1, dtype=torch.float64)
+        squared_norm = ((hidden @ self.gram) * hidden).sum(1).double()
         scores = self.target_scores(hidden @ self.map.T, hidden @ self.offset, ids)
         total = torch.zeros_like(squared_norm) if self.total is None else (hidden @ self.total).double()
         return scores.double(), squared_norm.clamp(min=0), total

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lastlayer.layers.factored_state import FactoredState
 
-EASY = 0.5  # lr tr(H^T D H) up to which a step is far from singular whatever the eigenvalues
+EASY = 0.9  # lr tr(H^T D H) up to which a step is far from singular whatever the eigenvalues
 
 
 @dataclass
@@ -105,18 +105,21 @@ def plan_step(
     if max_norm is not None:
         lr *= min(1.0, max_norm / (gradient_norm(gradient, state.num_classes) + 1e-6))  # as clip_grad_norm_ does
     rate = lr / shrink
-    spread = 2 * rate * gradient.norm * gradient.hidden.square().sum(1)  # (N,), of sum lr tr(H^T D H)
-    probe = gradient.target.sum() + gradient.sparse.sum()
-    trace = torch.stack([spread.clamp(min=0).sum(), -spread.clamp(max=0).sum(), probe])
-    shrinking, growing, finite = trace.tolist()
-    if not math.isfinite(shrinking + growing + finite):
+    pulled = gradient.hidden * (-2 * rate * gradient.norm)[:, None]  # -lr D H
+    by_rows = not prefers_features(*pulled.shape)
+    system = gradient.hidden @ pulled.T if by_rows else None  # (N, N), less the identity
+    spread = (gradient.hidden * pulled).sum(1) if system is None else system.diagonal()  # trace -lr tr(H^T D H)
+    probe = gradient.target.sum() if gradient.total is None else gradient.target.sum() + gradient.total.sum()
+    trace, absolute, probed = torch.stack([spread.sum(), spread.abs().sum(), probe]).tolist()
+    if not math.isfinite(absolute + probed):
         raise ValueError("hidden, or the gradient of the loss, is not finite: the step is refused")
+    shrinking, growing = (absolute - trace) / 2, (absolute + trace) / 2
     plan = None
-    if not prefers_features(*gradient.hidden.shape):
-        if shrinking <= EASY and growing <= 1:
-            plan = _by_rows(state, gradient, rate, _solve_easy(gradient, rate), -math.log1p(-shrinking))
-        elif growing == 0:
-            plan = _by_rows_checked(state, gradient, rate)
+    if system is not None and shrinking <= EASY and growing <= 1:
+        solution = _solve_easy(gradient, system)
+        plan = _by_rows(state, gradient, rate, pulled, solution, -math.log1p(-shrinking))
+    elif system is not None and growing <= 1e-3 * shrinking:
+        plan = _by_rows_checked(state, gradient, rate, pulled)
     if plan is None:
         plan = _by_features(state, gradient, rate, lr, growing)
     plan.growth += growing
@@ -161,15 +164,15 @@ def _compact(ids: Tensor, values: Tensor) -> Tensor:  # (N, J)
 # N below d: updates of rank N. The solve is with I - lr H H^T D, whose determinant is that of A.
 
 
-def _solve_easy(gradient: FactoredGradient, rate: float) -> Tensor:  # (N, d), X
+def _solve_easy(gradient: FactoredGradient, system: Tensor) -> Tensor:  # (N, d), X
     """`X = (I - lr H H^T D)^-1 H R^T` by LU, where the trace proves the matrix well conditioned."""
-    hidden, d = gradient.hidden, gradient.hidden.shape[1]
-    matrix = torch.mm(hidden, (hidden * (-2 * rate * gradient.norm)[:, None]).T)
-    matrix.diagonal().add_(1)
-    return torch.linalg.inv_ex(matrix).inverse @ gradient.products[:, 2 * d :]
+    system.diagonal().add_(1)
+    return torch.linalg.inv_ex(system).inverse @ gradient.products[:, -gradient.hidden.shape[1] :]
 
 
-def _by_rows_checked(state: FactoredState, gradient: FactoredGradient, rate: float) -> StepPlan | None:
+def _by_rows_checked(
+    state: FactoredState, gradient: FactoredGradient, rate: float, pulled: Tensor
+) -> StepPlan | None:
     """The step by rows for D > 0, by Cholesky in float64; None unless A is positive, well away from singular."""
     d = gradient.hidden.shape[1]
     root = (2 * rate * gradient.norm.double()).sqrt()[:, None]
@@ -178,7 +181,7 @@ def _by_rows_checked(state: FactoredState, gradient: FactoredGradient, rate: flo
     if growth > _most_growth(gradient.hidden.dtype) or not bool((root > 0).all()):
         return None
     solution = inverse.T @ (inverse @ (root * gradient.products[:, 2 * d :])) / root
-    return _by_rows(state, gradient, rate, solution.to(gradient.hidden.dtype), math.log(growth))
+    return _by_rows(state, gradient, rate, pulled, solution.to(pulled.dtype), math.log(growth))
 
 
 def _inverse_factor(matrix: Tensor, growing: float) -> tuple[Tensor, float]:
@@ -202,25 +205,22 @@ def _by_rows(
     state: FactoredState,
     g: FactoredGradient,
     rate: float,
+    pulled: Tensor,  # (N, d), -lr D H
     solution: Tensor,  # (N, d), X
     growth: float,
 ) -> StepPlan:
     """The step as updates of rank N."""
     hidden, d = g.hidden, g.hidden.shape[1]
-    shrink = (2 * rate * g.norm)[:, None]  # lr D
     # Q_new - Q = P + P^T,  P = H^T (lr^2 M H - lr wanted),  M + M^T = G G^T:
     # M = D H (D H Q / 2 + sparse)^T + (Y + g_s 1^T)(Y + g_s 1^T)^T / 2, and D H Q = wanted - sparse
-    inner = shrink * (hidden @ (g.wanted + g.sparse).T)
-    inner.add_(target_overlap(g, state.num_classes), alpha=rate)
+    inner = target_overlap(g, state.num_classes).addmm_(pulled, (g.wanted + g.sparse).T, beta=rate, alpha=-1)
     right = torch.addmm(g.wanted, inner, hidden, beta=-rate, alpha=rate / 2)
-    maps = torch.empty_like(g.products[:, d:])
-    torch.mul(g.products[:, d : 2 * d], -shrink, out=maps[:, :d])
-    torch.mul(solution, shrink, out=maps[:, d:])
 
     def apply() -> None:
         half = hidden.T @ right
         state.gram.add_(half).add_(half.T)
-        state.maps.addmm_(maps.T, hidden)
+        state.map.addmm_(g.products[:, d : 2 * d].T, pulled)
+        state.inverse.addmm_(solution.T, pulled, alpha=-1)
         _update_vectors(state, g, rate)
         _update_targets(state, g, rate, solution)
 
