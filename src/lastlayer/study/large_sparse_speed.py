@@ -1,0 +1,225 @@
+"""Large sparse targets, the speed: a step of the factored layer against plain ones, and against V and d."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lastlayer.functional import spherical_loss
+from lastlayer.functional.spherical import SphericalLoss, SphericalSoftmax, SquaredError, TaylorSoftmax, ZLoss
+from lastlayer.layers.factored import FactoredOutput
+from lastlayer.layers.factored_sgd import FactoredSGD
+from lastlayer.layers.hierarchical import HierarchicalSoftmax
+from lastlayer.study.measure import Timing, interleaved
+
+Records = list[dict[str, Any]]
+Call = Callable[[], object]
+
+LOSSES: dict[str, SphericalLoss] = {
+    "squared error": SquaredError(),
+    "spherical softmax": SphericalSoftmax(),
+    "Taylor softmax": TaylorSoftmax(),
+    "Z-loss": ZLoss(),
+}
+RATE = 1e-3
+BATCHES = 64  # different targets in turn, so that their rows are not all in the cache
+STEPS_A_RUN = 100  # of what takes about a millisecond
+
+
+def measure_speed(num_classes: int, in_features: int, batch: int, rounds: int, seed: int = 0) -> Records:
+    """A whole step (forward, backward, update) of the output layer alone, every peer interleaved.
+
+    The baseline of each loss is what a PyTorch user writes today: an `nn.Linear`, the same loss, backward, `SGD`.
+    """
+    torch.manual_seed(seed)
+    targets = torch.randint(num_classes, (BATCHES, batch))
+    hidden = torch.randn(batch, in_features)
+    linear = nn.Linear(in_features, num_classes, bias=False)
+    slow = {f"nn.Linear, {name}, SGD": dense_step(linear, hidden, targets, LOSSES[name]) for name in LOSSES}
+    slow["three in-place products, squared error"] = fused_step(linear, hidden, targets)
+    hierarchical = HierarchicalSoftmax(in_features, num_classes, bias=False, sparse=True)
+    quick = {"HierarchicalSoftmax, SGD": layer_step(hierarchical, hidden, targets)}
+    for name, loss in LOSSES.items():
+        layer = FactoredOutput(in_features, num_classes, loss=loss)
+        quick[f"FactoredOutput, {name}"] = layer_step(layer, hidden, targets)
+    timings = _timings(slow, quick, rounds)
+    return [
+        {
+            "case": "output layer",
+            "name": name,
+            "num_classes": num_classes,
+            "in_features": in_features,
+            "batch": batch,
+            "ms": timing.ms,
+            "low_ms": timing.low_ms,
+            "high_ms": timing.high_ms,
+            "rounds": timing.runs,
+            **_ratios(name, timing, timings),
+        }
+        for name, timing in timings.items()
+    ]
+
+
+def _ratios(name: str, timing: Timing, timings: dict[str, Timing]) -> dict[str, float | None]:
+    """How many times faster than the plain step of the same loss, and than the hand-fused one."""
+    loss = name.split(", ")[1] if ", " in name else ""
+    plain = timings.get(f"nn.Linear, {loss}, SGD")
+    fused = timings["three in-place products, squared error"]
+    return {
+        "times_faster_than_plain": None if plain is None else plain.ms / timing.ms,
+        "times_faster_than_fused": fused.ms / timing.ms,
+    }
+
+
+def measure_whole_model(num_classes: int, in_features: int, batch: int, rounds: int, seed: int = 0) -> Records:
+    """The same below two hidden layers as wide as the output layer's input, all trained by SGD."""
+    torch.manual_seed(seed)
+    targets = torch.randint(num_classes, (BATCHES, batch))
+    inputs = torch.randn(batch, in_features)
+    linear = nn.Linear(in_features, num_classes, bias=False)
+    slow = {"nn.Linear": dense_step(linear, inputs, targets, SquaredError(), _encoder(in_features))}
+    quick = {
+        "HierarchicalSoftmax": layer_step(
+            HierarchicalSoftmax(in_features, num_classes, bias=False, sparse=True),
+            inputs,
+            targets,
+            _encoder(in_features),
+        ),
+        "FactoredOutput": layer_step(
+            FactoredOutput(in_features, num_classes, loss=SquaredError()), inputs, targets, _encoder(in_features)
+        ),
+    }
+    timings = _timings(slow, quick, rounds)
+    return [
+        {
+            "case": "whole model",
+            "name": name,
+            "num_classes": num_classes,
+            "in_features": in_features,
+            "batch": batch,
+            "ms": timing.ms,
+            "low_ms": timing.low_ms,
+            "high_ms": timing.high_ms,
+            "rounds": timing.runs,
+            "times_faster_than_plain": timings["nn.Linear"].ms / timing.ms,
+        }
+        for name, timing in timings.items()
+    ]
+
+
+def measure_scaling(classes: list[int], widths: list[int], batch: int, rounds: int, seed: int = 0) -> Records:
+    """A step of the factored layer against V at the last width, and against d at the first V, interleaved."""
+    torch.manual_seed(seed)
+    sizes = [(v, widths[-1]) for v in classes] + [(classes[0], d) for d in widths[:-1]]
+    calls = {}
+    for num_classes, in_features in sizes:
+        layer = FactoredOutput(in_features, num_classes, loss=SquaredError())
+        targets = torch.randint(num_classes, (BATCHES, batch))
+        calls[num_classes, in_features] = layer_step(layer, torch.randn(batch, in_features), targets)
+    names = {f"{v} {d}": (v, d) for v, d in calls}
+    timings = _timings({}, {name: calls[size] for name, size in names.items()}, rounds)
+    return [
+        {
+            "case": "scaling",
+            "num_classes": names[name][0],
+            "in_features": names[name][1],
+            "batch": batch,
+            "ms": timing.ms,
+            "low_ms": timing.low_ms,
+            "high_ms": timing.high_ms,
+            "rounds": timing.runs,
+        }
+        for name, timing in timings.items()
+    ]
+
+
+def multiply_adds(num_classes: int, in_features: int, batch: int) -> dict[str, float]:
+    """The arithmetic of one step: of the plain one, and of the factored one."""
+    return {
+        "plain": 3.0 * batch * num_classes * in_features,
+        "factored": batch * (7.0 * in_features**2 + 5.0 * batch * in_features),
+    }
+
+
+def dense_step(
+    linear: nn.Linear, inputs: Tensor, targets: Tensor, loss: SphericalLoss, encoder: nn.Module | None = None
+) -> Call:
+    """Forward, the loss, backward and `torch.optim.SGD`."""
+    parameters = [*linear.parameters(), *(encoder.parameters() if encoder else [])]
+    optimizer = torch.optim.SGD(parameters, lr=RATE)
+    leaf = inputs.clone().requires_grad_()  # the rest of a network wants its gradient
+    turn = iter(range(10**9))
+
+    def step() -> None:
+        hidden = leaf if encoder is None else encoder(leaf)
+        optimizer.zero_grad()
+        leaf.grad = None
+        spherical_loss(hidden, linear.weight, targets[next(turn) % len(targets)], loss=loss).backward()
+        optimizer.step()
+
+    return step
+
+
+@torch.no_grad()
+def _fused(
+    weight: Tensor,  # (V, d)
+    hidden: Tensor,  # (N, d)
+    ids: Tensor,  # (N,)
+    outputs: Tensor,  # (N, V), room for them
+    gradient: Tensor,  # (N, d), room for it
+) -> None:
+    """A step of the squared error by hand: three products into memory that is there already."""
+    torch.mm(hidden, weight.T, out=outputs)
+    outputs[torch.arange(len(ids)), ids] -= 1
+    torch.mm(outputs, weight, out=gradient)
+    gradient *= 2 / len(ids)
+    weight.addmm_(outputs.T, hidden, alpha=-2 * RATE / len(ids))
+
+
+def fused_step(linear: nn.Linear, hidden: Tensor, targets: Tensor) -> Call:
+    """The hand-fused plain update."""
+    outputs, gradient = hidden.new_empty(len(hidden), linear.out_features), torch.empty_like(hidden)
+    turn = iter(range(10**9))
+    weight = linear.weight.detach()
+    return lambda: _fused(weight, hidden, targets[next(turn) % len(targets)], outputs, gradient)
+
+
+def layer_step(
+    layer: FactoredOutput | HierarchicalSoftmax, inputs: Tensor, targets: Tensor, encoder: nn.Module | None = None
+) -> Call:
+    """`STEPS_A_RUN` steps of a layer of this library with SGD."""
+    own = (
+        FactoredSGD(layer, RATE)
+        if isinstance(layer, FactoredOutput)
+        else torch.optim.SGD(layer.parameters(), lr=RATE)
+    )
+    optimizers = [own] if encoder is None else [own, torch.optim.SGD(encoder.parameters(), lr=RATE)]
+    leaf = inputs.clone().requires_grad_()
+    turn = iter(range(10**9))
+
+    def steps() -> None:
+        for _ in range(STEPS_A_RUN):
+            hidden = leaf if encoder is None else encoder(leaf)
+            leaf.grad = None
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            layer(hidden, targets[next(turn) % len(targets)]).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+
+    return steps
+
+
+def _timings(slow: dict[str, Call], quick: dict[str, Call], rounds: int) -> dict[str, Timing]:
+    """Interleaved; of the quick ones the time of one step."""
+    timings = interleaved({**slow, **quick}, rounds=rounds, warmup=1)
+    share = 1 / STEPS_A_RUN
+    return {
+        name: t if name in slow else Timing(t.ms * share, t.low_ms * share, t.high_ms * share, t.runs)
+        for name, t in timings.items()
+    }
+
+
+def _encoder(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
