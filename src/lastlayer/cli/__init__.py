@@ -10,6 +10,7 @@ import typer
 import lastlayer
 from lastlayer.cli.bench import bench
 from lastlayer.cli.compare import compare
+from lastlayer.cli.large_sparse_targets import large_sparse_targets
 from lastlayer.cli.options import verb
 from lastlayer.cli.speedup import speedup
 
@@ -20,6 +21,7 @@ reproduce = typer.Typer(**PLAIN, help="A paper's figures, each beside what is me
 app.command("compare")(verb(compare))
 app.command("speedup")(verb(speedup))
 app.command("bench")(verb(bench))
+reproduce.command("large-sparse-targets")(verb(large_sparse_targets))
 
 if reproduce.registered_commands:  # a group without papers is not shown
     app.add_typer(reproduce, name="reproduce")

@@ -1,0 +1,102 @@
+"""The study of large sparse targets, at sizes of a test: every part runs and says what it should."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lastlayer.cli import app
+from lastlayer.functional.spherical import SquaredError
+from lastlayer.study.large_sparse_exactness import measure_exactness
+from lastlayer.study.large_sparse_speed import (
+    LOSSES,
+    RATE,
+    dense_step,
+    fused_step,
+    measure_scaling,
+    measure_speed,
+    measure_whole_model,
+)
+from lastlayer.study.large_sparse_words import METHODS, examples, train_words
+from lastlayer.study.text import make_corpus
+
+
+def test_speed_has_every_peer():
+    records = measure_speed(400, 6, 4, rounds=1)
+    names = {record["name"] for record in records}
+    assert {f"FactoredOutput, {loss}" for loss in LOSSES} < names
+    for record in records:
+        assert record["ms"] > 0
+        assert (record["times_faster_than_plain"] is None) == record["name"].startswith("Hierarchical")
+    assert {r["name"] for r in measure_whole_model(400, 6, 4, rounds=1)} == {
+        "nn.Linear",
+        "HierarchicalSoftmax",
+        "FactoredOutput",
+    }
+    sizes = {(r["num_classes"], r["in_features"]) for r in measure_scaling([50, 100], [4, 8], 4, rounds=1)}
+    assert sizes == {(50, 8), (100, 8), (50, 4)}
+
+
+def test_peers_take_the_same_step():
+    """The hand-fused update is the plain one."""
+    hidden, targets = torch.randn(5, 6), torch.randint(40, (3, 5))
+    weights = []
+    for make in (lambda linear: dense_step(linear, hidden, targets, SquaredError()), None):
+        torch.manual_seed(0)
+        linear = torch.nn.Linear(6, 40, bias=False)
+        step = fused_step(linear, hidden, targets) if make is None else make(linear)
+        for _ in range(3):
+            step()
+        weights.append(linear.weight.detach())
+    torch.testing.assert_close(weights[0], weights[1])
+    assert RATE > 0
+
+
+def test_exactness_tells_what_the_repairs_are_for():
+    records = measure_exactness(500, num_classes=200, in_features=8, rate=1e-3)
+    last = {(r["dtype"], r["stabilized"]): r for r in records if r["step"] == 500}
+    assert last["float32", True]["weight_error"] < 1e-4
+    assert last["float64", True]["weight_error"] < 1e-10
+    for dtype in ("float32", "float64"):
+        alone = last[dtype, False]
+        assert alone["diverged"] or alone["weight_error"] > 10 * last[dtype, True]["weight_error"]
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    lines = [f"the {a} {b} sees the {c} of {a}" for a in "abcdef" for b in "ghij" for c in "klmn"]
+    return make_corpus("toy", lines, min_count=1)
+
+
+def test_words_learn(corpus):
+    for deep in (False, True):
+        records = train_words(corpus, tuple(METHODS), deep=deep, seconds=None, steps=150, seed=0)
+        assert [record["name"] for record in records] == list(METHODS)
+        for record in records:
+            assert record["steps"] == 150
+            assert record["top10_accuracy"] > 10 / corpus.num_classes, record["name"]
+            if record["perplexity"] is not None:
+                assert record["perplexity"] < corpus.num_classes, record["name"]
+
+
+def test_contexts():
+    contexts, targets = examples(torch.arange(7), deep=False)
+    assert contexts[0].tolist() == [0, 1, 3, 4]
+    assert targets.tolist() == [2, 3, 4]
+    contexts, targets = examples(torch.arange(7), deep=True)
+    assert contexts[0].tolist() == [0, 1, 2, 3]
+    assert targets.tolist() == [4, 5, 6]
+
+
+def test_reproduce_verb(tmp_path):
+    path = tmp_path / "records.json"
+    options = ["--parts", "exactness,speed,scaling", "--steps", "20", "--num-classes", "400", "--in-features", "4"]
+    arguments = ["reproduce", "large-sparse-targets", *options, "--rounds", "1", "--json", str(path)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "as remembered" in done.output
+    records = json.loads(path.read_text())
+    assert {record["case"] for record in records} == {"exactness", "output layer", "whole model", "scaling"}
+    refused = CliRunner().invoke(app, ["reproduce", "large-sparse-targets", "--parts", "magic"])
+    assert refused.exit_code == 2
