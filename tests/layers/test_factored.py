@@ -8,12 +8,15 @@ from lastlayer import (
     FactoredOutput,
     FactoredSGD,
     ScoreTopK,
+    ScreenedSoftmax,
     SphericalSoftmax,
     SquaredError,
+    SVDPreview,
     TaylorSoftmax,
     ZLoss,
 )
 from lastlayer.functional import spherical_loss
+from lastlayer.functional.gram import principal_rotation
 from lastlayer.functional.spherical import SphericalLoss
 from lastlayer.layers.factored_step import gradient_norm
 
@@ -375,3 +378,16 @@ def test_moves_between_dtypes():
     before = snapshot(single)
     single.to("cpu")
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(single), strict=True))
+
+
+def test_a_screen_gets_its_rotation_for_nothing():
+    """The kept Q has the eigenvectors that an `SVDPreview` makes from the weight at O(V d^2)."""
+    twins = Twins(SquaredError(), bias=True)
+    twins.train(batches(40))
+    layer = twins.layer
+    screen = ScreenedSoftmax.from_layer(layer, preview=SVDPreview(6), candidates=30, exact=True)
+    hidden = next(batches(1))[0]
+    assert torch.equal(screen.topk(hidden, 5).indices, layer.topk(hidden, 5).indices)
+    kept = principal_rotation(layer.gram()).weight_side
+    made = SVDPreview(6).rotation(layer.weight).weight_side
+    assert worst((kept.T @ made).abs(), torch.eye(D, dtype=torch.float64)) < 1e-8

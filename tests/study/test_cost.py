@@ -4,15 +4,16 @@ import copy
 
 import torch
 
-from lastlayer import FullSoftmax, HierarchicalSoftmax
+from lastlayer import FactoredOutput, FullSoftmax, HierarchicalSoftmax
 from lastlayer.study import cost
-from lastlayer.study.cost import Sample, measure_costs, one_by_one, screen_of
+from lastlayer.study.cost import Sample, count_parameters, measure_costs, one_by_one, screen_of
 
 
-def test_costs_of_two_layers(monkeypatch):
+def test_costs_of_layers(monkeypatch):
     monkeypatch.setattr(cost, "ROUNDS", 2)
     monkeypatch.setattr(cost, "QUERY_ROUNDS", 2)
     layers = {"full": FullSoftmax(16, 5000), "hierarchical": HierarchicalSoftmax(16, 5000, sparse=True)}
+    layers["factored"] = FactoredOutput(16, 5000)
     with torch.no_grad():
         layers["full"].weight.mul_(4 * 0.5 ** torch.arange(16))  # a spectrum that a screen can use
     before = {name: copy.deepcopy(layer.state_dict()) for name, layer in layers.items()}
@@ -20,6 +21,8 @@ def test_costs_of_two_layers(monkeypatch):
     costs = measure_costs(layers, samples, 10)
     assert list(costs) == list(layers)
     full, hierarchical = costs["full"], costs["hierarchical"]
+    assert costs["factored"].step_ms > 0
+    assert count_parameters(layers["factored"]) == 16 * 5000
     assert min(full.step_ms, full.query_ms, hierarchical.step_ms, hierarchical.query_ms) > 0
     assert full.screened_ms is not None
     assert full.screened_agreement is not None

@@ -183,9 +183,9 @@ class FactoredOutput(OutputLayer):
             )
         return self.weight, self.bias, None
 
-    def gram(self) -> Tensor:  # (d, d), or (d + 1, d + 1) with a bias
-        """`W^T W`, kept by the layer: what a preview otherwise pays O(V d^2) for."""
-        return self.state.gram.clone()
+    def gram(self) -> Tensor:  # (d, d)
+        """`W^T W` without the bias, kept by the layer: what a preview otherwise pays O(V d^2) for."""
+        return self.state.gram[: self.in_features, : self.in_features].clone()
 
     def consistency(self) -> Consistency:
         """How far the parts of the state have drifted apart, measured from the weight itself: O(V d^2)."""

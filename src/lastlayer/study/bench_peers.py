@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lastlayer.layers.base import OutputLayer
+from lastlayer.layers.factored import FactoredOutput
+from lastlayer.layers.factored_sgd import FactoredSGD
 from lastlayer.screening import ScreenedSoftmax, SVDPreview
 from lastlayer.study.choices import build_layer
 
@@ -79,7 +81,8 @@ def torch_adaptive(in_features: int, num_classes: int) -> nn.AdaptiveLogSoftmaxW
 
 
 def _step(module: nn.Module, loss: Loss, hidden: Tensor, targets: Tensor) -> Call:
-    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3)
+    factored = isinstance(module, FactoredOutput)
+    optimizer = FactoredSGD(module, lr=1e-3) if factored else torch.optim.SGD(module.parameters(), lr=1e-3)
     inputs = hidden.clone().requires_grad_()  # the rest of a network wants its gradient
 
     def step() -> None:

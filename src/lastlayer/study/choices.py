@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lastlayer import clusters
+from lastlayer.functional.spherical import SphericalSoftmax
 from lastlayer.layers.adaptive import AdaptiveSoftmax
 from lastlayer.layers.base import OutputLayer
+from lastlayer.layers.factored import FactoredOutput
 from lastlayer.layers.full import FullSoftmax
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
 from lastlayer.layers.tree import TreeSoftmax
@@ -43,6 +45,10 @@ CHOICES: dict[str, Choice] = {
     ),
     "adaptive": Choice("frequent classes in the head, rare ones in narrow tails", _adaptive),
     "tree": Choice("a walk down a binary tree", lambda d, counts: TreeSoftmax(d, counts, sparse=True)),
+    "factored": Choice(
+        "spherical softmax, its exact SGD step at a cost without V",
+        lambda d, counts: FactoredOutput(d, len(counts), loss=SphericalSoftmax()),
+    ),
 }
 
 DEFAULT_LAYERS = "full,hierarchical"

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from lastlayer.study.batches import Streams
 from lastlayer.study.checkpoint import load_checkpoint
 from lastlayer.study.choices import build_layer
-from lastlayer.study.cost import Sample, measure_costs
+from lastlayer.study.cost import Sample, count_parameters, measure_costs
 from lastlayer.study.errors import StudyError, UsageError
 from lastlayer.study.evaluation import evaluate, topk_accuracy
 from lastlayer.study.figures import duration
@@ -204,7 +204,7 @@ class Comparison:
                     "tokens_per_second": trainer.tokens / trainer.seconds,
                     "output_layer_ms": cost.step_ms,
                     "peak_bytes": cost.step_bytes,
-                    "parameters": sum(p.numel() for p in layers[name].parameters()),
+                    "parameters": count_parameters(layers[name]),
                     "query_ms": cost.query_ms,
                     "screened_query_ms": cost.screened_ms,
                     "screened_agreement": cost.screened_agreement,

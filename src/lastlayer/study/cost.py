@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from lastlayer.layers.base import OutputLayer
+from lastlayer.layers.factored import FactoredOutput
+from lastlayer.layers.factored_sgd import FactoredSGD
 from lastlayer.screening import ScreenedSoftmax, SVDPreview
 from lastlayer.study.language_model import adagrad
 from lastlayer.study.measure import interleaved, peak_bytes
@@ -59,17 +61,27 @@ def measure_costs(layers: dict[str, OutputLayer], samples: dict[str, Sample], k:
 
 
 def training_step(layer: OutputLayer, sample: Sample) -> Callable[[], None]:
-    """Forward, backward and an Adagrad update of rate 0, which costs what any other does and changes nothing."""
-    optimizer = adagrad(layer.parameters(), 0.0)
+    """Forward, backward and an update too small to change anything, which costs what any other does."""
+    factored = isinstance(layer, FactoredOutput)
+    optimizer = FactoredSGD(layer, 1e-20) if factored else adagrad(layer.parameters(), 0.0)
     inputs = sample.hidden.detach().requires_grad_()  # the rest of the network wants its gradient
 
     def step() -> None:
+        layer.train()
         layer(inputs, sample.targets).backward()
+        layer.eval()
         optimizer.step()
         optimizer.zero_grad()
         inputs.grad = None
 
     return step
+
+
+def count_parameters(layer: OutputLayer) -> int:
+    """The trained numbers of a layer; the weight of a `FactoredOutput` is state, not a parameter."""
+    if isinstance(layer, FactoredOutput):
+        return sum(part.numel() for part in layer.state_dict().values())
+    return sum(parameter.numel() for parameter in layer.parameters())
 
 
 def screen_of(layer: OutputLayer) -> ScreenedSoftmax | None:

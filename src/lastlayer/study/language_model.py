@@ -6,7 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from lastlayer.layers.base import OutputLayer
+from lastlayer.layers.factored import FactoredOutput
+from lastlayer.layers.factored_sgd import FactoredSGD
 
+FACTORED_RATE = 5.0  # times the learning rate of the others: plain SGD on gradients of the order of 1 / V
 State = tuple[Tensor, Tensor]  # of the LSTM: (1, batch, width) each
 
 
@@ -50,11 +53,17 @@ class LanguageModel(nn.Module):
 
 def make_optimizers(model: LanguageModel, learning_rate: float) -> list[torch.optim.Optimizer]:
     """Adam for the LSTM; Adagrad for what has a row for every word: it takes row-sparse and dense gradients by the
-    same rule, so that no output layer has a better optimizer than another."""
-    tables = [*model.embedding.parameters(), *model.output.parameters()]
+    same rule, so that no output layer has a better optimizer than another. A `FactoredOutput` has its own SGD."""
+    tables = [*model.embedding.parameters()]
+    if isinstance(model.output, FactoredOutput):
+        factored = [FactoredSGD(model.output, FACTORED_RATE * learning_rate)]
+    else:
+        factored = []
+        tables += model.output.parameters()
     return [
         torch.optim.Adam(model.lstm.parameters(), lr=learning_rate / 50),
         adagrad(tables, learning_rate),
+        *factored,
     ]
 
 
