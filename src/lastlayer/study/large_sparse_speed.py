@@ -44,21 +44,16 @@ def measure_speed(num_classes: int, in_features: int, batch: int, rounds: int, s
         layer = FactoredOutput(in_features, num_classes, loss=loss)
         quick[f"FactoredOutput, {name}"] = layer_step(layer, hidden, targets)
     timings = _timings(slow, quick, rounds)
+    sizes = {"num_classes": num_classes, "in_features": in_features, "batch": batch}
     return [
-        {
-            "case": "output layer",
-            "name": name,
-            "num_classes": num_classes,
-            "in_features": in_features,
-            "batch": batch,
-            "ms": timing.ms,
-            "low_ms": timing.low_ms,
-            "high_ms": timing.high_ms,
-            "rounds": timing.runs,
-            **_ratios(name, timing, timings),
-        }
+        _record("output layer", timing, name=name, **sizes, **_ratios(name, timing, timings))
         for name, timing in timings.items()
     ]
+
+
+def _record(case: str, timing: Timing, **fields: Any) -> dict[str, Any]:
+    times = {"ms": timing.ms, "low_ms": timing.low_ms, "high_ms": timing.high_ms, "rounds": timing.runs}
+    return {"case": case, **fields, **times}
 
 
 def _ratios(name: str, timing: Timing, timings: dict[str, Timing]) -> dict[str, float | None]:
@@ -91,19 +86,10 @@ def measure_whole_model(num_classes: int, in_features: int, batch: int, rounds: 
         ),
     }
     timings = _timings(slow, quick, rounds)
+    sizes = {"num_classes": num_classes, "in_features": in_features, "batch": batch}
+    plain = timings["nn.Linear"].ms
     return [
-        {
-            "case": "whole model",
-            "name": name,
-            "num_classes": num_classes,
-            "in_features": in_features,
-            "batch": batch,
-            "ms": timing.ms,
-            "low_ms": timing.low_ms,
-            "high_ms": timing.high_ms,
-            "rounds": timing.runs,
-            "times_faster_than_plain": timings["nn.Linear"].ms / timing.ms,
-        }
+        _record("whole model", timing, name=name, **sizes, times_faster_than_plain=plain / timing.ms)
         for name, timing in timings.items()
     ]
 
@@ -117,21 +103,8 @@ def measure_scaling(classes: list[int], widths: list[int], batch: int, rounds: i
         layer = FactoredOutput(in_features, num_classes, loss=SquaredError())
         targets = torch.randint(num_classes, (BATCHES, batch))
         calls[num_classes, in_features] = layer_step(layer, torch.randn(batch, in_features), targets)
-    names = {f"{v} {d}": (v, d) for v, d in calls}
-    timings = _timings({}, {name: calls[size] for name, size in names.items()}, rounds)
-    return [
-        {
-            "case": "scaling",
-            "num_classes": names[name][0],
-            "in_features": names[name][1],
-            "batch": batch,
-            "ms": timing.ms,
-            "low_ms": timing.low_ms,
-            "high_ms": timing.high_ms,
-            "rounds": timing.runs,
-        }
-        for name, timing in timings.items()
-    ]
+    timings = _timings({}, {f"{v} {d}": call for (v, d), call in calls.items()}, rounds)
+    return [_record("scaling", timings[f"{v} {d}"], num_classes=v, in_features=d, batch=batch) for v, d in calls]
 
 
 def multiply_adds(num_classes: int, in_features: int, batch: int) -> dict[str, float]:
