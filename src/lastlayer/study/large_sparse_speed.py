@@ -27,7 +27,14 @@ BATCHES = 64  # different targets in turn, so that their rows are not all in the
 STEPS_A_RUN = 100  # of what takes about a millisecond
 
 
-def measure_speed(num_classes: int, in_features: int, batch: int, rounds: int, seed: int = 0) -> Records:
+def measure_speed(
+    num_classes: int,
+    in_features: int,
+    batch: int,
+    rounds: int,
+    seed: int = 0,
+    losses: tuple[str, ...] = tuple(LOSSES),
+) -> Records:
     """A whole step (forward, backward, update) of the output layer alone, every peer interleaved.
 
     The baseline of each loss is what a PyTorch user writes today: an `nn.Linear`, the same loss, backward, `SGD`.
@@ -36,13 +43,14 @@ def measure_speed(num_classes: int, in_features: int, batch: int, rounds: int, s
     targets = torch.randint(num_classes, (BATCHES, batch))
     hidden = torch.randn(batch, in_features)
     linear = nn.Linear(in_features, num_classes, bias=False)
-    slow = {f"nn.Linear, {name}, SGD": dense_step(linear, hidden, targets, LOSSES[name]) for name in LOSSES}
+    slow = {f"nn.Linear, {name}, SGD": dense_step(linear, hidden, targets, LOSSES[name]) for name in losses}
     slow["three in-place products, squared error"] = fused_step(linear, hidden, targets)
     hierarchical = HierarchicalSoftmax(in_features, num_classes, bias=False, sparse=True)
     quick = {"HierarchicalSoftmax, SGD": layer_step(hierarchical, hidden, targets)}
-    for name, loss in LOSSES.items():
-        layer = FactoredOutput(in_features, num_classes, loss=loss)
+    for name in losses:
+        layer = FactoredOutput(in_features, num_classes, loss=LOSSES[name])
         quick[f"FactoredOutput, {name}"] = layer_step(layer, hidden, targets)
+        quick[f"FactoredOutput, {name}, one thread"] = on_one_thread(quick[f"FactoredOutput, {name}"])
     timings = _timings(slow, quick, rounds)
     sizes = {"num_classes": num_classes, "in_features": in_features, "batch": batch}
     return [
@@ -182,6 +190,20 @@ def layer_step(
                 optimizer.step()
 
     return steps
+
+
+def on_one_thread(call: Call) -> Call:
+    """The same without OpenMP's second thread, which small products hardly gain from and a busy machine delays."""
+
+    def alone() -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            call()
+        finally:
+            torch.set_num_threads(threads)
+
+    return alone
 
 
 def _timings(slow: dict[str, Call], quick: dict[str, Call], rounds: int) -> dict[str, Timing]:
