@@ -9,7 +9,6 @@ from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.factored import FactoredOutput
 from lastlayer.layers.factored_sgd import FactoredSGD
 
-FACTORED_RATE = 5.0  # times the learning rate of the others: plain SGD on gradients of the order of 1 / V
 State = tuple[Tensor, Tensor]  # of the LSTM: (1, batch, width) each
 
 
@@ -56,7 +55,8 @@ def make_optimizers(model: LanguageModel, learning_rate: float) -> list[torch.op
     same rule, so that no output layer has a better optimizer than another. A `FactoredOutput` has its own SGD."""
     tables = [*model.embedding.parameters()]
     if isinstance(model.output, FactoredOutput):
-        factored = [FactoredSGD(model.output, FACTORED_RATE * learning_rate)]
+        scale = max(5.0, model.output.num_classes / 300)  # its gradients are of the order of 1 / V
+        factored = [FactoredSGD(model.output, scale * learning_rate)]
     else:
         factored = []
         tables += model.output.parameters()
