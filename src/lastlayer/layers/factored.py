@@ -44,8 +44,9 @@ class FactoredOutput(OutputLayer):
     examples Q is made anew at O(V d^2).
 
     When not to use it: with the ordinary softmax (no `exp` is possible here), with momentum, Adam or elementwise
-    clipping, or for few classes (below about 10 d a dense layer is as fast). bfloat16 layers compute and keep
-    their state in float32; float16 ones do not train.
+    clipping, or for few classes (a plain step is 3 V d multiply-adds an example, this one 7 d^2 + 5 N d, and about
+    a hundred small operations). bfloat16 layers compute and keep their state in float32; float16 ones do not
+    train.
 
     Args:
         in_features: d.
