@@ -146,10 +146,11 @@ def test_any_upstream_gradient(reduction):
         twins.compare()
 
 
-def test_gradients_accumulate():
-    """Several backwards, of any number of targets, are one step."""
+@pytest.mark.parametrize("rows", [5, 12, 40])
+def test_gradients_accumulate(rows):
+    """Several backwards, of any number of rows and targets, are one step."""
     twins = Twins(TaylorSoftmax(), bias=True)
-    for one, two in zip(batches(40, k=2), batches(40, rows=12, k=4, seed=5), strict=True):
+    for one, two in zip(batches(40, k=2), batches(40, rows=rows, k=4, seed=5), strict=True):
         twins.backward(*one)
         twins.backward(*two)
         twins.step()

@@ -59,13 +59,13 @@ class FactoredGradient:
         if len(parts) == 1:
             return parts[0]
         width = max(part.ids.shape[1] for part in parts)
-        wide = {"ids", "target"}
+        needed = min(part.products.shape[1] for part in parts)  # a large pass is without H R^T, and so is the step
 
         def column(name: str) -> Tensor:
             pieces = [getattr(part, name) for part in parts]
-            if name in wide:
+            if name in {"ids", "target"}:
                 pieces = [torch.nn.functional.pad(piece, (0, width - piece.shape[1])) for piece in pieces]
-            return torch.cat(pieces)
+            return torch.cat([piece[:, :needed] for piece in pieces] if name == "products" else pieces)
 
         total = None if parts[0].total is None else column("total")
         names = ("hidden", "ids", "target", "norm", "products", "sparse", "wanted")
@@ -79,9 +79,7 @@ class StepPlan:
     apply: Callable[[], None]
     rows: int  # N
     growth: float  # log of the most by which the condition of U can have grown
-    overshoots: float | None = (
-        None  # set when a direction of the weight changes its sign: the rate up to which none does
-    )
+    overshoots: float | None = None  # where a direction of the weight turns around: the rate up to which none does
 
 
 def plan_step(
@@ -245,8 +243,8 @@ def _by_features(state: FactoredState, g: FactoredGradient, rate: float, lr: flo
         if growth > _most_growth(g.hidden.dtype):
             raise ValueError(
                 f"lr = {lr:.6g} makes this step singular (it shrinks a direction of the weight to "
-                f"{least:.1e} of its size): "
-                f"the weight is unchanged; a rate up to {0.99 * safe_lr:.6g} is safe for this batch"
+                f"{least:.1e} of its size): the weight is unchanged; a rate up to {0.99 * safe_lr:.6g} is safe "
+                "for this batch"
             )
         overshoot = safe_lr if values[0] < 0 else None
         growth *= max(1.0, float(values.abs().max()))
