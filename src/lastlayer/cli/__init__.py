@@ -17,11 +17,11 @@ from lastlayer.cli.speedup import speedup
 PLAIN = {"rich_markup_mode": None, "no_args_is_help": True, "add_completion": False}
 app = typer.Typer(**PLAIN, pretty_exceptions_enable=False)
 reproduce = typer.Typer(**PLAIN, help="A paper's figures, each beside what is measured here.")
+reproduce.command("large-sparse-targets")(verb(large_sparse_targets))
 
 app.command("compare")(verb(compare))
 app.command("speedup")(verb(speedup))
 app.command("bench")(verb(bench))
-reproduce.command("large-sparse-targets")(verb(large_sparse_targets))
 
 if reproduce.registered_commands:  # a group without papers is not shown
     app.add_typer(reproduce, name="reproduce")
