@@ -9,6 +9,7 @@ from lastlayer import (
     FactoredOutput,
     FullSoftmax,
     HierarchicalSoftmax,
+    MixtureOfSoftmaxes,
     MonotoneNetwork,
     Sigsoftmax,
     SoftCap,
@@ -24,6 +25,7 @@ from oracles import (
     full_softmax_loss,
     hierarchical_softmax,
     tree_softmax,
+    mixture_of_softmaxes,
 )
 
 
@@ -34,6 +36,15 @@ def full(name, in_features, num_classes, loss_oracle=None, logit_map=lambda: Non
         return FullSoftmax(in_features, num_classes, logit_map=logit_map(), **options, **kwargs)
 
     return LayerCase(f"full-{name}", make=make, oracle=full_softmax, loss_oracle=loss_oracle)
+
+
+def mixture(name, *sizes, logit_map=lambda: None, **options):
+    """A row for `MixtureOfSoftmaxes`."""
+
+    def make(**kwargs):
+        return MixtureOfSoftmaxes(*sizes, logit_map=logit_map(), **options, **kwargs)
+
+    return LayerCase(f"mixture-{name}", make=make, oracle=mixture_of_softmaxes)
 
 
 def tied(**kwargs):
@@ -118,6 +129,10 @@ CASES: list[LayerCase] = [
     full("sigsoftmax", 4, 13, logit_map=lambda: Sigsoftmax()),
     full("plif", 3, 11, logit_map=lambda: PLIF(7, 2.0, init_std=1.0)),
     full("monotone-network", 3, 11, logit_map=lambda: MonotoneNetwork(4)),
+    mixture("plain", 5, 13, 3),
+    mixture("one-component", 4, 9, 1, latent_features=3),
+    mixture("context-free", 3, 11, 4, context_prior=False, bias=False, latent_features=5),
+    mixture("mapped", 3, 7, 2, logit_map=lambda: PLIF(6, 2.0, init_std=1.0)),
     LayerCase("full-tied", make=tied, oracle=full_softmax),
     hierarchical("even", 16),
     hierarchical("odd", 23),

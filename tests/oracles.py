@@ -99,3 +99,17 @@ def factored_softmax(layer, hidden):
     else:
         numerator = 1 + outputs + outputs.square() / 2
     return (numerator / numerator.sum(-1, keepdim=True)).log()
+
+
+def mixture_of_softmaxes(layer, hidden):
+    """`log Σ_k π_k softmax(f(weight @ tanh(latent_k) + bias))`."""
+    latents = layer.latent(hidden).tanh().unflatten(-1, (layer.num_components, -1))
+    prior = layer.prior_logits.expand(len(hidden), -1) if layer.prior is None else layer.prior(hidden)
+    logits = latents @ layer.weight.T
+    if logits.dtype != torch.float64:
+        prior, logits = prior.float(), logits.float()
+    if layer.bias is not None:
+        logits = logits + layer.bias
+    if layer.logit_map is not None:
+        logits = layer.logit_map(logits)
+    return (prior.log_softmax(-1)[..., None] + logits.log_softmax(-1)).logsumexp(1)

@@ -12,12 +12,14 @@ from lastlayer.layers.factored import FactoredOutput
 from lastlayer.layers.factored_sgd import FactoredSGD
 from lastlayer.layers.full import FullSoftmax
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
+from lastlayer.layers.mixture import MixtureOfSoftmaxes
 from lastlayer.layers.monotone_network import MonotoneNetwork
 from lastlayer.layers.plif import PLIF
 from lastlayer.layers.sigsoftmax import Sigsoftmax
 from lastlayer.layers.soft_cap import SoftCap
 from lastlayer.layers.tree import TreeSoftmax
 from lastlayer.screening import Int8Preview, ScreenedSoftmax, SVDPreview, SVDSoftmax, choose_screen
+from lastlayer.study.rank import Rank, rank
 
 __version__ = "0.1.0"
 
@@ -36,6 +38,7 @@ __all__ = [
     "ZLoss",
     "AdaptiveSoftmax",
     "TreeSoftmax",
+    "MixtureOfSoftmaxes",
     "LogitMap",
     "SoftCap",
     "Sigsoftmax",
@@ -48,4 +51,6 @@ __all__ = [
     "SVDSoftmax",
     "clusters",
     "functional",
+    "rank",
+    "Rank",
 ]

@@ -70,7 +70,9 @@ class LinearChunks:
         bias: Tensor | None,  # (V,)
         logit_map: LogitMap | None,
         dtype: torch.dtype,  # of the matrix products
+        *,
         in_place: bool = False,  # the map's values take no room beside the logits: a fused kernel is used
+        group: int = 1,  # rows that stay together; chunks are then no larger than those of N / group rows
     ) -> None:
         self.leaves = (hidden, weight, bias)
         self.exact = exact_dtype(dtype)
@@ -80,7 +82,8 @@ class LinearChunks:
         self.logit_map = logit_map
         copies = 1 if logit_map is None or in_place else MAPPED_COPIES
         row_bytes = len(weight) * dtype.itemsize * copies
-        self.chunk_rows = max(1, min(CHUNK_BYTES // row_bytes, len(hidden)))
+        most = len(hidden) if group == 1 else 3 * len(hidden) // (4 * group)
+        self.chunk_rows = max(group, min(CHUNK_BYTES // row_bytes, most) // group * group)
         self.product = hidden.new_empty(self.chunk_rows, len(weight), dtype=dtype)
         self.sums: list[Tensor | None] = [None, None, None]
         self.map_sums: list[Tensor | None] = []
@@ -128,15 +131,23 @@ class LinearChunks:
             gradient = self.product[: len(gradient)].copy_(gradient)
         self.multiply_back(rows, gradient)
 
-    def multiply_back(self, rows: slice, gradient: Tensor) -> None:
-        """The products of `gradient (n, V)`, of the raw logits and in the dtype of the products."""
+    def multiply_back(self, rows: slice, gradient: Tensor, scale: Tensor | None = None) -> None:
+        """The products of `gradient (n, V)`, of the raw logits and in the dtype of the products.
+
+        With `scale (n,)`, those of `scale[:, None] * gradient`, at the cost of scaling the narrow factors.
+        """
         of_hidden, of_weight, of_bias = self.sums
         hidden, first = self.hidden[rows], rows.start == 0
+        weights = gradient.new_ones(len(gradient), dtype=self.exact) if scale is None else scale
         if of_hidden is not None:
             of_hidden[rows] = gradient @ self.weight
+        if scale is not None:
+            hidden = (hidden * scale[:, None]).to(hidden.dtype)
+            if of_hidden is not None:
+                of_hidden[rows].mul_(scale[:, None])
         if gradient.dtype == self.exact:
             if of_bias is not None:
-                of_bias.addmv_(gradient.T, gradient.new_ones(len(gradient)))
+                of_bias.addmv_(gradient.T, weights)
             if of_weight is not None:
                 of_weight.addmm_(gradient.T, hidden, beta=0 if first else 1)
             return
@@ -145,7 +156,7 @@ class LinearChunks:
             classes = slice(start, start + BLOCK_CLASSES)
             block = gradient[:, classes]
             if of_bias is not None:
-                of_bias[classes].add_(block.to(self.exact).sum(0))
+                of_bias[classes].addmv_(block.to(self.exact).T, weights)
             if of_weight is not None:
                 part = block.T @ hidden
                 of_weight[classes].copy_(part) if first else of_weight[classes].add_(part)

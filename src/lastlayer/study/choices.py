@@ -13,6 +13,9 @@ from lastlayer.layers.factored import FactoredOutput
 from lastlayer.layers.full import FullSoftmax
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
 from lastlayer.layers.tree import TreeSoftmax
+from lastlayer.layers.mixture import MixtureOfSoftmaxes
+from lastlayer.layers.plif import PLIF
+from lastlayer.layers.sigsoftmax import Sigsoftmax
 from lastlayer.study.errors import UsageError
 
 
@@ -42,6 +45,18 @@ CHOICES: dict[str, Choice] = {
     "hierarchical": Choice(
         "a cluster, then a class inside it",
         lambda d, counts: HierarchicalSoftmax(d, len(counts), clusters=clusters.by_frequency(counts), sparse=True),
+    ),
+    "sigsoftmax": Choice(
+        "exact softmax of x + log sigmoid(x)",
+        lambda d, counts: FullSoftmax(d, len(counts), logit_map=Sigsoftmax()),
+    ),
+    "plif": Choice(
+        "exact softmax of a learned increasing function of each logit",
+        lambda d, counts: FullSoftmax(d, len(counts), logit_map=PLIF()),
+    ),
+    "mixture": Choice(
+        "five softmaxes over one matrix, mixed by the context",
+        lambda d, counts: MixtureOfSoftmaxes(d, len(counts), 5),
     ),
     "adaptive": Choice("frequent classes in the head, rare ones in narrow tails", _adaptive),
     "tree": Choice("a walk down a binary tree", lambda d, counts: TreeSoftmax(d, counts, sparse=True)),

@@ -1,0 +1,143 @@
+"""Negative log-likelihood of a mixture of softmaxes over one matrix, without logits in memory."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lastlayer.functional.checks import eager_on_cpu
+from lastlayer.functional.first_order import first_order
+from lastlayer.functional.linear_chunks import Gradients, LinearChunks, Wanted, exact_dtype, product_dtype
+from lastlayer.functional.logit_map import LogitMap
+from lastlayer.kernels.softmax_rows import NO_MAP, RowTerms, can_fuse, fused, plain
+
+
+def mixture_cross_entropy(
+    latent: Tensor,  # (N, K, d)
+    log_prior: Tensor,  # (N, K), normalised, float32 at least
+    weight: Tensor,  # (V, d)
+    targets: Tensor,  # (N,) valid classes
+    *,
+    bias: Tensor | None = None,  # (V,)
+    logit_map: LogitMap | None = None,
+    shares: Tensor | None = None,  # (N,)
+) -> Tensor:  # (N,), or () with `shares`
+    """`-log Σ_k exp(log_prior[n, k]) softmax(f(weight @ latent[n, k] + bias))[y_n]`, for every row n.
+
+    With `shares` the answer is the sum of the row losses times their shares (no gradient for these), and its
+    gradients are formed in the forward pass. The N K latent rows are one chunked softmax in which the K rows of an
+    example stay together. With `ℓ_nk` their log-probabilities of the target and `r_nk ∝ prior_nk exp ℓ_nk` the
+    responsibilities, the gradient of the loss is that of `-Σ_k r_nk (ℓ_nk + log_prior_nk)` at fixed r. So a
+    chunk's gradient is formed before r is known, and r scales the rows of the products' narrow factors.
+    Nothing is computed twice. Without `shares` the backward pass computes the chunks again.
+
+    Cost: `6 N K V d` operations. Memory: a chunk of logits, the latent's gradient.
+    """
+    dtype = product_dtype(latent)
+    parameters = () if logit_map is None else tuple(logit_map.parameters())
+    with torch.autocast(latent.device.type, enabled=False):
+        return _MixtureCrossEntropy.apply(
+            latent.flatten(0, 1),
+            log_prior.to(exact_dtype(dtype)),
+            weight,
+            bias,
+            targets,
+            shares,
+            logit_map,
+            dtype,
+            torch.is_grad_enabled(),
+            *parameters,
+        )
+
+
+class _MixtureCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        latent: Tensor,
+        log_prior: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        shares: Tensor | None,
+        logit_map: LogitMap | None,
+        dtype: torch.dtype,
+        with_gradients: bool,
+        *parameters: Tensor,
+    ) -> Tensor:
+        needs = ctx.needs_input_grad
+        ctx.wanted = Wanted(needs[0], needs[2], needs[3], any(needs[9:]))
+        ctx.settings = shares, logit_map, dtype
+        ctx.save_for_backward(latent, log_prior, weight, bias, targets, *parameters)
+        form = with_gradients and shares is not None and any(needs)
+        arguments = latent, log_prior, weight, bias, targets, logit_map, dtype
+        row_loss, formed = _run(*arguments, shares, ctx.wanted if form else None)
+        ctx.formed = formed if form else None
+        return row_loss if shares is None else row_loss @ shares
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = upstream
+        formed, ctx.formed = ctx.formed, None
+        with torch.no_grad():
+            if formed is None:  # row losses, or a second pass over a retained graph
+                shares, logit_map, dtype = ctx.settings
+                latent, log_prior, weight, bias, targets, *_ = ctx.saved_tensors
+                rows = scale if shares is None else scale * shares
+                arguments = latent, log_prior, weight, bias, targets, logit_map, dtype
+                _, formed = _run(*arguments, rows, ctx.wanted)
+            elif not (eager_on_cpu(scale) and float(scale) == 1.0):
+                of_prior, chunked = formed
+                for gradient in (of_prior, *chunked[:3], *chunked.logit_map):
+                    if gradient is not None:  # nobody else holds it
+                        gradient.mul_(scale)
+        of_prior, (of_latent, of_weight, of_bias, of_map) = formed
+        gradients = of_latent, of_prior, of_weight, of_bias, None, None, None, None, None, *of_map
+        return first_order("mixture_cross_entropy", gradients)
+
+
+def _run(
+    latent: Tensor,  # (N K, d)
+    log_prior: Tensor,  # (N, K)
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,  # (N,)
+    logit_map: LogitMap | None,
+    dtype: torch.dtype,
+    shares: Tensor | None,  # (N,)
+    wanted: Wanted | None,
+) -> tuple[Tensor, tuple[Tensor, Gradients]]:
+    """The loss of every example (N,); and the gradients of their sum, weighted by `shares`, that are wanted."""
+    components = log_prior.shape[1]
+    kernel_map = None
+    if can_fuse(latent.device, dtype, len(latent) * len(weight)) and not (wanted is not None and wanted.logit_map):
+        # A map's own gradient needs the responsibilities before the kernel has run.
+        kernel_map = NO_MAP if logit_map is None else logit_map.kernel_map()
+    in_place = kernel_map is not None
+    chunks = LinearChunks(latent, weight, bias, logit_map, dtype, in_place=in_place, group=components)
+    if wanted is not None:
+        chunks.want(wanted)
+    row_loss, of_prior = log_prior.new_empty(len(log_prior)), torch.empty_like(log_prior)
+    for rows in chunks:
+        examples = slice(rows.start // components, rows.stop // components)
+        ids = targets[examples].repeat_interleave(components)
+        terms = RowTerms(ids, torch.ones_like(ids, dtype=chunks.exact), None, None, None)
+        if kernel_map is not None:
+            logits = values = chunks.products(rows)
+            nll, _ = fused(logits, chunks.bias, terms, wanted is not None, kernel_map)
+        else:
+            logits = chunks.logits(rows)
+            values = chunks.map(logits)
+            nll = plain(values, terms, wanted is not None)
+        joint = log_prior[examples] - nll.reshape(-1, components)
+        log_prob = joint.logsumexp(1, keepdim=True)
+        row_loss[examples] = -log_prob[:, 0]
+        if wanted is None or shares is None:
+            continue
+        scale = (joint - log_prob).exp() * shares[examples, None]
+        of_prior[examples] = -scale
+        if kernel_map is not None:
+            chunks.multiply_back(rows, values, scale.reshape(-1))
+        else:
+            chunks.backward(rows, logits, values.mul_(scale.reshape(-1, 1)))
+    return row_loss, (of_prior, chunks.gradients())

@@ -1,0 +1,162 @@
+"""Mixture of softmaxes (Yang et al. 2018): several softmaxes over one matrix, mixed by the context."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lastlayer.functional.checks import check_fraction, check_positive, eager_on_cpu
+from lastlayer.functional.linear_chunks import as_exact
+from lastlayer.functional.logit_map import LogitMap, check_logit_map
+from lastlayer.functional.mixture_cross_entropy import mixture_cross_entropy
+from lastlayer.layers.base import OutputLayer
+
+
+class MixtureOfSoftmaxes(OutputLayer):
+    """`P(c | h) = Σ_k π_k(h) softmax(f(weight @ g_k(h) + bias))_c`, of a rank that no single softmax reaches.
+
+    With K components, `π = softmax(prior(h))`, `g_k(h) = tanh(latent(h))_k` with dropout, and f the `logit_map`,
+    or nothing. All is in log space: no floor is added to probabilities. One component equals `FullSoftmax` on its
+    latent.
+
+    Cost of a training step: K times that of `FullSoftmax`, `6 N K V d` operations. Memory: that of `FullSoftmax`
+    and the N K latent rows with their gradients; the usual implementation holds several `(N, K, V)` tensors.
+    `topk` and `log_prob` compute all K V logits, a chunk of rows at a time in `topk`.
+
+    Not where the time is what matters: a wider softmax with as many parameters costs less, and in the replication
+    of Parthiban, Mao and Inkpen (AAAI 2021) tied with the mixture on Penn Treebank.
+
+    Args:
+        in_features: the width of `hidden`.
+        num_classes: V.
+        num_components: K.
+        latent_features: d, the width of the latents and of `weight`; `in_features` if not given.
+        dropout: of the latents, in training.
+        context_prior: whether the prior depends on the hidden state, or is one for all.
+        bias: whether there is a bias for each class, shared by the components.
+        weight: an `nn.Parameter (V, d)` to use instead of a new one: tied.
+        logit_map: an increasing function of one logit, in every component.
+        reduction: "mean", "sum" or "none".
+        ignore_index: the target that marks a row as absent.
+
+    Raises:
+        ValueError, TypeError: an argument out of range or of the wrong kind.
+
+    Source: Yang, Dai, Salakhutdinov, Cohen, "Breaking the Softmax Bottleneck", ICLR 2018.
+
+    >>> import torch, lastlayer
+    >>> layer = lastlayer.MixtureOfSoftmaxes(16, 1000, 4, latent_features=8)
+    >>> hidden, targets = torch.randn(5, 16), torch.randint(1000, (5,))
+    >>> layer(hidden, targets).backward()
+    >>> layer.topk(hidden, 3).indices.shape
+    torch.Size([5, 3])
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        num_components: int,
+        *,
+        latent_features: int | None = None,
+        dropout: float = 0.0,
+        context_prior: bool = True,
+        bias: bool = True,
+        weight: nn.Parameter | None = None,
+        logit_map: LogitMap | None = None,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, num_classes, reduction=reduction, ignore_index=ignore_index)
+        self.num_components = check_positive("num_components", num_components)
+        width = in_features if latent_features is None else check_positive("latent_features", latent_features)
+        self.latent_features = width
+        self.dropout = check_fraction("dropout", dropout)
+        shape = (self.num_classes, width)
+        if weight is not None and (not isinstance(weight, nn.Parameter) or weight.shape != shape):
+            raise ValueError(
+                f"weight must be an nn.Parameter of shape {shape}, got {getattr(weight, 'shape', weight)}"
+            )
+        made = {"device": device, "dtype": dtype}
+        if weight is not None:
+            made = {"device": weight.device, "dtype": weight.dtype}
+        self.weight = nn.Parameter(torch.empty(shape, **made)) if weight is None else weight
+        self.bias = nn.Parameter(torch.zeros(self.num_classes, **made)) if bias else None
+        self.latent = nn.Linear(in_features, num_components * width, **made)
+        self.prior = nn.Linear(in_features, num_components, bias=False, **made) if context_prior else None
+        self.prior_logits = None if context_prior else nn.Parameter(torch.zeros(num_components, **made))
+        self.logit_map = check_logit_map(logit_map)
+        if logit_map is not None:
+            logit_map.to(device=self.weight.device, dtype=self.weight.dtype)
+        if weight is None:
+            nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
+
+    def latents(
+        self,
+        hidden: Tensor,  # (..., in_features)
+    ) -> Tensor:  # (..., K, latent_features)
+        """The hidden state of each component."""
+        latents = F.dropout(torch.tanh_(self.latent(hidden)), self.dropout, self.training)
+        return latents.unflatten(-1, (self.num_components, self.latent_features))
+
+    def log_prior(
+        self,
+        hidden: Tensor,  # (..., in_features)
+    ) -> Tensor:  # (..., K)
+        """The log of each component's share, float32 at least."""
+        if self.prior is not None:
+            return as_exact(self.prior(hidden)).log_softmax(-1)
+        assert self.prior_logits is not None  # there is one or the other
+        return as_exact(self.prior_logits).log_softmax(-1).expand(*hidden.shape[:-1], -1)
+
+    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        if self.reduction == "none":
+            return super()._loss(hidden, targets)
+        kept = targets != self.ignore_index
+        if eager_on_cpu(targets) and not bool(kept.all()):  # ignored rows cost nothing
+            at = kept.nonzero().squeeze(1)
+            hidden, targets, kept = (part.index_select(0, at) for part in (hidden, targets, kept))
+        log_prior = self.log_prior(hidden)
+        shares = kept.to(log_prior.dtype)
+        count = shares.sum()
+        if self.reduction == "sum":
+            return self._nll(hidden, log_prior, targets.masked_fill(~kept, 0), shares)
+        loss = self._nll(hidden, log_prior, targets.masked_fill(~kept, 0), shares / count.clamp(min=1))
+        return loss + (count / count - 1)  # nan over nothing
+
+    def _nll(self, hidden: Tensor, log_prior: Tensor, targets: Tensor, shares: Tensor | None = None) -> Tensor:
+        return mixture_cross_entropy(
+            self.latents(hidden),
+            log_prior,
+            self.weight,
+            targets,
+            bias=self.bias,
+            logit_map=self.logit_map,
+            shares=shares,
+        )
+
+    def _log_prob(self, hidden: Tensor) -> Tensor:
+        latents, log_prior = self.latents(hidden), self.log_prior(hidden)
+        parts = (self._component(latents[:, k]) + log_prior[:, k, None] for k in range(self.num_components))
+        total = next(parts)
+        for part in parts:
+            total = torch.logaddexp(total, part)
+        return total
+
+    def _component(self, latent: Tensor) -> Tensor:  # (N, V) log-probabilities
+        logits = as_exact(F.linear(latent, self.weight))
+        if self.bias is not None:
+            logits = logits + self.bias
+        if self.logit_map is not None:
+            with torch.autocast(latent.device.type, enabled=False):
+                logits = self.logit_map(logits)
+        return logits.log_softmax(-1)
+
+    def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return -self._nll(hidden, self.log_prior(hidden), targets)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_components={self.num_components}, dropout={self.dropout:g}"
