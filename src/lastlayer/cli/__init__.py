@@ -12,6 +12,7 @@ from lastlayer.cli.bench import bench
 from lastlayer.cli.compare import compare
 from lastlayer.cli.large_sparse_targets import large_sparse_targets
 from lastlayer.cli.options import verb
+from lastlayer.cli.softmax_bottleneck import softmax_bottleneck
 from lastlayer.cli.speedup import speedup
 
 PLAIN = {"rich_markup_mode": None, "no_args_is_help": True, "add_completion": False}
@@ -22,6 +23,7 @@ reproduce.command("large-sparse-targets")(verb(large_sparse_targets))
 app.command("compare")(verb(compare))
 app.command("speedup")(verb(speedup))
 app.command("bench")(verb(bench))
+reproduce.command("softmax-bottleneck")(verb(softmax_bottleneck))
 
 if reproduce.registered_commands:  # a group without papers is not shown
     app.add_typer(reproduce, name="reproduce")

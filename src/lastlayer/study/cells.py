@@ -1,0 +1,50 @@
+"""A long experiment as independent cells, each written down when it is done, so that a kill loses one at most."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lastlayer.study.errors import StudyError, UsageError
+from lastlayer.study.files import make_folder, write_json
+
+Record = dict[str, Any]
+
+
+class Cells:
+    """The finished cells of one experiment, in `folder/results.json`, a list of flat records.
+
+    Args:
+        folder: made if it is not there.
+        resume: go on with what it holds; else a folder with results is refused.
+
+    Raises:
+        UsageError: the folder holds results, and `resume` is False.
+        StudyError: the folder cannot be written to, or its results cannot be read.
+    """
+
+    def __init__(self, folder: Path, resume: bool) -> None:
+        self.path = make_folder(folder) / "results.json"
+        self.records: list[Record] = []
+        if not self.path.exists():
+            return
+        if not resume:
+            raise UsageError(
+                f"{folder} holds results: --resume goes on with them, another --out starts beside them"
+            )
+        try:
+            self.records = json.loads(self.path.read_text(encoding="utf-8"))
+            if not all(isinstance(record, dict) for record in self.records):
+                raise ValueError("not a list of records")
+        except (OSError, ValueError) as problem:
+            raise StudyError(f"cannot read {self.path}: {problem}; remove it to start again") from problem
+
+    def once(self, key: Record, work: Callable[[], Record]) -> Record:
+        """The record of the cell that `key` names: found, or worked out and written down."""
+        for record in self.records:
+            if key.items() <= record.items():
+                return record
+        record = key | work()
+        self.records.append(record)
+        write_json(self.path, self.records)
+        return record
