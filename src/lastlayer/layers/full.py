@@ -1,12 +1,11 @@
 """The exact softmax over all classes, in chunks that never hold all the logits."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lastlayer.functional.checks import check_fraction, check_not_negative, check_vector
-from lastlayer.functional.linear_chunks import exact_dtype
 from lastlayer.functional.linear_cross_entropy import linear_cross_entropy
+from lastlayer.functional.linear_log_prob import linear_log_prob
 from lastlayer.functional.linear_statistics import linear_statistics
 from lastlayer.functional.logit_map import LogitMap, check_logit_map
 from lastlayer.layers.base import OutputLayer
@@ -127,14 +126,7 @@ class FullSoftmax(OutputLayer):
         )
 
     def _log_prob(self, hidden: Tensor) -> Tensor:
-        logits = F.linear(hidden, self.weight)
-        logits = logits.to(exact_dtype(logits.dtype))
-        if self.bias is not None:
-            logits = logits + self.bias
-        if self.logit_map is not None:
-            with torch.autocast(hidden.device.type, enabled=False):
-                logits = self.logit_map(logits)
-        return logits.log_softmax(-1)
+        return linear_log_prob(hidden, self.weight, self.bias, self.logit_map)
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return -linear_cross_entropy(

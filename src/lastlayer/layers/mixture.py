@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from lastlayer.functional.checks import check_fraction, check_positive, eager_on_cpu
 from lastlayer.functional.linear_chunks import as_exact
+from lastlayer.functional.linear_log_prob import linear_log_prob
 from lastlayer.functional.logit_map import LogitMap, check_logit_map
 from lastlayer.functional.mixture_cross_entropy import mixture_cross_entropy
 from lastlayer.layers.base import OutputLayer
@@ -140,20 +141,12 @@ class MixtureOfSoftmaxes(OutputLayer):
 
     def _log_prob(self, hidden: Tensor) -> Tensor:
         latents, log_prior = self.latents(hidden), self.log_prior(hidden)
-        parts = (self._component(latents[:, k]) + log_prior[:, k, None] for k in range(self.num_components))
-        total = next(parts)
-        for part in parts:
-            total = torch.logaddexp(total, part)
+        total: Tensor | None = None
+        for latent, share in zip(latents.unbind(1), log_prior.unbind(1), strict=True):
+            part = linear_log_prob(latent, self.weight, self.bias, self.logit_map) + share[:, None]
+            total = part if total is None else torch.logaddexp(total, part)
+        assert total is not None  # there is at least one component
         return total
-
-    def _component(self, latent: Tensor) -> Tensor:  # (N, V) log-probabilities
-        logits = as_exact(F.linear(latent, self.weight))
-        if self.bias is not None:
-            logits = logits + self.bias
-        if self.logit_map is not None:
-            with torch.autocast(latent.device.type, enabled=False):
-                logits = self.logit_map(logits)
-        return logits.log_softmax(-1)
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return -self._nll(hidden, self.log_prior(hidden), targets)

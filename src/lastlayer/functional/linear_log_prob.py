@@ -1,0 +1,23 @@
+"""All log-probabilities of a linear layer's softmax: the one place where the whole `(N, V)` tensor is wanted."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lastlayer.functional.linear_chunks import as_exact
+
+
+def linear_log_prob(
+    hidden: Tensor,  # (N, d)
+    weight: Tensor,  # (V, d)
+    bias: Tensor | None,  # (V,)
+    logit_map: nn.Module | None,
+) -> Tensor:  # (N, V), float32 at least
+    """`log_softmax(f(hidden @ weight.T + bias))`; what follows the product is in float32 at least."""
+    logits = as_exact(F.linear(hidden, weight))
+    if bias is not None:
+        logits = logits + bias
+    if logit_map is not None:
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = logit_map(logits)
+    return logits.log_softmax(-1)
