@@ -20,7 +20,7 @@ def head(num_classes, width=40, seed=7):
 
 def plain(layer, hidden, k, exact, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(module, "serves", lambda weight: False)
+        patch.setattr(layer, "_for_kernels", False)
         return layer.topk(hidden, k, exact)
 
 
@@ -58,7 +58,7 @@ def test_fused_logits_are_plain(preview, exact, monkeypatch):
         for call in (layer, layer.log_prob):
             mine = call(hidden[:rows])
             with monkeypatch.context() as patch:
-                patch.setattr(module, "serves", lambda weight: False)
+                patch.setattr(layer, "_for_kernels", False)
                 theirs = call(hidden[:rows])
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
 

@@ -14,6 +14,7 @@ from lastlayer.cli.large_sparse_targets import large_sparse_targets
 from lastlayer.cli.options import verb
 from lastlayer.cli.softmax_bottleneck import softmax_bottleneck
 from lastlayer.cli.speedup import speedup
+from lastlayer.cli.svd_softmax import svd_softmax
 
 PLAIN = {"rich_markup_mode": None, "no_args_is_help": True, "add_completion": False}
 app = typer.Typer(**PLAIN, pretty_exceptions_enable=False)
@@ -24,6 +25,7 @@ app.command("compare")(verb(compare))
 app.command("speedup")(verb(speedup))
 app.command("bench")(verb(bench))
 reproduce.command("softmax-bottleneck")(verb(softmax_bottleneck))
+reproduce.command("svd-softmax")(verb(svd_softmax))
 
 if reproduce.registered_commands:  # a group without papers is not shown
     app.add_typer(reproduce, name="reproduce")

@@ -38,7 +38,6 @@ def serves(weight: Tensor) -> bool:
         weight.dtype == torch.float32
         and weight.device.type == "cpu"
         and weight.is_contiguous()
-        and not torch.compiler.is_compiling()
         and kernels() is not None
     )
 

@@ -121,7 +121,6 @@ class ScreenedSoftmax(nn.Module):
         """Log-probabilities under the screen's own normaliser (float32, or float64)."""
         return self._each_row(hidden, lambda rows: self._logits(rows, True))
 
-    @torch.no_grad()
     def topk(
         self,
         hidden: Tensor,  # (..., d)
@@ -194,7 +193,8 @@ class ScreenedSoftmax(nn.Module):
         _check_head(self.weight, self.bias)
         self._prepared = self.preview.prepare(self.weight, self.bias)
         self._prepared_for = self._stamp()
-        self._arrays: HeadArrays | None = None
+        # the layer as the kernels take it; None: not asked for yet, False: they do not serve
+        self._for_kernels: tuple[Head, HeadArrays] | bool | None = None
 
     def save(self, folder: str | Path, include_weight: bool = True) -> None:
         """Writes the screen's settings and calibration, and its weight if wanted: safetensors and JSON.
@@ -221,8 +221,8 @@ class ScreenedSoftmax(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = self._prepared_for == self._stamp()
-        return {**super().__getstate__(), "_prepared_for": fresh, "_arrays": None}  # views of this one's memory
+        own = {"_prepared_for": self._prepared_for == self._stamp(), "_for_kernels": None}  # None: views of memory
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # a copy has memory of its own, and is as fresh or stale as its original
@@ -254,8 +254,10 @@ class ScreenedSoftmax(nn.Module):
         fused = self._by_kernels(rows, k, exact)
         if fused is not None:
             return fused[:3]
-        screened = self._screened(rows, k, exact)
-        return self._mapped(screened.values) - self._log_normalizer(screened), screened.indices, screened.certified
+        with torch.no_grad():
+            screened = self._screened(rows, k, exact)
+            log_prob = self._mapped(screened.values) - self._log_normalizer(screened)
+        return log_prob, screened.indices, screened.certified
 
     def _logits(self, rows: Tensor, normalised: bool) -> Tensor:
         """Logits, or log-probabilities, of one chunk of rows."""
@@ -268,15 +270,20 @@ class ScreenedSoftmax(nn.Module):
 
     def _by_kernels(self, rows: Tensor, k: int, exact: bool, with_logits: bool = False) -> Fused | None:
         """What the fused kernels say; None where they do not serve."""
-        plain = self.logit_map is None and self._prepared.normalizer_shift is None
-        if not plain or not serves(self.weight):
+        if self._for_kernels is None:
+            plain = self.logit_map is None and self._prepared.normalizer_shift is None
+            self._for_kernels = plain and serves(self.weight) and self._views()
+        if isinstance(self._for_kernels, bool) or torch.compiler.is_compiling():
             return None
-        rows, head = rows.detach(), Head(self.weight.detach(), None if self.bias is None else self.bias.detach())
-        self._arrays = self._arrays or HeadArrays.of(head, self._prepared)
+        (head, arrays), rows = self._for_kernels, rows.detach()
         with no_autocast(rows):
             if len(rows) * self.candidates >= self.out_features:
                 return dense_answer(head, rows, k)
-            return fused_answer(head, self._arrays, self._prepared, rows, self.candidates, k, exact, with_logits)
+            return fused_answer(head, arrays, self._prepared, rows, self.candidates, k, exact, with_logits)
+
+    def _views(self) -> tuple[Head, HeadArrays]:
+        head = Head(self.weight.detach(), None if self.bias is None else self.bias.detach())
+        return head, HeadArrays.of(head, self._prepared)
 
     def _followed(self, rows: Tensor) -> bool:
         """Whether autograd is to follow."""
