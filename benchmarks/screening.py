@@ -51,9 +51,16 @@ def states() -> None:
     head = smollm2()
     folder = Path(os.environ["LASTLAYER_DATA"]) / "wikitext-2"
     (path,) = folder.glob("*valid*")
-    text = lzma.decompress(path.read_bytes()).decode("utf-8").replace(" <unk>", "")
-    for mark in ("@-@", "@,@", "@.@"):
-        text = text.replace(f" {mark} ", mark[1])
+    text = lzma.decompress(path.read_bytes()).decode("utf-8")
+    for written, plain in (
+        (" @-@ ", "-"),
+        (" @,@ ", ","),
+        (" @.@ ", "."),
+        (" ,", ","),
+        (" .", "."),
+        (" <unk>", ""),
+    ):
+        text = text.replace(written, plain)
     ids = head.tokenizer(text, return_tensors="pt").input_ids[0][: CALIBRATION + HELD_OUT]
     found = torch.cat(list(hidden_states(head.model, ids.view(-1, 512).split(4))))
     save_file({"weight": head.weight, "hidden": found}, STATES)
