@@ -17,7 +17,7 @@ from lastlayer.study.choices import build_layer
 from lastlayer.study.cost import Sample, count_parameters, measure_costs
 from lastlayer.study.errors import StudyError, UsageError
 from lastlayer.study.evaluation import evaluate, topk_accuracy
-from lastlayer.study.figures import duration
+from lastlayer.study.figures import counted, duration
 from lastlayer.study.files import make_folder, write_text
 from lastlayer.study.language_model import LanguageModel
 from lastlayer.study.measure import synchronise
@@ -29,6 +29,7 @@ TOP = 10
 TOP_TOKENS = 2_000  # held-out tokens whose top-10 is asked for
 HELD_OUT_BATCH, HELD_OUT_WINDOW = 10, 50
 STEPS_OF_BAR = 1000
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False}  # a name may hold brackets
 
 
 @dataclass(frozen=True)
@@ -137,16 +138,17 @@ class Comparison:
         """Says what is about to be done and about how long it will take."""
         corpus, budget = self.corpus, self.plan.budget
         self.console.print(
-            f"[bold]{corpus.name}[/]: {len(corpus.train):,} words to train on, {len(corpus.held_out):,} "
+            f"{corpus.name}: {len(corpus.train):,} words to train on, {len(corpus.held_out):,} "
             f"held out, {corpus.num_classes:,} different ones",
-            highlight=False,
+            **PLAIN,
         )
         with self.console.status("trying each layer for a step, to tell how long this will take"):
             estimates = [self._estimate(name) for name in self.plan.layers]
         length = f"{budget.steps:,} steps" if budget.steps is not None else f"{budget.seconds:g} s of training"
         self.console.print(
-            f"{len(estimates)} layers, {length} each, and the measuring: about {duration(sum(estimates))} in all",
-            highlight=False,
+            f"{counted(len(estimates), 'layer')}, {length} each, and the measuring: "
+            f"about {duration(sum(estimates))} in all",
+            **PLAIN,
         )
 
     def _estimate(self, name: str) -> float:
@@ -167,7 +169,7 @@ class Comparison:
         """Trains and evaluates one layer, or takes it from its checkpoint."""
         trainer = self._trainer(name, self.checkpoint(name))
         if resume and trainer.resume() and trainer.result is not None:
-            self.console.print(f"{name}: already trained", highlight=False)
+            self.console.print(f"{name}: already trained", **PLAIN)
             return trainer
         with _progress(name, trainer, self.console) as on_step:
             trainer.run(on_step)

@@ -11,8 +11,13 @@ def figure(value: float) -> str:
     return f"{value:.{decimals}f}"
 
 
+def counted(number: int, thing: str) -> str:
+    """`1 layer`, `2 layers`."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+
+
 def duration(seconds: float) -> str:
     """A length of time in the unit that suits it."""
     if seconds < 90:
-        return f"{max(1, round(seconds))} seconds"
+        return counted(max(1, round(seconds)), "second")
     return f"{round(seconds / 60)} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

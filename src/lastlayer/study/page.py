@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from lastlayer.study.chart import Line, line_chart
-from lastlayer.study.figures import figure
+from lastlayer.study.figures import counted, figure
 from lastlayer.study.page_style import COLOURS, STYLE
 
 Record = dict[str, Any]
@@ -166,12 +166,12 @@ def _table(records: list[Record]) -> str:
         ("top-10", lambda r: f"{r['top10_accuracy']:.1%}"),
         ("words seen", lambda r: f"{r['tokens']:,}"),
         ("words/s", lambda r: figure(r["tokens_per_second"])),
-        ("layer ms/step", lambda r: figure(r["output_layer_ms"])),
+        ("layer step ms", lambda r: figure(r["output_layer_ms"])),
         ("query ms", lambda r: figure(r["query_ms"])),
         ("screened ms", lambda r: "-" if r["screened_query_ms"] is None else figure(r["screened_query_ms"])),
-        ("same top ten", lambda r: "-" if r["screened_agreement"] is None else f"{r['screened_agreement']:.0%}"),
+        ("same ten", lambda r: "-" if r["screened_agreement"] is None else f"{r['screened_agreement']:.0%}"),
         ("step MB", lambda r: figure(r["peak_bytes"] / 1e6)),
-        ("parameters", lambda r: f"{r['parameters']:,}"),
+        ("million parameters", lambda r: figure(r["parameters"] / 1e6)),
     ]
     head = "".join(f"<th>{escape(title)}</th>" for title, _ in columns)
     rows = "".join(f"<tr>{''.join(f'<td>{cell(r)}</td>' for _, cell in columns)}</tr>" for r in records)
@@ -180,7 +180,11 @@ def _table(records: list[Record]) -> str:
 
 def _conditions(results: dict[str, Any]) -> str:
     where, settings, first = results["environment"], results["settings"], results["records"][0]
-    device = where["gpu"] if settings["device"] != "cpu" else f"{where['machine']}, {where['threads']} threads"
+    device = (
+        where["gpu"]
+        if settings["device"] != "cpu"
+        else f"{where['machine']}, {counted(where['threads'], 'thread')}"
+    )
     return (
         f"<p>Machine: {escape(str(device))}; PyTorch {escape(str(where['torch']))}, lastlayer "
         f"{escape(str(where['lastlayer']))}, commit {escape(str(where['commit']))}, {escape(where['time'])}.</p>"

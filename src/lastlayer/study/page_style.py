@@ -52,7 +52,7 @@ dt i{display:inline-block;width:.7rem;height:.7rem;border-radius:.2rem;margin-ri
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.84rem;font-variant-numeric:tabular-nums;white-space:nowrap}
 th,td{padding:.35rem .55rem;text-align:right;border-bottom:1px solid var(--rule)}
-th{color:var(--quiet);font-weight:500}
+th{color:var(--quiet);font-weight:500;white-space:normal;vertical-align:bottom}
 th:first-child,td:first-child{text-align:left;padding-left:0;font-weight:600}
 code{font-size:.88rem;overflow-wrap:anywhere}
 @media(max-width:34rem){.wide{display:none}.narrow{display:block}figure{padding:.9rem .5rem}

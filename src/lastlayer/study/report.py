@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lastlayer.study.choices import CHOICES
 from lastlayer.study.figures import figure
@@ -58,11 +59,11 @@ def write_report(out: Path, report: Report) -> None:
 def show(report: Report, out: Path, console: Console) -> None:
     """Prints the table, and where the page is."""
     title = f"{report.text['name']}, {report.text['num_classes']:,} different words"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("layer", no_wrap=True)
     for heading, _ in COLUMNS:
         table.add_column(heading, justify="right", no_wrap=True)
     for record in report.records:
         table.add_row(record["layer"], *(shown(record) for _, shown in COLUMNS))
     console.print(table)
-    console.print(f"The page: {out / 'index.html'}", highlight=False, soft_wrap=True)
+    console.print(f"The page: {out / 'index.html'}", highlight=False, markup=False, soft_wrap=True)
