@@ -14,8 +14,6 @@ def test_costs_of_layers(monkeypatch):
     monkeypatch.setattr(cost, "QUERY_ROUNDS", 2)
     layers = {"full": FullSoftmax(16, 5000), "hierarchical": HierarchicalSoftmax(16, 5000, sparse=True)}
     layers["factored"] = FactoredOutput(16, 5000)
-    with torch.no_grad():
-        layers["full"].weight.mul_(4 * 0.5 ** torch.arange(16))  # a spectrum that a screen can use
     before = {name: copy.deepcopy(layer.state_dict()) for name, layer in layers.items()}
     samples = {name: Sample(torch.randn(64, 16), torch.randint(5000, (64,))) for name in layers}
     costs = measure_costs(layers, samples, 10)
@@ -26,7 +24,7 @@ def test_costs_of_layers(monkeypatch):
     assert min(full.step_ms, full.query_ms, hierarchical.step_ms, hierarchical.query_ms) > 0
     assert full.screened_ms is not None
     assert full.screened_agreement is not None
-    assert 0.3 < full.screened_agreement <= 1
+    assert full.screened_agreement == 1  # proved
     assert (hierarchical.screened_ms, hierarchical.screened_agreement) == (None, None)
     for name, layer in layers.items():
         assert all(torch.equal(value, before[name][key]) for key, value in layer.state_dict().items())

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.factored import FactoredOutput
 from lastlayer.layers.factored_sgd import FactoredSGD
-from lastlayer.screening import ScreenedSoftmax, SVDPreview
+from lastlayer.screening import Int8Preview, ScreenedSoftmax, SVDPreview
 from lastlayer.study.choices import build_layer
 
 Call = Callable[[], object]
@@ -104,7 +104,18 @@ def query_peers(
     calls: dict[str, Call] = {QUERY_BASELINE: lambda: linear(hidden).topk(k)}
     for name, layer in layers.items():
         calls[name] = lambda layer=layer: layer.topk(hidden, k)
-    width, candidates = max(1, linear.in_features // 8), max(k, linear.out_features // 16)
-    screen = ScreenedSoftmax.from_linear(linear, preview=SVDPreview(width), candidates=candidates)
-    calls[f"screened, SVDPreview({width})"] = lambda: screen.topk(hidden, k)
+    for name, screen in screens(linear, k).items():
+        calls[name] = lambda screen=screen: screen.topk(hidden, k)
     return {name: torch.no_grad()(call) for name, call in calls.items()}
+
+
+def screens(linear: nn.Linear, k: int) -> dict[str, ScreenedSoftmax]:
+    """The paper's screen (an eighth of the width, a sixteenth of the classes), and one that proves its answers."""
+    V, d = linear.out_features, linear.in_features
+    svd = SVDPreview(max(1, d // 8))
+    return {
+        f"screened, SVDPreview({svd.window})": ScreenedSoftmax.from_linear(linear, preview=svd, candidates=max(k, V // 16)),
+        "screened, Int8Preview, exact": ScreenedSoftmax.from_linear(
+            linear, preview=Int8Preview(), candidates=min(V, max(k, 64)), exact=True
+        ),
+    }

@@ -10,11 +10,12 @@ from torch import Tensor
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.factored import FactoredOutput
 from lastlayer.layers.factored_sgd import FactoredSGD
-from lastlayer.screening import ScreenedSoftmax, SVDPreview
+from lastlayer.screening import Int8Preview, ScreenedSoftmax
 from lastlayer.study.language_model import adagrad
 from lastlayer.study.measure import interleaved, peak_bytes
 
 ROUNDS, QUERY_ROUNDS, QUERY_REPEATS = 7, 15, 8
+CANDIDATES = 64  # rescored at first; an exact screen widens them where it must
 SCREEN_FROM = 4096  # classes; below, a query of all of them is as quick
 
 
@@ -85,12 +86,11 @@ def count_parameters(layer: OutputLayer) -> int:
 
 
 def screen_of(layer: OutputLayer) -> ScreenedSoftmax | None:
-    """A screen with an eighth of the width and a sixteenth of the classes; None for a layer without one matrix."""
+    """A screen whose every answer is proved to be the layer's own; None for a layer without one matrix."""
     if layer.num_classes < SCREEN_FROM:
         return None
-    preview = SVDPreview(max(1, layer.in_features // 8))
     try:
-        return ScreenedSoftmax.from_layer(layer, preview=preview, candidates=layer.num_classes // 16)
+        return ScreenedSoftmax.from_layer(layer, preview=Int8Preview(), candidates=CANDIDATES, exact=True)
     except TypeError:
         return None
 
