@@ -208,8 +208,13 @@ def test_layers_by_name():
 
 
 @pytest.mark.parametrize("name", list(CHOICES))
-def test_every_choice_builds(name):
-    counts = torch.arange(40, 0, -1)
-    layer = build_layer(name, 6, counts)
-    assert (layer.in_features, layer.num_classes) == (6, 40)
+@pytest.mark.parametrize(("in_features", "num_classes"), [(6, 40), (1, 2), (33, 1000)])
+def test_every_choice_builds(name, in_features, num_classes):
+    counts = torch.arange(num_classes, 0, -1)
+    layer = build_layer(name, in_features, counts)
+    assert (layer.in_features, layer.num_classes) == (in_features, num_classes)
+    twin = build_layer(name, in_features, counts)  # a resumed run makes the very same layer
+    layer.load_state_dict(twin.state_dict())
+    hidden, targets = torch.randn(5, in_features), torch.arange(5) % num_classes
+    assert torch.equal(layer(hidden, targets), twin(hidden, targets))
     assert CHOICES[name].description

@@ -114,7 +114,9 @@ def screens(linear: nn.Linear, k: int) -> dict[str, ScreenedSoftmax]:
     V, d = linear.out_features, linear.in_features
     svd = SVDPreview(max(1, d // 8))
     return {
-        f"screened, SVDPreview({svd.window})": ScreenedSoftmax.from_linear(linear, preview=svd, candidates=max(k, V // 16)),
+        f"screened, SVDPreview({svd.window})": ScreenedSoftmax.from_linear(
+            linear, preview=svd, candidates=max(k, V // 16)
+        ),
         "screened, Int8Preview, exact": ScreenedSoftmax.from_linear(
             linear, preview=Int8Preview(), candidates=min(V, max(k, 64)), exact=True
         ),

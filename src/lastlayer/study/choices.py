@@ -32,11 +32,17 @@ class Choice:
     build: Callable[[int, Tensor], OutputLayer]
 
 
+# Seconds, as measured on two cores; given, so that a resumed run cuts where the first did.
+ADAPTIVE_COSTS = (4e-4, 2.8e-10)
+
+
 def _adaptive(in_features: int, counts: Tensor) -> OutputLayer:
     """Two tails, where there are enough classes, each a quarter as wide as the last, where that leaves a width."""
     div_value = 4.0 if in_features >= 16 else 2.0 if in_features >= 4 else 1.0
     tails = min(2, len(counts) - 1)
-    cutoffs = AdaptiveSoftmax.cutoffs_for(counts, tails, in_features=in_features, div_value=div_value)
+    cutoffs = AdaptiveSoftmax.cutoffs_for(
+        counts, tails, in_features=in_features, div_value=div_value, costs=ADAPTIVE_COSTS
+    )
     return AdaptiveSoftmax(in_features, len(counts), cutoffs, div_value=div_value)
 
 
@@ -66,7 +72,7 @@ CHOICES: dict[str, Choice] = {
     ),
 }
 
-DEFAULT_LAYERS = "full,hierarchical"
+DEFAULT_LAYERS = "full,hierarchical,adaptive"
 
 
 def choose(names: str) -> list[str]:
