@@ -1,6 +1,8 @@
 # The two commands of a new user: `make demo` and `make test`. Each does all its own set-up in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# Options for `make demo`, such as DEMO="--seconds 5"
+DEMO ?=
 
 .PHONY: demo test lint types docs format
 
@@ -10,7 +12,7 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/lastlayer compare
+	$(BIN)/lastlayer compare $(DEMO)
 
 test: .venv/installed lint types docs
 	$(BIN)/pytest
