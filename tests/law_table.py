@@ -24,8 +24,8 @@ from oracles import (
     full_softmax,
     full_softmax_loss,
     hierarchical_softmax,
-    tree_softmax,
     mixture_of_softmaxes,
+    tree_softmax,
 )
 
 

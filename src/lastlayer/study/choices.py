@@ -12,10 +12,10 @@ from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.factored import FactoredOutput
 from lastlayer.layers.full import FullSoftmax
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
-from lastlayer.layers.tree import TreeSoftmax
 from lastlayer.layers.mixture import MixtureOfSoftmaxes
 from lastlayer.layers.plif import PLIF
 from lastlayer.layers.sigsoftmax import Sigsoftmax
+from lastlayer.layers.tree import TreeSoftmax
 from lastlayer.study.errors import UsageError
 
 
