@@ -46,6 +46,7 @@ def speed_up(
         f"{head.name}: {classes:,} classes, width {width}; {len(hidden):,} hidden states from {source}, "
         "half to calibrate and tune, half to measure",
         highlight=False,
+        markup=False,
     )
     try:
         with console.status("trying previews"):
@@ -57,8 +58,10 @@ def speed_up(
     screen.save(out / "screen", include_weight=head.model is None)
     write_json(out / "results.json", {"environment": environment(), "source": source, "records": records})
     write_whole(out / "frontier.png", lambda path: _plot(records, agreement, path))
-    console.print(_verdict(chosen, agreement), highlight=False)
-    console.print(f"Saved: {out / 'screen'} (ScreenedSoftmax.load), {out / 'frontier.png'}", highlight=False)
+    console.print(_verdict(chosen, agreement), highlight=False, markup=False)
+    console.print(
+        f"Saved: {out / 'screen'} (ScreenedSoftmax.load), {out / 'frontier.png'}", highlight=False, markup=False
+    )
     return records
 
 

@@ -63,6 +63,7 @@ def reproduce(corpus: Corpus, plan: Plan, out: Path, console: Console) -> list[R
         f"{corpus.name}, {corpus.num_classes:,} words: {plan.seconds:g} s of training, then "
         f"{2 * len(WINDOW_PARTS) * len(CANDIDATE_SHARES)} settings on {plan.positions:,} held-out words",
         highlight=False,
+        markup=False,
     )
     with console.status("training the language model"):
         model = _trained(corpus, plan)
@@ -228,7 +229,5 @@ def _show(records: list[Record], console: Console) -> None:
     console.print(table)
     for r in records:
         if r["case"] == "claim":
-            console.print(
-                f"claimed:  {r['claim']}\nmeasured: {r['measured']}\n          ({r['conditions']})\n",
-                highlight=False,
-            )
+            said = f"claimed:  {r['claim']}\nmeasured: {r['measured']}\n          ({r['conditions']})\n"
+            console.print(said, highlight=False, markup=False, soft_wrap=True)
