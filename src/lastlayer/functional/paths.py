@@ -9,12 +9,14 @@ from torch.nn import functional as F
 
 from lastlayer.functional.first_order import first_order
 from lastlayer.functional.linear_chunks import as_exact, product_dtype
+from lastlayer.functional.outside_graphs import outside_graphs
 from lastlayer.functional.row_sparse import row_sparse
 from lastlayer.functional.softmaxes import can_compile
 from lastlayer.functional.trees import Tree
 from lastlayer.kernels import paths as kernels
 
 
+@outside_graphs
 def path_log_prob(
     hidden: Tensor,  # (N, d)
     weight: Tensor,  # (V - 1, d)

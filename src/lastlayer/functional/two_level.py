@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from lastlayer.functional.groups import group_by_cluster, touched_rows, whole_batch
 from lastlayer.functional.linear_chunks import exact_dtype, product_dtype
+from lastlayer.functional.outside_graphs import outside_graphs
 from lastlayer.functional.row_sparse import GradientMemory, row_sparse
 from lastlayer.functional.softmaxes import Softmaxes, can_compile
 from lastlayer.functional.two_level_small import SmallTwoLevelLogProb
@@ -26,6 +27,7 @@ class TwoLevel(NamedTuple):
     bias: Tensor | None  # (V,)
 
 
+@outside_graphs
 def two_level_log_prob(
     hidden: Tensor,  # (N, d)
     parameters: TwoLevel,
