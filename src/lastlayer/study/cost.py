@@ -65,6 +65,7 @@ def training_step(layer: OutputLayer, sample: Sample) -> Callable[[], None]:
     """Forward, backward and an update too small to change anything, which costs what any other does."""
     factored = isinstance(layer, FactoredOutput)
     optimizer = FactoredSGD(layer, 1e-20) if factored else adagrad(layer.parameters(), 0.0)
+    optimizer.zero_grad()  # training leaves its last gradients
     inputs = sample.hidden.detach().requires_grad_()  # the rest of the network wants its gradient
 
     def step() -> None:
