@@ -92,11 +92,16 @@ def test_evaluation_is_the_models_own_probability():
 
 
 def test_seconds_are_a_budget_too():
-    run = trainer(seconds=0.2)
-    run.run()
-    assert 0.2 <= run.seconds < 1.0
+    run, ends = trainer(seconds=0.2), []
+    run.run(lambda at: ends.append(at.seconds))
+    assert all(end < 0.2 for end in ends[:-1])  # no step begins when the time is over
+    assert run.seconds == ends[-1] >= 0.2
     assert run.share_used == 1
-    assert all(group["lr"] < rate * 0.2 for group, rate in zip(run._groups(), run.base_rates, strict=True))
+    run._set_rates()
+    assert all(
+        group["lr"] == pytest.approx(rate * training.FINAL_RATE)
+        for group, rate in zip(run._groups(), run.base_rates, strict=True)
+    )
 
 
 @pytest.mark.parametrize("layer", ["full", "hierarchical"])
