@@ -10,6 +10,7 @@ import typer
 import lastlayer
 from lastlayer.cli.bench import bench
 from lastlayer.cli.compare import compare
+from lastlayer.cli.hierarchical_softmax import hierarchical_softmax
 from lastlayer.cli.large_sparse_targets import large_sparse_targets
 from lastlayer.cli.options import verb
 from lastlayer.cli.softmax_bottleneck import softmax_bottleneck
@@ -26,6 +27,7 @@ app.command("speedup")(verb(speedup))
 app.command("bench")(verb(bench))
 reproduce.command("softmax-bottleneck")(verb(softmax_bottleneck))
 reproduce.command("svd-softmax")(verb(svd_softmax))
+reproduce.command("hierarchical-softmax")(verb(hierarchical_softmax))
 
 if reproduce.registered_commands:  # a group without papers is not shown
     app.add_typer(reproduce, name="reproduce")

@@ -54,7 +54,7 @@ def training_peers(
         adaptive = adaptive.to(hidden.device)
         losses["nn.AdaptiveLogSoftmaxWithLoss"] = (adaptive, lambda h, t: adaptive(h, t).loss)
     losses |= {name: (layer, layer) for name, layer in layers.items()}
-    return {name: _step(module, loss, hidden, targets) for name, (module, loss) in losses.items()}
+    return {name: training_step(module, loss, hidden, targets) for name, (module, loss) in losses.items()}
 
 
 def linear_cross_entropy_settings() -> list[tuple[str, Any]]:
@@ -80,7 +80,8 @@ def torch_adaptive(in_features: int, num_classes: int) -> nn.AdaptiveLogSoftmaxW
     return nn.AdaptiveLogSoftmaxWithLoss(in_features, num_classes, cutoffs, div_value=div_value)
 
 
-def _step(module: nn.Module, loss: Loss, hidden: Tensor, targets: Tensor) -> Call:
+def training_step(module: nn.Module, loss: Loss, hidden: Tensor, targets: Tensor) -> Call:
+    """Forward, backward and an SGD step, the gradient of the hidden states included."""
     factored = isinstance(module, FactoredOutput)
     optimizer = FactoredSGD(module, lr=1e-3) if factored else torch.optim.SGD(module.parameters(), lr=1e-3)
     inputs = hidden.clone().requires_grad_()  # the rest of a network wants its gradient
