@@ -15,7 +15,7 @@ demo: .venv/installed
 	$(BIN)/lastlayer compare $(DEMO)
 
 test: .venv/installed lint types docs
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto
 
 lint: .venv/installed
 	$(BIN)/ruff check .
