@@ -16,6 +16,8 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from lastlayer.kernels.fast_math import load
+
 UNCERTIFIED, CERTIFIED, DENSE = 0, 1, 2  # what became of a row; DENSE: too much is in play, ask the full layer
 MINUS_INFINITY = np.float32(-np.inf)
 LANES = 64  # int8 numbers that one instruction multiplies
@@ -222,7 +224,7 @@ def scan_int8(
 
 @njit(cache=True, parallel=True, fastmath=FAST)
 def scan_float(
-    rows: Any,  # (V, w) float32
+    rows: Any,  # (V, w) float32, or the bits of bfloat16 as int16
     hidden: Any,  # (w,) float32
     bias: Any,  # (V,) float32
     size: int,
@@ -241,33 +243,7 @@ def scan_float(
             for i in range(first, last):
                 total = np.float32(0.0)
                 for j in range(width):
-                    total += rows[i, j] * hidden[j]
-                scores[i] = total + bias[i]
-            _summarise(scores, first, last, size, block_max, block_sum)
-
-
-@njit(cache=True, parallel=True, fastmath=FAST)
-def scan_bfloat16(
-    rows: Any,  # (V, w) int16: the bits
-    hidden: Any,  # (w,) float32
-    bias: Any,  # (V,) float32
-    size: int,
-    workers: int,
-    scores: Any,  # (V,) float32, out
-    block_max: Any,  # (ceil(V / size),) float32, out
-    block_sum: Any,  # the same, out
-) -> None:
-    """`scan_float` of bfloat16 rows: their bits are the upper half of a float32's."""
-    classes, width = rows.shape
-    tile = 4 * size
-    per_worker = ((classes + tile - 1) // tile + workers - 1) // workers * tile
-    for worker in prange(workers):
-        for first in range(worker * per_worker, min((worker + 1) * per_worker, classes), tile):
-            last = min(first + tile, (worker + 1) * per_worker, classes)
-            for i in range(first, last):
-                total = np.float32(0.0)
-                for j in range(width):
-                    total += np.int32(np.int32(rows[i, j]) << np.int32(16)).view(np.float32) * hidden[j]
+                    total += load(rows[i, j]) * hidden[j]
                 scores[i] = total + bias[i]
             _summarise(scores, first, last, size, block_max, block_sum)
 

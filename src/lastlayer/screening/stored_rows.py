@@ -63,11 +63,9 @@ class FloatRows:
     ) -> tuple[Summary, tuple[float, ...]]:
         """Scores of one hidden state, summarised in the same pass, and `of_rows`."""
         room = Summary.empty(1, len(self.stored))
-        if self.stored.dtype == torch.bfloat16:
-            scan, stored = kernels().scan_bfloat16, self.stored.view(torch.int16)
-        else:
-            scan, stored = kernels().scan_float, self.stored
-        scan(stored.numpy(), hidden, bias, BLOCK, workers, *room.row())
+        bits = self.stored.dtype == torch.bfloat16
+        stored = self.stored.view(torch.int16) if bits else self.stored
+        kernels().scan_float(stored.numpy(), hidden, bias, BLOCK, workers, *room.row())
         return room, (norm,)
 
     def summary(
