@@ -1,5 +1,7 @@
 """Top-k by the fused kernels: what they serve, and the launch. `screen.screen` is the plain form of the same."""
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -10,26 +12,9 @@ from torch import Tensor
 from lastlayer.screening.exact import full_logits
 from lastlayer.screening.preview import PreparedPreview
 from lastlayer.screening.screen import Head
-from lastlayer.screening.summary import BLOCK, Summary, kernels
+from lastlayer.screening.summary import BLOCK, Asked, Summary, kernels
 
-MOST = 1e30  # larger hidden states could overflow float32, which the kernels do not look for
-
-
-class HeadArrays(NamedTuple):
-    """The layer and its preview's bounds as the kernels take them; views, where they can be."""
-
-    weight: np.ndarray  # (V, d) float32
-    bias: np.ndarray  # (V,) float32
-    of_classes: np.ndarray  # (m, V) float32
-    of_blocks: np.ndarray  # (m, blocks) float32: the largest in each block
-
-    @classmethod
-    def of(cls, head: Head, preview: PreparedPreview) -> "HeadArrays":
-        """Made once a weight."""
-        of_classes = preview.of_classes.contiguous()
-        blocks = F.pad(of_classes, (0, -of_classes.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK)).amax(-1)
-        bias = head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias
-        return cls(*(t.detach().contiguous().numpy() for t in (head.weight, bias, of_classes, blocks)))
+SMALL = 1 << 18  # bytes that one thread has read before a second wakes up
 
 
 def serves(weight: Tensor) -> bool:
@@ -42,11 +27,17 @@ def serves(weight: Tensor) -> bool:
     )
 
 
-def set_workers() -> int:
-    """How many threads the kernels use: PyTorch's number, as far as numba has them."""
+@functools.cache
+def _numba_threads() -> tuple[int, Callable[[int], None]]:
     from numba import config, set_num_threads
 
-    count = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)  # pyright: ignore[reportAttributeAccessIssue]
+    return config.NUMBA_NUM_THREADS, set_num_threads  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def set_workers() -> int:
+    """How many threads the kernels use: PyTorch's number, as far as numba has them."""
+    most, set_num_threads = _numba_threads()
+    count = min(torch.get_num_threads(), most)
     set_num_threads(count)
     return count
 
@@ -60,67 +51,101 @@ class Fused(NamedTuple):
     logits: Tensor  # (N, V), exact where rescored; (N, 0) if not asked for
     log_normalizer: Tensor  # (N, 1)
 
+
+class Outputs(NamedTuple):
+    """Arrays that the kernels fill."""
+
+    log_prob: np.ndarray  # (N, k) float32
+    indices: np.ndarray  # (N, k) int64
+    log_normalizer: np.ndarray  # (N, 1) float32
+    final: np.ndarray  # (N, V) float32; or (N, 0)
+
     @classmethod
-    def of(cls, values: np.ndarray, log_normalizer: np.ndarray, *others: np.ndarray) -> "Fused":
-        """Tensors over the kernels' arrays: raw logits of the best, normaliser, then the other fields."""
-        indices, certified, logits = (torch.from_numpy(part) for part in others)
-        normalizer = torch.from_numpy(log_normalizer)
-        return cls(torch.from_numpy(values - log_normalizer), indices, certified, logits, normalizer)
+    def empty(cls, rows: int, k: int, classes: int) -> "Outputs":
+        """Room for the answers to some rows."""
+        values = np.empty((rows, k), dtype=np.float32), np.empty((rows, k), dtype=np.int64)
+        return cls(*values, np.empty((rows, 1), dtype=np.float32), torch.empty(rows, classes).numpy())
+
+    def fused(self, certified: np.ndarray) -> Fused:
+        """The same as tensors."""
+        tensors = (torch.from_numpy(array) for array in (self.log_prob, self.indices, certified, self.final))
+        return Fused(*tensors, torch.from_numpy(self.log_normalizer))
 
 
-def fused_answer(
-    head: Head,
-    arrays: HeadArrays,
-    preview: PreparedPreview,
-    hidden: Tensor,  # (N, d) float32
-    candidates: int,
-    k: int,
-    exact: bool,
-    with_logits: bool = False,
-) -> Fused | None:
-    """Some rows screened by the kernels; None where they are not for the kernels."""
+class FusedScreen:
+    """One screen as the kernels take it: views of the layer and of the bounds, and room for one query."""
+
+    def __init__(self, head: Head, preview: PreparedPreview, candidates: int) -> None:
+        self.head, self.preview, self.candidates = head, preview, candidates
+        of_classes = preview.of_classes.contiguous()
+        blocks = F.pad(of_classes, (0, -of_classes.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK)).amax(-1)
+        bias = head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias
+        self.arrays = tuple(t.detach().contiguous().numpy() for t in (of_classes, blocks, head.weight, bias))
+        self.room = Summary.empty(1, len(head.weight)).row()
+        self.of_row = np.empty(len(of_classes), dtype=np.float32)
+
+    def answer(
+        self,
+        hidden: Tensor,  # (N, d) float32
+        k: int,
+        exact: bool,
+        with_logits: bool = False,
+    ) -> Fused | None:
+        """The rows screened by the kernels; None where they are not for the kernels.
+
+        Where gathering the candidates' rows would move more than the full layer reads, the full layer runs.
+        """
+        count, classes = len(hidden), len(self.head.weight)
+        if count * self.candidates >= classes:
+            return self._all_dense(hidden, k)
+        outputs = Outputs.empty(count, k, classes if with_logits else 0)
+        if count == 1:
+            return self._one(hidden, outputs, exact)
+        run = kernels()
+        if not _moderate(hidden):
+            return None
+        summary, of_rows = self.preview.summary(hidden, set_workers())
+        status = np.empty(count, dtype=np.int64)
+        choice = self.candidates, exact
+        run.answer_rows(*summary, BLOCK, of_rows, *self.arrays, hidden.numpy(), *choice, *outputs, status)
+        dense = status == run.DENSE
+        if dense.any():
+            self._dense(hidden[torch.from_numpy(dense)], outputs, dense)
+        return outputs.fused(status != run.UNCERTIFIED)
+
+    def _one(self, hidden: Tensor, outputs: Outputs, exact: bool) -> Fused | None:
+        run, row = kernels(), hidden.numpy()[0]
+        workers = set_workers() if self.preview.bytes_read > SMALL else 1
+        choice = self.candidates, exact, workers
+        into = (array[0] for array in outputs)
+        status = self.preview.query(Asked(*self.room, BLOCK, self.of_row, *self.arrays, row, *choice, *into))
+        if status == run.BAD:
+            return None
+        if status == run.DENSE:
+            self._dense(hidden, outputs, np.ones(1, dtype=np.bool_))
+        return outputs.fused(np.array([status != run.UNCERTIFIED]))
+
+    def _all_dense(self, hidden: Tensor, k: int) -> Fused | None:
+        if not len(hidden) or not _moderate(hidden):
+            return None
+        set_workers()
+        everything = np.ones(len(hidden), dtype=np.bool_)
+        outputs = Outputs.empty(len(hidden), k, 0)
+        return outputs._replace(final=self._dense(hidden, outputs, everything)).fused(everything)
+
+    def _dense(self, hidden: Tensor, outputs: Outputs, at: np.ndarray) -> np.ndarray:
+        """The full layer, its best selected by the kernels: answers into `outputs` at some rows; its logits."""
+        summary = Summary.of(full_logits(hidden, self.head.weight, self.head.bias))
+        found = Outputs.empty(len(hidden), outputs.log_prob.shape[1], 0)
+        kernels().answer_dense(*summary, BLOCK, *found[:3])
+        for mine, theirs in zip(outputs[:3], found[:3], strict=True):
+            mine[at] = theirs
+        if outputs.final.size:
+            outputs.final[at] = summary.scores
+        return summary.scores
+
+
+def _moderate(hidden: Tensor) -> bool:
+    """Whether all numbers are finite, and so small that float32 does not overflow."""
     rows = hidden.numpy()
-    if not max(rows.max(), -rows.min()) < MOST:  # NaN as well
-        return None
-    count, workers, run = len(rows), set_workers(), kernels()
-    summary, of_rows = preview.summary(hidden, workers)
-    final = summary.scores.copy() if with_logits else np.empty((count, 0), dtype=np.float32)
-    values, indices = np.empty((count, k), dtype=np.float32), np.empty((count, k), dtype=np.int64)
-    log_normalizer, status = np.empty((count, 1), dtype=np.float32), np.empty(count, dtype=np.int64)
-    bounds = arrays.of_classes, arrays.of_blocks, arrays.weight, arrays.bias
-    if count == 1:  # workers share the row
-        outputs = values[0], indices[0], final[0]
-        log_normalizer[0, 0], status[0] = run.answer(
-            *summary.row(), BLOCK, of_rows[0], *bounds, rows[0], candidates, exact, workers, *outputs
-        )
-    else:  # rows are spread over workers
-        outputs = values, indices, final, log_normalizer[:, 0], status
-        run.answer_rows(*summary, BLOCK, of_rows, *bounds, rows, candidates, exact, *outputs)
-    dense = status == run.DENSE
-    if dense.any():
-        full = _dense(head, hidden[torch.from_numpy(dense)], k)
-        values[dense], indices[dense], log_normalizer[dense] = full[:3]
-        if with_logits:
-            final[dense] = full[3]
-    return Fused.of(values, log_normalizer, indices, status != run.UNCERTIFIED, final)
-
-
-def dense_answer(
-    head: Head,
-    hidden: Tensor,  # (N, d) float32
-    k: int,
-) -> Fused | None:
-    """The full layer, its best selected by the kernels; None where the rows are not for the kernels."""
-    if not len(hidden) or not hidden.abs().amax() < MOST:
-        return None
-    set_workers()
-    values, indices, log_normalizer, logits = _dense(head, hidden, k)
-    return Fused.of(values, log_normalizer, indices, np.ones(len(hidden), dtype=np.bool_), logits)
-
-
-def _dense(head: Head, hidden: Tensor, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    summary = Summary.of(full_logits(hidden, head.weight.detach(), head.bias))
-    values, indices = np.empty((len(hidden), k), dtype=np.float32), np.empty((len(hidden), k), dtype=np.int64)
-    log_normalizer = np.empty((len(hidden), 1), dtype=np.float32)
-    kernels().answer_dense(*summary, BLOCK, values, indices, log_normalizer[:, 0])
-    return values, indices, log_normalizer, summary.scores
+    return bool(max(rows.max(), -rows.min()) < kernels().MOST)  # False for NaN as well

@@ -9,7 +9,7 @@ from torch import Tensor
 from lastlayer.screening.exact import full_logits, rounding_share, row_norms, working_dtype
 from lastlayer.screening.preview import ErrorBound, PreparedPreview, Preview
 from lastlayer.screening.quantised import Int8Rows
-from lastlayer.screening.summary import Summary
+from lastlayer.screening.summary import Asked, Summary
 
 
 @dataclass(frozen=True)
@@ -46,32 +46,34 @@ class PreparedInt8(PreparedPreview):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.dtype = working_dtype(weight.dtype)
         self.rows = Int8Rows(weight, self.dtype)
-        size = row_norms(weight)
-        self.bias = torch.zeros_like(size) if bias is None else bias.to(self.dtype)
-        size = size + self.bias.abs()
-        self.of_classes = torch.cat([self.rows.of_classes, size[None]])
+        self.bias = torch.zeros(len(weight), dtype=self.dtype, device=weight.device)
+        norms = row_norms(weight)
+        if bias is not None:
+            self.bias = bias.to(self.dtype)
+        # the full layer's rounding is a share of ||w|| ||h|| + |b| + ||w|| + |b| ||h||
+        rounding = rounding_share(weight.shape[-1], self.dtype) * (norms + self.bias.abs())
+        integers, leftovers = self.rows.of_classes
+        self.of_classes = torch.stack([integers + rounding, leftovers, rounding])
         self.bytes_read = self.rows.bytes_read
 
     def scores(self, hidden: Tensor) -> Tensor:
         return self.rows.scores(hidden, self.bias)
 
     def error(self, hidden: Tensor) -> ErrorBound:
-        return ErrorBound(self._of_rows(hidden, self.rows.of_rows(hidden)), self.of_classes)
+        return ErrorBound(self._of_rows(self.rows.of_rows(hidden)), self.of_classes)
 
     def summary(self, hidden: Tensor, workers: int) -> tuple[Summary, np.ndarray]:
-        if len(hidden) > 1:
-            summary, of_rows = self.rows.summary(hidden, self.bias, workers)
-            return summary, self._of_rows(hidden, of_rows).numpy()
-        summary, of_row = self.rows.scan(hidden.numpy()[0], 0.0, self.bias.numpy(), workers)
-        rounding = rounding_share(hidden.shape[-1], self.dtype) * (of_row[0] + 1)
-        return summary, np.array([(*of_row, rounding)], dtype=np.float32)
+        summary, of_rows = self.rows.summary(hidden, self.bias, workers)
+        return summary, self._of_rows(of_rows).numpy()
+
+    def query(self, asked: Asked) -> int:
+        asked.of_row[2] = 1.0
+        return self.rows.query(asked.hidden, asked)
 
     def follow(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # rounding has no gradient of use: the scores' values, the logits' gradient
         logits = full_logits(hidden, weight, bias)
         return logits + (self.scores(hidden.detach()) - logits.detach())
 
-    def _of_rows(self, hidden: Tensor, of_rows: Tensor) -> Tensor:  # (N, 3)
-        """The rows' part of the bound: the integers', then the full layer's rounding."""
-        rounding = rounding_share(hidden.shape[-1], self.dtype) * (of_rows[:, :1] + 1)
-        return torch.cat([of_rows, rounding], dim=-1).to(self.dtype)
+    def _of_rows(self, of_rows: Tensor) -> Tensor:  # (N, 2) -> (N, 3)
+        return torch.cat([of_rows, torch.ones_like(of_rows[:, :1])], dim=-1).to(self.dtype)

@@ -4,9 +4,10 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from lastlayer.screening.summary import Summary
+from lastlayer.screening.summary import Asked, Summary
 
 
 class ErrorBound(NamedTuple):
@@ -63,6 +64,17 @@ class PreparedPreview(ABC):
         Override it where scores and summary can be made in one pass.
         """
         return Summary.of(self.scores(hidden)), self.error(hidden).of_rows.contiguous().numpy()
+
+    def query(
+        self,
+        asked: Asked,
+    ) -> int:
+        """The answer to one hidden state, and what became of it: one of the fused kernels' words for that.
+
+        Override it where scan and answer can be one call.
+        """
+        summary, asked.of_row[:] = self.summary(torch.from_numpy(asked.hidden)[None], asked.workers)
+        return asked.of(summary)
 
 
 class Preview(ABC):

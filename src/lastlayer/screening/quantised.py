@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lastlayer.screening.exact import CAST_ROWS, rounding_share
-from lastlayer.screening.summary import BLOCK, Summary, kernels
+from lastlayer.screening.summary import BLOCK, Asked, Summary, kernels
 
 WIDTH_UNIT = 64  # widths are padded to what one AVX512 instruction reads
-COLUMNS_UNIT = 16  # and the number of right-hand vectors to what `torch._int_mm` takes on a GPU
+COLUMNS_UNIT = 16  # and on a GPU the number of right-hand vectors to what `torch._int_mm` takes
+AT_ONCE = 8192  # rows multiplied at once for the fused kernels
 MOST = 127
 
 
@@ -81,12 +82,11 @@ class Int8Rows:
         norm = torch.linalg.vector_norm(hidden.double(), dim=-1, keepdim=True)
         return torch.cat([norm, split_in_two(hidden).left_over], dim=-1)
 
-    def products(self, parts: TwoParts) -> Tensor:  # (V, M), int32
-        """Integer products with all high parts, then all low ones; the columns are padded."""
+    def _right(self, parts: TwoParts) -> Tensor:  # (w, M), int8
+        """All high parts, then all low ones, as columns that rows are multiplied with; padded."""
         both = torch.cat([parts.high, parts.low])
-        columns = -(-len(both) // COLUMNS_UNIT) * COLUMNS_UNIT
-        both = F.pad(both, (0, self.stored.shape[-1] - both.shape[-1], 0, columns - len(both)))
-        return torch._int_mm(self.stored, both.T)  # pyright: ignore[reportPrivateImportUsage]
+        columns = -len(both) % COLUMNS_UNIT if both.is_cuda else 0
+        return F.pad(both, (0, self.stored.shape[-1] - both.shape[-1], 0, columns)).T
 
     def scores(
         self,
@@ -95,27 +95,27 @@ class Int8Rows:
     ) -> Tensor:  # (N, V)
         """`hidden @ rows.T + bias`, but for the rounding of both."""
         parts, count = split_in_two(hidden), len(hidden)
-        products = self.products(parts).T
+        products = _int_mm(self.stored, self._right(parts)).T
         scores = parts.step_high * products[:count] + parts.step_low * products[count : 2 * count]
         return (scores * self.scale).to(self.dtype).add_(bias)
 
-    def scan(
+    def query(
         self,
-        hidden: np.ndarray,  # (w,) float32
-        norm: float,  # of hidden
-        bias: np.ndarray,  # (V,) float32
-        workers: int,
-    ) -> tuple[Summary, tuple[float, ...]]:
-        """Scores of one hidden state, summarised in the same pass, and `of_rows`."""
-        run, room = kernels(), Summary.empty(1, len(self.stored))
-        if not run.HAS_VNNI:
-            summary, of_rows = self.summary(torch.from_numpy(hidden)[None], torch.from_numpy(bias), workers)
-            return summary, tuple(of_rows[0].tolist())
-        high, low = np.zeros((2, self.stored.shape[-1]), dtype=np.int8)
-        step_high, step_low, norm, left_over = run.split_in_two(hidden, high, low)
-        rows, scale = self.stored.numpy(), self.scale.numpy()
-        run.scan_int8(rows, scale, bias, high, low, step_high, step_low, BLOCK, workers, *room.row())
-        return room, (norm, left_over)
+        vector: np.ndarray,  # (w,) float32
+        asked: Asked,
+    ) -> int:
+        """The fused kernels' answer by these rows, all but whose own part of `asked.of_row` is filled in."""
+        run = kernels()
+        if run.HAS_VNNI:
+            high, low = np.zeros((2, self.stored.shape[-1]), dtype=np.int8)
+            return run.query_int8(vector, self.stored.numpy(), self.scale.numpy(), high, low, *asked)
+        if not max(vector.max(), -vector.min()) < run.MOST:  # NaN as well
+            return run.BAD
+        summary, of_rows = self.summary(
+            torch.from_numpy(vector)[None], torch.from_numpy(asked.bias), asked.workers
+        )
+        asked.of_row[:2] = of_rows[0].numpy()
+        return asked.of(summary)
 
     def summary(
         self,
@@ -125,11 +125,17 @@ class Int8Rows:
     ) -> tuple[Summary, Tensor]:
         """Scores summarised for the fused kernels, and `of_rows`."""
         room, parts = Summary.empty(len(hidden), len(self.stored)), split_in_two(hidden)
-        steps = parts.step_high[:, 0].numpy(), parts.step_low[:, 0].numpy()
-        products = self.products(parts).numpy()
-        kernels().combine_int8(products, self.scale.numpy(), bias.numpy(), *steps, BLOCK, workers, *room)
+        others = self.scale.numpy(), bias.numpy(), parts.step_high[:, 0].numpy(), parts.step_low[:, 0].numpy()
+        right = self._right(parts)
+        for start in range(0, len(self.stored), AT_ONCE):  # few enough for their products to stay in the cache
+            products = _int_mm(self.stored[start : start + AT_ONCE], right).numpy()
+            kernels().combine_int8(products, start, *others, BLOCK, workers, *room)
         norm = torch.linalg.vector_norm(hidden.double(), dim=-1, keepdim=True)
         return room, torch.cat([norm, parts.left_over], dim=-1)
+
+
+def _int_mm(left: Tensor, right: Tensor) -> Tensor:
+    return torch._int_mm(left, right)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _rounded_up(norms: Tensor) -> Tensor:

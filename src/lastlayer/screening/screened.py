@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lastlayer.functional.answers import ScreenedTopK
 from lastlayer.functional.checks import check_count, check_hidden, check_positive
 from lastlayer.screening.exact import full_logits, no_autocast
-from lastlayer.screening.fused import Fused, HeadArrays, dense_answer, fused_answer, serves
+from lastlayer.screening.fused import Fused, FusedScreen, serves
 from lastlayer.screening.preview import Preview
 from lastlayer.screening.saved import load_screen, save_screen
 from lastlayer.screening.screen import Head, Screened, screen
@@ -194,7 +194,7 @@ class ScreenedSoftmax(nn.Module):
         self._prepared = self.preview.prepare(self.weight, self.bias)
         self._prepared_for = self._stamp()
         # the layer as the kernels take it; None: not asked for yet, False: they do not serve
-        self._for_kernels: tuple[Head, HeadArrays] | bool | None = None
+        self._for_kernels: FusedScreen | bool | None = None
 
     def save(self, folder: str | Path, include_weight: bool = True) -> None:
         """Writes the screen's settings and calibration, and its weight if wanted: safetensors and JSON.
@@ -275,15 +275,12 @@ class ScreenedSoftmax(nn.Module):
             self._for_kernels = plain and serves(self.weight) and self._views()
         if isinstance(self._for_kernels, bool) or torch.compiler.is_compiling():
             return None
-        (head, arrays), rows = self._for_kernels, rows.detach()
         with no_autocast(rows):
-            if len(rows) * self.candidates >= self.out_features:
-                return dense_answer(head, rows, k)
-            return fused_answer(head, arrays, self._prepared, rows, self.candidates, k, exact, with_logits)
+            return self._for_kernels.answer(rows.detach(), k, exact, with_logits)
 
-    def _views(self) -> tuple[Head, HeadArrays]:
+    def _views(self) -> FusedScreen:
         head = Head(self.weight.detach(), None if self.bias is None else self.bias.detach())
-        return head, HeadArrays.of(head, self._prepared)
+        return FusedScreen(head, self._prepared, self.candidates)
 
     def _followed(self, rows: Tensor) -> bool:
         """Whether autograd is to follow."""

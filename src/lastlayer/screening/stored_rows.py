@@ -2,12 +2,11 @@
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lastlayer.screening.exact import CAST_ROWS, rounding_share
 from lastlayer.screening.quantised import Int8Rows
-from lastlayer.screening.summary import BLOCK, Summary, kernels
+from lastlayer.screening.summary import Asked, Summary, kernels
 
 STORAGES = ("float32", "bfloat16", "int8")
 
@@ -28,10 +27,11 @@ class FloatRows:
         storage: torch.dtype,
         dtype: torch.dtype,
     ) -> None:
-        self.stored = rows.to(storage)
+        stored = rows.to(storage)
+        self.columns = stored.T.contiguous()  # (w, V): sums over the width then run beside each other
         self.dtype = dtype
-        self.bytes_read = self.stored.nbytes
-        rounded = torch.linalg.vector_norm(rows - self.stored.double(), dim=-1)
+        self.bytes_read = self.columns.nbytes
+        rounded = torch.linalg.vector_norm(rows - stored.double(), dim=-1)
         share = rounding_share(rows.shape[-1], dtype)
         self.of_classes = (rounded + share * torch.linalg.vector_norm(rows, dim=-1)).to(dtype)[None]  # (1, V)
 
@@ -46,27 +46,23 @@ class FloatRows:
     ) -> Tensor:  # (N, V)
         """`hidden @ rows.T + bias`, summed in the working dtype."""
         hidden = hidden.to(self.dtype)
-        if self.stored.dtype == self.dtype:
-            return F.linear(hidden, self.stored, bias)
-        scores = hidden.new_empty(len(hidden), len(self.stored))
-        for start in range(0, len(self.stored), CAST_ROWS):
-            block = self.stored[start : start + CAST_ROWS].to(self.dtype)
-            torch.matmul(hidden, block.T, out=scores[:, start : start + CAST_ROWS])
+        if self.columns.dtype == self.dtype:
+            return torch.addmm(bias, hidden, self.columns)
+        scores = hidden.new_empty(len(hidden), self.columns.shape[-1])
+        for start in range(0, scores.shape[-1], CAST_ROWS):
+            block = self.columns[:, start : start + CAST_ROWS].to(self.dtype)
+            torch.matmul(hidden, block, out=scores[:, start : start + CAST_ROWS])
         return scores.add_(bias)
 
-    def scan(
+    def query(
         self,
-        hidden: np.ndarray,  # (w,) float32
-        norm: float,  # of hidden
-        bias: np.ndarray,  # (V,) float32
-        workers: int,
-    ) -> tuple[Summary, tuple[float, ...]]:
-        """Scores of one hidden state, summarised in the same pass, and `of_rows`."""
-        room = Summary.empty(1, len(self.stored))
-        bits = self.stored.dtype == torch.bfloat16
-        stored = self.stored.view(torch.int16) if bits else self.stored
-        kernels().scan_float(stored.numpy(), hidden, bias, BLOCK, workers, *room.row())
-        return room, (norm,)
+        vector: np.ndarray,  # (w,) float32
+        asked: Asked,
+    ) -> int:
+        """The fused kernels' answer by these rows, all but whose own part of `asked.of_row` is filled in."""
+        bits = self.columns.dtype == torch.bfloat16
+        columns = self.columns.view(torch.int16) if bits else self.columns
+        return kernels().query_float(vector, columns.numpy(), *asked)
 
     def summary(
         self,

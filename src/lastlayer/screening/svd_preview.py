@@ -18,7 +18,7 @@ from lastlayer.screening.calibration import Calibration, SecondMoment, second_mo
 from lastlayer.screening.exact import CAST_ROWS, full_logits, rounding_share, row_norms, working_dtype
 from lastlayer.screening.preview import ErrorBound, PreparedPreview, Preview
 from lastlayer.screening.stored_rows import STORAGES, store_rows
-from lastlayer.screening.summary import Summary, kernels
+from lastlayer.screening.summary import Asked, Summary, kernels
 
 
 @dataclass(frozen=True, init=False)
@@ -117,7 +117,7 @@ class PreparedSVD(PreparedPreview):
         self.rows = store_rows(head, settings.storage, dtype)
         self.bias = tail.new_zeros(len(weight)) if bias is None else bias.to(dtype)
         size = row_norms(weight) + self.bias.abs()
-        self.of_classes = torch.cat([torch.stack([tail, size]), self.rows.of_classes])
+        self.of_classes = torch.cat([self.rows.of_classes, torch.stack([tail, size])])
         self.bytes_read = self.rows.bytes_read
         self.to_head = rotation.hidden_side[:, :window].T.contiguous()  # (window, d), float64
         self.to_tail = (
@@ -136,14 +136,17 @@ class PreparedSVD(PreparedPreview):
         )
 
     def summary(self, hidden: Tensor, workers: int) -> tuple[Summary, np.ndarray]:
-        if len(hidden) > 1:
-            summary, of_rows = self.rows.summary(hidden.double() @ self.to_head.T, self.bias, workers)
-            return summary, self._of_rows(hidden, of_rows).numpy()
-        head = np.empty(self.window, dtype=np.float32)
-        norm, of_head, tail = kernels().rotate(hidden.numpy()[0], self.to_head.numpy(), self.to_tail.numpy(), head)
-        summary, of_row = self.rows.scan(head, of_head, self.bias.numpy(), workers)
-        rounding = rounding_share(hidden.shape[-1], self.dtype) * (norm + 1)
-        return summary, np.array([(tail + self.tail_rounding * norm, rounding, *of_row)], dtype=np.float32)
+        summary, of_rows = self.rows.summary(hidden.double() @ self.to_head.T, self.bias, workers)
+        return summary, self._of_rows(hidden, of_rows).numpy()
+
+    def query(self, asked: Asked) -> int:
+        run, head = kernels(), np.empty(self.window, dtype=np.float32)
+        norm, tail = run.rotate(asked.hidden, self.to_head.numpy(), self.to_tail.numpy(), head)
+        if not norm < run.MOST:  # NaN as well
+            return run.BAD
+        rounding = rounding_share(self.to_head.shape[-1], self.dtype) * (norm + 1)
+        asked.of_row[-2:] = tail + self.tail_rounding * norm, rounding
+        return self.rows.query(head, asked)
 
     def follow(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # (h A) (W B)^T with both rotations held fixed is h (A B^T) W^T: linear in h and in W
@@ -155,4 +158,4 @@ class PreparedSVD(PreparedPreview):
         norm = torch.linalg.vector_norm(hidden.double(), dim=-1, keepdim=True)
         tail = torch.linalg.vector_norm(hidden.to(self.dtype) @ self.to_tail.T, dim=-1, keepdim=True)
         rounding = rounding_share(hidden.shape[-1], self.dtype) * (norm + 1)
-        return torch.cat([tail + self.tail_rounding * norm, rounding, of_rows], dim=-1).to(self.dtype)
+        return torch.cat([of_rows, tail + self.tail_rounding * norm, rounding], dim=-1).to(self.dtype)

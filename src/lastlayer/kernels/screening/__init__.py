@@ -1,0 +1,43 @@
+"""Screening of float32 logits on a CPU, fused: numba kernels that read each number once or twice.
+
+Arrays in, arrays out; imported when one first runs, as importing numba takes a second. The plain twins are
+`screening.screen` (candidates, certificate, normaliser) and the previews' own `scores`.
+
+Scores are summarised by blocks of classes, while they are still in the cache: a block's maximum, and the sum of
+its exponentials relative to it (`blocks`, `scan`). Candidates (`choose`), certificate and normaliser (`answer`)
+then come from the summaries, and scan only the few blocks that matter. For one hidden state all of it is one call
+(`query`).
+
+Kernels hold the interpreter's lock, so that scratch that belongs to a screen is nobody else's while one runs.
+"""
+
+from lastlayer.kernels.screening.answer import (
+    BAD,
+    CERTIFIED,
+    DENSE,
+    UNCERTIFIED,
+    answer,
+    answer_dense,
+    answer_rows,
+)
+from lastlayer.kernels.screening.blocks import summarise
+from lastlayer.kernels.screening.dots import HAS_VNNI
+from lastlayer.kernels.screening.query import MOST, query_float, query_int8
+from lastlayer.kernels.screening.scan import combine_int8, rotate
+
+__all__ = [
+    "answer",
+    "answer_dense",
+    "answer_rows",
+    "BAD",
+    "CERTIFIED",
+    "combine_int8",
+    "DENSE",
+    "HAS_VNNI",
+    "MOST",
+    "query_float",
+    "query_int8",
+    "rotate",
+    "summarise",
+    "UNCERTIFIED",
+]

@@ -1,0 +1,234 @@
+"""Passes over a preview: scores of all classes, summarised while they are in the cache."""
+
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+
+from lastlayer.kernels.fast_math import FLAGS, load
+from lastlayer.kernels.screening.blocks import FAST, summarise_part
+from lastlayer.kernels.screening.dots import ROWS_AT_ONCE, dot_four_rows, pointer_at
+
+TILE = 4  # blocks scored before they are summarised
+STRIP = 16  # classes whose products stay in the first cache while they are transposed
+
+
+@njit(cache=True, inline="always")
+def _shares(classes: int, size: int, workers: int) -> tuple[int, int]:
+    """Classes in a tile, and in a worker's share of the tiles."""
+    tile = TILE * size
+    return tile, ((classes + tile - 1) // tile + workers - 1) // workers * tile
+
+
+@njit(cache=True, fastmath=FLAGS)
+def norm_of(vector: Any) -> Any:
+    """The Euclidean norm, summed in float64; not finite where a number is not."""
+    total = 0.0
+    for j in range(vector.size):
+        total += float(vector[j]) * float(vector[j])
+    return np.sqrt(total)
+
+
+@njit(cache=True)
+def split_in_two(
+    hidden: Any,  # (d,) float32
+    high: Any,  # (>= d,) int8, out
+    low: Any,  # the same, out
+) -> Any:
+    """`hidden` as two int8 vectors: their steps, and the norm of what is left over."""
+    most = 0.0
+    for j in range(hidden.size):
+        most = max(most, abs(float(hidden[j])))
+    step_high = np.float32(most / 127) if most > 0 else np.float32(1.0)
+    most = 0.0
+    for j in range(hidden.size):
+        high[j] = np.int8(np.rint(float(hidden[j]) / step_high))
+        most = max(most, abs(float(hidden[j]) - float(step_high) * high[j]))
+    step_low = np.float32(most / 127) if most > 0 else np.float32(1.0)
+    left = 0.0
+    for j in range(hidden.size):
+        rest = float(hidden[j]) - float(step_high) * high[j]
+        low[j] = np.int8(np.rint(rest / step_low))
+        left += (rest - float(step_low) * low[j]) ** 2
+    return step_high, step_low, np.sqrt(left)
+
+
+@njit(cache=True, fastmath=FAST)
+def _scan_int8_part(
+    rows: Any,
+    scale: Any,
+    bias: Any,
+    high: Any,
+    low: Any,
+    step_high: float,
+    step_low: float,
+    first: int,
+    last: int,
+    size: int,
+    scores: Any,
+    block_max: Any,
+    block_sum: Any,
+) -> None:
+    width = rows.shape[1]
+    extra_high = 128 * np.sum(high.astype(np.int64))
+    extra_low = 128 * np.sum(low.astype(np.int64))
+    high_at, low_at = pointer_at(high, 0), pointer_at(low, 0)  # pyright: ignore
+    for start in range(first, last, TILE * size):
+        end = min(start + TILE * size, last)
+        whole = start + (end - start) // ROWS_AT_ONCE * ROWS_AT_ONCE
+        for i in range(start, whole, ROWS_AT_ONCE):
+            sums: Any = dot_four_rows(pointer_at(rows, i * width), width, high_at, low_at)  # pyright: ignore
+            for row in range(ROWS_AT_ONCE):
+                of_high = np.float32(sums[2 * row] - extra_high)
+                of_low = np.float32(sums[2 * row + 1] - extra_low)
+                scores[i + row] = scale[i + row] * (step_high * of_high + step_low * of_low) + bias[i + row]
+        for i in range(whole, end):
+            of_high, of_low = np.int32(0), np.int32(0)
+            for j in range(width):
+                of_high = np.int32(of_high + np.int32(rows[i, j]) * np.int32(high[j]))
+                of_low = np.int32(of_low + np.int32(rows[i, j]) * np.int32(low[j]))
+            scores[i] = scale[i] * (step_high * np.float32(of_high) + step_low * np.float32(of_low)) + bias[i]
+        summarise_part(scores, start, end, size, block_max, block_sum)
+
+
+@njit(cache=True, parallel=True)
+def scan_int8(
+    rows: Any,  # (V, w) int8, w a multiple of LANES, zero beyond the vectors' own width
+    scale: Any,  # (V,) float32
+    bias: Any,  # (V,) float32
+    high: Any,  # (w,) int8
+    low: Any,  # (w,) int8
+    step_high: float,
+    step_low: float,
+    size: int,
+    workers: int,
+    scores: Any,  # (V,) float32, out
+    block_max: Any,  # (ceil(V / size),) float32, out
+    block_sum: Any,  # the same, out
+) -> None:
+    """Scores `scale * rows @ (step_high * high + step_low * low) + bias` and their summary; reads `rows` once."""
+    classes = len(rows)
+    if workers == 1:
+        _scan_int8_part(
+            rows, scale, bias, high, low, step_high, step_low, 0, classes, size, scores, block_max, block_sum
+        )
+        return
+    _, share = _shares(classes, size, workers)
+    for worker in prange(workers):
+        first, last = worker * share, min((worker + 1) * share, classes)
+        _scan_int8_part(
+            rows, scale, bias, high, low, step_high, step_low, first, last, size, scores, block_max, block_sum
+        )
+
+
+@njit(cache=True, fastmath=FAST)
+def _scan_float_part(
+    columns: Any,
+    hidden: Any,
+    bias: Any,
+    first: int,
+    last: int,
+    size: int,
+    scores: Any,
+    block_max: Any,
+    block_sum: Any,
+) -> None:
+    for start in range(first, last, TILE * size):
+        end = min(start + TILE * size, last)
+        part, of_bias = scores[start:end], bias[start:end]
+        for i in range(part.size):
+            part[i] = of_bias[i]
+        whole = len(hidden) // 4 * 4
+        for j in range(0, whole, 4):  # four at once, so that a score is fetched and put back a quarter as often
+            a, b, c, d = hidden[j], hidden[j + 1], hidden[j + 2], hidden[j + 3]
+            of_a, of_b, of_c, of_d = (
+                columns[j, start:end],
+                columns[j + 1, start:end],
+                columns[j + 2, start:end],
+                columns[j + 3, start:end],
+            )
+            for i in range(part.size):
+                part[i] += (load(of_a[i]) * a + load(of_b[i]) * b) + (load(of_c[i]) * c + load(of_d[i]) * d)
+        for j in range(whole, len(hidden)):
+            of_a, a = columns[j, start:end], hidden[j]
+            for i in range(part.size):
+                part[i] += load(of_a[i]) * a
+        summarise_part(scores, start, end, size, block_max, block_sum)
+
+
+@njit(cache=True, parallel=True)
+def scan_float(
+    columns: Any,  # (w, V) float32, or the bits of bfloat16 as int16
+    hidden: Any,  # (w,) float32
+    bias: Any,  # (V,) float32
+    size: int,
+    workers: int,
+    scores: Any,  # (V,) float32, out
+    block_max: Any,  # (ceil(V / size),) float32, out
+    block_sum: Any,  # the same, out
+) -> None:
+    """Scores `hidden @ columns + bias` and their summary; reads `columns` once.
+
+    By columns, as no sum then runs across a vector of numbers.
+    """
+    classes = columns.shape[1]
+    if workers == 1:
+        _scan_float_part(columns, hidden, bias, 0, classes, size, scores, block_max, block_sum)
+        return
+    _, share = _shares(classes, size, workers)
+    for worker in prange(workers):
+        first, last = worker * share, min((worker + 1) * share, classes)
+        _scan_float_part(columns, hidden, bias, first, last, size, scores, block_max, block_sum)
+
+
+@njit(cache=True, fastmath=FLAGS)
+def rotate(
+    hidden: Any,  # (d,) float32
+    to_head: Any,  # (w, d) float64
+    to_tail: Any,  # (d - w, d) float32
+    head: Any,  # (w,) float32, out
+) -> Any:
+    """`to_head @ hidden` by float64 sums; returns the norms of `hidden` and of `to_tail @ hidden`."""
+    tail = 0.0
+    exact = hidden.astype(np.float64)
+    for i in range(head.size):
+        total = 0.0
+        for j in range(exact.size):
+            total += to_head[i, j] * exact[j]
+        head[i] = total
+    for i in range(len(to_tail)):
+        of_tail = np.float32(0.0)
+        for j in range(hidden.size):
+            of_tail += to_tail[i, j] * hidden[j]
+        tail += float(of_tail) * float(of_tail)
+    return norm_of(hidden), np.sqrt(tail)
+
+
+@njit(cache=True, parallel=True, fastmath=FAST)
+def combine_int8(
+    products: Any,  # (R, M) int32 of classes from `begin` on: columns of high parts, then of low parts
+    begin: int,  # a multiple of the tile
+    scale: Any,  # (V,) float32
+    bias: Any,  # (V,) float32
+    step_high: Any,  # (N,) float32
+    step_low: Any,  # (N,) float32
+    size: int,
+    workers: int,
+    scores: Any,  # (N, V) float32, out
+    block_max: Any,  # (N, blocks) float32, out
+    block_sum: Any,  # the same, out
+) -> None:
+    """Scores and their summary from integer products, by tiles that stay in the cache."""
+    classes, rows = len(products), len(scores)
+    tile, share = _shares(classes, size, workers)
+    for worker in prange(workers):
+        for first in range(worker * share, min((worker + 1) * share, classes), tile):
+            last = min(first + tile, (worker + 1) * share, classes)
+            for start in range(first, last, STRIP):
+                for n in range(rows):
+                    for row in range(start, min(start + STRIP, last)):
+                        i = begin + row
+                        of_high, of_low = np.float32(products[row, n]), np.float32(products[row, rows + n])
+                        scores[n, i] = scale[i] * (step_high[n] * of_high + step_low[n] * of_low) + bias[i]
+            for n in range(rows):
+                summarise_part(scores[n], begin + first, begin + last, size, block_max[n], block_sum[n])
