@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from lastlayer import Int8Preview, ScreenedSoftmax, SVDPreview
+from lastlayer import Int8Preview, ScreenedSoftmax, SoftCap, SVDPreview
 from lastlayer.screening import screened as module
 from lastlayer.screening import stored_rows, summary
+from lastlayer.screening.fused import FusedScreen
 
 kernels = summary.kernels()
 pytestmark = pytest.mark.skipif(kernels is None, reason="numba does not serve here")
@@ -61,6 +62,37 @@ def test_fused_logits_are_plain(preview, exact, monkeypatch):
                 patch.setattr(layer, "_for_kernels", False)
                 theirs = call(hidden[:rows])
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_fused_is_plain_for_half_precision(dtype, rows, monkeypatch):
+    weight, bias, hidden = (tensor.to(dtype) for tensor in head(1500))
+    layer = ScreenedSoftmax(weight, bias, preview=Int8Preview(), candidates=20)
+    for exact in (False, True):
+        mine, theirs = (
+            layer.topk(hidden[:rows], 5, exact),
+            plain(layer, hidden[:rows], 5, exact, monkeypatch),
+        )
+        assert isinstance(layer._for_kernels, FusedScreen)
+        assert torch.equal(mine.indices, theirs.indices)
+        assert torch.equal(mine.certified, theirs.certified)
+        torch.testing.assert_close(mine.log_prob, theirs.log_prob, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_fused_is_plain_under_a_logit_map(exact, monkeypatch):
+    weight, bias, hidden = head(1500)
+    settings = {"preview": Int8Preview(), "candidates": 20, "exact": exact}
+    layer = ScreenedSoftmax(weight, bias, logit_map=SoftCap(3.0), **settings)
+    for rows in (1, 4):
+        calls = (lambda h: layer.topk(h, 5).log_prob, lambda h: layer.topk(h, 5).indices, layer, layer.log_prob)
+        for call in calls:
+            mine = call(hidden[:rows])
+            assert isinstance(layer._for_kernels, FusedScreen)
+            with monkeypatch.context() as patch:
+                patch.setattr(layer, "_for_kernels", False)
+                torch.testing.assert_close(mine, call(hidden[:rows]), rtol=1e-5, atol=1e-5)
 
 
 def test_fused_without_bias_and_with_several_threads(monkeypatch):

@@ -36,6 +36,14 @@ def _float_of_bits(context, bits):
 
 
 @intrinsic
+def _float_of_half(context, bits):
+    def generate(context, builder, signature, arguments):
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), _F32)
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic
 def _bits_of_float(context, value):
     def generate(context, builder, signature, arguments):
         return builder.bitcast(arguments[0], _I32)
@@ -87,7 +95,7 @@ def exp(x):
 
 
 def load(stored):
-    """The float32 that `stored` is: itself, or the bits of a bfloat16 as int16."""
+    """The float32 that `stored` is: itself, the bits of a bfloat16 as int16, or of a float16 as uint16."""
     raise NotImplementedError("inside a kernel only")
 
 
@@ -98,6 +106,8 @@ def store(value, like):
 
 @overload(load)
 def _load(stored):
+    if stored == types.uint16:
+        return lambda stored: _float_of_half(stored)
     if isinstance(stored, types.Integer):
         return lambda stored: _float_of_bits(np.int32(stored) << np.int32(16))
     return lambda stored: stored

@@ -14,13 +14,14 @@ from lastlayer.screening.preview import PreparedPreview
 from lastlayer.screening.screen import Head
 from lastlayer.screening.summary import BLOCK, Asked, Summary, kernels
 
+BITS = {torch.bfloat16: torch.int16, torch.float16: torch.uint16}  # numpy, or numba, has not these types
 SMALL = 1 << 18  # bytes that one thread has read before a second wakes up
 
 
 def serves(weight: Tensor) -> bool:
-    """Whether the kernels take this layer: float32 on a CPU, rows one after another."""
+    """Whether the kernels take this layer: float32 or shorter on a CPU, rows one after another."""
     return (
-        weight.dtype == torch.float32
+        weight.dtype in (torch.float32, *BITS)
         and weight.device.type == "cpu"
         and weight.is_contiguous()
         and kernels() is not None
@@ -79,14 +80,15 @@ class FusedScreen:
         self.head, self.preview, self.candidates = head, preview, candidates
         of_classes = preview.of_classes.contiguous()
         blocks = F.pad(of_classes, (0, -of_classes.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK)).amax(-1)
-        bias = head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias
-        self.arrays = tuple(t.detach().contiguous().numpy() for t in (of_classes, blocks, head.weight, bias))
+        weight = head.weight.view(BITS.get(head.weight.dtype, torch.float32))
+        bias = torch.zeros(len(weight)) if head.bias is None else head.bias.float()
+        self.arrays = tuple(t.detach().contiguous().numpy() for t in (of_classes, blocks, weight, bias))
         self.room = Summary.empty(1, len(head.weight)).row()
         self.of_row = np.empty(len(of_classes), dtype=np.float32)
 
     def answer(
         self,
-        hidden: Tensor,  # (N, d) float32
+        hidden: Tensor,  # (N, d)
         k: int,
         exact: bool,
         with_logits: bool = False,
@@ -95,6 +97,7 @@ class FusedScreen:
 
         Where gathering the candidates' rows would move more than the full layer reads, the full layer runs.
         """
+        hidden = hidden.float()
         count, classes = len(hidden), len(self.head.weight)
         if count * self.candidates >= classes:
             return self._all_dense(hidden, k)

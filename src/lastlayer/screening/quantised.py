@@ -12,7 +12,7 @@ from lastlayer.screening.summary import BLOCK, Asked, Summary, kernels
 
 WIDTH_UNIT = 64  # widths are padded to what one AVX512 instruction reads
 COLUMNS_UNIT = 16  # and on a GPU the number of right-hand vectors to what `torch._int_mm` takes
-AT_ONCE = 8192  # rows multiplied at once for the fused kernels
+AT_ONCE = 8192  # rows multiplied at once on a CPU: their products stay in the cache
 MOST = 127
 
 
@@ -95,9 +95,14 @@ class Int8Rows:
     ) -> Tensor:  # (N, V)
         """`hidden @ rows.T + bias`, but for the rounding of both."""
         parts, count = split_in_two(hidden), len(hidden)
-        products = _int_mm(self.stored, self._right(parts)).T
-        scores = parts.step_high * products[:count] + parts.step_low * products[count : 2 * count]
-        return (scores * self.scale).to(self.dtype).add_(bias)
+        right, scores = self._right(parts), hidden.new_empty(count, len(self.stored), dtype=self.dtype)
+        step = len(self.stored) if hidden.is_cuda else AT_ONCE
+        for start in range(0, len(self.stored), step):
+            at = slice(start, start + step)
+            products = _int_mm(self.stored[at], right).T
+            sums = parts.step_high * products[:count] + parts.step_low * products[count : 2 * count]
+            scores[:, at] = sums * self.scale[at]
+        return scores.add_(bias)
 
     def query(
         self,
@@ -127,7 +132,7 @@ class Int8Rows:
         room, parts = Summary.empty(len(hidden), len(self.stored)), split_in_two(hidden)
         others = self.scale.numpy(), bias.numpy(), parts.step_high[:, 0].numpy(), parts.step_low[:, 0].numpy()
         right = self._right(parts)
-        for start in range(0, len(self.stored), AT_ONCE):  # few enough for their products to stay in the cache
+        for start in range(0, len(self.stored), AT_ONCE):
             products = _int_mm(self.stored[start : start + AT_ONCE], right).numpy()
             kernels().combine_int8(products, start, *others, BLOCK, workers, *room)
         norm = torch.linalg.vector_norm(hidden.double(), dim=-1, keepdim=True)

@@ -251,10 +251,14 @@ class ScreenedSoftmax(nn.Module):
 
     def _topk(self, rows: Tensor, k: int, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
         """`(log_prob, indices, certified)` of one chunk of rows."""
-        fused = self._by_kernels(rows, k, exact)
-        if fused is not None:
+        fused = self._by_kernels(rows, k, exact, with_logits=self.logit_map is not None)
+        if fused is not None and self.logit_map is None:
             return fused[:3]
         with torch.no_grad():
+            if fused is not None:
+                logits = self._mapped(fused.logits)
+                log_prob = logits.gather(-1, fused.indices) - logits.logsumexp(-1, keepdim=True)
+                return log_prob, fused.indices, fused.certified
             screened = self._screened(rows, k, exact)
             log_prob = self._mapped(screened.values) - self._log_normalizer(screened)
         return log_prob, screened.indices, screened.certified
@@ -262,17 +266,20 @@ class ScreenedSoftmax(nn.Module):
     def _logits(self, rows: Tensor, normalised: bool) -> Tensor:
         """Logits, or log-probabilities, of one chunk of rows."""
         fused = None if self._followed(rows) else self._by_kernels(rows, 1, self.exact, with_logits=True)
-        if fused is not None:
-            return fused.logits - fused.log_normalizer if normalised else fused.logits
-        screened = self._screened(rows, 1, self.exact)
-        logits = self._mapped(screened.logits)
-        return logits - self._log_normalizer(screened) if normalised else logits
+        if fused is None:
+            screened = self._screened(rows, 1, self.exact)
+            logits = self._mapped(screened.logits)
+            return logits - self._log_normalizer(screened) if normalised else logits
+        logits = self._mapped(fused.logits)
+        if not normalised:
+            return logits
+        mapped = self.logit_map is not None
+        return logits - (logits.logsumexp(-1, keepdim=True) if mapped else fused.log_normalizer)
 
     def _by_kernels(self, rows: Tensor, k: int, exact: bool, with_logits: bool = False) -> Fused | None:
         """What the fused kernels say; None where they do not serve."""
         if self._for_kernels is None:
-            plain = self.logit_map is None and self._prepared.normalizer_shift is None
-            self._for_kernels = plain and serves(self.weight) and self._views()
+            self._for_kernels = self._prepared.normalizer_shift is None and serves(self.weight) and self._views()
         if isinstance(self._for_kernels, bool) or torch.compiler.is_compiling():
             return None
         with no_autocast(rows):

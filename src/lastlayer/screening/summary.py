@@ -47,7 +47,7 @@ class Asked(NamedTuple):
     of_row: np.ndarray  # (m,) float32, room
     of_classes: np.ndarray  # (m, V) float32
     of_blocks: np.ndarray  # (m, blocks) float32: the largest in each block
-    weight: np.ndarray  # (V, d) float32
+    weight: np.ndarray  # (V, d) float32, or the bits of bfloat16 as int16, of float16 as uint16
     bias: np.ndarray  # (V,) float32
     hidden: np.ndarray  # (d,) float32
     candidates: int

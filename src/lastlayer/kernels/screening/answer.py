@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from lastlayer.kernels.fast_math import exp
+from lastlayer.kernels.fast_math import exp, load
 from lastlayer.kernels.screening.blocks import FAST, MINUS_INFINITY, largest, summarise_part
 from lastlayer.kernels.screening.choose import choose
 
@@ -20,7 +20,7 @@ def _rescore(weight: Any, bias: Any, hidden: Any, classes: Any, logits: Any, fir
         row = weight[classes[n]]
         total = np.float32(0.0)
         for j in range(hidden.size):
-            total += row[j] * hidden[j]
+            total += load(row[j]) * hidden[j]
         logits[n] = total + bias[classes[n]]
 
 
@@ -146,7 +146,7 @@ def answer(
     of_row: Any,  # (m,) float32
     of_classes: Any,  # (m, V) float32
     of_blocks: Any,  # (m, blocks) float32: the largest of each block
-    weight: Any,  # (V, d) float32
+    weight: Any,  # (V, d) float32, or the bits of bfloat16 as int16, of float16 as uint16
     bias: Any,  # (V,) float32
     hidden: Any,  # (d,) float32
     candidates: int,

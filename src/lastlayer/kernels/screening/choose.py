@@ -130,9 +130,7 @@ def choose(
     for j in range(n):
         values[j] = scores[found[j]]
     least = _threshold(values, count, 0, least, high)
-    ties = count - _count_above(
-        values, np.nextafter(least, np.float32(np.inf))
-    )  # as many of those as there is room for
+    ties = count - _count_above(values, np.nextafter(least, np.float32(np.inf)))  # room that is left for them
     kept = 0
     for j in range(n):
         if values[j] > least:

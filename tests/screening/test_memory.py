@@ -1,0 +1,39 @@
+"""What a query allocates: at most three numbers a class and row, whatever the preview."""
+
+import pytest
+import torch
+
+from lastlayer import Int8Preview, ScreenedSoftmax, SVDPreview
+from lastlayer.study.measure import peak_bytes
+
+pytestmark = pytest.mark.skipif(not peak_bytes(lambda: torch.ones(1 << 22)), reason="the system does not tell")
+V, D = 400_000, 8
+PREVIEWS = {"float32": SVDPreview(2), "bfloat16": SVDPreview(2, storage="bfloat16"), "int8": Int8Preview()}
+
+
+@pytest.fixture(scope="module")
+def weight():
+    return torch.randn(V, D, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_measure_sees_what_is_allocated():
+    assert peak_bytes(lambda: torch.ones(10 * V)) >= 39 * V  # Linux counts in steps
+
+
+@pytest.mark.parametrize("name", PREVIEWS)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_query_allocates_at_most_three_numbers_a_class(weight, name, rows):
+    layer = ScreenedSoftmax(weight, preview=PREVIEWS[name], candidates=1000, exact=True)
+    hidden = torch.randn(rows, D, generator=torch.Generator().manual_seed(1))
+    layer.topk(hidden, 10)  # kernels are compiled, and the room that a screen keeps is made
+    kept = sum(array.nbytes for array in layer._for_kernels.room) if layer._for_kernels else 0
+    assert peak_bytes(lambda: layer.topk(hidden, 10)) + kept <= 3 * 4 * V * rows
+
+
+@pytest.mark.parametrize("name", PREVIEWS)
+def test_so_does_the_plain_twin(weight, name):
+    layer = ScreenedSoftmax(weight, preview=PREVIEWS[name], candidates=1000)
+    layer._for_kernels = False
+    hidden = torch.randn(4, D, generator=torch.Generator().manual_seed(1))
+    layer.topk(hidden, 10)
+    assert peak_bytes(lambda: layer.topk(hidden, 10)) <= 3 * 4 * V * len(hidden)
