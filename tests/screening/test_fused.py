@@ -96,7 +96,7 @@ def test_fused_is_plain_under_a_logit_map(exact, monkeypatch):
 
 
 def test_fused_without_bias_and_with_several_threads(monkeypatch):
-    weight, _, hidden = head(5000, 70)
+    weight, _, hidden = head(9000, 70)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -108,6 +108,16 @@ def test_fused_without_bias_and_with_several_threads(monkeypatch):
             torch.testing.assert_close(mine.log_prob, theirs.log_prob, rtol=1e-5, atol=1e-5)
     finally:
         torch.set_num_threads(before)
+
+
+def test_without_pytorchs_threads(monkeypatch):
+    weight, bias, hidden = head(9000, 70)
+    layer = ScreenedSoftmax(weight, bias, preview=Int8Preview(), candidates=2000)
+    expected = layer.topk(hidden[0], 4)
+    monkeypatch.setattr(kernels, "SHARED", False)
+    answer = layer.topk(hidden[0], 4)
+    assert torch.equal(answer.indices, expected.indices)
+    torch.testing.assert_close(answer.log_prob, expected.log_prob)
 
 
 def test_without_vnni(monkeypatch):

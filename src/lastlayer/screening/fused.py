@@ -118,7 +118,7 @@ class FusedScreen:
 
     def _one(self, hidden: Tensor, outputs: Outputs, exact: bool) -> Fused | None:
         run, row = kernels(), hidden.numpy()[0]
-        workers = set_workers() if self.preview.bytes_read > SMALL else 1
+        workers = torch.get_num_threads() if run.SHARED and self.preview.bytes_read > SMALL else 1
         choice = self.candidates, exact, workers
         into = (array[0] for array in outputs)
         status = self.preview.query(Asked(*self.room, BLOCK, self.of_row, *self.arrays, row, *choice, *into))

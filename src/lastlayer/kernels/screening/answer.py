@@ -8,15 +8,20 @@ from numba import njit, prange
 from lastlayer.kernels.fast_math import exp, load
 from lastlayer.kernels.screening.blocks import FAST, MINUS_INFINITY, largest, summarise_part
 from lastlayer.kernels.screening.choose import choose
+from lastlayer.kernels.screening.threads import apart
 
+FEW = 1 << 17  # numbers that one thread reads before others are asked to help
 UNCERTIFIED, CERTIFIED = 0, 1  # what became of a row
 DENSE = 2  # too much is in play: ask the full layer
 BAD = 3  # not finite, or so large that float32 could overflow
 
 
 @njit(cache=True, fastmath=FAST)
-def _rescore(weight: Any, bias: Any, hidden: Any, classes: Any, logits: Any, first: int, last: int) -> None:
-    for n in range(first, last):
+def _rescore_part(
+    worker: int, workers: int, weight: Any, bias: Any, hidden: Any, classes: Any, logits: Any
+) -> None:
+    share = (classes.size + workers - 1) // workers
+    for n in range(worker * share, min((worker + 1) * share, classes.size)):
         row = weight[classes[n]]
         total = np.float32(0.0)
         for j in range(hidden.size):
@@ -24,11 +29,15 @@ def _rescore(weight: Any, bias: Any, hidden: Any, classes: Any, logits: Any, fir
         logits[n] = total + bias[classes[n]]
 
 
-@njit(cache=True, parallel=True)
-def _rescore_apart(weight: Any, bias: Any, hidden: Any, classes: Any, logits: Any, workers: int) -> None:
-    share = (classes.size + workers - 1) // workers
-    for worker in prange(workers):
-        _rescore(weight, bias, hidden, classes, logits, worker * share, min((worker + 1) * share, classes.size))
+@njit(cache=True)
+def _rescore(weight: Any, bias: Any, hidden: Any, classes: Any, workers: int) -> Any:
+    """Exact logits of some classes."""
+    logits = np.empty(classes.size, dtype=np.float32)
+    if workers > 1 and logits.size * hidden.size > FEW:
+        apart(_rescore_part, workers, (workers, weight, bias, hidden, classes, logits))  # pyright: ignore
+    else:
+        _rescore_part(0, 1, weight, bias, hidden, classes, logits)
+    return logits
 
 
 @njit(cache=True)
@@ -161,11 +170,7 @@ def answer(
     if final.size:
         final[:] = scores
     chosen = choose(scores, block_max, size, candidates)
-    logits = np.empty(chosen.size, dtype=np.float32)
-    if workers > 1 and logits.size * hidden.size > 1 << 17:
-        _rescore_apart(weight, bias, hidden, chosen, logits, workers)
-    else:
-        _rescore(weight, bias, hidden, chosen, logits, 0, chosen.size)
+    logits = _rescore(weight, bias, hidden, chosen, workers)
     _put(final, chosen, logits)
     filled = _insert(logits, chosen, log_prob, indices, 0)
     best, kth = log_prob[0], log_prob[-1]
@@ -177,8 +182,7 @@ def answer(
     if exact and not certified:
         if found.size == most:
             return DENSE
-        logits = np.empty(found.size, dtype=np.float32)
-        _rescore(weight, bias, hidden, found, logits, 0, found.size)
+        logits = _rescore(weight, bias, hidden, found, workers)
         _put(final, found, logits)
         _insert(logits, found, log_prob, indices, filled)
         total = total * np.exp(float(best - log_prob[0]))

@@ -8,16 +8,18 @@ from numba import njit, prange
 from lastlayer.kernels.fast_math import FLAGS, load
 from lastlayer.kernels.screening.blocks import FAST, summarise_part
 from lastlayer.kernels.screening.dots import ROWS_AT_ONCE, dot_four_rows, pointer_at
+from lastlayer.kernels.screening.threads import apart
 
 TILE = 4  # blocks scored before they are summarised
 STRIP = 16  # classes whose products stay in the first cache while they are transposed
 
 
-@njit(cache=True, inline="always")
-def _shares(classes: int, size: int, workers: int) -> tuple[int, int]:
-    """Classes in a tile, and in a worker's share of the tiles."""
+@njit(cache=True)
+def _share_of(worker: int, workers: int, classes: int, size: int) -> tuple[int, int]:
+    """The classes that are this worker's: whole tiles."""
     tile = TILE * size
-    return tile, ((classes + tile - 1) // tile + workers - 1) // workers * tile
+    share = ((classes + tile - 1) // tile + workers - 1) // workers * tile
+    return min(worker * share, classes), min((worker + 1) * share, classes)
 
 
 @njit(cache=True, fastmath=FLAGS)
@@ -55,6 +57,8 @@ def split_in_two(
 
 @njit(cache=True, fastmath=FAST)
 def _scan_int8_part(
+    worker: int,
+    workers: int,
     rows: Any,
     scale: Any,
     bias: Any,
@@ -62,13 +66,12 @@ def _scan_int8_part(
     low: Any,
     step_high: float,
     step_low: float,
-    first: int,
-    last: int,
     size: int,
     scores: Any,
     block_max: Any,
     block_sum: Any,
 ) -> None:
+    first, last = _share_of(worker, workers, len(rows), size)
     width = rows.shape[1]
     extra_high = 128 * np.sum(high.astype(np.int64))
     extra_low = 128 * np.sum(low.astype(np.int64))
@@ -91,7 +94,7 @@ def _scan_int8_part(
         summarise_part(scores, start, end, size, block_max, block_sum)
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True)
 def scan_int8(
     rows: Any,  # (V, w) int8, w a multiple of LANES, zero beyond the vectors' own width
     scale: Any,  # (V,) float32
@@ -107,32 +110,26 @@ def scan_int8(
     block_sum: Any,  # the same, out
 ) -> None:
     """Scores `scale * rows @ (step_high * high + step_low * low) + bias` and their summary; reads `rows` once."""
-    classes = len(rows)
+    given = workers, rows, scale, bias, high, low, step_high, step_low, size, scores, block_max, block_sum
     if workers == 1:
-        _scan_int8_part(
-            rows, scale, bias, high, low, step_high, step_low, 0, classes, size, scores, block_max, block_sum
-        )
-        return
-    _, share = _shares(classes, size, workers)
-    for worker in prange(workers):
-        first, last = worker * share, min((worker + 1) * share, classes)
-        _scan_int8_part(
-            rows, scale, bias, high, low, step_high, step_low, first, last, size, scores, block_max, block_sum
-        )
+        _scan_int8_part(0, *given)
+    else:
+        apart(_scan_int8_part, workers, given)  # pyright: ignore[reportCallIssue]
 
 
 @njit(cache=True, fastmath=FAST)
 def _scan_float_part(
+    worker: int,
+    workers: int,
     columns: Any,
     hidden: Any,
     bias: Any,
-    first: int,
-    last: int,
     size: int,
     scores: Any,
     block_max: Any,
     block_sum: Any,
 ) -> None:
+    first, last = _share_of(worker, workers, columns.shape[1], size)
     for start in range(first, last, TILE * size):
         end = min(start + TILE * size, last)
         part, of_bias = scores[start:end], bias[start:end]
@@ -156,7 +153,7 @@ def _scan_float_part(
         summarise_part(scores, start, end, size, block_max, block_sum)
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True)
 def scan_float(
     columns: Any,  # (w, V) float32, or the bits of bfloat16 as int16
     hidden: Any,  # (w,) float32
@@ -171,14 +168,11 @@ def scan_float(
 
     By columns, as no sum then runs across a vector of numbers.
     """
-    classes = columns.shape[1]
+    given = workers, columns, hidden, bias, size, scores, block_max, block_sum
     if workers == 1:
-        _scan_float_part(columns, hidden, bias, 0, classes, size, scores, block_max, block_sum)
-        return
-    _, share = _shares(classes, size, workers)
-    for worker in prange(workers):
-        first, last = worker * share, min((worker + 1) * share, classes)
-        _scan_float_part(columns, hidden, bias, first, last, size, scores, block_max, block_sum)
+        _scan_float_part(0, *given)
+    else:
+        apart(_scan_float_part, workers, given)  # pyright: ignore[reportCallIssue]
 
 
 @njit(cache=True, fastmath=FLAGS)
@@ -220,10 +214,11 @@ def combine_int8(
 ) -> None:
     """Scores and their summary from integer products, by tiles that stay in the cache."""
     classes, rows = len(products), len(scores)
-    tile, share = _shares(classes, size, workers)
+    tile = TILE * size
     for worker in prange(workers):
-        for first in range(worker * share, min((worker + 1) * share, classes), tile):
-            last = min(first + tile, (worker + 1) * share, classes)
+        begins, ends = _share_of(worker, workers, classes, size)
+        for first in range(begins, ends, tile):
+            last = min(first + tile, ends)
             for start in range(first, last, STRIP):
                 for n in range(rows):
                     for row in range(start, min(start + STRIP, last)):
