@@ -6,23 +6,25 @@ import pytest
 pytest.importorskip("numba")
 from numba import njit
 
-from lastlayer.kernels.screening.threads import SHARED, apart
+from lastlayer.kernels.screening import threads
 
 
-@njit
-def mark(worker, marks, amount):
-    marks[worker] += amount * (worker + 1)
+@pytest.mark.parametrize("shared", [True, False])
+def test_every_worker_runs_once(shared, monkeypatch):
+    if shared and not threads.SHARED:
+        pytest.skip("PyTorch's OpenMP was not found")
+    monkeypatch.setattr(threads, "SHARED", shared)
 
+    @njit
+    def mark(worker, marks, amount):
+        marks[worker] += amount * (worker + 1)
 
-@njit
-def mark_all(marks, amount):
-    apart(mark, marks.size, (marks, amount))
+    @njit
+    def mark_all(marks, amount):
+        threads.apart(mark, marks.size, (marks, amount))
 
-
-@pytest.mark.skipif(not SHARED, reason="PyTorch's OpenMP was not found")
-@pytest.mark.parametrize("workers", [1, 2, 7])
-def test_every_worker_runs_once(workers):
-    marks = np.zeros(workers)
-    for turn in (1, 2):
-        mark_all(marks, 0.5)
-        assert marks.tolist() == [turn * 0.5 * (worker + 1) for worker in range(workers)]
+    for workers in (1, 2, 7):
+        marks = np.zeros(workers)
+        for turn in (1, 2):
+            mark_all(marks, 0.5)
+            assert marks.tolist() == [turn * 0.5 * (worker + 1) for worker in range(workers)]

@@ -110,16 +110,6 @@ def test_fused_without_bias_and_with_several_threads(monkeypatch):
         torch.set_num_threads(before)
 
 
-def test_without_pytorchs_threads(monkeypatch):
-    weight, bias, hidden = head(9000, 70)
-    layer = ScreenedSoftmax(weight, bias, preview=Int8Preview(), candidates=2000)
-    expected = layer.topk(hidden[0], 4)
-    monkeypatch.setattr(kernels, "SHARED", False)
-    answer = layer.topk(hidden[0], 4)
-    assert torch.equal(answer.indices, expected.indices)
-    torch.testing.assert_close(answer.log_prob, expected.log_prob)
-
-
 def test_without_vnni(monkeypatch):
     weight, bias, hidden = head(3000)
     layer = ScreenedSoftmax(weight, bias, preview=Int8Preview(), candidates=20)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lastlayer.screening.exact import full_logits
 from lastlayer.screening.preview import PreparedPreview
 from lastlayer.screening.screen import Head
-from lastlayer.screening.summary import BLOCK, Asked, Summary, kernels
+from lastlayer.screening.summary import BLOCK, Asked, Summary, kernels, moderate
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.uint16}  # numpy, or numba, has not these types
 SMALL = 1 << 18  # bytes that one thread has read before a second wakes up
@@ -74,7 +74,10 @@ class Outputs(NamedTuple):
 
 
 class FusedScreen:
-    """One screen as the kernels take it: views of the layer and of the bounds, and room for one query."""
+    """One screen as the kernels take it: views of layer and bounds, and room for the scores of one query.
+
+    Nobody but a kernel touches that room, and a kernel holds the interpreter's lock.
+    """
 
     def __init__(self, head: Head, preview: PreparedPreview, candidates: int) -> None:
         self.head, self.preview, self.candidates = head, preview, candidates
@@ -84,7 +87,6 @@ class FusedScreen:
         bias = torch.zeros(len(weight)) if head.bias is None else head.bias.float()
         self.arrays = tuple(t.detach().contiguous().numpy() for t in (of_classes, blocks, weight, bias))
         self.room = Summary.empty(1, len(head.weight)).row()
-        self.of_row = np.empty(len(of_classes), dtype=np.float32)
 
     def answer(
         self,
@@ -105,7 +107,7 @@ class FusedScreen:
         if count == 1:
             return self._one(hidden, outputs, exact)
         run = kernels()
-        if not _moderate(hidden):
+        if not moderate(hidden.numpy()):
             return None
         summary, of_rows = self.preview.summary(hidden, set_workers())
         status = np.empty(count, dtype=np.int64)
@@ -118,10 +120,11 @@ class FusedScreen:
 
     def _one(self, hidden: Tensor, outputs: Outputs, exact: bool) -> Fused | None:
         run, row = kernels(), hidden.numpy()[0]
-        workers = torch.get_num_threads() if run.SHARED and self.preview.bytes_read > SMALL else 1
+        workers = torch.get_num_threads() if self.preview.bytes_read > SMALL else 1
         choice = self.candidates, exact, workers
+        of_row = np.empty(len(self.arrays[0]), dtype=np.float32)
         into = (array[0] for array in outputs)
-        status = self.preview.query(Asked(*self.room, BLOCK, self.of_row, *self.arrays, row, *choice, *into))
+        status = self.preview.query(Asked(*self.room, BLOCK, of_row, *self.arrays, row, *choice, *into))
         if status == run.BAD:
             return None
         if status == run.DENSE:
@@ -129,7 +132,7 @@ class FusedScreen:
         return outputs.fused(np.array([status != run.UNCERTIFIED]))
 
     def _all_dense(self, hidden: Tensor, k: int) -> Fused | None:
-        if not len(hidden) or not _moderate(hidden):
+        if not len(hidden) or not moderate(hidden.numpy()):
             return None
         set_workers()
         everything = np.ones(len(hidden), dtype=np.bool_)
@@ -146,9 +149,3 @@ class FusedScreen:
         if outputs.final.size:
             outputs.final[at] = summary.scores
         return summary.scores
-
-
-def _moderate(hidden: Tensor) -> bool:
-    """Whether all numbers are finite, and so small that float32 does not overflow."""
-    rows = hidden.numpy()
-    return bool(max(rows.max(), -rows.min()) < kernels().MOST)  # False for NaN as well

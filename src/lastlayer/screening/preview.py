@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lastlayer.screening.summary import Asked, Summary
+from lastlayer.screening.summary import Asked, Summary, kernels, moderate
 
 
 class ErrorBound(NamedTuple):
@@ -73,6 +73,8 @@ class PreparedPreview(ABC):
 
         Override it where scan and answer can be one call.
         """
+        if not moderate(asked.hidden):
+            return kernels().BAD
         summary, asked.of_row[:] = self.summary(torch.from_numpy(asked.hidden)[None], asked.workers)
         return asked.of(summary)
 

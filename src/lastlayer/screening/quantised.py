@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lastlayer.screening.exact import CAST_ROWS, rounding_share
-from lastlayer.screening.summary import BLOCK, Asked, Summary, kernels
+from lastlayer.screening.summary import BLOCK, Asked, Summary, kernels, moderate
 
 WIDTH_UNIT = 64  # widths are padded to what one AVX512 instruction reads
 COLUMNS_UNIT = 16  # and on a GPU the number of right-hand vectors to what `torch._int_mm` takes
@@ -114,7 +114,7 @@ class Int8Rows:
         if run.HAS_VNNI:
             high, low = np.zeros((2, self.stored.shape[-1]), dtype=np.int8)
             return run.query_int8(vector, self.stored.numpy(), self.scale.numpy(), high, low, *asked)
-        if not max(vector.max(), -vector.min()) < run.MOST:  # NaN as well
+        if not moderate(vector):
             return run.BAD
         summary, of_rows = self.summary(
             torch.from_numpy(vector)[None], torch.from_numpy(asked.bias), asked.workers

@@ -64,6 +64,11 @@ class Asked(NamedTuple):
         return kernels().answer(*self._replace(scores=scores, block_max=block_max, block_sum=block_sum))
 
 
+def moderate(vectors: np.ndarray) -> bool:
+    """Whether all numbers are finite, and so small that float32 does not overflow."""
+    return bool(max(vectors.max(), -vectors.min()) < kernels().MOST)  # False for NaN as well
+
+
 @functools.cache
 def kernels() -> Any:
     """The numba kernels, imported at first use; None where numba does not serve."""

@@ -24,7 +24,6 @@ from lastlayer.kernels.screening.blocks import summarise
 from lastlayer.kernels.screening.dots import HAS_VNNI
 from lastlayer.kernels.screening.query import MOST, query_float, query_int8
 from lastlayer.kernels.screening.scan import combine_int8, rotate
-from lastlayer.kernels.screening.threads import SHARED
 
 __all__ = [
     "answer",
@@ -39,7 +38,6 @@ __all__ = [
     "query_float",
     "query_int8",
     "rotate",
-    "SHARED",
     "summarise",
     "UNCERTIFIED",
 ]

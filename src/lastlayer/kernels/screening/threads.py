@@ -20,7 +20,7 @@ NAMES = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 def _shared() -> bool:
     """Makes the OpenMP that PyTorch is linked with known to compiled code; whether it was found."""
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, ValueError):
         (library,) = (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.so")
         handle = ctypes.CDLL(str(library))  # looks in what it is linked with as well
         for name, function in [(name, getattr(handle, name)) for name in NAMES]:
@@ -34,7 +34,10 @@ SHARED = _shared()
 
 @intrinsic
 def apart(typingctx: Any, function: Any, workers: Any, given: Any) -> Any:
-    """Calls `function(worker, *given)` for every worker below `workers`, on as many threads, and waits for all."""
+    """Calls `function(worker, *given)` for every worker below `workers`, on as many threads, and waits for all.
+
+    One after another, where PyTorch's OpenMP was not found.
+    """
     signature = function.get_call_type(typingctx, (types.int64, *given.types), {})
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
@@ -43,6 +46,20 @@ def apart(typingctx: Any, function: Any, workers: Any, given: Any) -> Any:
         compiled = function.dispatcher.overloads[tuple(signature.args)]
         context.active_code_library.add_linking_library(compiled.library)
         callee = context.declare_function(module, compiled.fndesc)
+
+        def call_each(builder: Any, given: Any, first: Any, workers: Any, step: Any) -> None:
+            items = [builder.extract_value(given, n) for n in range(len(given.type))]
+            with cgutils.for_range_slice(builder, first, workers, step, i64) as (worker, _):
+                result, kinds = signature.return_type, signature.args
+                context.call_conv.call_function(builder, callee, result, kinds, [worker, *items])
+
+        def asked(builder: Any, name: str) -> Any:
+            kind = ir.FunctionType(i32, [])
+            return builder.sext(builder.call(cgutils.get_or_insert_function(module, kind, name), []), i64)
+
+        if not SHARED:
+            call_each(builder, given, i64(0), workers, i64(1))
+            return context.get_dummy_value()
         record = ir.LiteralStructType([i64, given.type])
         held = cgutils.alloca_once(builder, record)
         builder.store(workers, cgutils.gep_inbounds(builder, held, 0, 0))
@@ -53,15 +70,8 @@ def apart(typingctx: Any, function: Any, workers: Any, given: Any) -> Any:
         body.linkage = "internal"
         inner = ir.IRBuilder(body.append_basic_block("entry"))
         whole = inner.load(inner.bitcast(body.args[0], record.as_pointer()))
-        items = [inner.extract_value(inner.extract_value(whole, 1), n) for n in range(len(given.type))]
-        number = ir.FunctionType(i32, [])
-        first, step = (
-            inner.sext(inner.call(cgutils.get_or_insert_function(module, number, f"lastlayer_{name}"), []), i64)
-            for name in NAMES[1:]
-        )
-        # there may be fewer threads than were asked for
-        with cgutils.for_range_slice(inner, first, inner.extract_value(whole, 0), step, i64) as (worker, _):
-            context.call_conv.call_function(inner, callee, signature.return_type, signature.args, [worker, *items])
+        number, count = (asked(inner, f"lastlayer_{name}") for name in NAMES[1:])  # fewer than workers, it may be
+        call_each(inner, inner.extract_value(whole, 1), number, inner.extract_value(whole, 0), count)
         inner.ret_void()
 
         launch = ir.FunctionType(ir.VoidType(), [outlined.as_pointer(), cgutils.voidptr_t, i32, i32])
