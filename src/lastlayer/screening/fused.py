@@ -69,8 +69,8 @@ class Outputs(NamedTuple):
 
     def fused(self, certified: np.ndarray) -> Fused:
         """The same as tensors."""
-        tensors = (torch.from_numpy(array) for array in (self.log_prob, self.indices, certified, self.final))
-        return Fused(*tensors, torch.from_numpy(self.log_normalizer))
+        arrays = self.log_prob, self.indices, certified, self.final, self.log_normalizer
+        return Fused._make(torch.from_numpy(array) for array in arrays)
 
 
 class FusedScreen:
@@ -121,10 +121,10 @@ class FusedScreen:
     def _one(self, hidden: Tensor, outputs: Outputs, exact: bool) -> Fused | None:
         run, row = kernels(), hidden.numpy()[0]
         workers = torch.get_num_threads() if self.preview.bytes_read > SMALL else 1
-        choice = self.candidates, exact, workers
         of_row = np.empty(len(self.arrays[0]), dtype=np.float32)
         into = (array[0] for array in outputs)
-        status = self.preview.query(Asked(*self.room, BLOCK, of_row, *self.arrays, row, *choice, *into))
+        asked = (*self.room, BLOCK, of_row, *self.arrays, row, self.candidates, exact, workers, *into)
+        status = self.preview.query(Asked._make(asked))
         if status == run.BAD:
             return None
         if status == run.DENSE:

@@ -11,6 +11,8 @@ from torch import Tensor
 from lastlayer.screening.exact import full_logits, logits_at
 from lastlayer.screening.preview import ErrorBound, PreparedPreview
 
+BOUNDED_AT_ONCE = 1 << 16  # classes, so that their bounds never lie in memory all at once
+
 
 class Screened(NamedTuple):
     """What screening knows of some rows: raw logits, exact where `rescored`, and their k best rescored ones."""
@@ -69,8 +71,12 @@ def could_be_in(
     kth: Tensor,  # (N, 1), the k-th best exact logit so far
 ) -> Tensor:  # (N, V), bool
     """The classes not rescored whose logit could reach `kth`; written as "not below" so that NaN stays in play."""
-    upper = bound.all().add_(scores)
-    return (upper < kth).logical_or_(rescored).logical_not_()
+    in_play = rescored.logical_not()
+    for start in range(0, scores.shape[-1], BOUNDED_AT_ONCE):
+        at = slice(start, start + BOUNDED_AT_ONCE)
+        upper = torch.addmm(scores[:, at], bound.of_rows, bound.of_classes[:, at])
+        in_play[:, at].logical_and_((upper < kth).logical_not_())
+    return in_play
 
 
 def widen(
