@@ -41,6 +41,41 @@ def test_settings_and_claims(text, tmp_path):
     assert (tmp_path / "out" / "svd-softmax.json").exists()
 
 
+def test_resume_measures_only_what_is_missing(text, tmp_path, monkeypatch):
+    arguments = ["--text", text, "--seconds", 0.5, "--width", 32, "--positions", 500, "--out", tmp_path / "out"]
+
+    def run(*more):
+        return CliRunner().invoke(app, ["reproduce", "svd-softmax", *map(str, (*arguments, *more))])
+
+    assert run("--largest", 0).exit_code == 0
+    again = run("--largest", 8000)
+    assert again.exit_code == 2
+    assert "--resume goes on" in again.stderr
+    monkeypatch.setattr("lastlayer.study.svd_softmax._trained", lambda *_: pytest.fail("trained again"))
+    result = run("--largest", 8000, "--resume")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "svd-softmax.json").read_text())["records"]
+    assert [r["case"] for r in found].count("quality") == 32
+    assert [r["num_classes"] for r in found if r["case"] == "speed"] == [8000]
+
+
+def test_interrupted_training_goes_on(text, tmp_path):
+    arguments = ["--text", text, "--width", 32, "--positions", 500, "--largest", 0, "--out", tmp_path / "out"]
+
+    def run(*more):
+        return CliRunner().invoke(app, ["reproduce", "svd-softmax", *map(str, (*arguments, *more))])
+
+    assert run("--seconds", 0.5).exit_code == 0
+    (tmp_path / "out" / "results.json").unlink()
+    before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
+    assert run("--seconds", 0.5, "--resume").exit_code == 0
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before  # not trained again
+    (tmp_path / "out" / "results.json").unlink()
+    other = run("--seconds", 9, "--resume")
+    assert other.exit_code == 1
+    assert "seconds was 0.5, now 9" in other.stderr
+
+
 def test_too_few_words(tmp_path):
     path = tmp_path / "few.txt"
     path.write_text("a b c a b\n" * 300)

@@ -23,11 +23,12 @@ def svd_softmax(
         int, typer.Option(min=500, help="Held-out words that each setting is measured on.")
     ] = 1000,
     largest: Annotated[int, typer.Option(min=0, help="Classes of the largest speed case.")] = max(CLASSES),
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("lastlayer-reproduce"),
+    out: Annotated[Path, typer.Option(help="Folder for the model and the results.")] = Path("lastlayer-reproduce"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what the folder holds.")] = False,
 ) -> Records:
     """SVD-softmax (Shim et al., NIPS 2017): quality by window and candidates, time by number of classes."""
     console = Console()
     with console.status("reading the text"):
         corpus = load_corpus(text)
     plan = Plan(seconds, width, positions, largest, common.seed, common.device)
-    return reproduce(corpus, plan, out, console)
+    return reproduce(corpus, plan, out, console, resume)

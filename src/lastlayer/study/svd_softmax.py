@@ -1,25 +1,26 @@
 """The SVD-softmax paper (Shim et al., NIPS 2017) measured here: quality by window and candidates, time by V."""
 
+import functools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from lastlayer.layers.full import FullSoftmax
-from lastlayer.screening import ScreenedSoftmax, SVDPreview, SVDSoftmax
+from lastlayer.screening import Int8Preview, ScreenedSoftmax, SVDPreview, SVDSoftmax
 from lastlayer.screening.exact import full_logits
 from lastlayer.study.batches import Streams
+from lastlayer.study.cells import Cells
 from lastlayer.study.errors import UsageError
-from lastlayer.study.figures import figure
-from lastlayer.study.files import make_folder, write_json
+from lastlayer.study.files import write_json
 from lastlayer.study.language_model import LanguageModel, State
 from lastlayer.study.measure import environment, interleaved
+from lastlayer.study.svd_softmax_report import claims, show
 from lastlayer.study.text import Corpus
 from lastlayer.study.training import Budget, Trainer
 
@@ -27,8 +28,7 @@ WINDOW_PARTS = (16, 8, 4, 2)  # d/16 to d/2
 CANDIDATE_SHARES = (0.01, 0.03, 0.05, 0.10)
 TOP = 10
 CLASSES = (8_000, 30_000, 80_000, 262_144, 800_000)
-REMEMBERED = "† (as remembered; not verified against the paper)"
-FLOATS = 4  # bytes of one
+SPEED_WIDTH = 512
 Record = dict[str, Any]
 
 
@@ -45,71 +45,92 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Held:
-    """Held-out states and targets, and the full layer's answers to them."""
+class Trained:
+    """A trained model's output layer, states to calibrate on, and the full layer's answers to held-out ones."""
 
+    weight: Tensor  # (V, d)
+    bias: Tensor | None  # (V,)
+    calibration: Tensor  # (m, d)
     hidden: Tensor  # (n, d)
     targets: Tensor  # (n,)
     log_prob: Tensor  # (n, V), the full layer's
     best: Tensor  # (n, TOP)
 
+    @property
+    def perplexity(self) -> float:
+        """Of the full softmax."""
+        return math.exp(-float(self.log_prob.gather(-1, self.targets[:, None]).double().mean()))
 
-def reproduce(corpus: Corpus, plan: Plan, out: Path, console: Console) -> list[Record]:
-    """Trains the model, measures every setting, shows claims beside figures; returns the records."""
+
+def reproduce(corpus: Corpus, plan: Plan, out: Path, console: Console, resume: bool = False) -> list[Record]:
+    """Trains the model, measures every setting, shows claims beside figures; returns the records.
+
+    Every setting and every size is a cell that is written down when done; `resume` measures only what is missing.
+    """
     if corpus.num_classes < 200:
         raise UsageError(f"the text has only {corpus.num_classes} different words; at least 200 are needed")
-    make_folder(out)
+    cells = Cells(out, resume)
     console.print(
         f"{corpus.name}, {corpus.num_classes:,} words: {plan.seconds:g} s of training, then "
         f"{2 * len(WINDOW_PARTS) * len(CANDIDATE_SHARES)} settings on {plan.positions:,} held-out words",
         highlight=False,
         markup=False,
     )
-    with console.status("training the language model"):
-        model = _trained(corpus, plan)
-    with console.status("measuring quality"):
-        records = quality(model, corpus, plan)
-    with console.status("measuring time"):
-        records += [record for size in CLASSES if size <= plan.largest for record in speed(size, plan)]
+    with console.status("training the language model") as status:
+        model = functools.cache(lambda: _trained(corpus, plan, out, status.update))
+        records = quality(cells, model, corpus, plan, status.update)
+        sizes = [size for size in CLASSES if size <= plan.largest]
+        for size in sizes:
+            status.update(f"measuring time at {size:,} classes")
+            cells.once({"case": "speed", "num_classes": size}, lambda size=size: speed(size, plan))
+    records += [r for r in cells.records if r["case"] == "speed" and r["num_classes"] in sizes]
     records += claims(records)
-    _show(records, console)
-    write_json(out / "svd-softmax.json", {"environment": environment(), "text": corpus.name, "records": records})
+    show(records, console)
+    results = {"environment": environment(), "text": corpus.name, "records": records}
+    write_json(out / "svd-softmax.json", results)
+    console.print(f"Written: {out / 'svd-softmax.json'}", highlight=False, markup=False, soft_wrap=True)
     return records
 
 
-def _trained(corpus: Corpus, plan: Plan) -> LanguageModel:
+def _trained(corpus: Corpus, plan: Plan, out: Path, say: Callable[[str], object]) -> Trained:
+    """The model, trained or taken from its checkpoint, and what its output layer is given."""
     torch.manual_seed(plan.seed)
     layer = FullSoftmax(plan.width, corpus.num_classes)
     model = LanguageModel(corpus.num_classes, layer).to(plan.device)
-    train = Streams(corpus.train, 20, 35, plan.device)
-    held_out = Streams(corpus.held_out, 10, 50, plan.device)
-    Trainer(model, train, held_out, Budget(seconds=plan.seconds), learning_rate=0.2).run()
-    return model.eval()
+    streams = Streams(corpus.train, 20, 35, plan.device), Streams(corpus.held_out, 10, 50, plan.device)
+    trainer = Trainer(
+        model,
+        *streams,
+        Budget(seconds=plan.seconds),
+        learning_rate=0.2,
+        path=out / "model.safetensors",
+        identity=_identity(corpus, plan) | {"text": corpus.fingerprint()},
+    )
+    trainer.resume()
+    if trainer.result is None:
+        trainer.run(lambda t: say(f"training the language model: {t.seconds:.0f} of {plan.seconds:g} s"))
+        trainer.result = {"steps": trainer.steps}
+        trainer.save()
+    say("collecting hidden states")
+    return _collected(model.eval(), corpus, plan)
+
+
+def _identity(corpus: Corpus, plan: Plan) -> Record:
+    """What tells one experiment from another."""
+    settings = {name: value for name, value in asdict(plan).items() if name not in ("device", "largest")}
+    return {"text": corpus.name, **settings}
 
 
 @torch.no_grad()
-def quality(model: LanguageModel, corpus: Corpus, plan: Plan) -> list[Record]:
-    """Perplexity, divergence and coverage of the true top 10 for each window and number of candidates."""
+def _collected(model: LanguageModel, corpus: Corpus, plan: Plan) -> Trained:
     weight, bias, _ = model.output.linear_head()
     calibration = torch.cat([hidden for hidden, _ in _states(model, corpus.train, 8 * plan.positions, plan)])
-    held = _held(model, corpus, plan, weight, bias)
-    true = -held.log_prob.gather(-1, held.targets[:, None]).double().mean()
-    full = math.exp(float(true))
-    records = []
-    for part in WINDOW_PARTS:
-        window = max(1, plan.width // part)
-        for kind, data in (("plain", None), ("calibrated", calibration)):
-            preview = SVDPreview(window, calibration=data)
-            screen = ScreenedSoftmax(weight, bias, preview=preview, candidates=len(weight))
-            for share in CANDIDATE_SHARES:
-                screen.candidates = max(TOP, round(share * len(weight)))
-                measured = _against(screen, held)
-                cost = window / plan.width + screen.candidates / len(weight) + plan.width / len(weight)
-                setting = {"kind": kind, "window": f"d/{part}", "candidates_share": share}
-                records.append(
-                    {"case": "quality", **setting, "full_perplexity": full, **measured, "operations": cost}
-                )
-    return records
+    found = zip(*_states(model, corpus.held_out, plan.positions, plan), strict=True)
+    hidden, targets = (torch.cat(parts) for parts in found)
+    logits = full_logits(hidden, weight, bias)
+    best = logits.topk(TOP).indices
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    return Trained(weight, bias, calibration, hidden, targets, logits.log_softmax(-1), best)
 
 
 def _states(
@@ -124,15 +145,38 @@ def _states(
         yield hidden.reshape(-1, plan.width), targets.reshape(-1)
 
 
-def _held(model: LanguageModel, corpus: Corpus, plan: Plan, weight: Tensor, bias: Tensor | None) -> Held:
-    hidden, targets = (
-        torch.cat(parts) for parts in zip(*_states(model, corpus.held_out, plan.positions, plan), strict=True)
-    )
-    logits = full_logits(hidden, weight, bias)
-    return Held(hidden, targets, logits.log_softmax(-1), logits.topk(TOP).indices)
+def quality(
+    cells: Cells, trained: Callable[[], Trained], corpus: Corpus, plan: Plan, say: Callable[[str], object]
+) -> list[Record]:
+    """Perplexity, divergence and coverage of the true top 10 for each window and number of candidates."""
+
+    @functools.cache
+    def screen(part: int, kind: str) -> ScreenedSoftmax:
+        model = trained()
+        data = model.calibration if kind == "calibrated" else None
+        preview = SVDPreview(max(1, plan.width // part), calibration=data)
+        return ScreenedSoftmax(model.weight, model.bias, preview=preview, candidates=len(model.weight))
+
+    def measured(part: int, kind: str, share: float) -> Record:
+        tried, model = screen(part, kind), trained()
+        say(f"measuring {kind}, window d/{part}, {share:.0%} of the classes")
+        tried.candidates = max(TOP, round(share * len(model.weight)))
+        classes = len(model.weight)
+        operations = max(1, plan.width // part) / plan.width + (tried.candidates + plan.width) / classes
+        return {"full_perplexity": model.perplexity, **_against(tried, model), "operations": operations}
+
+    records = []
+    for part in WINDOW_PARTS:
+        for kind in ("plain", "calibrated"):
+            for share in CANDIDATE_SHARES:
+                setting = {"kind": kind, "window": f"d/{part}", "candidates_share": share}
+                key = {"case": "quality", **setting, **_identity(corpus, plan)}
+                records.append(cells.once(key, lambda a=(part, kind, share): measured(*a)))
+    return records
 
 
-def _against(screen: ScreenedSoftmax, held: Held) -> Record:
+@torch.no_grad()
+def _against(screen: ScreenedSoftmax, held: Trained) -> Record:
     """One setting, asked for so few rows at a time that the screen is what answers."""
     rows = max(1, (screen.out_features - 1) // screen.candidates)
     loss, divergence, covered = 0.0, 0.0, 0
@@ -152,82 +196,33 @@ def _against(screen: ScreenedSoftmax, held: Held) -> Record:
 
 
 @torch.no_grad()
-def speed(num_classes: int, plan: Plan) -> list[Record]:
-    """One query of the full softmax and of SVD-softmax at the paper's settings; d/8, 2% of the classes."""
+def speed(num_classes: int, plan: Plan) -> Record:
+    """One query of the full softmax, of SVD-softmax at the paper's d/8, and of the exact 8-bit screen."""
     generator = torch.Generator().manual_seed(plan.seed)
-    width = 512
+    width = SPEED_WIDTH
     weight = torch.randn(num_classes, width, generator=generator) * torch.logspace(0, -1, width)
     weight, candidates = weight.to(plan.device), max(TOP, num_classes // 50)
     row = torch.randn(1, width, generator=generator).to(plan.device)
     screen = SVDSoftmax(weight, window=width // 8, candidates=candidates)
+    proved = ScreenedSoftmax(weight, preview=Int8Preview(), candidates=96, exact=True)
     timings = interleaved(
         {
             "full": lambda: full_logits(row, weight, None).log_softmax(-1).topk(TOP),
             "SVD": lambda: screen.topk(row, TOP),
+            "int8": lambda: proved.topk(row, TOP),
         },
         rounds=9,
     )
-    full, ours = timings["full"], timings["SVD"]
-    share = screen.bytes_read / weight.nbytes
-    sizes = {"num_classes": num_classes, "width": width, "window": width // 8, "candidates": candidates}
-    return [
-        {
-            "case": "speed",
-            **sizes,
-            "full_ms": full.ms,
-            "ms": ours.ms,
-            "ratio": full.ms / ours.ms,
-            "operations": share,
-        }
-    ]
-
-
-def claims(records: list[Record]) -> list[Record]:
-    """Each claim, what was measured for it, and under which conditions."""
-    by = {(r["kind"], r["window"], r["candidates_share"]): r for r in records if r["case"] == "quality"}
-    speeds = [r for r in records if r["case"] == "speed"]
-    plain, tuned = by["plain", "d/8", 0.05], by["calibrated", "d/8", 0.05]
-    said = "operations: perplexity {} against {} of the full softmax, KL {}, {:.1%} of the top 10"
-    figures = [
-        f"{r['operations']:.0%} of the "
-        + said.format(*map(figure, (r["perplexity"], r["full_perplexity"], r["kl"])), r["coverage"])
-        for r in (plain, tuned)
-    ]
-    setting = "window d/8, 5% of the classes"
-    found = [
-        ("about a fifth of the operations keeps the quality [paper: abstract]", figures[0], f"plain, {setting}"),
-        ("none: calibration is no part of the paper", figures[1], f"calibrated, {setting}"),
-    ]
-    if speeds:
-        near = min(speeds, key=lambda r: abs(r["num_classes"] - 2**18))
-        for claim, r in (
-            ("more than 3 times as fast at V = 800,000 on a GPU [paper: abstract]", speeds[-1]),
-            (f"V of about 2^18 on a CPU: from 1541 to 189 ms {REMEMBERED}", near),
-        ):
-            times = f"{figure(r['ratio'])} times as fast, from {figure(r['full_ms'])} to {figure(r['ms'])} ms"
-            threads = f"{torch.get_num_threads()} CPU threads"
-            found.append((claim, times, f"V = {r['num_classes']:,}, d = {r['width']}, one query, {threads}"))
-    return [{"case": "claim", "claim": c, "measured": m, "conditions": w} for c, m, w in found]
-
-
-def _show(records: list[Record], console: Console) -> None:
-    table = Table(title="Quality", title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for heading in ("window", "candidates", "operations", "perplexity", "KL", "top 10 kept"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for r in records:
-        if r["case"] == "quality":
-            shown = f"{r['operations']:.1%}", figure(r["perplexity"]), figure(r["kl"]), f"{r['coverage']:.1%}"
-            table.add_row(f"{r['window']} {r['kind']}", f"{r['candidates_share']:.0%}", *shown)
-    console.print(table)
-    table = Table(title="Time of one query", title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for heading in ("classes", "full ms", "SVD ms", "times as fast", "bytes"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for r in records:
-        if r["case"] == "speed":
-            shown = figure(r["full_ms"]), figure(r["ms"]), figure(r["ratio"]), f"{r['operations']:.1%}"
-            table.add_row(f"{r['num_classes']:,}", *shown)
-    console.print(table)
-    for r in records:
-        if r["case"] == "claim":
-            said = f"claimed:  {r['claim']}\nmeasured: {r['measured']}\n          ({r['conditions']})\n"
-            console.print(said, highlight=False, markup=False, soft_wrap=True)
+    full, ours, exact = timings.values()
+    return {
+        "width": width,
+        "window": width // 8,
+        "candidates": candidates,
+        "full_ms": full.ms,
+        "ms": ours.ms,
+        "ratio": full.ms / ours.ms,
+        "bytes_read_fraction": screen.bytes_read / weight.nbytes,
+        "int8_exact_ms": exact.ms,
+        "int8_exact_ratio": full.ms / exact.ms,
+        "threads": torch.get_num_threads(),
+    }
