@@ -1,31 +1,50 @@
-"""`lastlayer reproduce svd-softmax` on a small text: every setting, sound figures, claims beside them."""
+"""`lastlayer reproduce svd-softmax` on a small text: every setting, sound figures, claims beside them, resuming."""
 
 import json
 import random
+import shutil
 
 import pytest
 from typer.testing import CliRunner
 
 from lastlayer.cli import app
 
+SECONDS = 0.5
 
-@pytest.fixture
-def text(tmp_path):
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["reproduce", "svd-softmax", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
     draw = random.Random(0)
     words = [f"word{i}" for i in range(400)]
     weights = [1 / (i + 1) for i in range(400)]
     lines = [" ".join(draw.choices(words, weights, k=12)) for _ in range(900)]
-    path = tmp_path / "text.txt"
+    path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("\n".join(lines))
     return path
 
 
-def test_settings_and_claims(text, tmp_path):
-    arguments = ["--text", text, "--seconds", 1, "--width", 32, "--positions", 500, "--largest", 8000]
-    out = ["--out", tmp_path / "out", "--json", tmp_path / "records.json"]
-    result = CliRunner().invoke(app, ["reproduce", "svd-softmax", *map(str, arguments + out)])
+@pytest.fixture(scope="module")
+def done(text, tmp_path_factory):
+    """One whole run: its folder, its output, its options."""
+    folder = tmp_path_factory.mktemp("out")
+    options = "--text", text, "--width", 32, "--positions", 500, "--seconds", SECONDS
+    result = run(*options, "--largest", 8000, "--out", folder, "--json", folder / "records.json")
     assert result.exit_code == 0, result.output
-    records = json.loads((tmp_path / "records.json").read_text())
+    return folder, result.output, options
+
+
+@pytest.fixture
+def folder(done, tmp_path):
+    return shutil.copytree(done[0], tmp_path / "out")
+
+
+def test_settings_and_claims(done):
+    folder, output, _ = done
+    records = json.loads((folder / "records.json").read_text())
     quality = [r for r in records if r["case"] == "quality"]
     assert len(quality) == 2 * 4 * 4
     assert all(0 <= r["coverage"] <= 1 and r["kl"] >= 0 for r in quality)
@@ -37,41 +56,33 @@ def test_settings_and_claims(text, tmp_path):
     assert [r["num_classes"] for r in records if r["case"] == "speed"] == [8000]
     claims = [r for r in records if r["case"] == "claim"]
     assert len(claims) == 4
-    assert all(r["claim"] in result.output and r["measured"] in result.output for r in claims)
-    assert (tmp_path / "out" / "svd-softmax.json").exists()
+    assert all(r["claim"] in output and r["measured"] in output for r in claims)
+    assert json.loads((folder / "svd-softmax.json").read_text())["records"] == records
 
 
-def test_resume_measures_only_what_is_missing(text, tmp_path, monkeypatch):
-    arguments = ["--text", text, "--seconds", 0.5, "--width", 32, "--positions", 500, "--out", tmp_path / "out"]
-
-    def run(*more):
-        return CliRunner().invoke(app, ["reproduce", "svd-softmax", *map(str, (*arguments, *more))])
-
-    assert run("--largest", 0).exit_code == 0
-    again = run("--largest", 8000)
-    assert again.exit_code == 2
-    assert "--resume goes on" in again.stderr
+def test_resume_measures_only_what_is_missing(done, folder, monkeypatch):
+    cells = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps([r for r in cells if r["case"] == "quality"]))
     monkeypatch.setattr("lastlayer.study.svd_softmax._trained", lambda *_: pytest.fail("trained again"))
-    result = run("--largest", 8000, "--resume")
+    refused = run(*done[2], "--out", folder)
+    assert refused.exit_code == 2
+    assert "--resume goes on" in refused.stderr
+    result = run(*done[2], "--largest", 8000, "--out", folder, "--resume")
     assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "out" / "svd-softmax.json").read_text())["records"]
-    assert [r["case"] for r in found].count("quality") == 32
-    assert [r["num_classes"] for r in found if r["case"] == "speed"] == [8000]
+    again = json.loads((folder / "results.json").read_text())
+    assert [r for r in again if r["case"] == "quality"] == [r for r in cells if r["case"] == "quality"]
+    assert [r["num_classes"] for r in again if r["case"] == "speed"] == [8000]
 
 
-def test_interrupted_training_goes_on(text, tmp_path):
-    arguments = ["--text", text, "--width", 32, "--positions", 500, "--largest", 0, "--out", tmp_path / "out"]
-
-    def run(*more):
-        return CliRunner().invoke(app, ["reproduce", "svd-softmax", *map(str, (*arguments, *more))])
-
-    assert run("--seconds", 0.5).exit_code == 0
-    (tmp_path / "out" / "results.json").unlink()
-    before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
-    assert run("--seconds", 0.5, "--resume").exit_code == 0
-    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before  # not trained again
-    (tmp_path / "out" / "results.json").unlink()
-    other = run("--seconds", 9, "--resume")
+def test_trained_model_is_kept(done, folder, monkeypatch):
+    (folder / "results.json").unlink()
+    monkeypatch.setattr("lastlayer.study.training.Trainer.run", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("lastlayer.study.svd_softmax.WINDOW_PARTS", (8,))
+    monkeypatch.setattr("lastlayer.study.svd_softmax.CANDIDATE_SHARES", (0.05,))
+    result = run(*done[2], "--largest", 0, "--out", folder, "--resume")
+    assert result.exit_code == 0, result.output
+    (folder / "results.json").unlink()
+    other = run(*done[2], "--seconds", 9, "--out", folder, "--resume")
     assert other.exit_code == 1
     assert "seconds was 0.5, now 9" in other.stderr
 
@@ -79,7 +90,6 @@ def test_interrupted_training_goes_on(text, tmp_path):
 def test_too_few_words(tmp_path):
     path = tmp_path / "few.txt"
     path.write_text("a b c a b\n" * 300)
-    out = str(tmp_path / "out")
-    result = CliRunner().invoke(app, ["reproduce", "svd-softmax", "--text", str(path), "--out", out])
+    result = run("--text", path, "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert "at least 200" in result.stderr

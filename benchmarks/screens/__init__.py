@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/screening.py`, one file each."""

