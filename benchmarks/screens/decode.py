@@ -4,10 +4,10 @@ import time
 from statistics import median
 
 import torch
-from screens.common import Record, exact_screen, real_head, smollm2
 
 from lastlayer.study.measure import Timing, interleaved
 from lastlayer.transformers import replace_lm_head
+from screens.common import Record, exact_screen, real_head, smollm2
 
 PROMPTS = (
     "The history of the city began",

@@ -3,11 +3,11 @@
 import time
 from collections.abc import Callable
 
-from screens.common import Record, agreement, exact_screen, full_layers, measured, real_head, svd_screen
 from torch import Tensor
 
 from lastlayer import ScreenedSoftmax
 from lastlayer.study.measure import peak_bytes
+from screens.common import Record, agreement, exact_screen, full_layers, measured, real_head, svd_screen
 
 EXACT = "int8, exact"
 ROUNDS = {1: 41, 8: 21, 64: 11}

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from screens.common import CALIBRATION, HELD_OUT, ROW, STORE, chunks, smollm2
 
 from lastlayer.transformers import hidden_states
+from screens.common import CALIBRATION, HELD_OUT, ROW, STORE, chunks, smollm2
 
 # the set's own spelling, undone
 SPELLING = ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" ,", ","), (" .", "."), (" <unk>", ""))

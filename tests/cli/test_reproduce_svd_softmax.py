@@ -1,4 +1,4 @@
-"""`lastlayer reproduce svd-softmax` on a small text: every setting, sound figures, claims beside them, resuming."""
+"""`lastlayer reproduce svd-softmax` on a small text: every setting, sound figures, claims, resuming."""
 
 import json
 import random
