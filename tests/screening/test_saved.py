@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from lastlayer import Int8Preview, ScreenedSoftmax, SoftCap, SVDPreview
+from lastlayer import (
+    PLIF,
+    Int8Preview,
+    LogitMap,
+    MonotoneNetwork,
+    ScreenedSoftmax,
+    Sigsoftmax,
+    SoftCap,
+    SVDPreview,
+)
+from lastlayer.screening.saved import sealed
 
 
 def head():
@@ -85,48 +95,106 @@ def test_damaged_files(tmp_path, damage, which):
         ScreenedSoftmax.load(tmp_path)
 
 
+SVD = {"kind": "SVDPreview", "window": 4, "storage": None, "tail_correction": 0, "calibration_rows": 40}
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("message", "change"),
     [
-        {"version": 99},
-        {"format": "other"},
-        {"candidates": "many"},
-        {"candidates": 0},
-        {"exact": None},
-        {"preview": {"kind": "Unknown"}},
-        {"preview": {"kind": "SVDPreview"}},
-        {
-            "preview": {
-                "kind": "SVDPreview",
-                "window": 99,
-                "storage": None,
-                "tail_correction": 0,
-                "calibration_rows": 40,
-            }
-        },
-        {
-            "preview": {
-                "kind": "SVDPreview",
-                "window": 3,
-                "storage": "x",
-                "tail_correction": 0,
-                "calibration_rows": 40,
-            }
-        },
-        {"weight_sha256": "0" * 64},
+        ("format version 99", {"version": 99}),
+        ("does not describe a saved screen", {"format": "other"}),
+        ("candidates must be a int", {"candidates": "many"}),
+        ("candidates must be between 1 and 300", {"candidates": 0}),
+        ("exact must be a bool", {"exact": None}),
+        ("must be an SVDPreview or Int8Preview, got 'Unknown'", {"preview": {"kind": "Unknown"}}),
+        ("does not describe a preview", {"preview": {"kind": "SVDPreview"}}),
+        ("window must be between 1 and the weight's width 12", {"preview": SVD | {"window": 99}}),
+        ("storage must be one of", {"preview": SVD | {"storage": "x"}}),
+        ("fingerprint differs", {"weight_sha256": "0" * 64}),
+        ("logit_map must be a dict or null", {"logit_map": "SoftCap"}),
+        ("logit_map must be one of MonotoneNetwork, PLIF, Sigsoftmax, SoftCap", {"logit_map": {"kind": "eval"}}),
+        ("does not hold the SoftCap", {"logit_map": {"kind": "SoftCap"}}),
+        ("cap must be a positive", {"logit_map": {"kind": "SoftCap", "settings": {"cap": -1.0}}}),
+        ("unexpected keyword", {"logit_map": {"kind": "SoftCap", "settings": {"cap": 1.0, "cup": 2}}}),
+        ("does not hold the PLIF", {"logit_map": {"kind": "PLIF", "settings": {"num_knots": 10**12}}}),
     ],
 )
-def test_tampered_settings(tmp_path, change):
+def test_settings_that_do_not_fit(tmp_path, message, change):
+    """Sealed again, so that what is looked at is the setting itself."""
     path, _ = saved(tmp_path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError):
+    path.write_text(json.dumps(sealed(json.loads(path.read_text()) | change)))
+    with pytest.raises(ValueError, match=message):
         ScreenedSoftmax.load(tmp_path)
 
 
-def test_what_cannot_be_saved(tmp_path):
+@pytest.mark.parametrize("change", [{"candidates": 10}, {"exact": True}, {"preview": {"kind": "Int8Preview"}}])
+def test_tampered_settings(tmp_path, change):
+    """What would be a good setting, but is not the one that was saved."""
+    path, _ = saved(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match="changed after the screen was saved"):
+        ScreenedSoftmax.load(tmp_path)
+
+
+@pytest.mark.parametrize("which", ["screen.json", "screen.safetensors"])
+def test_files_of_two_saves(tmp_path, which):
+    """A save that was killed over an earlier one."""
+    saved(tmp_path / "old")
     weight, bias, _ = head()
-    with pytest.raises(TypeError, match="logit_map"):
-        ScreenedSoftmax(weight, bias, preview=Int8Preview(), candidates=9, logit_map=SoftCap(5.0)).save(tmp_path)
+    ScreenedSoftmax(2 * weight, bias, preview=Int8Preview(), candidates=5).save(tmp_path / "new")
+    (tmp_path / "new" / which).replace(tmp_path / "old" / which)
+    with pytest.raises(ValueError, match="truncated or was changed"):
+        ScreenedSoftmax.load(tmp_path / "old")
+
+
+def maps():
+    torch.manual_seed(1)
+    network = MonotoneNetwork(4)
+    with torch.no_grad():
+        network.raw_rates.add_(torch.randn(4))
+    return [
+        SoftCap(5.0),
+        Sigsoftmax(),
+        PLIF(50, 10.0, init_std=1.0),
+        PLIF(7, init_std=1.0, frozen=True).double(),
+        network,
+    ]
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_logit_maps(tmp_path, number):
+    """Maps of the library come back with their settings and parameters."""
+    weight, bias, hidden = head()
+    logit_map = maps()[number]
+    settings = {"preview": SVDPreview(4), "candidates": 20}
+    screen = ScreenedSoftmax(weight, bias, logit_map=logit_map, **settings)
+    screen.save(tmp_path)
+    again = ScreenedSoftmax.load(tmp_path)
+    assert repr(again.logit_map) == repr(logit_map)
+    assert torch.equal(again.log_prob(hidden), screen.log_prob(hidden))
+    plain = ScreenedSoftmax(weight, bias, **settings)
+    assert not torch.allclose(again.log_prob(hidden), plain.log_prob(hidden))
+    for mine, theirs in zip(again.logit_map.parameters(), logit_map.parameters(), strict=True):
+        assert (mine.dtype, mine.requires_grad, mine.device) == (theirs.dtype, theirs.requires_grad, theirs.device)
+
+
+class Own(LogitMap):
+    """A map of the user's."""
+
+    def forward(self, logits):
+        return 2 * logits
+
+
+class Heir(SoftCap):
+    """The user's child of the library's."""
+
+
+@pytest.mark.parametrize("logit_map", [Own(), Heir(5.0), nn.Softplus()])
+def test_what_cannot_be_saved(tmp_path, logit_map):
+    weight, bias, _ = head()
+    screen = ScreenedSoftmax(weight, bias, preview=Int8Preview(), candidates=9, logit_map=logit_map)
+    with pytest.raises(TypeError, match=f"{type(logit_map).__name__} of your own as logit_map"):
+        screen.save(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -64,6 +64,10 @@ class LogitMap(nn.Module, ABC):
         of_wanted = iter(found[1:])
         return found[0], tuple(next(of_wanted) if p.requires_grad else None for p in parameters)
 
+    def settings(self) -> dict[str, Any] | None:
+        """The keyword arguments that build this map again, but for its parameters; None: it cannot be saved."""
+        return None
+
     def kernel_map(self) -> KernelMap | None:
         """How a fused kernel is told of this map; None if there is no kernel for it."""
         return None

@@ -1,6 +1,7 @@
 """A one-layer network with positive weights as a logit map (Daniels & Velikova 2010)."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +92,9 @@ class MonotoneNetwork(LogitMap):
             part.to(p.dtype) if p.requires_grad else None
             for part, p in zip(of_parameters, parameters, strict=True)
         )
+
+    def settings(self) -> dict[str, Any]:
+        return {"hidden_units": self.hidden_units}
 
     def extra_repr(self) -> str:
         return f"hidden_units={self.hidden_units}"

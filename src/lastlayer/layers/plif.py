@@ -1,6 +1,7 @@
 """PLIF (Ganea et al. 2019): a learned increasing function of one logit, piecewise linear."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -123,6 +124,13 @@ class PLIF(LogitMap):
     @torch.no_grad()
     def kernel_map(self) -> KernelMap:
         return KernelMap("plif_rows", (self.bound, self._width), self._lines().float())
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "num_knots": self.num_knots,
+            "bound": self.bound,
+            "frozen": not self.raw_slopes.requires_grad,
+        }
 
     def extra_repr(self) -> str:
         frozen = "" if self.raw_slopes.requires_grad else ", frozen=True"

@@ -1,6 +1,7 @@
 """Sigsoftmax (Kanai et al. 2018): a softmax of higher rank at the price of one more division a logit."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,3 +46,6 @@ class Sigsoftmax(LogitMap):
 
     def kernel_map(self) -> KernelMap:
         return KernelMap("sigsoftmax_rows")
+
+    def settings(self) -> dict[str, Any]:
+        return {}

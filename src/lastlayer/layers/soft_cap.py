@@ -1,6 +1,7 @@
 """A logit map that keeps every logit between two bounds (as Gemma 2 does)."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,9 @@ class SoftCap(LogitMap):
 
     def kernel_map(self) -> KernelMap:
         return KernelMap("soft_cap_rows", (self.cap,))
+
+    def settings(self) -> dict[str, Any]:
+        return {"cap": self.cap}
 
     def extra_repr(self) -> str:
         return f"cap={self.cap:g}"

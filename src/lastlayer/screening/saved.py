@@ -1,4 +1,4 @@
-"""A screen on disk: its settings as JSON, calibration (and weight, if wanted) as safetensors, and a fingerprint.
+"""A screen on disk: settings as JSON; calibration, logit map and weight as safetensors; fingerprints of all.
 
 The preview itself is not stored but prepared again when loaded: a preview that was tampered with could certify
 what is not so, and preparing takes seconds.
@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lastlayer.functional.logit_map import LogitMap, check_logit_map
 from lastlayer.screening.calibration import SecondMoment
 from lastlayer.screening.int8_preview import Int8Preview
 from lastlayer.screening.preview import Preview
@@ -20,8 +21,9 @@ from lastlayer.screening.svd_preview import SVDPreview
 if TYPE_CHECKING:
     from lastlayer.screening.screened import ScreenedSoftmax
 
-SETTINGS, TENSORS, VERSION = "screen.json", "screen.safetensors", 1
+SETTINGS, TENSORS, VERSION = "screen.json", "screen.safetensors", 2
 HASHED_ROWS = 8192
+MAP = "logit_map."  # before the names of a map's parameters
 
 
 def fingerprint(weight: Tensor, bias: Tensor | None) -> str:
@@ -50,8 +52,8 @@ def save_screen(screen: "ScreenedSoftmax", folder: Path, include_weight: bool) -
             tensors["calibration"] = preview.calibration.moment
     elif not isinstance(preview, Int8Preview):
         raise TypeError(f"a {type(preview).__name__} of your own cannot be saved; save its settings yourself")
-    if screen.logit_map is not None:
-        raise TypeError("a screen with a logit_map cannot be saved: pass the map again to the constructor instead")
+    logit_map, parameters = _described_map(screen.logit_map)
+    tensors |= parameters
     content = save({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()})
     described = {
         "format": "lastlayer screen",
@@ -59,14 +61,44 @@ def save_screen(screen: "ScreenedSoftmax", folder: Path, include_weight: bool) -
         "preview": settings,
         "candidates": screen.candidates,
         "exact": screen.exact,
+        "logit_map": logit_map,
         "num_classes": screen.out_features,
         "in_features": screen.in_features,
         "weight_sha256": fingerprint(screen.weight, screen.bias),
         "tensors_sha256": hashlib.sha256(content).hexdigest(),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / TENSORS).write_bytes(content)
-    (folder / SETTINGS).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(sealed(described), indent=1) + "\n"
+    whole = {TENSORS: content, SETTINGS: text.encode()}
+    for name, data in whole.items():
+        (folder / f".{name}.partial").write_bytes(data)
+    for name in whole:  # a kill between the two leaves files that do not fit, which `load` says
+        (folder / f".{name}.partial").replace(folder / name)
+
+
+def sealed(described: dict[str, Any]) -> dict[str, Any]:
+    """The settings with a fingerprint of themselves."""
+    own = {name: value for name, value in described.items() if name != "settings_sha256"}
+    return own | {"settings_sha256": hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()}
+
+
+def _map_kinds() -> dict[str, type[LogitMap]]:
+    """The library's own maps by name: only these are built from a file."""
+    return {kind.__name__: kind for kind in LogitMap.__subclasses__() if kind.__module__.startswith("lastlayer.")}
+
+
+def _described_map(logit_map: nn.Module | None) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    """A map's name and settings, and its parameters."""
+    if logit_map is None:
+        return None, {}
+    name = type(logit_map).__name__
+    if not isinstance(logit_map, LogitMap) or _map_kinds().get(name) is not type(logit_map):
+        raise TypeError(
+            f"a screen with a {name} of your own as logit_map cannot be saved: save the screen without it, "
+            "and pass the map to the constructor again"
+        )
+    parameters = {MAP + key: tensor for key, tensor in logit_map.state_dict().items()}
+    return {"kind": name, "settings": logit_map.settings()}, parameters
 
 
 def load_screen(
@@ -82,7 +114,8 @@ def load_screen(
     if fingerprint(weight, bias) != described["weight_sha256"]:
         raise ValueError(f"weight is not the one that {folder} was saved for: its fingerprint differs")
     preview = _preview(described["preview"], tensors.get("calibration"), folder)
-    return weight, bias, {"preview": preview, "candidates": described["candidates"], "exact": described["exact"]}
+    settings = {"preview": preview, "candidates": described["candidates"], "exact": described["exact"]}
+    return weight, bias, settings | {"logit_map": _map(described["logit_map"], tensors, folder)}
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -100,9 +133,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(
             f"{folder} has format version {described.get('version')!r}; this lastlayer reads {VERSION}"
         )
+    if sealed(described) != described:
+        raise ValueError(f"{folder / SETTINGS} was changed after the screen was saved")
     for name, kind in wanted.items():
         if not isinstance(described.get(name), kind):
             raise ValueError(f"{folder / SETTINGS}: {name} must be a {kind.__name__}, got {described.get(name)!r}")
+    if not isinstance(described.get("logit_map"), dict | None):
+        raise ValueError(f"{folder / SETTINGS}: logit_map must be a dict or null, got {described['logit_map']!r}")
     if hashlib.sha256(content).hexdigest() != described["tensors_sha256"]:
         raise ValueError(f"{folder / TENSORS} is truncated or was changed after it was saved")
     return described, load(content)
@@ -124,3 +161,19 @@ def _preview(settings: dict[str, Any], moment: Tensor | None, folder: Path) -> P
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / SETTINGS} does not describe a preview: {error!r}") from None
+
+
+def _map(described: dict[str, Any] | None, tensors: dict[str, Tensor], folder: Path) -> LogitMap | None:
+    if described is None:
+        return None
+    kinds, kind = _map_kinds(), described.get("kind")
+    if kind not in kinds:
+        raise ValueError(f"{folder / SETTINGS}: logit_map must be one of {', '.join(sorted(kinds))}, got {kind!r}")
+    parameters = {name.removeprefix(MAP): t for name, t in tensors.items() if name.startswith(MAP)}
+    try:
+        with torch.device("meta"):  # no memory until the parameters are known to fit
+            logit_map = kinds[kind](**described["settings"])
+        logit_map.load_state_dict(parameters, assign=True)
+        return check_logit_map(logit_map)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder} does not hold the {kind} that it describes: {error}") from None

@@ -197,7 +197,7 @@ class ScreenedSoftmax(nn.Module):
         self._for_kernels: FusedScreen | bool | None = None
 
     def save(self, folder: str | Path, include_weight: bool = True) -> None:
-        """Writes the screen's settings and calibration, and its weight if wanted: safetensors and JSON.
+        """Writes the screen's settings, calibration and logit map, and its weight if wanted: safetensors and JSON.
 
         The preview is prepared again by `load`. Raises TypeError for a preview or a logit map of one's own.
         """
