@@ -2,10 +2,12 @@
 
     python benchmarks/screening.py states            hidden states of SmolLM2 over WikiText-2 (minutes, once)
     python benchmarks/screening.py indexes           builds the peers' indexes (minutes, once)
-    python benchmarks/screening.py smollm2           top-10 at batch 1, 8, 64; 4,096 held-out queries; preparation
+    python benchmarks/screening.py smollm2 [N]       top-10 at batch 1, 8, 64; 4,096 held-out queries; preparation
     python benchmarks/screening.py decode            greedy text, end to end
-    python benchmarks/screening.py large [V]         V = 800,000, d = 512 (another V: shown, not written)
+    python benchmarks/screening.py large [V]         V = 800,000, d = 512
     python benchmarks/screening.py peers             8-bit PyTorch, FAISS, and hnswlib where it is installed
+
+Another number of queries N or classes V is for trying: shown, not written.
 
 What takes minutes is kept in the folder LASTLAYER_STATES (not set: the system's temporary folder), and a run that
 is killed goes on where it was. Each of the last four writes its results file.
@@ -28,7 +30,7 @@ def main() -> None:
     parts = {"smollm2": queries.queries, "decode": decode.decoding, "large": large.large, "peers": peers.peers}
     once = {"states": states.states, "indexes": peers.build_indexes}
     part, *sizes = sys.argv[1:] or [""]
-    if part not in once | parts or len(sizes) > (part == "large"):
+    if part not in once | parts or len(sizes) > (part in ("smollm2", "large")):
         sys.exit(f"give one of: {', '.join([*once, *parts])}")
     common.STORE.mkdir(parents=True, exist_ok=True)
     if part in once:

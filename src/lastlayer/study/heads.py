@@ -1,6 +1,8 @@
 """Where a trained head comes from: a Transformers folder or GGUF, safetensors, `.pt` without code, `.npy`."""
 
+import io
 import pickle
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,10 @@ def load_head(path: Path, tensor: str | None = None) -> LoadedHead:
     except StudyError:
         raise
     except Exception as problem:  # every reader fails in its own ways
+        if isinstance(problem, pickle.UnpicklingError) or "Weights only load failed" in str(problem):
+            raise StudyError(
+                f"{path} is no file of weights alone, and nothing else is ever unpickled"
+            ) from problem
         raise StudyError(f"cannot read {path}: {_first_line(problem)}") from problem
     return LoadedHead(path.name, *_checked(path, weight, bias))
 
@@ -87,10 +93,7 @@ def _from_safetensors(path: Path, tensor: str | None) -> tuple[Tensor, Tensor | 
 
 
 def _from_pt(path: Path, tensor: str | None) -> tuple[Tensor, Tensor | None]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as problem:
-        raise StudyError(f"{path} is not a file of weights alone, and nothing else is ever unpickled") from problem
+    content = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(content, Tensor):
         return content, None
     if not isinstance(content, dict):
@@ -118,24 +121,40 @@ def _pick(path: Path, shapes: dict[str, list[int]], wanted: str | None) -> str:
 
 def _from_transformers(path: Path) -> LoadedHead:
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
     except ImportError:
         raise StudyError(f"{path} needs Transformers: pip install 'lastlayer[transformers]'") from None
+    # never asked for code that a folder brings along, nor for what is not on this machine
+    settings: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if path.is_dir():
-        folder, more = path, {}
+        folder = path
         if not (path / "config.json").exists():
             raise StudyError(f"{path} is no Transformers model: it has no config.json")
     else:
-        folder, more = path.parent, {"gguf_file": path.name}
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, **more)
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = kind.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **more).eval()
+        folder, settings = path.parent, settings | {"gguf_file": path.name}
+    with redirect_stderr(io.StringIO()):  # progress bars of several libraries
+        config = AutoConfig.from_pretrained(folder, **settings)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        if type(config) not in kind._model_mapping:
+            raise StudyError(f"{path} is a {config.model_type} model, which has no output layer over a vocabulary")
+        model = kind.from_pretrained(folder, dtype=torch.float32, **settings).eval()
+        tokenizer = _tokenizer(folder, settings)
     head = model.get_output_embeddings()
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):
         raise StudyError(f"{path} has no output head")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **more)
     weight, bias = _checked(path, head.weight.detach(), getattr(head, "bias", None))
     return LoadedHead(path.name, weight, bias, model, tokenizer)
+
+
+def _tokenizer(folder: Path, settings: dict[str, Any]) -> Any:
+    """The model's tokenizer, or None: with hidden states at hand none is needed."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **settings)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return tokenizer if tokenizer.vocab_size else None  # some are made of nothing
 
 
 def _checked(path: Path, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -73,22 +73,27 @@ def collect_hidden(head: LoadedHead, calibration: Path | None, tokens: int) -> t
         return load_hidden(calibration, head.weight.shape[-1]), calibration.name
     if head.model is None:
         raise UsageError("a bare head needs hidden states that it meets: --calibration HIDDEN.npy, shape (n, d)")
+    if head.tokenizer is None:
+        raise UsageError(f"{head.name} has no tokenizer to read text with: --calibration HIDDEN.npy, shape (n, d)")
     lines, source = library_lines(), "Python's standard library"
     if calibration is not None:
         lines, source = read_lines(find_files([calibration]).training[0]), calibration.name
     from lastlayer.transformers import hidden_states
 
-    batches = _token_batches(head.tokenizer, lines, tokens, source)
+    window = min(WINDOW, getattr(head.model.config, "max_position_embeddings", None) or WINDOW)
+    batches = _token_batches(head.tokenizer, lines, tokens, source, window)
     return torch.cat(list(hidden_states(head.model, batches)))[:tokens].float(), source
 
 
-def _token_batches(tokenizer: Any, lines: Iterator[str], tokens: int, source: str) -> Iterator[Tensor]:
+def _token_batches(
+    tokenizer: Any, lines: Iterator[str], tokens: int, source: str, window: int
+) -> Iterator[Tensor]:
     """Token ids (N, T) of the text's beginning; about `tokens` of them."""
     text = "\n".join(islice(lines, 2 * tokens))[: 12 * tokens]
     ids = tokenizer(text, return_tensors="pt").input_ids[0][:tokens]
-    if len(ids) < WINDOW:
-        raise StudyError(f"{source} has only {len(ids)} tokens; at least {WINDOW} are needed")
-    rows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+    if len(ids) < window:
+        raise StudyError(f"{source} has only {len(ids)} tokens; at least {window} are needed")
+    rows = ids[: len(ids) // window * window].view(-1, window)
     return iter(rows.split(BATCH))
 
 
