@@ -3,11 +3,11 @@
     python benchmarks/screening.py states            hidden states of SmolLM2 over WikiText-2 (minutes, once)
     python benchmarks/screening.py indexes           builds the peers' indexes (minutes, once)
     python benchmarks/screening.py smollm2 [N]       top-10 at batch 1, 8, 64; 4,096 held-out queries; preparation
-    python benchmarks/screening.py decode            greedy text, end to end
+    python benchmarks/screening.py decode [N]        greedy text of N = 48 tokens, end to end
     python benchmarks/screening.py large [V]         V = 800,000, d = 512
-    python benchmarks/screening.py peers             8-bit PyTorch, FAISS, and hnswlib where it is installed
+    python benchmarks/screening.py peers [N]         8-bit PyTorch, FAISS, and hnswlib where it is installed
 
-Another number of queries N or classes V is for trying: shown, not written.
+With a number of queries, tokens or classes of one's own, what is measured is shown, not written.
 
 What takes minutes is kept in the folder LASTLAYER_STATES (not set: the system's temporary folder), and a run that
 is killed goes on where it was. Each of the last four writes its results file.
@@ -30,7 +30,7 @@ def main() -> None:
     parts = {"smollm2": queries.queries, "decode": decode.decoding, "large": large.large, "peers": peers.peers}
     once = {"states": states.states, "indexes": peers.build_indexes}
     part, *sizes = sys.argv[1:] or [""]
-    if part not in once | parts or len(sizes) > (part in ("smollm2", "large")):
+    if part not in once | parts or len(sizes) > (part in parts):
         sys.exit(f"give one of: {', '.join([*once, *parts])}")
     common.STORE.mkdir(parents=True, exist_ok=True)
     if part in once:

@@ -19,13 +19,13 @@ NEW_TOKENS, ROUNDS = 48, 2
 OWN, SCREENED = "own head", "screened head"
 
 
-def decoding() -> list[Record]:
+def decoding(new_tokens: int = NEW_TOKENS) -> list[Record]:
     """Same text, tokens a second, the head's share of a step."""
     head = smollm2()
     model, tokenizer = head.model, head.tokenizer
     own = model.get_output_embeddings()
     heads = {OWN: own, SCREENED: exact_screen(own.weight)}
-    settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
     settings |= {"pad_token_id": tokenizer.eos_token_id}
     prompts = [tokenizer(prompt, return_tensors="pt") for prompt in PROMPTS]
     seconds: dict[str, list[float]] = {name: [] for name in heads}
@@ -40,13 +40,13 @@ def decoding() -> list[Record]:
                 with replace_lm_head(model, heads[name]):
                     start = time.perf_counter()
                     texts[number, name] = model.generate(**prompts[number], **settings)
-                    seconds[name].append((time.perf_counter() - start) / NEW_TOKENS)
+                    seconds[name].append((time.perf_counter() - start) / new_tokens)
         rows = iter(real_head()[2].split(1) * 2)
         alone = interleaved({name: lambda m=m: m(next(rows)[None]) for name, m in heads.items()}, rounds=41)
     records = rates(seconds, alone)
     same = [bool(torch.equal(texts[i, OWN], texts[i, SCREENED])) for i in range(len(prompts))]
     words = [tokenizer.decode(texts[i, SCREENED][0]) for i in range(len(prompts))]
-    found = {"prompts": len(same), "identical": sum(same), "new_tokens": NEW_TOKENS, "texts": words}
+    found = {"prompts": len(same), "identical": sum(same), "new_tokens": new_tokens, "texts": words}
     return [*records, {"case": "same text", **found}]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import struct
 
 import numpy as np
 import pytest
@@ -65,6 +66,7 @@ def test_heads(run, tmp_path, hidden, suffix):
     assert all(record.keys() == FIELDS for record in records)
     assert sum(record["chosen"] for record in records) == 1
     assert (tmp_path / "out" / "frontier.png").stat().st_size > 1000
+    assert "…" not in result.output  # every figure is whole at 80 columns
     screen = ScreenedSoftmax.load(tmp_path / "out" / "screen")
     assert torch.equal(screen.weight, weight())
     assert "too small to gain" in result.output or "times as fast" in result.output
@@ -100,6 +102,12 @@ def bad_files(folder):
     np.save(folder / "vector.npy", np.ones(5, dtype=np.float32))
     np.save(folder / "nan.npy", np.full((5, 16), np.nan, dtype=np.float32))
     np.save(folder / "objects.npy", np.array([[Executes()]], dtype=object))
+    for path in (
+        save_head(folder / "cut.safetensors"),
+        save_head(folder / "cut.pt"),
+        save_head(folder / "cut.npy"),
+    ):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     (folder / "broken.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
     (folder / "broken.npy").write_bytes(b"\x93NUMPY")
     (folder / "executes.pt").write_bytes(pickle.dumps(Executes()))
@@ -109,6 +117,9 @@ def bad_files(folder):
     (folder / "empty").mkdir()
     (folder / "notes.txt").write_text("no head")
     return {
+        "cut.safetensors": (1, "cannot read"),
+        "cut.pt": (1, "cannot read"),
+        "cut.npy": (1, "cannot read"),
         "vector.npy": (1, "floating-point matrix"),
         "nan.npy": (1, "NaN or infinity"),
         "objects.npy": (1, "cannot read"),
@@ -117,7 +128,7 @@ def bad_files(folder):
         "executes.pt": (1, "nothing else is ever unpickled"),
         "several.pt": (1, "give --tensor, one of: a, b"),
         "none.pt": (1, "no matrix"),
-        "broken.gguf": (1, ""),
+        "broken.gguf": (1, "cannot read"),
         "empty": (1, "no config.json"),
         "notes.txt": (2, "no model that is known here"),
         "absent.npy": (2, "there is no model"),
@@ -131,6 +142,75 @@ def test_bad_models(run, tmp_path, hidden, capsys):
         assert said in result.stderr, (name, result.stderr)
         assert "executed" not in result.output + capsys.readouterr().out
     assert not (tmp_path / "out" / "screen").exists()
+
+
+def gguf(path, architecture, tensor_type):
+    """A small GGUF file whose only tensor says it is of `tensor_type`."""
+    writer = pytest.importorskip("gguf").GGUFWriter(str(path), architecture)
+    writer.add_context_length(32)
+    writer.add_embedding_length(4)
+    writer.add_block_count(1)
+    writer.add_head_count(2)
+    name = "token_embd.weight"
+    writer.add_tensor(name, np.ones((4, 4), dtype=np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    content = bytearray(path.read_bytes())
+    at = content.index(name.encode()) + len(name)
+    dimensions = struct.unpack_from("<I", content, at)[0]
+    struct.pack_into("<I", content, at + 4 + 8 * dimensions, tensor_type)
+    path.write_bytes(content)
+
+
+def bad_transformers(folder):
+    """Model folders and GGUF files that are not usable, and what is said of each."""
+    transformers = pytest.importorskip("transformers")
+    gguf(folder / "architecture.gguf", "nosucharch", 0)
+    gguf(folder / "type.gguf", "llama", 999)
+    transformers.ViTConfig().save_pretrained(folder / "headless")
+    sizes = {"vocab_size": 30, "n_embd": 8, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    config = transformers.GPT2Config(**sizes)
+    for name in ("no-weights", "executes", "executes-zip", "no-tokenizer"):
+        config.save_pretrained(folder / name)
+    (folder / "executes" / "pytorch_model.bin").write_bytes(pickle.dumps({"a": Executes()}))
+    torch.save({"a": Executes()}, folder / "executes-zip" / "pytorch_model.bin")
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder / "no-tokenizer")
+    (folder / "brings-code").mkdir()
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
+    (folder / "brings-code" / "config.json").write_text(json.dumps(own))
+    (folder / "brings-code" / "own.py").write_text("print('executed')")
+    (folder / "no-json").mkdir()
+    (folder / "no-json" / "config.json").write_text("{")
+    return {
+        "architecture.gguf": (1, "architecture nosucharch is not supported"),
+        "type.gguf": (1, "a tensor of a GGUF type that cannot be read here"),
+        "headless": (1, "a vit model, which has no output layer over a vocabulary"),
+        "no-weights": (1, "no file named model.safetensors"),
+        "executes": (1, "nothing else is ever unpickled"),
+        "executes-zip": (1, "nothing else is ever unpickled"),
+        "no-tokenizer": (2, "no tokenizer to read text with: --calibration HIDDEN.npy"),
+        "brings-code": (1, "contains custom code"),
+        "no-json": (1, "not a valid JSON file"),
+    }
+
+
+def test_bad_transformers_models(run, tmp_path, capsys):
+    for name, (code, said) in bad_transformers(tmp_path).items():
+        result = run(tmp_path / name)
+        assert (result.exit_code, "Traceback" in result.output) == (code, False), (name, result.output)
+        assert said in result.stderr, (name, result.stderr)
+        assert "executed" not in result.output + capsys.readouterr().out, name
+    assert not (tmp_path / "out" / "screen").exists()
+
+
+def test_model_without_tokenizer_takes_hidden_states(run, tmp_path, hidden):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 700, "n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / "model")
+    result = run(tmp_path / "model", "--calibration", hidden, "--k", 2)
+    assert result.exit_code == 0, result.output
+    assert "700 classes, width 16; 300 hidden states from hidden.npy" in result.output
 
 
 def test_bad_calibration(run, tmp_path, hidden):

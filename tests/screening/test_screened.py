@@ -9,7 +9,7 @@ import torch
 from screened_head import D, Doubled, V, close, head, screened, states, topk
 from torch import nn
 
-from lastlayer import ScreenedSoftmax, SVDPreview
+from lastlayer import Int8Preview, ScreenedSoftmax, SVDPreview
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3), (0,), (2, 0, 3)])
@@ -139,6 +139,22 @@ def test_duplicate_and_zero_rows_and_ties():
     close(answer.log_prob, torch.full((2, 3), 1 / 9, dtype=torch.float64).log())
 
 
+@pytest.mark.parametrize("preview", [SVDPreview(3), SVDPreview(4, storage="int8"), Int8Preview()])
+def test_duplicate_and_zero_rows_in_the_kernels(preview):
+    """float32, where the fused kernels serve: ties at the k-th place, and a hidden state that ties all."""
+    weight, bias = head(200, dtype=torch.float32)
+    weight[10:60], bias[10:60] = weight[3], bias[3]
+    weight[100:150], bias[100:150] = 0.0, 0.0
+    layer = ScreenedSoftmax(weight, bias, preview=preview, candidates=12, exact=True)
+    hidden = torch.cat([states(30, dtype=torch.float32), torch.zeros(1, D)])
+    logits = nn.functional.linear(hidden, weight, bias)
+    for row, truth in zip(hidden.split(1), logits.split(1), strict=True):
+        answer = layer.topk(row, 6)
+        close(truth.gather(-1, answer.indices), truth.topk(6).values, 1e-5)
+        assert len(set(answer.indices[0].tolist())) == 6
+        assert answer.certified.all()
+
+
 def test_huge_and_bad_hidden_states():
     weight, bias = head(dtype=torch.float32)
     layer = screened(weight, bias)
@@ -200,6 +216,7 @@ def test_inference_mode_and_shared_storage():
     ("error", "message", "call"),
     [
         (ValueError, "k must be between 1 and 20, got 21", lambda s: s.topk(states(2), 21)),
+        (ValueError, "k must be between 1 and 20, got 204", lambda s: s.topk(states(2), V + 1)),
         (ValueError, "k must be", lambda s: s.topk(states(2), 0)),
         (TypeError, "k must be", lambda s: s.topk(states(2), 1.5)),
         (ValueError, "num_samples", lambda s: s.sample(states(2), 0)),

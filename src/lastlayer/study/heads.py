@@ -60,6 +60,10 @@ def load_head(path: Path, tensor: str | None = None) -> LoadedHead:
             raise StudyError(
                 f"{path} is no file of weights alone, and nothing else is ever unpickled"
             ) from problem
+        if "GGMLQuantizationType" in str(problem):
+            raise StudyError(
+                f"{path} holds a tensor of a GGUF type that cannot be read here: {problem}"
+            ) from problem
         raise StudyError(f"cannot read {path}: {_first_line(problem)}") from problem
     return LoadedHead(path.name, *_checked(path, weight, bias))
 

@@ -47,6 +47,7 @@ def speed_up(
         "half to calibrate and tune, half to measure",
         highlight=False,
         markup=False,
+        soft_wrap=True,
     )
     try:
         with console.status("trying previews"):
@@ -56,12 +57,12 @@ def speed_up(
     _show(records, console)
     chosen = next(record for record in records if record["chosen"])
     screen.save(out / "screen", include_weight=head.model is None)
+    loading = "" if head.model is None else " with weight=, the model's own"
     write_json(out / "results.json", {"environment": environment(), "source": source, "records": records})
     write_whole(out / "frontier.png", lambda path: _plot(records, agreement, path))
-    console.print(_verdict(chosen, agreement), highlight=False, markup=False)
-    console.print(
-        f"Saved: {out / 'screen'} (ScreenedSoftmax.load), {out / 'frontier.png'}", highlight=False, markup=False
-    )
+    saved = f"Saved: {out / 'screen'} (ScreenedSoftmax.load{loading}), {out / 'frontier.png'}"
+    for line in (f"* {_verdict(chosen, agreement)}", saved):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     return records
 
 
@@ -118,12 +119,12 @@ def _name(record: Record) -> str:
 
 def _show(records: list[Record], console: Console) -> None:
     table = Table(box=None, padding=(0, 1, 0, 0))
-    table.add_column("screen", no_wrap=True)
+    table.add_column("screen")  # the only one that gives way on a narrow terminal
     for heading in ("top-1", "top-k", "KL", "bytes", "proved", "ms", "times\nas fast"):
         table.add_column(heading, justify="right", no_wrap=True)
     for record in records:
         table.add_row(
-            ("> " if record["chosen"] else "  ") + _name(record),
+            ("* " if record["chosen"] else "") + _name(record),
             f"{record['agreement_top1']:.2%}",
             f"{record['agreement_topk']:.2%}",
             figure(record["kl"]),
