@@ -140,15 +140,20 @@ def _plot(records: list[Record], agreement: float, path: Path) -> None:
     """Disagreement against time, both logarithmic; the full layer's time and the target as lines."""
     from matplotlib.figure import Figure
 
-    plot = Figure(figsize=(8, 5), layout="constrained")
+    plot = Figure(figsize=(8, 6), layout="constrained")
     axes = plot.add_subplot()
-    floor = 1e-5
-    for record in records:
-        wrong = max(floor, 1 - record["agreement_topk"])
-        axes.plot(record["ms"], wrong, marker="*" if record["chosen"] else "o", ms=14 if record["chosen"] else 7)
-        axes.annotate(_name(record), (record["ms"], wrong), fontsize=7, xytext=(5, 5), textcoords="offset points")
+    floor = 1e-5  # drawn for none missed, which a logarithm cannot show
+    for number, record in enumerate(records):
+        kind = 2 if record["chosen"] else "int8" not in record["preview"]
+        missed = max(floor, 1 - record["agreement_topk"])
+        style = {"marker": "so*"[kind], "markersize": (8, 7, 15)[kind], "color": f"C{number % 10}"}
+        axes.plot(record["ms"], missed, linestyle="none", label=_name(record), **style)
     axes.axvline(records[0]["full_ms"], linestyle="--", color="grey", label="the full layer")
     axes.axhline(max(floor, 1 - agreement), linestyle=":", color="grey", label="asked for")
     axes.set(xscale="log", yscale="log", xlabel="milliseconds a query", ylabel="share of the true top-k missed")
-    axes.legend()
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: "none" if value < 1.01 * floor else f"{value:g}")
+    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    axes.tick_params(axis="x", which="minor", labelsize=7)
+    plot.legend(loc="outside lower center", fontsize=8, ncols=2)
     plot.savefig(path, format="png", dpi=130)
