@@ -62,24 +62,49 @@ def test_same_text(name, how):
     assert torch.equal(model.generate(prompt(), **settings), expected)
 
 
-def test_sampling_runs():
-    model = gpt2()
+@pytest.mark.parametrize("name", MODELS)
+def test_sampling_draws_the_same(name):
+    """With every class a candidate the logits are the model's, and so is what a seed draws from them."""
+    model = MODELS[name]()
+
+    def drawn():
+        torch.manual_seed(5)
+        return model.generate(prompt(), max_new_tokens=8, do_sample=True, temperature=0.8, top_k=20, top_p=0.9)
+
+    expected = drawn()
+    with replace_lm_head(model, screened(model, candidates=600)):
+        assert torch.equal(drawn(), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("settings", [{"do_sample": True, "top_k": 20}, {"do_sample": False, "num_beams": 3}])
+def test_few_candidates_run(name, settings):
+    """Sampling and beam search on preview scores: another text perhaps, of known words."""
+    model = MODELS[name]()
+    length = model.generate(prompt(), max_new_tokens=6, min_new_tokens=6, **settings).shape
     with replace_lm_head(model, screened(model, preview=SVDPreview(8), exact=False)):
-        ids = model.generate(prompt(), max_new_tokens=6, do_sample=True, top_k=20)
-    assert ids.shape == (2, 11)
-    assert ids.max() < 600
+        ids = model.generate(prompt(), max_new_tokens=6, min_new_tokens=6, **settings)
+    assert ids.shape == length
+    assert 0 <= ids.min() <= ids.max() < 600
 
 
-def test_undo_restores_the_very_module():
-    model = gpt2()
-    original, state = model.lm_head, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+@pytest.mark.parametrize("name", [*MODELS, "untied"])
+def test_undo_restores_the_very_module(name):
+    model = gpt2(tied=False) if name == "untied" else MODELS[name]()
+    original, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = original.weight is embedding.weight
+    assert tied == (name in ("gpt2", "t5"))
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     handle = replace_lm_head(model, screened(model))
-    assert model.lm_head.weight is model.transformer.wte.weight  # tied embeddings stay tied
+    assert model.get_output_embeddings() is not original
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
     handle.undo()
     handle.undo()
-    assert model.lm_head is original
-    assert model.lm_head.weight is model.transformer.wte.weight
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert model.get_output_embeddings() is original
+    assert model.get_input_embeddings() is embedding
+    assert (original.weight is embedding.weight) == tied
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
 
 
 def test_undo_after_a_failure():
