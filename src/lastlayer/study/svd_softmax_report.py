@@ -49,16 +49,21 @@ def show(records: list[Record], console: Console) -> None:
             shown = f"{r['operations']:.1%}", figure(r["perplexity"]), figure(r["kl"]), f"{r['coverage']:.1%}"
             table.add_row(f"{r['window']} {r['kind']}", f"{r['candidates_share']:.0%}", *shown)
     console.print(table)
-    table = Table(title="Time of one query", title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for heading in ("classes", "full ms", "SVD ms", "times as fast", "bytes", "exact int8 ms", "times as fast"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for r in records:
-        if r["case"] == "speed":
-            shown = figure(r["full_ms"]), figure(r["ms"]), figure(r["ratio"]), f"{r['bytes_read_fraction']:.1%}"
-            shown += figure(r["int8_exact_ms"]), figure(r["int8_exact_ratio"])
-            table.add_row(f"{r['num_classes']:,}", *shown)
-    console.print(table)
+    speeds = [r for r in records if r["case"] == "speed"]
+    if speeds:
+        console.print(_speed_table(speeds))
     for r in records:
         if r["case"] == "claim":
             said = f"claimed:  {r['claim']}\nmeasured: {r['measured']}\n          ({r['conditions']})\n"
             console.print(said, highlight=False, markup=False, soft_wrap=True)
+
+
+def _speed_table(speeds: list[Record]) -> Table:
+    table = Table(title="Time of one query", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for heading in ("classes", "full ms", "SVD ms", "times as fast", "bytes", "exact int8 ms", "times as fast"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for r in speeds:
+        shown = figure(r["full_ms"]), figure(r["ms"]), figure(r["ratio"]), f"{r['bytes_read_fraction']:.1%}"
+        shown += figure(r["int8_exact_ms"]), figure(r["int8_exact_ratio"])
+        table.add_row(f"{r['num_classes']:,}", *shown)
+    return table
