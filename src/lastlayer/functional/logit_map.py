@@ -65,7 +65,7 @@ class LogitMap(nn.Module, ABC):
         return found[0], tuple(next(of_wanted) if p.requires_grad else None for p in parameters)
 
     def settings(self) -> dict[str, Any] | None:
-        """The keyword arguments that build this map again, but for its parameters; None: it cannot be saved."""
+        """The keyword arguments that build this map again, but for its parameters; the library's own maps tell."""
         return None
 
     def kernel_map(self) -> KernelMap | None:
