@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -22,6 +22,7 @@ from lastlayer.study.measure import interleaved
 
 STORE = Path(os.environ.get("LASTLAYER_STATES", Path(tempfile.gettempdir()) / "lastlayer-screens"))
 K, CALIBRATION, HELD_OUT = 10, 12_288, 4_096
+SOME = 1_024  # queries whose certificate before widening is looked at
 ROW, CHUNK = 512, 2_048  # tokens the model reads at once, and hidden states in a file
 FULL, FLOOR = "full float32", "one pass over {} bytes"
 Record = dict[str, Any]
@@ -119,43 +120,48 @@ def measured(
     return records
 
 
-def agreement(screen: ScreenedSoftmax, weight: Tensor, hidden: Tensor) -> Record:
+class Truth(NamedTuple):
+    """The full layer's answers to some hidden states."""
+
+    weight: Tensor  # (V, d)
+    hidden: Tensor  # (n, d)
+    values: Tensor  # (n, K), best first
+    indices: Tensor  # (n, K)
+
+    @classmethod
+    def of(cls, weight: Tensor, hidden: Tensor) -> "Truth":
+        """By F.linear + topk, some rows at a time."""
+        rows = max(1, (1 << 25) // len(weight))
+        with torch.inference_mode():
+            best = [F.linear(part, weight).topk(K) for part in hidden.split(rows)]
+        return cls(weight, hidden, *(torch.cat(column) for column in zip(*best, strict=True)))
+
+
+def agreement(screen: ScreenedSoftmax, truth: Truth) -> Record:
     """Every held-out query asked by itself, beside the full layer: identical classes, logits, certificates."""
     with torch.inference_mode():
-        answers = [screen.topk(row, K) for row in hidden.split(1)]
+        answers = [screen.topk(row, K) for row in truth.hidden.split(1)]
         found = ScreenedTopK(*(torch.cat(column) for column in zip(*answers, strict=True)))
-        first = torch.cat([screen.topk(row, K, exact=False).certified for row in hidden.split(1)])
-        values, indices, logits = full_topk(hidden, weight, found.indices)
-    same_set = found.indices.sort(-1).values == indices.sort(-1).values
+        first = found.certified
+        if screen.exact:
+            some = truth.hidden[:SOME].split(1)
+            first = torch.cat([screen.topk(row, K, exact=False).certified for row in some])
+        logits = torch.stack([truth.weight[at] @ h for at, h in zip(found.indices, truth.hidden, strict=True)])
+    same_set = found.indices.sort(-1).values == truth.indices.sort(-1).values
     return {
         "case": "agreement",
-        "queries": len(hidden),
-        "top1_identical": share(found.indices[:, 0] == indices[:, 0]),
+        "queries": len(truth.hidden),
+        "top1_identical": share(found.indices[:, 0] == truth.indices[:, 0]),
         "top10_same_classes": share(same_set.all(-1)),
-        "top10_identical_in_order": share((found.indices == indices).all(-1)),
-        "not_identical_in_order": int((found.indices != indices).any(-1).sum()),
-        "top10_logit_difference": float((logits - values).abs().max()),
+        "top10_identical_in_order": share((found.indices == truth.indices).all(-1)),
+        "not_identical_in_order": int((found.indices != truth.indices).any(-1).sum()),
+        "top10_logit_difference": float((logits - truth.values).abs().max()),
         "certified": share(found.certified),
         "certified_before_widening": share(first),
-        "bytes_read_fraction": screen.bytes_read / weight.nbytes,
+        "bytes_read_fraction": screen.bytes_read / truth.weight.nbytes,
     }
 
 
 def share(which: Tensor) -> float:
     """Of those that are true."""
     return float(which.double().mean())
-
-
-def full_topk(
-    hidden: Tensor,  # (n, d)
-    weight: Tensor,  # (V, d)
-    classes: Tensor,  # (n, K)
-) -> tuple[Tensor, Tensor, Tensor]:  # (n, K) each
-    """The full layer's best values and indices, and its logits of the classes that a screen found."""
-    rows = max(1, (1 << 25) // len(weight))
-    answers = []
-    for part, at in zip(hidden.split(rows), classes.split(rows), strict=True):
-        logits = F.linear(part, weight)
-        answers.append((*logits.topk(K), logits.gather(-1, at)))
-    values, indices, found = (torch.cat(column) for column in zip(*answers, strict=True))
-    return values, indices, found

@@ -25,22 +25,23 @@ def decoding(new_tokens: int = NEW_TOKENS) -> list[Record]:
     model, tokenizer = head.model, head.tokenizer
     own = model.get_output_embeddings()
     heads = {OWN: own, SCREENED: exact_screen(own.weight)}
-    settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
-    settings |= {"pad_token_id": tokenizer.eos_token_id}
+    settings = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
     prompts = [tokenizer(prompt, return_tensors="pt") for prompt in PROMPTS]
     seconds: dict[str, list[float]] = {name: [] for name in heads}
     texts: dict[tuple[int, str], torch.Tensor] = {}
     with torch.inference_mode():
         for module in heads.values():
             with replace_lm_head(model, module):
-                model.generate(**prompts[0], **settings | {"max_new_tokens": 4, "min_new_tokens": 4})
+                model.generate(**prompts[0], **settings | {"max_new_tokens": 4})
         for turn in range(ROUNDS * len(prompts)):
             number = turn % len(prompts)
             for name in (OWN, SCREENED) if turn % 2 else (SCREENED, OWN):
                 with replace_lm_head(model, heads[name]):
                     start = time.perf_counter()
                     texts[number, name] = model.generate(**prompts[number], **settings)
-                    seconds[name].append((time.perf_counter() - start) / new_tokens)
+                    taken = time.perf_counter() - start
+                made = texts[number, name].shape[1] - prompts[number].input_ids.shape[1]
+                seconds[name].append(taken / made)
         rows = iter(real_head()[2].split(1) * 2)
         alone = interleaved({name: lambda m=m: m(next(rows)[None]) for name, m in heads.items()}, rounds=41)
     records = rates(seconds, alone)

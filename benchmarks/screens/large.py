@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from screens.common import Record, agreement, exact_screen, full_layers, measured, svd_screen
+from screens.common import Record, Truth, agreement, exact_screen, full_layers, measured, svd_screen
 
 CLASSES, WIDTH, CALIBRATION, HELD_OUT = 800_000, 512, 12_288, 2_048
 EXPONENTS = -0.2, -0.6  # how the weight's and the hidden states' directions decay
@@ -66,8 +66,9 @@ def large(classes: int = CLASSES) -> list[Record]:
         screens[name] = svd_screen(weight, window, candidates, storage=storage, calibration=calibration)
     sizes = {"num_classes": classes, "in_features": WIDTH}
     records: list[Record] = []
+    truth = Truth.of(weight, held_out)
     for name, screen in screens.items():
-        records.append({"name": name, **sizes, **agreement(screen, weight, held_out)})
+        records.append({"name": name, **sizes, **agreement(screen, truth)})
     peers = full_layers(weight) | {
         name: lambda hidden, screen=screen: screen.topk(hidden, 10) for name, screen in screens.items()
     }

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from screens.common import (
@@ -19,6 +18,7 @@ from screens.common import (
     Call,
     K,
     Record,
+    Truth,
     exact_screen,
     full_layers,
     measured,
@@ -27,7 +27,7 @@ from screens.common import (
     svd_screen,
 )
 
-QUERIES = 1_024
+QUERIES = 512
 LINKS, BUILDING = 32, 200  # of the graphs: M and efConstruction
 LISTS, PROBES, REACHES = 256, (8, 32, 128), (100, 400, 1600)
 
@@ -49,8 +49,7 @@ def peers(asked: int = QUERIES) -> list[Record]:
     with_probabilities = set(indices)  # all logits, or a normaliser: what follows finds neighbours alone
     indices |= faiss_indexes(weight)
     indices |= hnswlib_graph(weight)
-    with torch.inference_mode():
-        truth = torch.cat([F.linear(rows, weight).topk(K).indices for rows in held_out.split(256)])
+    truth = Truth.of(weight, held_out).indices
     records = measured(indices, held_out, 1, 21)
     for record in records:
         search = indices[record["name"]]

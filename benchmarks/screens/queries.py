@@ -7,7 +7,17 @@ from torch import Tensor
 
 from lastlayer import ScreenedSoftmax
 from lastlayer.study.measure import peak_bytes
-from screens.common import HELD_OUT, Record, agreement, exact_screen, full_layers, measured, real_head, svd_screen
+from screens.common import (
+    HELD_OUT,
+    Record,
+    Truth,
+    agreement,
+    exact_screen,
+    full_layers,
+    measured,
+    real_head,
+    svd_screen,
+)
 
 EXACT = "int8, exact"
 ROUNDS = {1: 41, 8: 21, 64: 11}
@@ -26,11 +36,12 @@ def queries(asked: int = HELD_OUT) -> list[Record]:
     }
     makers[EXACT]().topk(held_out[:1], 10)  # kernels are compiled, or read from numba's cache
     screens, records = {}, []
+    truth = Truth.of(weight, held_out[:asked])
     for name, make in makers.items():
         start = time.perf_counter()
         screens[name] = make()  # a calibrated one sums up its calibration data here
         records.append({"case": "prepare", "name": name, "seconds": time.perf_counter() - start})
-        records.append({"name": name, **agreement(screens[name], weight, held_out[:asked])})
+        records.append({"name": name, **agreement(screens[name], truth)})
     records.append({"name": EXACT, **memory(screens[EXACT], held_out[:1])})
     del screens["SVD d/8, 1,024 candidates, plain"]  # takes the time of the calibrated one
     peers = full_layers(weight) | {
