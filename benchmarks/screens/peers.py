@@ -118,11 +118,11 @@ def faiss_indexes(weight: Tensor) -> dict[str, Call]:
     lists, graph = kept("faiss-ivf", inverted), kept("faiss-hnsw", linked)
 
     def probing(probes: int) -> Call:
-        settings = faiss.SearchParametersIVF(nprobe=probes)
+        settings = faiss.SearchParametersIVF(nprobe=probes)  # pyright: ignore[reportCallIssue]
         return lambda h: lists.search(h.numpy(), K, params=settings)[1]
 
     def reaching(reach: int) -> Call:
-        settings = faiss.SearchParametersHNSW(efSearch=reach)
+        settings = faiss.SearchParametersHNSW(efSearch=reach)  # pyright: ignore[reportAttributeAccessIssue]
         return lambda h: graph.search(h.numpy(), K, params=settings)[1]
 
     found: dict[str, Call] = {"FAISS flat": lambda h: flat.search(h.numpy(), K)[1]}

@@ -190,7 +190,7 @@ def bad_transformers(folder):
         "executes": (1, "nothing else is ever unpickled"),
         "executes-zip": (1, "nothing else is ever unpickled"),
         "no-tokenizer": (2, "no tokenizer to read text with: --calibration HIDDEN.npy"),
-        "brings-code": (1, "contains custom code"),
+        "brings-code": (1, "brings code of its own, which is never run"),
         "no-json": (1, "not a valid JSON file"),
     }
 

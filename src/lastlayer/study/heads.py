@@ -60,6 +60,8 @@ def load_head(path: Path, tensor: str | None = None) -> LoadedHead:
             raise StudyError(
                 f"{path} is no file of weights alone, and nothing else is ever unpickled"
             ) from problem
+        if "trust_remote_code" in str(problem):
+            raise StudyError(f"{path} brings code of its own, which is never run") from problem
         if "GGMLQuantizationType" in str(problem):
             raise StudyError(
                 f"{path} holds a tensor of a GGUF type that cannot be read here: {problem}"
