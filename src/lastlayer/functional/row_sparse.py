@@ -1,12 +1,15 @@
 """Gradients of a matrix of which only some rows were touched: sparse in the rows, coalesced by construction."""
 
 import sys
+from collections import deque
 
 import torch
 from torch import Tensor, nn
 
 # Below this the C library reuses freed memory by itself.
 LEAST_KEPT_BYTES = 1 << 20
+# The rows of the latest gradients that were made, held so that no other tensor can lie at their addresses.
+_increasing: deque[Tensor] = deque(maxlen=8)
 
 
 def row_sparse(
@@ -20,6 +23,7 @@ def row_sparse(
     copies, and costs more than the SGD step that follows it.
     """
     shape = (num_rows, *values.shape[1:])
+    _increasing.append(rows)
     return torch.sparse_coo_tensor(rows[None], values, shape, is_coalesced=True, check_invariants=False)
 
 
@@ -34,8 +38,9 @@ def keep_coalesced(parameter: nn.Parameter) -> None:
 def _mark_if_increasing(parameter: Tensor) -> None:
     grad = parameter.grad
     if grad is not None and grad.is_sparse and not grad.is_coalesced():
-        rows = grad._indices()[0].cpu().numpy()
-        if (rows[1:] > rows[:-1]).all():  # not where two gradients were added up
+        rows = grad._indices()
+        # Not where two gradients were added up: their rows are a new tensor.
+        if any(rows.data_ptr() == made.data_ptr() and rows.shape[1] == len(made) for made in tuple(_increasing)):
             grad._coalesced_(True)
 
 

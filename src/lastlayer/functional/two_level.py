@@ -57,8 +57,11 @@ def two_level_log_prob(
     work = len(hidden) * (num_clusters + num_classes // num_clusters) * width
     small = 0 < work < SMALL_WORK and dtype == hidden.dtype and can_compile(hidden, parameters.weight)
     function: Any = SmallTwoLevelLogProb if small else _TwoLevelLogProb
+    arguments = (hidden.to(dtype), *parameters, clusters, slots, offsets, sparse, memory)
+    if not torch.is_autocast_enabled(hidden.device.type):  # entering its context costs microseconds
+        return function.apply(*arguments)
     with torch.autocast(hidden.device.type, enabled=False):
-        return function.apply(hidden.to(dtype), *parameters, clusters, slots, offsets, sparse, memory)
+        return function.apply(*arguments)
 
 
 class _TwoLevelLogProb(torch.autograd.Function):

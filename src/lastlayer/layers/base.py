@@ -177,7 +177,9 @@ class OutputLayer(nn.Module, ABC):
         return hidden.split(max(1, CHUNK_NUMBERS // self.num_classes)) if len(hidden) else (hidden,)
 
     def _rows(self, hidden: Tensor) -> Tensor:
-        first = next(self.parameters(), None)
+        first = next(iter(self._parameters.values()), None)
+        if first is None:  # none of its own, or an optional one that is absent
+            first = next(self.parameters(), None)
         check_hidden(hidden, self.in_features, None if first is None else first.dtype)
         return hidden.reshape(-1, self.in_features)
 

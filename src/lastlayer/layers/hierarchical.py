@@ -14,6 +14,7 @@ from lastlayer.functional.checks import check_hidden
 from lastlayer.functional.clusters import check_clusters, even
 from lastlayer.functional.linear_chunks import as_exact
 from lastlayer.functional.row_sparse import GradientMemory, keep_coalesced
+from lastlayer.functional.theano_layout import TheanoParameters, block_ids, blocks_of, check_theano, class_rows
 from lastlayer.functional.two_level import TwoLevel, two_level_log_prob
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.full import FullSoftmax
@@ -188,6 +189,50 @@ class HierarchicalSoftmax(OutputLayer):
         full.weight.copy_(weight)
         full.bias.copy_(bias)
         return full
+
+    @classmethod
+    @torch.no_grad()
+    def from_theano(
+        cls,
+        W1: Tensor,  # (d, nC)
+        b1: Tensor,  # (nC,)
+        W2: Tensor,  # (nC, d, nO)
+        b2: Tensor,  # (nC, nO)
+        num_classes: int,
+        *,
+        sparse: bool = False,
+    ) -> "HierarchicalSoftmax":
+        """The layer with the parameters of a `theano.tensor.nnet.h_softmax`: class y is in cluster `y // nO`.
+
+        Same probabilities, but in the last cluster where `nC nO > V`: Theano leaves its unused places in the
+        denominator, so that its rows sum to less than one; here they hold nothing. `to_theano` is the inverse.
+
+        Raises:
+            TypeError, ValueError: parameters whose kinds or shapes do not fit; a number of classes that would leave
+                a cluster empty, or some class without a place.
+        """
+        given = TheanoParameters(W1, b1, W2, b2)
+        ids = block_ids(num_classes, check_theano(given, num_classes))
+        layer = cls(len(W1), num_classes, clusters=ids, sparse=sparse, device=W2.device, dtype=W2.dtype)
+        own = (W1.T, b1, class_rows(W2, num_classes), class_rows(b2, num_classes))
+        names = ("head_weight", "head_bias", "weight", "bias")
+        layer.load_state_dict(dict(zip(names, own, strict=True)), strict=False)
+        return layer
+
+    @torch.no_grad()
+    def to_theano(self) -> TheanoParameters:
+        """`(W1, b1, W2, b2)` for `theano.tensor.nnet.h_softmax`, unused places 0.
+
+        Raises:
+            ValueError: clusters that are not blocks of nO neighbouring ids, the last perhaps smaller.
+        """
+        size = int(self.offsets[1])
+        if not torch.equal(self._clusters.cpu(), block_ids(self.num_classes, size)):
+            raise ValueError("Theano's layout needs clusters of equally many neighbouring ids: y // nO")
+        zeros = (self.weight.new_zeros(n) for n in (self.num_clusters, self.num_classes))
+        b1, b2 = (z if b is None else b for z, b in zip(zeros, (self.head_bias, self.bias), strict=True))
+        blocks = (blocks_of(rows, self.num_clusters, size) for rows in (self.weight, b2))
+        return TheanoParameters(self.head_weight.T.clone(), b1.clone(), *blocks)
 
     def class_weight(self) -> Tensor:  # (V, d)
         """The rows of `weight` in class order (a copy): row y is class y's vector inside its cluster."""
