@@ -1,11 +1,11 @@
-"""A whole training step (forward, backward, SGD) of the cluster and tree layers against their peers, and exact top-k.
+"""A whole training step (forward, backward, SGD) of cluster and tree layers against their peers, and exact top-k.
 
 python benchmarks/clusters.py [--rounds 5] [--text FOLDER] [--cases steps-100000,steps-800000,adaptive,topk]
 
 Zipf targets, N=1024, d=512. Against `nn.Linear + F.cross_entropy` at V=100,000 and V=800,000; `AdaptiveSoftmax`
-against `nn.AdaptiveLogSoftmaxWithLoss` of the same weights; and `topk(10)` of one state against all log-probabilities,
-on a two-level layer trained on a text (`--text`, else Python's own source) with made-up further words up to V=177,000.
-The gradient of the hidden states is formed too, as under a network.
+against `nn.AdaptiveLogSoftmaxWithLoss` of the same weights; and `topk(10)` of one state against all
+log-probabilities, on a two-level layer trained on a text (`--text`, else Python's own source) with made-up further
+words up to V=177,000. The gradient of the hidden states is formed too, as under a network.
 """
 
 import argparse

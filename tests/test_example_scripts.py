@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -21,5 +19,4 @@ def test_many_classes():
 
 
 def test_digits():
-    pytest.importorskip("sklearn")
     assert share_right("digits.py") > 90

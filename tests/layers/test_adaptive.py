@@ -135,6 +135,16 @@ class TestCutoffs:
         AdaptiveSoftmax(256, 50_000, cutoffs)
         assert cutoffs[0] < 20_000, "the head holds the frequent classes only"
 
+    @pytest.mark.parametrize("counts", [torch.zeros(50), torch.ones(50), torch.arange(50) % 2])
+    def test_of_counts_that_tell_little(self, counts):
+        cutoffs = AdaptiveSoftmax.cutoffs_for(counts, 2, in_features=16, costs=(1e-5, 1e-10))
+        AdaptiveSoftmax(16, 50, cutoffs, counts=counts)
+
+    @pytest.mark.parametrize("counts", [torch.tensor([3, -1, 2]), torch.tensor([1.0, torch.inf, 2.0])])
+    def test_of_counts_that_are_none(self, counts):
+        with pytest.raises(ValueError, match=r"counts\[1\]"):
+            AdaptiveSoftmax.cutoffs_for(counts, 1)
+
     def test_more_expensive_calls_do_not_split_further_for_nothing(self):
         flat = AdaptiveSoftmax.cutoffs_for(torch.ones(100), 1, in_features=4, costs=(1.0, 1e-12))
         assert 1 <= flat[0] < 100
@@ -148,6 +158,8 @@ class TestCutoffs:
         ({"cutoffs": [4, 4]}, "cutoffs"),
         ({"cutoffs": [0, 4]}, "cutoffs"),
         ({"cutoffs": [4, 30]}, "cutoffs"),
+        ({"cutoffs": [4, 99]}, "cutoffs"),
+        ({"cutoffs": [-1, 4]}, "cutoffs"),
         ({"cutoffs": [2, 4, 6, 8]}, "no width for tail 4"),
         ({"cutoffs": [4], "counts": torch.ones(29)}, "counts"),
         ({"cutoffs": [4], "counts": -torch.ones(30)}, "counts"),
@@ -168,3 +180,8 @@ def test_wrong_kinds_are_named():
         AdaptiveSoftmax(8, 30, [4], div_value=0.0)
     with pytest.raises(ValueError, match="num_clusters"):
         AdaptiveSoftmax.cutoffs_for(torch.ones(5), 5)
+
+
+@pytest.mark.parametrize("counts", [torch.zeros(30), torch.ones(30)])
+def test_equal_counts_leave_the_ids_as_ranks(counts):
+    assert torch.equal(make([4, 9], counts=counts).order, torch.arange(30))

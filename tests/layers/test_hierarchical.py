@@ -146,6 +146,20 @@ def test_gradients_add_up_over_backwards():
     torch.testing.assert_close(layer.weight.grad.to_dense(), whole.weight.grad.to_dense())
 
 
+def test_gradients_that_were_added_up_are_not_wrongly_marked_as_coalesced():
+    """A mark on rows that occur twice would make optimizers drop half of them."""
+    layer = make(sparse=True)
+    hidden, targets = batch(layer)
+    wanted = make()
+    wanted.load_state_dict(layer.state_dict())
+    for part in (hidden, 2 * hidden):
+        layer(part, targets).backward()
+        wanted(part, targets).backward()
+        grad = layer.weight.grad
+        assert not grad.is_coalesced() or (grad._indices()[0].diff() > 0).all()
+    torch.testing.assert_close(layer.weight.grad.to_dense(), wanted.weight.grad)
+
+
 def test_gradient_memory_is_never_lent_twice():
     memory, like = GradientMemory(), torch.empty(0)
     shape = (1000, 300)

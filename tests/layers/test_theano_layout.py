@@ -89,9 +89,9 @@ def test_a_number_of_classes_that_does_not_fill_the_places(num_classes):
 @pytest.mark.parametrize("wrong", range(4))
 def test_parameters_that_do_not_fit(wrong):
     theirs = [p.detach() for p in parameters(23)]
-    with pytest.raises(ValueError, match="W1|b1|W2|b2"):
+    with pytest.raises(ValueError, match=r"W1|b1|W2|b2"):
         HierarchicalSoftmax.from_theano(*(p[:-1] if i == wrong else p for i, p in enumerate(theirs)), 23)
-    with pytest.raises(TypeError, match="W1|b1|W2|b2"):
+    with pytest.raises(TypeError, match=r"W1|b1|W2|b2"):
         HierarchicalSoftmax.from_theano(*(p.long() if i == wrong else p for i, p in enumerate(theirs)), 23)
 
 

@@ -145,3 +145,8 @@ def test_what_is_no_tree_is_refused(table, error):
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("counts", [torch.zeros(8), torch.ones(8), torch.full((8,), 7)])
+def test_equal_counts_make_an_even_tree(counts):
+    assert TreeSoftmax(3, counts).path_lengths.tolist() == [3] * 8

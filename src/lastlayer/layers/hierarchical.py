@@ -208,7 +208,7 @@ class HierarchicalSoftmax(OutputLayer):
         denominator, so that its rows sum to less than one; here they hold nothing. `to_theano` is the inverse.
 
         Raises:
-            TypeError, ValueError: parameters whose kinds or shapes do not fit; a number of classes that would leave
+            TypeError, ValueError: parameters whose kinds or shapes do not fit; a number of classes that leaves
                 a cluster empty, or some class without a place.
         """
         given = TheanoParameters(W1, b1, W2, b2)

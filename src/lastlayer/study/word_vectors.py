@@ -1,4 +1,4 @@
-"""Vectors of words from the words beside them in a text: what `clusters.by_embedding` needs before any training."""
+"""Vectors of words from the words beside them in a text, for `clusters.by_embedding` before any training."""
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ def word_vectors(
 
     With `n(w, c)` how often the frequent word c stands just before w (or, as a context of its own, just after it),
     the leading left singular vectors, scaled by the roots of their values, of the positive pointwise mutual
-    information `max(0, log n(w, c) n / (n(w) n(c)))` (Levy and Goldberg 2014). A few seconds for 20 million tokens.
+    information `max(0, log n(w, c) n / (n(w) n(c)))` (Levy and Goldberg 2014).
     """
     contexts = min(CONTEXTS, num_classes)
     tokens = ids.numpy()
