@@ -3,8 +3,8 @@
 python benchmarks/cluster_quality.py --text FOLDER [--steps 1500 | --seconds 60] [--models full,root,...]
 
 Every model has the same seed, text and optimizers (as in `lastlayer compare`) and either the same steps or the
-same seconds of training, evaluation not counted. Results are written after each model; with the same command again,
-models that are there already are not trained again.
+same seconds of training, evaluation not counted. Results are written after each model; with the same command
+again, models that are there already are not trained again.
 """
 
 import argparse
