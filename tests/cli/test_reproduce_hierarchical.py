@@ -27,6 +27,9 @@ def test_claims_stand_beside_figures(tmp_path):
         assert quality["adaptive"]["claimed"] == "147 / 30 min"
     assert all(record["times_faster"] > 0 for record in records if record["case"] == "speed")
     assert (tmp_path / "out" / "reproduce.json").exists()
+    again = CliRunner().invoke(app, [*arguments, "--resume"])
+    assert again.exit_code == 0, again.output
+    assert again.output.count("already trained") == 8
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,11 @@ def hierarchical_softmax(
     largest: Annotated[int, typer.Option(help="Classes of the largest speed case.")] = max(CLASSES),
     rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each layer.")] = 5,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("lastlayer-reproduce"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the models in --out.")] = False,
 ) -> Records:
     """Two levels, trees and adaptive softmax: the Keras thread's benchmark, and quality on a text."""
     console = Console()
     with console.status("reading the text"):
         corpus = load_corpus(text)
     plan = Plan(largest, rounds, steps, seconds, width, common.seed, common.device)
-    return reproduce(corpus, plan, out, console)
+    return reproduce(corpus, plan, out, console, resume=resume)
