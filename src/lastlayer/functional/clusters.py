@@ -50,9 +50,8 @@ def by_frequency(
 
     Few frequent classes share a cluster, many rare ones do, so a target costs less on average than with even
     clusters: of Zipf counts over 10,000 classes and 100 clusters a target meets 200 scores with even clusters, 140
-    with `power=0.5`. `power=1` gives equal mass of the counts themselves, which predicts no better and touches more
-    rows a batch; `power=0` even clusters by count.
-    No cluster is empty.
+    with `power=0.5`. `power=1` gives equal mass of the counts themselves, which predicts no better and touches
+    more rows a batch; `power=0` even clusters by count. No cluster is empty.
 
     Args:
         counts: how often each class occurs; zeros are allowed.
