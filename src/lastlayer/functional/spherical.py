@@ -19,10 +19,20 @@ tensor([0.1111])
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+class RowDerivatives(NamedTuple):
+    """The loss of every row and what it changes by, all float64."""
+
+    row_loss: Tensor  # (N,)
+    by_score: Tensor  # (N, K)
+    by_norm: Tensor  # (N,), by the squared norm
+    by_total: Tensor | None  # (N,); None where the loss does not read the sum
 
 
 class SphericalLoss(ABC):
@@ -44,6 +54,27 @@ class SphericalLoss(ABC):
         num_classes: int,
     ) -> Tensor:  # (N,)
         """The loss of every row."""
+
+    def derivatives(
+        self, scores: Tensor, weights: Tensor, squared_norm: Tensor, total: Tensor, num_classes: int
+    ) -> RowDerivatives:
+        """`row_loss` with its derivatives, here from autograd; the losses below override it with closed forms.
+
+        Raises:
+            TypeError: a loss with trained parameters of its own, or one that reads `total` and does not say so.
+        """
+        with torch.enable_grad():
+            if self.row_loss(scores, weights, squared_norm, total, num_classes).requires_grad:
+                raise TypeError(f"{type(self).__name__} has parameters that want a gradient, and none is computed")
+            leaves = [part.detach().requires_grad_() for part in (scores, squared_norm, total)]
+            row_loss = self.row_loss(leaves[0], weights, leaves[1], leaves[2], num_classes)
+            found = torch.autograd.grad(row_loss.sum(), leaves, allow_unused=True)
+        if found[2] is not None and not self.uses_sum:
+            raise TypeError(f"{type(self).__name__} reads total: it must say so with uses_sum = True")
+        by_score, by_norm, by_total = (
+            torch.zeros_like(leaf) if part is None else part for leaf, part in zip(leaves, found, strict=True)
+        )
+        return RowDerivatives(row_loss.detach(), by_score, by_norm, by_total if self.uses_sum else None)
 
 
 class NormalizedLoss(SphericalLoss):
@@ -84,6 +115,12 @@ class SquaredError(SphericalLoss):
     ) -> Tensor:
         return squared_norm + (weights * (weights - 2 * scores)).sum(1)
 
+    def derivatives(
+        self, scores: Tensor, weights: Tensor, squared_norm: Tensor, total: Tensor, num_classes: int
+    ) -> RowDerivatives:
+        row_loss = self.row_loss(scores, weights, squared_norm, total, num_classes)
+        return RowDerivatives(row_loss, -2 * weights, torch.ones_like(squared_norm), None)
+
 
 @dataclass(frozen=True)
 class SphericalSoftmax(NormalizedLoss):
@@ -111,6 +148,14 @@ class SphericalSoftmax(NormalizedLoss):
     def log_normalizer(self, squared_norm: Tensor, total: Tensor, num_classes: int) -> Tensor:
         return (squared_norm + num_classes * self.epsilon).log()
 
+    def derivatives(
+        self, scores: Tensor, weights: Tensor, squared_norm: Tensor, total: Tensor, num_classes: int
+    ) -> RowDerivatives:
+        numerator, normalizer = scores.square() + self.epsilon, squared_norm + num_classes * self.epsilon
+        every = weights.sum(1)
+        row_loss = every * normalizer.log() - (weights * numerator.log()).sum(1)
+        return RowDerivatives(row_loss, -2 * weights * scores / numerator, every / normalizer, None)
+
 
 @dataclass(frozen=True)
 class TaylorSoftmax(NormalizedLoss):
@@ -127,6 +172,16 @@ class TaylorSoftmax(NormalizedLoss):
 
     def log_normalizer(self, squared_norm: Tensor, total: Tensor, num_classes: int) -> Tensor:
         return (num_classes + total + squared_norm / 2).log()
+
+    def derivatives(
+        self, scores: Tensor, weights: Tensor, squared_norm: Tensor, total: Tensor, num_classes: int
+    ) -> RowDerivatives:
+        slope = 1 + scores
+        numerator, normalizer = slope + scores.square() / 2, num_classes + total + squared_norm / 2
+        every = weights.sum(1)
+        row_loss = every * normalizer.log() - (weights * numerator.log()).sum(1)
+        by_total = every / normalizer
+        return RowDerivatives(row_loss, -weights * slope / numerator, by_total / 2, by_total)
 
 
 @dataclass(frozen=True)
@@ -153,8 +208,26 @@ class ZLoss(SphericalLoss):
     def row_loss(
         self, scores: Tensor, weights: Tensor, squared_norm: Tensor, total: Tensor, num_classes: int
     ) -> Tensor:
-        mean, mean_square = total / num_classes, squared_norm / num_classes
-        floor = 1e-6 * mean_square.detach() + 1e-30
-        deviation = torch.maximum(mean_square - mean.square(), floor).sqrt()
-        z = (scores - mean[:, None]) / deviation[:, None]
+        mean, variance, floor = _moments(squared_norm, total, num_classes)
+        z = (scores - mean[:, None]) / torch.maximum(variance, floor).sqrt()[:, None]
         return -(weights * F.logsigmoid(self.alpha * (z - self.beta))).sum(1) / self.alpha
+
+    def derivatives(
+        self, scores: Tensor, weights: Tensor, squared_norm: Tensor, total: Tensor, num_classes: int
+    ) -> RowDerivatives:
+        mean, variance, floor = _moments(squared_norm, total, num_classes)
+        bounded = torch.maximum(variance, floor)
+        deviation = bounded.sqrt()
+        z = (scores - mean[:, None]) / deviation[:, None]
+        margin = self.alpha * (z - self.beta)
+        row_loss = -(weights * F.logsigmoid(margin)).sum(1) / self.alpha
+        by_score = -weights * torch.sigmoid(-margin) / deviation[:, None]  # dL/dz = by_score * deviation
+        by_variance = -(by_score * z).sum(1) / (2 * deviation) * (variance > floor)
+        by_total = -(by_score.sum(1) + 2 * mean * by_variance) / num_classes
+        return RowDerivatives(row_loss, by_score, by_variance / num_classes, by_total)
+
+
+def _moments(squared_norm: Tensor, total: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance of the outputs, and the least that the variance counts as."""
+    mean, mean_square = total / num_classes, squared_norm / num_classes
+    return mean, mean_square - mean.square(), 1e-6 * mean_square.detach() + 1e-30

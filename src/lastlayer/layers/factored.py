@@ -8,7 +8,6 @@ spherical loss family" (ICLR 2016).
 import math
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from lastlayer.functional.reduce import reduce_loss
 from lastlayer.functional.sparse_targets import sparse_targets
 from lastlayer.functional.spherical import NormalizedLoss, SphericalLoss, SphericalSoftmax
 from lastlayer.layers.base import OutputLayer
-from lastlayer.layers.factored_record import Ledger, recorded_statistics
+from lastlayer.layers.factored_record import Ledger, Record, full_precision, recorded_row_loss
 from lastlayer.layers.factored_stability import Stabilizer
 from lastlayer.layers.factored_state import Consistency, FactoredState
 
@@ -229,11 +228,10 @@ class FactoredOutput(OutputLayer):
         if self.training and torch.is_grad_enabled() and self.anchor.requires_grad:
             if self.anchor.dtype == torch.float16:
                 raise TypeError("a float16 FactoredOutput does not train: use layer.float() or layer.bfloat16()")
-            statistics = recorded_statistics(hidden, ids, self.anchor, self.state, self._ledger, self._check_owner)
-        else:
-            with self._full_precision():
-                statistics = self.state.statistics(hidden, ids)
-        scores, squared_norm, total = statistics
+            record = Record(self.state, self._ledger)
+            return recorded_row_loss(hidden, ids, weights, self.loss, self.anchor, record, self._check_owner)
+        with self._full_precision():
+            scores, squared_norm, total = self.state.statistics(hidden, ids)
         return self.loss.row_loss(scores, weights, squared_norm, total, self.num_classes)
 
     def _featured(self, rows: Tensor) -> Tensor:  # (N, d), or (N, d + 1) with the constant feature of the bias
@@ -241,8 +239,7 @@ class FactoredOutput(OutputLayer):
         return torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if self.has_bias else rows
 
     def _full_precision(self) -> Any:
-        kind = self.anchor.device.type
-        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        return full_precision(self.anchor.device.type)
 
     # Who owns the step, and what survives copies.
 

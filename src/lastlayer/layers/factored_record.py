@@ -1,6 +1,6 @@
 """What a training-mode pass of `FactoredOutput` leaves for `FactoredSGD`, and how autograd carries it there.
 
-Two nodes. `_Statistics` computes the few numbers of the loss and, backwards, the gradient of the hidden states
+Two nodes. `_RowLoss` computes the loss of every row and, backwards, the gradient of the hidden states
 and the record of the step. `_Commit` stands between it and the layer's anchor, so that it runs only when the
 gradient of the layer itself is wanted: `torch.autograd.grad(loss, hidden)` records nothing, `loss.backward()`
 does.
@@ -10,6 +10,7 @@ of any kind) removes the records, and whoever multiplies it (`clip_grad_norm_`, 
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lastlayer.functional.spherical import RowDerivatives, SphericalLoss
 from lastlayer.layers.factored_state import FactoredState
 from lastlayer.layers.factored_step import FactoredGradient, prefers_features
 
@@ -90,18 +92,17 @@ class Record:
             )
 
 
-def recorded_statistics(
+def recorded_row_loss(
     hidden: Tensor,  # (N, d)
     ids: Tensor,  # (N, K)
+    weights: Tensor,  # (N, K)
+    loss: SphericalLoss,
     anchor: nn.Parameter,
-    state: FactoredState,
-    ledger: Ledger,
+    record: Record,
     check_owner: Callable[[], None],
-) -> tuple[Tensor, Tensor, Tensor]:  # (N, K), (N,), (N,), float64
-    """Target scores, squared norm and sum of the outputs; their backward records the step."""
-    record = Record(state, ledger)
-    link = _Commit.apply(anchor, record, check_owner)
-    return _Statistics.apply(hidden, link, ids, record)
+) -> Tensor:  # (N,), float64
+    """The loss of every row; its backward records the step."""
+    return _RowLoss.apply(hidden, _Commit.apply(anchor, record, check_owner), ids, weights, loss, record)
 
 
 class _Commit(torch.autograd.Function):
@@ -126,53 +127,66 @@ class _Commit(torch.autograd.Function):
         return torch.full_like(ctx.anchor, MARK), None, None
 
 
-class _Statistics(torch.autograd.Function):
+class _RowLoss(torch.autograd.Function):
+    """The loss's own derivatives are made in the forward pass, of a few numbers a row."""
+
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, link: Tensor, ids: Tensor, record: Record
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, link: Tensor, ids: Tensor, weights: Tensor, loss: SphericalLoss, record: Record
+    ) -> Tensor:
         state, (rows, d) = record.state, hidden.shape
-        with torch.autocast(hidden.device.type, enabled=False):
+        with full_precision(hidden.device.type):
             needed = state.square[: 2 * d] if prefers_features(rows, d) else state.square
             products = hidden @ needed.T  # H Q, H U^T, H R^T
-            squared_norm = (products[:, :d] * hidden).sum(1).double().clamp_(min=0)
+            squared_norm = (products[:, :d] * hidden).sum(1)
             mapped = products[:, d : 2 * d]
-            if state.total is None:
-                shift, total = None, torch.zeros_like(squared_norm)
-            else:
-                shift, total = hidden @ state.offset, (hidden @ state.total).double()
-            ctx.factor_rows = state.factor.index_select(0, ids[:, 0]) if ids.shape[1] == 1 else None
-            if ctx.factor_rows is None:
-                scores = state.target_scores(mapped, shift, ids)
-            else:
+            if ids.shape[1] == 1:
+                ctx.factor_rows = state.factor.index_select(0, ids[:, 0])
                 scores = (mapped * ctx.factor_rows).sum(1, keepdim=True)
-                scores = scores if shift is None else scores + shift[:, None]
-        ctx.record, ctx.ids, ctx.products = record, ids, products
+            else:
+                ctx.factor_rows = None
+                scores = state.target_scores(mapped, None, ids)
+            if state.total is None:
+                total = torch.zeros_like(squared_norm)
+            else:
+                scores += (hidden @ state.offset)[:, None]
+                total = hidden @ state.total
+        found = loss.derivatives(
+            scores.double(), weights, squared_norm.double().clamp_(min=0), total.double(), state.num_classes
+        )
+        ctx.record, ctx.ids, ctx.products, ctx.found = record, ids, products, found
         ctx.save_for_backward(hidden)
-        return scores.double(), squared_norm, total
+        return found.row_loss
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, by_score: Tensor, by_norm: Tensor, by_total: Tensor
-    ) -> tuple[Tensor, Tensor, None, None]:
+        ctx: Any, by_row: Tensor
+    ) -> tuple[Tensor | None, ...]:
         """The gradient of hidden, `D H Q + Y W + g_s total^T`, with `Y W = (Y F) U + y offset^T`."""
         record: Record = ctx.record
         record.check_weight()
         (hidden,) = ctx.saved_tensors
-        state, d = record.state, hidden.shape[1]
-        target, norm = by_score.to(hidden.dtype), by_norm.to(hidden.dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
+        state, (_, d), dtype = record.state, hidden.shape, hidden.dtype
+        found: RowDerivatives = ctx.found
+        target = (by_row[:, None] * found.by_score).to(dtype)
+        norm = (by_row * found.by_norm).to(dtype)
+        total = None
+        with full_precision(hidden.device.type):
             if ctx.factor_rows is not None:
                 sparse = (target * ctx.factor_rows) @ state.map
             else:
                 bags = F.embedding_bag(ctx.ids, state.factor, per_sample_weights=target, mode="sum")
                 sparse = bags @ state.map
-            total = None
-            if state.total is not None:
-                total = by_total.to(hidden.dtype)
+            if state.total is not None and found.by_total is not None:
+                total = (by_row * found.by_total).to(dtype)
                 sparse.addr_(target.sum(1), state.offset).addr_(total, state.total)
-            wanted = torch.addcmul(sparse, (2 * norm)[:, None], ctx.products[:, :d])
+            wanted = torch.addcmul(sparse, norm[:, None], ctx.products[:, :d], value=2)
         own = hidden.clone(memory_format=torch.contiguous_format)  # the caller may refill its buffer before step()
         record.gradient = FactoredGradient(own, ctx.ids, target, norm, total, ctx.products, sparse, wanted)
-        return wanted, record.gradient.norm.new_zeros(()), None, None
+        return wanted, norm.new_zeros(()), None, None, None, None
+
+
+def full_precision(kind: str) -> Any:
+    """Outside of any autocast on this kind of device."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -1,6 +1,6 @@
 """The state of `FactoredOutput`: a weight kept as a product, so that an exact SGD step need not touch its rows."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class FactoredState:
         self.square = self.factor.new_zeros(3 * features, features)  # Q over U over R: one product with all three
         self.offset = self.factor.new_zeros(features)  # the part that all rows of W share
         self.total = self.factor.new_zeros(features) if keeps_total else None  # W^T 1
+        self._view()
         self._reset_maps()
         self.refresh_gram()
 
@@ -48,17 +49,16 @@ class FactoredState:
     def features(self) -> int:
         return self.factor.shape[1]
 
-    @property
-    def gram(self) -> Tensor:  # (d, d), Q
-        return self.square[: self.features]
+    def _view(self) -> None:
+        """The three square matrices by name: views of the one that answers a batch in one product."""
+        self.gram, self.map, self.inverse = self.square.split(self.features)  # (d, d) each: Q, U, R
 
-    @property
-    def map(self) -> Tensor:  # (d, d), U
-        return self.square[self.features : 2 * self.features]
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: part for name, part in self.__dict__.items() if name not in {"gram", "map", "inverse"}}
 
-    @property
-    def inverse(self) -> Tensor:  # (d, d), R
-        return self.square[2 * self.features :]
+    def __setstate__(self, parts: dict[str, Any]) -> None:
+        self.__dict__.update(parts)
+        self._view()
 
     def weight(self) -> Tensor:  # (V, d)
         """The weight itself, made anew: O(V d^2)."""
@@ -100,6 +100,7 @@ class FactoredState:
     def to(self, device: torch.device) -> None:
         """Moves every part, bit for bit."""
         self.factor, self.square = self.factor.to(device), self.square.to(device)
+        self._view()
         self.offset = self.offset.to(device)
         self.total = None if self.total is None else self.total.to(device)
 
