@@ -7,11 +7,13 @@ from torch import nn
 from lastlayer import (
     FactoredOutput,
     FactoredSGD,
+    Int8Preview,
     ScoreTopK,
     ScreenedSoftmax,
     SphericalSoftmax,
     SquaredError,
     SVDPreview,
+    SVDSoftmax,
     TaylorSoftmax,
     ZLoss,
 )
@@ -19,6 +21,7 @@ from lastlayer.functional import spherical_loss
 from lastlayer.functional.gram import principal_rotation
 from lastlayer.functional.spherical import SphericalLoss
 from lastlayer.layers.factored_step import gradient_norm
+from lastlayer.screening import svd_preview
 
 D, V = 12, 200
 LOSSES = [SquaredError(), SphericalSoftmax(), TaylorSoftmax(), ZLoss(alpha=1.5, beta=0.3)]
@@ -106,7 +109,7 @@ def batches(steps, rows=9, k=3, d=D, v=V, scale=0.5, dtype=torch.float64, seed=1
 @pytest.mark.parametrize("rows", [9, 40])
 def test_equals_dense_sgd(loss, bias, rows):
     """L1, on both sides of N = d."""
-    Twins(loss, lr=RATES[loss] * 9 / rows, bias=bias).train(batches(150, rows))
+    Twins(loss, lr=RATES[loss] * 9 / rows, bias=bias).train(batches(200, rows))
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
@@ -381,14 +384,56 @@ def test_moves_between_dtypes():
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(single), strict=True))
 
 
-def test_a_screen_gets_its_rotation_for_nothing():
+@pytest.mark.parametrize("make", [ScreenedSoftmax, SVDSoftmax])
+def test_a_screen_gets_its_rotation_for_nothing(make, monkeypatch):
     """The kept Q has the eigenvectors that an `SVDPreview` makes from the weight at O(V d^2)."""
     twins = Twins(SquaredError(), bias=True)
     twins.train(batches(40))
     layer = twins.layer
-    screen = ScreenedSoftmax.from_layer(layer, preview=SVDPreview(6), candidates=30, exact=True)
+    made = []
+    monkeypatch.setattr(svd_preview, "gram_matrix", lambda weight: made.append(weight) or weight.T @ weight)
+    settings = {"window": 6} if make is SVDSoftmax else {"preview": SVDPreview(6)}
+    screen = make.from_layer(layer, **settings, candidates=30, exact=True)
+    assert not made
     hidden = next(batches(1))[0]
     assert torch.equal(screen.topk(hidden, 5).indices, layer.topk(hidden, 5).indices)
     kept = principal_rotation(layer.gram()).weight_side
-    made = SVDPreview(6).rotation(layer.weight).weight_side
-    assert worst((kept.T @ made).abs(), torch.eye(D, dtype=torch.float64)) < 1e-8
+    from_weight = SVDPreview(6).rotation(layer.weight).weight_side
+    assert worst((kept.T @ from_weight).abs(), torch.eye(D, dtype=torch.float64)) < 1e-8
+    screen.refresh()  # the weight may have changed since: now Q is made
+    assert len(made) == 2
+    with pytest.raises(ValueError, match="gram"):
+        ScreenedSoftmax(layer.weight, preview=SVDPreview(6), candidates=30, gram=torch.eye(3))
+    ScreenedSoftmax.from_layer(layer, preview=Int8Preview(), candidates=30)  # has no use for it
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+def test_derivatives_in_closed_form(loss):
+    """Those of each loss equal autograd's, outputs that are all alike (no variance) among them."""
+    generator = torch.Generator().manual_seed(2)
+    outputs = torch.randn(6, 50, generator=generator, dtype=torch.float64)
+    outputs[4] = 0.7
+    outputs[5] = 0
+    weights = torch.rand(6, 3, generator=generator, dtype=torch.float64)
+    statistics = (outputs[:, :3], weights, outputs.square().sum(1), outputs.sum(1), 50)
+    closed, expected = loss.derivatives(*statistics), SphericalLoss.derivatives(loss, *statistics)
+    assert (closed.by_total is None) == (expected.by_total is None) == (not loss.uses_sum)
+    for ours, theirs in zip(closed, expected, strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
+
+
+def test_losses_of_ones_own_that_would_train_wrongly():
+    class Total(SphericalLoss):  # reads the sum, and does not say so
+        def row_loss(self, scores, weights, squared_norm, total, num_classes):
+            return squared_norm - total - (weights * scores).sum(1)
+
+    class Trained(SphericalLoss):
+        scale = nn.Parameter(torch.ones(()))
+
+        def row_loss(self, scores, weights, squared_norm, total, num_classes):
+            return squared_norm - self.scale * (weights * scores).sum(1)
+
+    for loss, said in ((Total(), "uses_sum"), (Trained(), "parameters")):
+        with pytest.raises(TypeError, match=said):
+            FactoredOutput(4, 20, loss=loss)(torch.ones(2, 4), torch.arange(2))

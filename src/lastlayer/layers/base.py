@@ -131,6 +131,13 @@ class OutputLayer(nn.Module, ABC):
         """
         return []
 
+    def own_optimizer(self, lr: float) -> torch.optim.Optimizer | None:
+        """The optimizer that alone can train this layer, over all of it; None where any of PyTorch's can.
+
+        `lr` is the learning rate of plain SGD.
+        """
+        return None
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, num_classes={self.num_classes}"
 

@@ -187,6 +187,12 @@ class FactoredOutput(OutputLayer):
         """`W^T W` without the bias, kept by the layer: what a preview otherwise pays O(V d^2) for."""
         return self.state.gram[: self.in_features, : self.in_features].clone()
 
+    def own_optimizer(self, lr: float) -> torch.optim.Optimizer:
+        """`FactoredSGD`, which owns the steps from then on."""
+        from lastlayer.layers.factored_sgd import FactoredSGD  # which imports this file
+
+        return FactoredSGD(self, lr)
+
     def consistency(self) -> Consistency:
         """How far the parts of the state have drifted apart, measured from the weight itself: O(V d^2)."""
         return self.state.consistency()

@@ -82,6 +82,8 @@ class PreparedPreview(ABC):
 class Preview(ABC):
     """Immutable settings of a preview; `prepare` does the work that is done once a weight."""
 
+    uses_gram = False  # True where `prepare` also takes `gram=`, a ready `weight.T @ weight`
+
     @abstractmethod
     def prepare(
         self,

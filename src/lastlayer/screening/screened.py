@@ -43,6 +43,8 @@ class ScreenedSoftmax(nn.Module):
         candidates: classes a row whose exact logits are computed, from 1 to V.
         logit_map: an increasing function of one logit, before the softmax; candidates are chosen by raw logits.
         exact: the default of `topk`'s `exact`; also makes the argmax of `forward` the full layer's.
+        gram: `weight.T @ weight` where it is known: an `SVDPreview` then skips the `V d^2` multiply-adds of making
+            it. A wrong one makes a worse preview, and no wrong certificate: any rotation keeps the bound.
 
     Raises:
         TypeError, ValueError: a weight that is not a finite floating `(V, d)` matrix, a bias that does not fit it,
@@ -77,6 +79,7 @@ class ScreenedSoftmax(nn.Module):
         candidates: int,
         logit_map: nn.Module | None = None,
         exact: bool = False,
+        gram: Tensor | None = None,  # (d, d)
     ) -> None:
         super().__init__()
         _check_head(weight, bias)
@@ -92,7 +95,7 @@ class ScreenedSoftmax(nn.Module):
                 self.register_parameter(name, tensor)
             else:
                 self.register_buffer(name, tensor)
-        self.refresh()
+        self._prepare(gram)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **settings: Any) -> Self:
@@ -105,7 +108,8 @@ class ScreenedSoftmax(nn.Module):
         if not hasattr(layer, "linear_head"):
             raise TypeError(f"layer must offer linear_head(), which {type(layer).__name__} does not")
         weight, bias, logit_map = layer.linear_head()
-        return cls(weight, bias, **{"logit_map": logit_map, **settings})
+        known = {"gram": layer.gram()} if hasattr(layer, "gram") else {}  # `FactoredOutput` keeps it
+        return cls(weight, bias, **{"logit_map": logit_map, **known, **settings})
 
     def forward(
         self,
@@ -190,8 +194,13 @@ class ScreenedSoftmax(nn.Module):
     @torch.no_grad()
     def refresh(self) -> None:
         """Prepares the preview of the weight as it is now; needed after the weight was changed or moved."""
+        self._prepare(None)
+
+    @torch.no_grad()
+    def _prepare(self, gram: Tensor | None) -> None:
         _check_head(self.weight, self.bias)
-        self._prepared = self.preview.prepare(self.weight, self.bias)
+        known = {"gram": gram} if gram is not None and self.preview.uses_gram else {}
+        self._prepared = self.preview.prepare(self.weight, self.bias, **known)
         self._prepared_for = self._stamp()
         # the layer as the kernels take it; None: not asked for yet, False: they do not serve
         self._for_kernels: FusedScreen | bool | None = None

@@ -54,6 +54,8 @@ class SVDPreview(Preview):
     (torch.Size([500, 100]), 1600)
     """
 
+    uses_gram = True
+
     window: int
     calibration: SecondMoment | None
     storage: str | None
@@ -81,18 +83,24 @@ class SVDPreview(Preview):
         self,
         weight: Tensor,  # (V, d)
         bias: Tensor | None,  # (V,)
+        gram: Tensor | None = None,  # (d, d), weight.T @ weight where it is at hand
     ) -> "PreparedSVD":
         width = weight.shape[-1]
         if self.window > width:
             raise ValueError(f"window must be between 1 and the weight's width {width}, got {self.window}")
-        return PreparedSVD(self, weight.detach(), bias if bias is None else bias.detach(), self.rotation(weight))
+        bias = bias if bias is None else bias.detach()
+        return PreparedSVD(self, weight.detach(), bias, self.rotation(weight, gram))
 
     def rotation(
         self,
         weight: Tensor,  # (V, d)
+        gram: Tensor | None = None,  # (d, d)
     ) -> Rotation:
-        """The rotation of this weight: one Gram matrix and one d x d eigenproblem, in float64."""
-        gram = gram_matrix(weight)
+        """The rotation of this weight: a Gram matrix, if none is given, and a d x d eigenproblem, in float64."""
+        width = weight.shape[-1]
+        if gram is not None and gram.shape != (width, width):
+            raise ValueError(f"gram must have shape (d, d) = {(width, width)}, got {tuple(gram.shape)}")
+        gram = gram_matrix(weight) if gram is None else gram.detach().double()
         if self.calibration is None:
             return principal_rotation(gram)
         moment = self.calibration.moment.to(gram.device)

@@ -45,6 +45,12 @@ class SVDSoftmax(ScreenedSoftmax):
         calibration: Calibration | None = None,
         logit_map: nn.Module | None = None,
         exact: bool = False,
+        gram: Tensor | None = None,  # (d, d)
     ) -> None:
-        settings: dict[str, Any] = {"candidates": candidates, "logit_map": logit_map, "exact": exact}
+        settings: dict[str, Any] = {
+            "candidates": candidates,
+            "logit_map": logit_map,
+            "exact": exact,
+            "gram": gram,
+        }
         super().__init__(weight, bias, preview=SVDPreview(window, calibration=calibration), **settings)

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lastlayer.layers.base import OutputLayer
-from lastlayer.layers.factored import FactoredOutput
-from lastlayer.layers.factored_sgd import FactoredSGD
 from lastlayer.screening import Int8Preview, ScreenedSoftmax, SVDPreview
 from lastlayer.study.choices import build_layer
+from lastlayer.study.cost import training_step
 
 Call = Callable[[], object]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -54,7 +53,7 @@ def training_peers(
         adaptive = adaptive.to(hidden.device)
         losses["nn.AdaptiveLogSoftmaxWithLoss"] = (adaptive, lambda h, t: adaptive(h, t).loss)
     losses |= {name: (layer, layer) for name, layer in layers.items()}
-    return {name: training_step(module, loss, hidden, targets) for name, (module, loss) in losses.items()}
+    return {name: sgd_step(module, loss, hidden, targets) for name, (module, loss) in losses.items()}
 
 
 def linear_cross_entropy_settings() -> list[tuple[str, Any]]:
@@ -80,19 +79,10 @@ def torch_adaptive(in_features: int, num_classes: int) -> nn.AdaptiveLogSoftmaxW
     return nn.AdaptiveLogSoftmaxWithLoss(in_features, num_classes, cutoffs, div_value=div_value)
 
 
-def training_step(module: nn.Module, loss: Loss, hidden: Tensor, targets: Tensor) -> Call:
-    """Forward, backward and an SGD step, the gradient of the hidden states included."""
-    factored = isinstance(module, FactoredOutput)
-    optimizer = FactoredSGD(module, lr=1e-3) if factored else torch.optim.SGD(module.parameters(), lr=1e-3)
-    inputs = hidden.clone().requires_grad_()  # the rest of a network wants its gradient
-
-    def step() -> None:
-        loss(inputs, targets).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        inputs.grad = None
-
-    return step
+def sgd_step(module: nn.Module, loss: Loss, hidden: Tensor, targets: Tensor, lr: float = 1e-3) -> Call:
+    """A training step of `loss`, which `module` computes, by SGD or what the layer must have."""
+    own = module.own_optimizer(lr) if isinstance(module, OutputLayer) else None
+    return training_step(loss, own or torch.optim.SGD(module.parameters(), lr), hidden, targets)
 
 
 def query_peers(

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.factored import FactoredOutput
-from lastlayer.layers.factored_sgd import FactoredSGD
 from lastlayer.screening import Int8Preview, ScreenedSoftmax
 from lastlayer.study.language_model import adagrad
 from lastlayer.study.measure import interleaved, peak_bytes
@@ -40,10 +39,12 @@ class Cost:
 
 def measure_costs(layers: dict[str, OutputLayer], samples: dict[str, Sample], k: int) -> dict[str, Cost]:
     """Measures every layer on its own sample, interleaved; the layers stay as they are."""
-    steps = {name: training_step(layer, samples[name]) for name, layer in layers.items()}
+    steps = {name: _harmless_step(layer, samples[name]) for name, layer in layers.items()}
     step_times = interleaved(steps, rounds=ROUNDS, warmup=1)
     peaks = {name: peak_bytes(step) for name, step in steps.items()}
     steps.clear()  # frees the optimizers' states
+    for layer in layers.values():
+        layer.eval()
 
     screens = {name: screen for name, layer in layers.items() if (screen := screen_of(layer)) is not None}
     queries = {name: one_by_one(layer.topk, samples[name].hidden, k) for name, layer in layers.items()}
@@ -61,17 +62,25 @@ def measure_costs(layers: dict[str, OutputLayer], samples: dict[str, Sample], k:
     return costs
 
 
-def training_step(layer: OutputLayer, sample: Sample) -> Callable[[], None]:
-    """Forward, backward and an update too small to change anything, which costs what any other does."""
-    factored = isinstance(layer, FactoredOutput)
-    optimizer = FactoredSGD(layer, 1e-20) if factored else adagrad(layer.parameters(), 0.0)
+def _harmless_step(layer: OutputLayer, sample: Sample) -> Callable[[], None]:
+    """A training step too small to change anything, which costs what any other does."""
+    optimizer = layer.own_optimizer(1e-20) or adagrad(layer.parameters(), 0.0)
+    layer.train()
+    return training_step(layer, optimizer, sample.hidden, sample.targets)
+
+
+def training_step(
+    loss: Callable[[Tensor, Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    hidden: Tensor,  # (N, d)
+    targets: Tensor,  # (N,)
+) -> Callable[[], None]:
+    """Forward, backward and update of an output layer, the gradient of the hidden states included."""
     optimizer.zero_grad()  # training leaves its last gradients
-    inputs = sample.hidden.detach().requires_grad_()  # the rest of the network wants its gradient
+    inputs = hidden.detach().clone().requires_grad_()  # the rest of the network wants its gradient
 
     def step() -> None:
-        layer.train()
-        layer(inputs, sample.targets).backward()
-        layer.eval()
+        loss(inputs, targets).backward()
         optimizer.step()
         optimizer.zero_grad()
         inputs.grad = None

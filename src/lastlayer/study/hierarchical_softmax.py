@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lastlayer.study.bench_peers import TRAINING_BASELINE, training_step
+from lastlayer.study.bench_peers import TRAINING_BASELINE, sgd_step
 from lastlayer.study.choices import build_layer
 from lastlayer.study.compare import Comparison
 from lastlayer.study.compare import Plan as ComparePlan
@@ -76,10 +76,10 @@ def speed(num_classes: int, rows: int, plan: Plan) -> list[Record]:
     def loss(hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(linear(hidden), targets)
 
-    peers = {TRAINING_BASELINE: training_step(linear, loss, hidden, targets)}
+    peers = {TRAINING_BASELINE: sgd_step(linear, loss, hidden, targets)}
     for name in CLUSTERED:
         layer = build_layer(name, WIDTH, torch.ones(num_classes)).to(plan.device)
-        peers[name] = training_step(layer, layer, hidden, targets)
+        peers[name] = sgd_step(layer, layer, hidden, targets)
     timings = interleaved(peers, rounds=plan.rounds, warmup=2)
     full_ms = timings[TRAINING_BASELINE].ms
     return [

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from lastlayer.layers.base import OutputLayer
-from lastlayer.layers.factored import FactoredOutput
-from lastlayer.layers.factored_sgd import FactoredSGD
 
 State = tuple[Tensor, Tensor]  # of the LSTM: (1, batch, width) each
 
@@ -54,16 +52,14 @@ def make_optimizers(model: LanguageModel, learning_rate: float) -> list[torch.op
     """Adam for the LSTM; Adagrad for what has a row for every word: it takes row-sparse and dense gradients by the
     same rule, so that no output layer has a better optimizer than another. A `FactoredOutput` has its own SGD."""
     tables = [*model.embedding.parameters()]
-    if isinstance(model.output, FactoredOutput):
-        scale = max(5.0, model.output.num_classes / 300)  # its gradients are of the order of 1 / V
-        factored = [FactoredSGD(model.output, scale * learning_rate)]
-    else:
-        factored = []
+    # gradients of normalised losses are of the order of 1 / V; the factor was swept (docs/layers/factored.md)
+    own = model.output.own_optimizer(max(5.0, model.output.num_classes / 6) * learning_rate)
+    if own is None:
         tables += model.output.parameters()
     return [
         torch.optim.Adam(model.lstm.parameters(), lr=learning_rate / 50),
         adagrad(tables, learning_rate),
-        *factored,
+        *([] if own is None else [own]),
     ]
 
 
