@@ -1,6 +1,8 @@
 """FactoredOutput's step against plain ones at the sizes of the paper; its scaling, its drift, its losses on text.
 
-python benchmarks/factored_output.py [--part output|whole|scaling|exactness|words] [--num-classes V] [--rounds R]
+python benchmarks/factored_output.py [--part PART] [--num-classes V] [--rounds R]
+
+Parts: output, whole, scaling, exactness, words, classifiers, rates.
 """
 
 import argparse
@@ -8,11 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lastlayer.layers.factored import FactoredOutput
+from lastlayer.study.batches import Streams
+from lastlayer.study.evaluation import evaluate
+from lastlayer.study.language_model import LanguageModel
+from lastlayer.study.large_sparse_classifiers import measure_classifiers
 from lastlayer.study.large_sparse_exactness import measure_exactness
 from lastlayer.study.large_sparse_speed import measure_scaling, measure_speed, measure_whole_model, multiply_adds
 from lastlayer.study.large_sparse_words import EMBEDDING_METHODS, MODEL_METHODS, train_words
 from lastlayer.study.measure import write_records
 from lastlayer.study.text import load_corpus
+from lastlayer.study.training import Budget, Trainer
 
 RESULTS = Path(__file__).parent / "results"
 IN_FEATURES, BATCH = 300, 128
@@ -26,6 +36,28 @@ def words(paths: list[Path], seconds: float) -> list[dict[str, Any]]:
     return train_words(corpus, EMBEDDING_METHODS, deep=False, **options) + train_words(
         corpus, MODEL_METHODS, deep=True, **options
     )
+
+
+def rates(paths: list[Path], steps: int = 200) -> list[dict[str, Any]]:
+    """Held-out perplexity of `compare`'s model after a few steps against the rate of `FactoredSGD`."""
+    records = []
+    for min_count, batch in ((20, 32), (20, 8), (3, 32)):
+        corpus = load_corpus(paths, min_count=min_count)
+        train, held_out = (
+            Streams(part, n, 20, torch.device("cpu")) for part, n in ((corpus.train, batch), (corpus.held_out, 8))
+        )
+        for rate in (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0):
+            torch.manual_seed(0)
+            model = LanguageModel(corpus.num_classes, FactoredOutput(64, corpus.num_classes))
+            trainer = Trainer(model, train, held_out, Budget(steps=steps), learning_rate=0.1)
+            trainer.optimizers[-1].param_groups[0]["lr"] = rate
+            trainer.base_rates[-1] = rate
+            trainer.run()
+            sizes = {"num_classes": corpus.num_classes, "batch": 20 * batch, "steps": trainer.steps}
+            records.append(
+                {"case": "rates", **sizes, "rate": rate, "perplexity": evaluate(model, held_out, 4000).perplexity}
+            )
+    return records
 
 
 def main() -> None:
@@ -46,6 +78,8 @@ def main() -> None:
         "scaling": lambda: measure_scaling([1_000, 10_000, 100_000, 1_000_000], [64, 128, 256, 300], BATCH, 10),
         "exactness": lambda: measure_exactness(given.steps),
         "words": lambda: words(given.text, given.seconds),
+        "classifiers": lambda: measure_classifiers(load_corpus(given.text)),
+        "rates": lambda: rates(given.text),
     }
     records = parts[given.part]()
     for record in records:

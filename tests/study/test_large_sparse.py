@@ -8,6 +8,9 @@ from typer.testing import CliRunner
 
 from lastlayer.cli import app
 from lastlayer.functional.spherical import SquaredError
+from lastlayer.study.errors import StudyError
+from lastlayer.study.large_sparse_classifiers import LOSSES as CLASSIFIER_LOSSES
+from lastlayer.study.large_sparse_classifiers import measure_classifiers, misspellings
 from lastlayer.study.large_sparse_exactness import measure_exactness
 from lastlayer.study.large_sparse_speed import (
     LOSSES,
@@ -78,6 +81,29 @@ def test_words_learn(corpus):
             assert record["top10_accuracy"] > 10 / corpus.num_classes, record["name"]
             if record["perplexity"] is not None:
                 assert record["perplexity"] < corpus.num_classes, record["name"]
+
+
+WORDS = ["monday", "tuesday", "winter", "summer", "garden", "window"]
+
+
+def test_misspellings_are_never_shared():
+    parts = misspellings(WORDS, seed=0)
+    rows = [tuple(row[row > 0].tolist()) for pieces, _ in parts for row in pieces]
+    assert len(rows) > 100
+    seen = [{tuple(row[row > 0].tolist()) for row in pieces} for pieces, _ in parts]
+    assert not (seen[0] & seen[2])
+    assert set(parts[2][1].tolist()) == set(range(len(WORDS)))
+
+
+def test_classifiers_learn():
+    text = make_corpus("toy", [f"{a} before {b} and after" for a in WORDS for b in WORDS for _ in range(3)])
+    records = measure_classifiers(text, steps=60, sizes=(4,))
+    assert [record["name"] for record in records] == list(CLASSIFIER_LOSSES)
+    for record in records:
+        assert record["num_classes"] == 4
+        assert record["error"] < 0.5, record
+    with pytest.raises(StudyError, match="too few words"):
+        measure_classifiers(make_corpus("short", ["a b c d"] * 100), steps=1)
 
 
 def test_contexts():

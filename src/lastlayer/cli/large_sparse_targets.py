@@ -11,12 +11,13 @@ from rich.table import Table
 from lastlayer.cli.options import Common, Records
 from lastlayer.study.errors import UsageError
 from lastlayer.study.figures import figure
+from lastlayer.study.large_sparse_classifiers import measure_classifiers
 from lastlayer.study.large_sparse_exactness import measure_exactness
 from lastlayer.study.large_sparse_speed import measure_scaling, measure_speed, measure_whole_model, multiply_adds
 from lastlayer.study.large_sparse_words import EMBEDDING_METHODS, MODEL_METHODS, train_words
 from lastlayer.study.text import load_corpus
 
-PARTS = ("speed", "scaling", "exactness", "embeddings", "models")
+PARTS = ("speed", "scaling", "exactness", "embeddings", "classifiers", "models")
 BATCH = 128
 CLAIMS = {  # at V=793,471, d=300, batch 128, on a CPU, against a plain update; as remembered
     "output layer": "763 times faster †",
@@ -45,9 +46,13 @@ def large_sparse_targets(
         problem = f"there is no part {unknown[0]!r}" if unknown else "no part was named"
         raise UsageError(f"{problem}; the parts are: {', '.join(PARTS)}")
     console = Console()
-    corpus = load_corpus(text) if {"embeddings", "models"} & set(chosen) else None
+    corpus = load_corpus(text) if {"embeddings", "classifiers", "models"} & set(chosen) else None
     largest = [v for v in (1_000, 10_000, 100_000, 1_000_000) if v <= max(2 * num_classes, 1_000)]
     widths = [*(d for d in (64, 128, 256) if d < in_features), in_features]
+
+    def classifiers() -> Records:
+        assert corpus is not None
+        return measure_classifiers(corpus, seed=common.seed)
 
     def words(names: tuple[str, ...], deep: bool) -> Records:
         assert corpus is not None
@@ -61,6 +66,7 @@ def large_sparse_targets(
         "scaling": lambda: measure_scaling(largest, widths, BATCH, 5, common.seed),
         "exactness": lambda: measure_exactness(steps, seed=common.seed),
         "embeddings": lambda: words(EMBEDDING_METHODS, False),
+        "classifiers": classifiers,
         "models": lambda: words(MODEL_METHODS, True),
     }
     records: Records = []
