@@ -75,7 +75,9 @@ def main() -> None:
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "output": lambda: measure_speed(*size, given.rounds, losses=LOSSES),
         "whole": lambda: measure_whole_model(*size, given.rounds),
-        "scaling": lambda: measure_scaling([1_000, 10_000, 100_000, 1_000_000], [64, 128, 256, 300], BATCH, 10),
+        "scaling": lambda: measure_scaling(
+            [1_000, 10_000, 100_000, 1_000_000], [64, 128, 256, 300], BATCH, given.rounds
+        ),
         "exactness": lambda: measure_exactness(given.steps),
         "words": lambda: words(given.text, given.seconds),
         "classifiers": lambda: measure_classifiers(load_corpus(given.text)),

@@ -63,7 +63,7 @@ def large_sparse_targets(
             measure_speed(num_classes, in_features, BATCH, rounds, common.seed)
             + measure_whole_model(num_classes, in_features, BATCH, rounds, common.seed)
         ),
-        "scaling": lambda: measure_scaling(largest, widths, BATCH, 5, common.seed),
+        "scaling": lambda: measure_scaling(largest, widths, BATCH, rounds, common.seed),
         "exactness": lambda: measure_exactness(steps, seed=common.seed),
         "embeddings": lambda: words(EMBEDDING_METHODS, False),
         "classifiers": classifiers,

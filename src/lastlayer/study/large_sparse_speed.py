@@ -24,7 +24,8 @@ LOSSES: dict[str, SphericalLoss] = {
 }
 RATE = 1e-3
 BATCHES = 64  # different targets in turn, so that their rows are not all in the cache
-STEPS_A_RUN = 100  # of what takes about a millisecond
+STEPS_A_RUN = 20  # of what takes about a millisecond
+RUNS_A_ROUND = 12  # of those: many short runs, so that a disturbance of the machine does not reach the median
 
 
 def measure_speed(
@@ -35,7 +36,7 @@ def measure_speed(
     seed: int = 0,
     losses: tuple[str, ...] = tuple(LOSSES),
 ) -> Records:
-    """A whole step (forward, backward, update) of the output layer alone, every peer interleaved.
+    """A whole step (forward, backward, update) of the output layer alone, peers of like speed interleaved.
 
     The baseline of each loss is what a PyTorch user writes today: an `nn.Linear`, the same loss, backward, `SGD`.
     """
@@ -207,12 +208,11 @@ def on_one_thread(call: Call) -> Call:
 
 
 def _timings(slow: dict[str, Call], quick: dict[str, Call], rounds: int) -> dict[str, Timing]:
-    """Interleaved; of the quick ones the time of one step."""
-    timings = interleaved({**slow, **quick}, rounds=rounds, warmup=1)
+    """The quick ones interleaved in many short runs, of which a step counts; then the slow ones."""
     share = 1 / STEPS_A_RUN
-    return {
-        name: t if name in slow else Timing(t.ms * share, t.low_ms * share, t.high_ms * share, t.runs)
-        for name, t in timings.items()
+    steps = interleaved(quick, rounds=RUNS_A_ROUND * rounds, warmup=3)
+    return (interleaved(slow, rounds=rounds, warmup=1) if slow else {}) | {
+        name: Timing(t.ms * share, t.low_ms * share, t.high_ms * share, t.runs) for name, t in steps.items()
     }
 
 
