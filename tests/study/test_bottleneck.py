@@ -13,7 +13,7 @@ from lastlayer.study.bottleneck_synthetic import MODELS, dirichlet, fit
 from lastlayer.study.cells import Cells
 from lastlayer.study.errors import StudyError, UsageError
 
-TINY = bottleneck.Size((12,), (2, 3), 2, 6, 2, 3, 2, (40,), (1, 2), 1.0, synthetic_steps=3)
+TINY = bottleneck.Size((12,), (2, 3), 2, 6, 2, 3, 2, (40,), (1, 2), 200, 1.0, synthetic_steps=3)
 
 
 @pytest.fixture
@@ -39,6 +39,7 @@ def test_all_parts_and_resume(tiny, tmp_path, monkeypatch):
     parts = [record["part"] for record in records]
     assert parts.count("a") == len(MODELS) * 2 * 2
     assert parts.count("b") == len(PUBLISHED) * 2
+    assert parts.count("b time") == len(PUBLISHED)
     assert parts.count("c") == 5
     language = {r["layer"]: r for r in records if r["part"] == "b"}
     assert language["softmax"]["published_perplexity"] == 64.63

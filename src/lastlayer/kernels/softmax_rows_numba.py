@@ -25,8 +25,10 @@ import math
 import numpy as np
 
 from lastlayer.kernels.fast_math import compiled, exp, larger, load, store
+from lastlayer.kernels.lookups import count, look_up
 
 ONE, TWO, HALF = np.float32(1), np.float32(2), np.float32(0.5)
+BLOCK = 1024  # logits whose segments exist at once, in the first-level cache
 
 
 @compiled
@@ -146,45 +148,65 @@ def find_segments(logits, bound, rate, last, segments, inside):
 
 
 @compiled
+def largest(values):
+    """The maximum, but a finite number, so that `values - maximum` is not nan where all are minus infinity."""
+    peak = np.float32(-3e38)
+    for j in range(values.shape[0]):
+        peak = larger(peak, values[j])
+    return peak
+
+
+@compiled
 def plif_rows(rows, bias, ids, hard, square, form, scratch, loss, lines, bound, width, sums, counted):
     """`f(x) = slope_k x + offset_k` on segment k; `lines (K, 2)` holds slopes and offsets.
 
     With g the gradient of f(x) and l_k the left end of segment k, `sums (K, 2)` gather, if `counted`, the sums of
-    g (x - l_k) / width and of g over the logits of each segment. The lookups are loops of their own, as they keep
-    what is around them from being vectorised.
+    g (x - l_k) / width and of g over the logits of each segment. A row is taken in blocks that stay in the
+    first-level cache: forward, each has exponentials and a sum relative to its own peak; backward, the segments
+    are found again, which costs less than keeping them.
     """
     num_classes = rows.shape[1]
-    segments = np.empty(num_classes, np.uint32)
-    inside, slopes = np.empty(num_classes, np.float32), np.empty(num_classes, np.float32)
     rate, last = ONE / width, np.float32(lines.shape[0] - 1)
+    slopes = np.empty(num_classes, np.float32)
+    logits, inside, segments = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.uint32)
+    num_blocks = (num_classes + BLOCK - 1) // BLOCK
+    peaks, masses = np.empty(num_blocks, np.float32), np.empty(num_blocks, np.float32)
+    one, slope, segment, place = np.empty(1, np.float32), slopes[:1].copy(), segments[:1].copy(), inside[:1].copy()
     for i in range(rows.shape[0]):
         row, target = rows[i], ids[i]
-        add_bias(row, bias, scratch)
-        find_segments(scratch, bound, rate, last, segments, inside)
-        for j in range(num_classes):
-            k = np.uint64(segments[j])
-            slopes[j] = lines[k, 0]
-            scratch[j] = lines[k, 0] * scratch[j] + lines[k, 1]
-        peak = np.float32(-np.inf)
-        for j in range(num_classes):
-            peak = larger(peak, scratch[j])
-        at_target = scratch[target]
-        mass = exponentiate(scratch, peak)
-        normalizer = np.float64(peak) + math.log(np.float64(mass))
-        loss[i] = hard[i] * (normalizer - at_target) + square[i] * normalizer**2
+        one[0] = load(row[target]) + bias[target]
+        find_segments(one, bound, rate, last, segment, place)
+        look_up(lines, segment, one, slope)
+        for b in range(num_blocks):
+            of_block = slice(b * BLOCK, (b + 1) * BLOCK)
+            part = scratch[of_block]
+            add_bias(row[of_block], bias[of_block], part)
+            find_segments(part, bound, rate, last, segments, inside)
+            look_up(lines, segments, part, slopes[of_block])
+            peaks[b] = largest(part)
+            masses[b] = exponentiate(part, peaks[b])
+        peak, mass = largest(peaks), 0.0
+        for b in range(num_blocks):
+            mass += masses[b] * math.exp(peaks[b] - peak)
+        normalizer = np.float64(peak) + math.log(mass)
+        loss[i] = hard[i] * (normalizer - one[0]) + square[i] * normalizer**2
         if form:
-            share = np.float32((hard[i] + 2 * square[i] * normalizer) / mass)
-            of_target = scratch[target] * share - hard[i]
-            of_target_inside = of_target * inside[target]
-            for j in range(num_classes):
-                gradient = scratch[j] * share
-                row[j] = store(gradient * slopes[j], row[j])
-                scratch[j] = gradient
-                inside[j] *= gradient
-            row[target] = store(of_target * slopes[target], row[target])
+            share = (hard[i] + 2 * square[i] * normalizer) / mass
+            for b in range(num_blocks):
+                of_block = slice(b * BLOCK, (b + 1) * BLOCK)
+                part, own, steep = scratch[of_block], row[of_block], slopes[of_block]
+                if counted:
+                    add_bias(own, bias[of_block], logits)
+                    find_segments(logits[: own.shape[0]], bound, rate, last, segments, inside)
+                scale = np.float32(share * math.exp(peaks[b] - peak))
+                for j in range(own.shape[0]):
+                    part[j] *= scale
+                    own[j] = store(part[j] * steep[j], own[j])
+                if counted:
+                    for j in range(own.shape[0]):
+                        inside[j] *= part[j]
+                    count(sums, segments, inside[: own.shape[0]], part)
+            row[target] = store((scratch[target] - hard[i]) * slope[0], row[target])
             if counted:
-                scratch[target], inside[target] = of_target, of_target_inside
-                for j in range(num_classes):
-                    k = np.uint64(segments[j])
-                    sums[k, 0] += inside[j]
-                    sums[k, 1] += scratch[j]
+                sums[segment[0], 0] -= hard[i] * place[0]
+                sums[segment[0], 1] -= hard[i]

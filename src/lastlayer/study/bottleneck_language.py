@@ -1,5 +1,7 @@
 """Language modelling with one LSTM under softmaxes and their remedies: equal steps, several seeds."""
 
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from lastlayer.layers.sigsoftmax import Sigsoftmax
 from lastlayer.study.batches import Streams
 from lastlayer.study.evaluation import evaluate
 from lastlayer.study.language_model import LanguageModel
-from lastlayer.study.measure import peak_bytes
+from lastlayer.study.measure import interleaved, peak_bytes
 from lastlayer.study.rank import rank
 from lastlayer.study.text import Corpus
 from lastlayer.study.training import Budget, Trainer
@@ -67,10 +69,11 @@ def train(
     width: int,
     components: int,
     steps: int,
+    held_out_tokens: int,
     folder: Path,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Trains one model, from its checkpoint where there is one, and measures it."""
+    """Trains one model, from its checkpoint where there is one, and measures all but its speed."""
     torch.manual_seed(seed)
     layer = build(name, width, corpus.num_classes, components)
     model = LanguageModel(corpus.num_classes, layer).to(device)
@@ -84,7 +87,7 @@ def train(
     trainer.resume()
     if trainer.result is None:
         trainer.run()
-        trainer.result = {"perplexity": evaluate(model, held_out, len(corpus.held_out)).perplexity}
+        trainer.result = asdict(evaluate(model, held_out, held_out_tokens))
         trainer.save()
     inputs, targets = streams[0]
     with torch.no_grad():
@@ -97,11 +100,40 @@ def train(
     memory = peak_bytes(lambda: layer(hidden, targets).backward())
     return {
         "perplexity": trainer.result["perplexity"],
-        "seconds_an_epoch": trainer.seconds / trainer.steps * streams.windows,
+        "held_out_tokens": trainer.result["tokens"],
         "peak_bytes": memory,
         "parameters": sum(p.numel() for p in model.parameters()),
         "rank": ranks.numerical,
         "effective_rank": ranks.effective,
         "rank_contexts": min(RANK_CONTEXTS, len(context)),
         "published_perplexity": PUBLISHED[name],
+    }
+
+
+def time_steps(
+    corpus: Corpus, *, width: int, components: int, device: torch.device, rounds: int = 7
+) -> dict[str, dict[str, Any]]:
+    """What a training step, optimizer included, takes under each layer, and so an epoch.
+
+    The layers take turns, as a machine that is busy for a while is then busy for all of them.
+    """
+    streams = Streams(corpus.train, BATCH, WINDOW, device)
+    held_out = Streams(corpus.held_out, 10, 50, device)
+
+    def stepper(name: str) -> Callable[[], None]:
+        layer = build(name, width, corpus.num_classes, components)
+        model = LanguageModel(corpus.num_classes, layer).to(device)
+        return Trainer(model, streams, held_out, Budget(steps=1 << 30), learning_rate=0.2)._step
+
+    timings = interleaved({name: stepper(name) for name in PUBLISHED}, rounds=rounds)
+    base = timings["softmax"].ms
+    return {
+        name: {
+            "step_ms": timing.ms,
+            "step_low_ms": timing.low_ms,
+            "step_high_ms": timing.high_ms,
+            "seconds_an_epoch": 1e-3 * timing.ms * streams.windows,
+            "ratio_to_softmax": timing.ms / base,
+        }
+        for name, timing in timings.items()
     }
