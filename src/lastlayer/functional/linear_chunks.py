@@ -10,8 +10,9 @@ from lastlayer.functional.logit_map import LogitMap
 
 # What the logits of one chunk may take. Larger chunks mean fewer passes over the weight's gradient.
 CHUNK_BYTES = 1 << 28
-# Tensors of a chunk's size that a map makes in PyTorch's operations, beside the logits: values, gradient, indices.
-MAPPED_COPIES = 4
+# Logits of one part, which PyTorch's operations make several tensors of: few, so that these are in cache and reuse
+# each other's memory; on a GPU many, as each operation is a launch.
+PART_NUMBERS, PART_NUMBERS_GPU = 1 << 21, 1 << 25
 # Classes whose weight gradient is formed at once in low precision, before it is added to the float32 sum.
 BLOCK_CLASSES = 4096
 
@@ -53,13 +54,16 @@ def as_exact(logits: Tensor) -> Tensor:
 class LinearChunks:
     """The logits of `hidden`, by chunks of rows in buffers that every chunk reuses.
 
-        for rows in chunks:                  # slices of range(N)
-            logits = chunks.logits(rows)     # (n, V), float32 or float64
-            values = chunks.map(logits)      # the same tensor where there is no map
-            ...                              # the caller turns `values` into their gradient, in place
-            chunks.backward(rows, logits, values)
+        for rows in chunks:                      # slices of range(N)
+            for part in chunks.parts(rows):      # slices of rows; their products are ready
+                logits = chunks.logits(part)     # (n, V), float32 or float64
+                values = chunks.map(logits)      # the same tensor where there is no map
+                ...                              # the caller turns `values` into their gradient, in place
+                chunks.map_back(part, logits, values)
+            chunks.multiply_back(rows)
         chunks.gradients()
 
+    A chunk is as large as the matrix products want it, a part as small as what is done to its logits wants it.
     What one chunk gave is overwritten by the next. Sums over chunks are in float32 at least.
     """
 
@@ -71,7 +75,6 @@ class LinearChunks:
         logit_map: LogitMap | None,
         dtype: torch.dtype,  # of the matrix products
         *,
-        in_place: bool = False,  # the map's values take no room beside the logits: a fused kernel is used
         group: int = 1,  # rows that stay together; chunks are then no larger than those of N / group rows
     ) -> None:
         self.leaves = (hidden, weight, bias)
@@ -80,10 +83,11 @@ class LinearChunks:
         self.weight = weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(self.exact)
         self.logit_map = logit_map
-        copies = 1 if logit_map is None or in_place else MAPPED_COPIES
-        row_bytes = len(weight) * dtype.itemsize * copies
+        row_bytes = len(weight) * dtype.itemsize
         most = len(hidden) if group == 1 else 3 * len(hidden) // (4 * group)
         self.chunk_rows = max(group, min(CHUNK_BYTES // row_bytes, most) // group * group)
+        numbers = PART_NUMBERS if hidden.device.type == "cpu" else PART_NUMBERS_GPU
+        self.part_rows = max(group, numbers // len(weight) // group * group)
         self.product = hidden.new_empty(self.chunk_rows, len(weight), dtype=dtype)
         self.sums: list[Tensor | None] = [None, None, None]
         self.map_sums: list[Tensor | None] = []
@@ -104,13 +108,24 @@ class LinearChunks:
         for start in range(0, len(self.hidden), self.chunk_rows):
             yield slice(start, min(start + self.chunk_rows, len(self.hidden)))
 
-    def products(self, rows: slice) -> Tensor:  # (n, V)
-        """The logits of some rows before the bias, in the dtype of the products, in a buffer."""
-        return torch.mm(self.hidden[rows], self.weight.T, out=self.product[: rows.stop - rows.start])
+    def multiply(self, rows: slice) -> Tensor:  # (n, V)
+        """The logits of a chunk before the bias, in the dtype of the products, in a buffer."""
+        return torch.mm(self.hidden[rows], self.weight.T, out=self._products(rows))
 
-    def logits(self, rows: slice) -> Tensor:  # (n, V)
-        """The raw logits of some rows; the bias is added in float32 at least."""
-        product = self.products(rows)
+    def parts(self, rows: slice) -> Iterator[slice]:
+        """Multiplies a chunk, then gives its parts."""
+        self.multiply(rows)
+        for start in range(rows.start, rows.stop, self.part_rows):
+            yield slice(start, min(start + self.part_rows, rows.stop))
+
+    def all_parts(self) -> Iterator[slice]:
+        """The parts of every chunk, for those who carry nothing back."""
+        for rows in self:
+            yield from self.parts(rows)
+
+    def logits(self, part: slice) -> Tensor:  # (n, V)
+        """The raw logits of a part of the chunk; the bias is added in float32 at least."""
+        product = self._products(part)
         if product.dtype != self.exact:
             product = product.to(self.exact)
         return product if self.bias is None else product.add_(self.bias)
@@ -122,20 +137,21 @@ class LinearChunks:
         values = self.logit_map(logits)
         return values.clone() if values is logits else values
 
-    def backward(self, rows: slice, logits: Tensor, gradient: Tensor) -> None:
-        """Carries `gradient (n, V)`, of the mapped logits, back to whatever is wanted."""
+    def map_back(self, part: slice, logits: Tensor, gradient: Tensor) -> None:
+        """Carries `gradient (n, V)`, of the mapped logits, back to the map and to the logits: into their place."""
         if self.logit_map is not None:
             gradient, of_map = self.logit_map.vjp(logits, gradient)
             self._add_to_map(of_map)
-        if gradient.dtype != self.product.dtype:
-            gradient = self.product[: len(gradient)].copy_(gradient)
-        self.multiply_back(rows, gradient)
+        place = self._products(part)
+        if gradient.data_ptr() != place.data_ptr():
+            place.copy_(gradient)
 
-    def multiply_back(self, rows: slice, gradient: Tensor, scale: Tensor | None = None) -> None:
-        """The products of `gradient (n, V)`, of the raw logits and in the dtype of the products.
+    def multiply_back(self, rows: slice, scale: Tensor | None = None) -> None:
+        """The products of the chunk's gradient `(n, V)`, which has taken the place of its logits.
 
         With `scale (n,)`, those of `scale[:, None] * gradient`, at the cost of scaling the narrow factors.
         """
+        gradient = self._products(rows)
         of_hidden, of_weight, of_bias = self.sums
         hidden, first = self.hidden[rows], rows.start == 0
         weights = gradient.new_ones(len(gradient), dtype=self.exact) if scale is None else scale
@@ -184,9 +200,10 @@ class LinearChunks:
         of_map = (None if total is None else total.to(p.dtype) for total, p in zip(sums, parameters, strict=True))
         return Gradients(hidden, weight, bias, tuple(of_map))
 
-    def _buffer(self, dtype: torch.dtype) -> Tensor:
-        rows = min(self.chunk_rows, len(self.hidden))
-        return torch.empty(rows, len(self.weight), dtype=dtype, device=self.hidden.device)
+    def _products(self, rows: slice) -> Tensor:  # (n, V)
+        """Where the buffer holds some rows of the chunk."""
+        start = rows.start % self.chunk_rows
+        return self.product[start : start + rows.stop - rows.start]
 
 
 def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:

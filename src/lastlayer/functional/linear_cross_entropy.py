@@ -201,7 +201,7 @@ def _run(
     kernel_map = None
     if terms.soft is None and can_fuse(hidden.device, dtype, len(hidden) * len(weight)):
         kernel_map = NO_MAP if logit_map is None else logit_map.kernel_map()
-    chunks = LinearChunks(hidden, weight, bias, logit_map, dtype, in_place=kernel_map is not None)
+    chunks = LinearChunks(hidden, weight, bias, logit_map, dtype)
     form = wanted is not None
     if wanted is not None:
         chunks.want(wanted)
@@ -209,15 +209,16 @@ def _run(
     row_loss = torch.empty_like(terms.hard)
     for rows in chunks:
         if kernel_map is not None:
-            logits = chunks.products(rows)
-            row_loss[rows], sums = fused(logits, chunks.bias, terms.of(rows), form, kernel_map)
+            row_loss[rows], sums = fused(chunks.multiply(rows), chunks.bias, terms.of(rows), form, kernel_map)
             if form:
-                chunks.multiply_back(rows, logits)
                 chunks.add_to_map(sums)
         else:
-            logits = chunks.logits(rows)
-            values = chunks.map(logits)
-            row_loss[rows] = plain(values, terms.of(rows), form)
-            if form:
-                chunks.backward(rows, logits, values)
+            for part in chunks.parts(rows):
+                logits = chunks.logits(part)
+                values = chunks.map(logits)
+                row_loss[part] = plain(values, terms.of(part), form)
+                if form:
+                    chunks.map_back(part, logits, values)
+        if form:
+            chunks.multiply_back(rows)
     return row_loss, chunks.gradients()

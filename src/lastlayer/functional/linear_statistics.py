@@ -95,7 +95,7 @@ class _LinearStatistics(torch.autograd.Function):
         target, normalizer, entropy = (hidden.new_empty(len(hidden), dtype=chunks.exact) for _ in range(3))
         best = hidden.new_empty(len(hidden), k or 0, dtype=chunks.exact)
         indices = torch.empty_like(best, dtype=torch.int64)
-        for rows in chunks:
+        for rows in chunks.all_parts():
             logits = chunks.logits(rows)
             if k is not None:
                 indices[rows] = logits.topk(k).indices
@@ -139,19 +139,21 @@ class _LinearStatistics(torch.autograd.Function):
             if of_best is not None:
                 of_mass -= of_best.sum(1)
             for rows in chunks:
-                logits = chunks.logits(rows)
-                log_prob = chunks.map(logits) - normalizer[rows, None]
-                gradient = log_prob.exp()
-                if of_entropy is None:
-                    gradient.mul_(of_mass[rows, None])
-                else:
-                    surprise = log_prob.clamp_(min=-1e4).add_(entropy[rows, None])
-                    gradient.mul_(surprise.mul_(-of_entropy[rows, None]).add_(of_mass[rows, None]))
-                if of_target is not None:
-                    gradient.scatter_add_(1, ids[rows], of_target[rows, None])
-                if of_best is not None:
-                    gradient.scatter_add_(1, indices[rows], of_best[rows])
-                chunks.backward(rows, logits, gradient)
+                for part in chunks.parts(rows):
+                    logits = chunks.logits(part)
+                    log_prob = chunks.map(logits) - normalizer[part, None]
+                    gradient = log_prob.exp()
+                    if of_entropy is None:
+                        gradient.mul_(of_mass[part, None])
+                    else:
+                        surprise = log_prob.clamp_(min=-1e4).add_(entropy[part, None])
+                        gradient.mul_(surprise.mul_(-of_entropy[part, None]).add_(of_mass[part, None]))
+                    if of_target is not None:
+                        gradient.scatter_add_(1, ids[part], of_target[part, None])
+                    if of_best is not None:
+                        gradient.scatter_add_(1, indices[part], of_best[part])
+                    chunks.map_back(part, logits, gradient)
+                chunks.multiply_back(rows)
             formed = chunks.gradients()
         gradients = (*formed[:3], None, None, None, None, *formed.logit_map)
         return first_order("linear_statistics", gradients)

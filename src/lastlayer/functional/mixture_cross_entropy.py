@@ -113,31 +113,38 @@ def _run(
     if can_fuse(latent.device, dtype, len(latent) * len(weight)) and not (wanted is not None and wanted.logit_map):
         # A map's own gradient needs the responsibilities before the kernel has run.
         kernel_map = NO_MAP if logit_map is None else logit_map.kernel_map()
-    in_place = kernel_map is not None
-    chunks = LinearChunks(latent, weight, bias, logit_map, dtype, in_place=in_place, group=components)
+    chunks = LinearChunks(latent, weight, bias, logit_map, dtype, group=components)
     if wanted is not None:
         chunks.want(wanted)
     row_loss, of_prior = log_prior.new_empty(len(log_prior)), torch.empty_like(log_prior)
-    for rows in chunks:
+
+    def weigh(rows: slice, nll: Tensor) -> Tensor:  # (n,)
+        """Writes the losses of some examples; what their rows' gradients are to be multiplied by."""
         examples = slice(rows.start // components, rows.stop // components)
-        ids = targets[examples].repeat_interleave(components)
-        terms = RowTerms(ids, torch.ones_like(ids, dtype=chunks.exact), None, None, None)
-        if kernel_map is not None:
-            logits = values = chunks.products(rows)
-            nll, _ = fused(logits, chunks.bias, terms, wanted is not None, kernel_map)
-        else:
-            logits = chunks.logits(rows)
-            values = chunks.map(logits)
-            nll = plain(values, terms, wanted is not None)
         joint = log_prior[examples] - nll.reshape(-1, components)
         log_prob = joint.logsumexp(1, keepdim=True)
         row_loss[examples] = -log_prob[:, 0]
-        if wanted is None or shares is None:
-            continue
-        scale = (joint - log_prob).exp() * shares[examples, None]
-        of_prior[examples] = -scale
+        if shares is None:
+            return nll
+        scale = (joint - log_prob).exp_().mul_(shares[examples, None])
+        torch.neg(scale, out=of_prior[examples])
+        return scale.reshape(-1)
+
+    form = wanted is not None
+    ids = targets.repeat_interleave(components)
+    terms = RowTerms(ids, torch.ones_like(ids, dtype=chunks.exact), None, None, None)
+    for rows in chunks:
+        scale = None
         if kernel_map is not None:
-            chunks.multiply_back(rows, values, scale.reshape(-1))
+            nll, _ = fused(chunks.multiply(rows), chunks.bias, terms.of(rows), form, kernel_map)
+            scale = weigh(rows, nll)
         else:
-            chunks.backward(rows, logits, values.mul_(scale.reshape(-1, 1)))
+            for part in chunks.parts(rows):
+                logits = chunks.logits(part)
+                values = chunks.map(logits)
+                of_part = weigh(part, plain(values, terms.of(part), form))
+                if form:
+                    chunks.map_back(part, logits, values.mul_(of_part[:, None]))
+        if form:
+            chunks.multiply_back(rows, scale)
     return row_loss, (of_prior, chunks.gradients())
