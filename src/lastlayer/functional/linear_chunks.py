@@ -12,7 +12,7 @@ from lastlayer.functional.logit_map import LogitMap
 CHUNK_BYTES = 1 << 28
 # Logits of one part, which PyTorch's operations make several tensors of: few, so that these are in cache and reuse
 # each other's memory; on a GPU many, as each operation is a launch.
-PART_NUMBERS, PART_NUMBERS_GPU = 1 << 21, 1 << 25
+PART_NUMBERS, PART_NUMBERS_GPU = 1 << 20, 1 << 25
 # Classes whose weight gradient is formed at once in low precision, before it is added to the float32 sum.
 BLOCK_CLASSES = 4096
 

@@ -103,8 +103,16 @@ class ScreenedSoftmax(nn.Module):
         return cls(linear.weight, linear.bias, **settings)
 
     @classmethod
-    def from_layer(cls, layer: Any, **settings: Any) -> Self:
-        """Screens any layer that ends in one matrix and offers `linear_head() -> (weight, bias, logit_map)`."""
+    def from_layer(cls, layer: Any, **settings: Any) -> "ScreenedSoftmax":
+        """Screens any layer that ends in one matrix and offers `linear_head() -> (weight, bias, logit_map)`.
+
+        A mixture of softmaxes over one matrix (it has `latents` and `log_prior`) is screened by one preview for
+        all components.
+        """
+        if hasattr(layer, "latents") and hasattr(layer, "log_prior"):
+            from lastlayer.screening.mixture_screen import ScreenedMixture  # a subclass of this class
+
+            return ScreenedMixture(layer, **settings)
         if not hasattr(layer, "linear_head"):
             raise TypeError(f"layer must offer linear_head(), which {type(layer).__name__} does not")
         weight, bias, logit_map = layer.linear_head()

@@ -1,0 +1,262 @@
+"""A mixture of softmaxes over one weight, screened: one preview of the weight serves every component."""
+
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lastlayer.screening.exact import full_logits, no_autocast
+from lastlayer.screening.preview import Preview
+from lastlayer.screening.screened import ScreenedSoftmax
+
+HEAVY_SHARE = 8  # one in so many classes is rescored where the order hangs on the normalisers
+
+
+class MixtureLayer(Protocol):
+    """What is screened: `P(c | h) = Σ_k exp(log_prior_k) softmax(f(weight @ latents_k + bias))_c`."""
+
+    in_features: int
+    weight: Tensor  # (V, d)
+    bias: Tensor | None  # (V,)
+    logit_map: nn.Module | None
+
+    def latents(self, hidden: Tensor) -> Tensor:  # (N, D) to (N, K, d)
+        """The hidden state of each component."""
+        ...
+
+    def log_prior(self, hidden: Tensor) -> Tensor:  # (N, D) to (N, K)
+        """The log of each component's share."""
+        ...
+
+
+class Mixed(NamedTuple):
+    """What is known of some rows' components."""
+
+    logits: Tensor  # (N, K, V), raw; exact where `rescored`
+    error: Tensor  # (N, K, V), the most by which they are wrong; 0 where exact
+    rescored: Tensor  # (N, V), bool
+    log_prior: Tensor  # (N, K)
+
+
+class Ranked(NamedTuple):
+    """The best of the rescored classes."""
+
+    log_prob: Tensor  # (N, k), best first
+    indices: Tensor  # (N, k)
+    certified: Tensor  # (N,), bool
+    in_play: Tensor  # (N, V), bool: could be among the k best, as far as is proved
+
+
+class Normalizers(NamedTuple):
+    """Each component's log-sum-exp: as used, and between what it is proved to be; `(N, K)` each."""
+
+    used: Tensor
+    low: Tensor
+    high: Tensor
+
+
+class ScreenedMixture(ScreenedSoftmax):
+    """A `MixtureOfSoftmaxes` queried by one preview of its weight; `ScreenedSoftmax.from_layer(mixture)` makes it.
+
+    The preview scores all classes for the K latents of a query in one pass over its rows. The `candidates` best
+    classes of the approximate mixture get exact logits in every component, for one read of their rows of the
+    weight. Log-probabilities are mixed in log space, each component under its own normaliser: the log-sum-exp of
+    the exact logits and the scores of the rest.
+
+    `certified` says that the classes and their order are proved to be the full mixture's, ties aside. With
+    `z_k` the logits, `e_k` their error bounds (0 where exact) and `Z_k` the true normalisers,
+
+        Z_k is between lse_c f(z_kc - e_kc) and lse_c f(z_kc + e_kc)
+        log P(c) <= lse_k (log π_k + f(z_kc + e_kc) - low Z_k)                  what was not rescored is below this
+        P(a) - P(b) = Σ_k π_k exp(-Z_k) (exp f(z_ka) - exp f(z_kb))              at its least for each pair of best
+
+    where the last takes the low end of `exp(-Z_k)` for the components that prefer a, the high one for the others:
+    normalisers matter only where components disagree. `exact=True` rescores the classes in play; where that proves
+    too little, those on whose error the normalisers depend most; and where that does, computes the full mixture.
+
+    `forward` gives log-probabilities, which are logits. `log_normalizer_error` bounds the error of any component's
+    normaliser, and with it that of a rescored class's log-probability. While a query runs, it holds some
+    `(N, K, V)` numbers, a chunk of rows at a time. Not for large batches, where the full mixture runs.
+    """
+
+    def __init__(self, layer: Any, *, preview: Preview, candidates: int, **settings: Any) -> None:
+        settings = {"logit_map": layer.logit_map, **settings}
+        super().__init__(layer.weight, layer.bias, preview=preview, candidates=candidates, **settings)
+        self.layer: MixtureLayer = layer
+        self.in_features = layer.in_features
+
+    @torch.no_grad()
+    def log_normalizer_error(self, hidden: Tensor) -> Tensor:
+        def answer(rows: Tensor) -> Tensor:
+            used, low, high = self._normalizers(self._mixed(rows, 1, self.exact)[0])
+            return torch.maximum(high - used, used - low).amax(-1)
+
+        return self._each_row(hidden, answer)
+
+    @torch.no_grad()
+    def preview_scores(self, hidden: Tensor) -> Tensor:
+        """The log-probabilities of the mixture of the preview's scores, no candidate rescored."""
+        return self._each_row(hidden, lambda rows: self._log_prob(self._scored(*self._components(rows))))
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that one query reads: the preview, and the candidates' rows, for all components."""
+        row = self.weight.shape[1] * self.weight.element_size()
+        return self._prepared.bytes_read + self.candidates * row
+
+    def save(self, folder: str | Path, include_weight: bool = True) -> None:
+        raise TypeError("a screened mixture cannot be saved: save the layer's state_dict, and screen it again")
+
+    def _chunks(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        parts = super()._chunks(hidden)
+        components = max(1, self.layer.latents(parts[0][:1]).shape[1])
+        return tuple(part for rows in parts for part in rows.split(max(1, -(-len(parts[0]) // components))))
+
+    def _topk(self, rows: Tensor, k: int, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            return self._mixed(rows, k, exact)[1][:3]
+
+    def _logits(self, rows: Tensor, normalised: bool) -> Tensor:
+        with torch.no_grad():
+            mixed, _ = self._mixed(rows, 1, self.exact)
+        if torch.is_grad_enabled():
+            with no_autocast(rows):
+                latents, log_prior = self._components(rows)
+                flat = latents.flatten(0, 1)
+                full = full_logits(flat, self.weight, self.bias).view_as(mixed.logits)
+                approximate = self._prepared.follow(flat, self.weight, self.bias).view_as(mixed.logits)
+            logits = torch.where(mixed.rescored[:, None], full, approximate)
+            mixed = mixed._replace(logits=logits, log_prior=log_prior)
+        return self._log_prob(mixed)
+
+    def _components(self, rows: Tensor) -> tuple[Tensor, Tensor]:  # (N, K, d), (N, K)
+        return self.layer.latents(rows), self.layer.log_prior(rows)
+
+    def _mixed(self, rows: Tensor, k: int, exact: bool) -> tuple[Mixed, Ranked]:
+        """The candidates rescored, and with `exact` whatever else must be; and the k best."""
+        latents, log_prior = self._components(rows)
+        with no_autocast(rows):
+            if len(rows) * self.candidates >= self.out_features:
+                mixed = self._full(latents, log_prior)
+                return mixed, self._rank(mixed, k)
+            mixed = self._scored(latents, log_prior)
+            self._rescore(latents, mixed, self._log_prob(mixed).topk(self.candidates, sorted=False).indices)
+            ranked = self._rank(mixed, k)
+            if exact and not bool(ranked.certified.all()):
+                self._widen(latents, mixed, ranked, k)
+                ranked = self._rank(mixed, k)
+                ranked = ranked._replace(certified=torch.ones_like(ranked.certified))
+            return mixed, ranked
+
+    def _scored(self, latents: Tensor, log_prior: Tensor) -> Mixed:
+        """Every logit by the preview."""
+        shape = (*latents.shape[:2], self.out_features)
+        flat = latents.flatten(0, 1)
+        scores = self._prepared.scores(flat).view(shape)
+        error = self._prepared.error(flat).all().view(shape)
+        rescored = torch.zeros(shape[0], shape[2], dtype=torch.bool, device=scores.device)
+        return Mixed(scores, error, rescored, log_prior.to(scores.dtype))
+
+    def _full(self, latents: Tensor, log_prior: Tensor) -> Mixed:
+        """Every logit exact."""
+        logits = full_logits(latents.flatten(0, 1), self.weight, self.bias).view(
+            *latents.shape[:2], len(self.weight)
+        )
+        rescored = torch.ones(len(logits), self.out_features, dtype=torch.bool, device=logits.device)
+        return Mixed(logits, torch.zeros_like(logits), rescored, log_prior.to(logits.dtype))
+
+    def _rescore(self, latents: Tensor, mixed: Mixed, classes: Tensor) -> None:  # (N, C)
+        """Exact logits of some classes of each row, in all components, from one copy of their weight rows."""
+        dtype = mixed.logits.dtype
+        rows = self.weight.index_select(0, classes.reshape(-1)).to(dtype)
+        rows = rows.view(*classes.shape, self.weight.shape[1])
+        exact = latents.to(dtype) @ rows.transpose(1, 2)  # (N, K, C)
+        if self.bias is not None:
+            exact = exact + self.bias.to(dtype)[classes][:, None]
+        at = classes[:, None].expand_as(exact)
+        mixed.logits.scatter_(2, at, exact)
+        mixed.error.scatter_(2, at, 0.0)
+        mixed.rescored.scatter_(1, classes, True)
+
+    def _widen(self, latents: Tensor, mixed: Mixed, ranked: Ranked, k: int) -> None:
+        """Rescores, in open rows, what is in play; then what the normalisers depend on; then everything."""
+        for row in (~ranked.certified).nonzero().squeeze(1).tolist():
+            own = slice(row, row + 1)
+            one, found = Mixed(*(part[own] for part in mixed)), Ranked(*(part[own] for part in ranked))
+            for heaviest in (0, self.out_features // HEAVY_SHARE):
+                wanted = found.in_play.scatter(1, self._heaviest(one, heaviest), True)
+                more = (wanted & ~one.rescored)[0].nonzero().T
+                if more.shape[1] > self.out_features // 4:
+                    break
+                self._rescore(latents[own], one, more)
+                found = self._rank(one, k)
+                if bool(found.certified):
+                    break
+            if not bool(found.certified):
+                for part, exact in zip(one, self._full(latents[own], one.log_prior), strict=True):
+                    part.copy_(exact)
+
+    def _heaviest(self, mixed: Mixed, count: int) -> Tensor:  # (N, count)
+        """The classes on whose error the normalisers depend most."""
+        most = self._mapped(mixed.logits + mixed.error)
+        least = self._mapped(mixed.logits - mixed.error)
+        doubt = (most.softmax(-1) - (least - most.logsumexp(-1, keepdim=True)).exp()) * mixed.log_prior.exp()[
+            ..., None
+        ]
+        return doubt.sum(1).topk(count).indices
+
+    def _normalizers(self, mixed: Mixed) -> Normalizers:
+        logits, error = mixed.logits, mixed.error
+        slack = _slack(logits)
+        low = self._mapped(logits - error).logsumexp(-1) - slack
+        high = self._mapped(logits + error).logsumexp(-1) + slack
+        return Normalizers(self._used_normalizers(mixed), low, high)
+
+    def _used_normalizers(self, mixed: Mixed) -> Tensor:  # (N, K)
+        logits, shift = mixed.logits, self._prepared.normalizer_shift
+        if shift is not None:
+            logits = torch.where(mixed.rescored[:, None], logits, logits + shift)
+        return self._mapped(logits).logsumexp(-1)
+
+    def _log_prob(self, mixed: Mixed) -> Tensor:  # (N, V)
+        shares = mixed.log_prior - self._used_normalizers(mixed)
+        return (self._mapped(mixed.logits) + shares[..., None]).logsumexp(1)
+
+    def _rank(self, mixed: Mixed, k: int) -> Ranked:
+        """The k best of the rescored classes, and what is proved of them."""
+        used, low, high = self._normalizers(mixed)
+        joint = self._mapped(mixed.logits) + mixed.log_prior[..., None]  # (N, K, V)
+        log_prob = (joint - used[..., None]).logsumexp(1).masked_fill_(~mixed.rescored, -torch.inf)
+        best, indices = log_prob.topk(self.candidates)
+        joint = joint.gather(2, indices[:, None].expand(-1, joint.shape[1], -1))
+
+        least = (joint[..., k - 1] - high).logsumexp(1, keepdim=True)
+        most = self._mapped(mixed.logits + mixed.error) + (mixed.log_prior - low)[..., None]
+        below = most.logsumexp(1) + _slack(most) < least  # written as "not below" so that nan stays in play
+        in_play = below.logical_not_().scatter_(1, indices, False)
+
+        after = torch.arange(1, self.candidates, device=indices.device)
+        ordered = _not_worse(joint[..., (after - 1).clamp(max=k - 1)], joint[..., after], low, high).all(-1)
+        certified = (ordered & ~in_play.any(-1)) | mixed.rescored.all(-1)
+        return Ranked(best[:, :k], indices[:, :k], certified, in_play)
+
+
+def _slack(logits: Tensor) -> float:
+    """What rounding may do to a log-sum-exp."""
+    return 64 * torch.finfo(logits.dtype).eps
+
+
+def _not_worse(
+    left: Tensor,  # (N, K, P), log of prior and of exp f, before the normaliser
+    right: Tensor,  # (N, K, P)
+    low: Tensor,  # (N, K), what the normalisers are at least
+    high: Tensor,  # (N, K), and at most
+) -> Tensor:  # (N, P), bool
+    """Whether the mixture at `left` is proved to be no less than at `right`, up to rounding."""
+    tolerance = _slack(left)
+    normalizer = torch.where(left >= right, high[..., None], low[..., None]).double()
+    left, right = left - normalizer, right - normalizer
+    peak = torch.maximum(left, right).amax(1, keepdim=True)
+    left, right = (left - peak).exp(), (right - peak).exp()
+    return (left - right).sum(1) >= -tolerance * (left + right).sum(1)
