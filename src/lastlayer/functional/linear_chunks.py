@@ -82,7 +82,7 @@ class LinearChunks:
         self.hidden = hidden.detach().to(dtype)
         self.weight = weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(self.exact)
-        self.logit_map = logit_map
+        self.map_pass = None if logit_map is None else logit_map.begin()
         row_bytes = len(weight) * dtype.itemsize
         most = len(hidden) if group == 1 else 3 * len(hidden) // (4 * group)
         self.chunk_rows = max(group, min(CHUNK_BYTES // row_bytes, most) // group * group)
@@ -90,7 +90,6 @@ class LinearChunks:
         self.part_rows = max(group, numbers // len(weight) // group * group)
         self.product = hidden.new_empty(self.chunk_rows, len(weight), dtype=dtype)
         self.sums: list[Tensor | None] = [None, None, None]
-        self.map_sums: list[Tensor | None] = []
         self.wanted = Wanted(False, False, False, False)
 
     def want(self, wanted: Wanted) -> None:
@@ -132,16 +131,12 @@ class LinearChunks:
 
     def map(self, logits: Tensor) -> Tensor:
         """The logits as the softmax sees them."""
-        if self.logit_map is None:
-            return logits
-        values = self.logit_map(logits)
-        return values.clone() if values is logits else values
+        return logits if self.map_pass is None else self.map_pass.values(logits)
 
     def map_back(self, part: slice, logits: Tensor, gradient: Tensor) -> None:
         """Carries `gradient (n, V)`, of the mapped logits, back to the map and to the logits: into their place."""
-        if self.logit_map is not None:
-            gradient, of_map = self.logit_map.vjp(logits, gradient)
-            self._add_to_map(of_map)
+        if self.map_pass is not None:
+            gradient = self.map_pass.back(logits, gradient)
         place = self._products(part)
         if gradient.data_ptr() != place.data_ptr():
             place.copy_(gradient)
@@ -179,32 +174,25 @@ class LinearChunks:
 
     def add_to_map(self, sums: Tensor | None) -> None:
         """Adds what a kernel counted for the map's own parameters."""
-        if self.logit_map is not None and self.wanted.logit_map and sums is not None:
-            self._add_to_map(self.logit_map.vjp_of_sums(sums))
-
-    def _add_to_map(self, parts: tuple[Tensor | None, ...]) -> None:
-        if self.wanted.logit_map:
-            sums = self.map_sums or [None] * len(parts)
-            self.map_sums = [_added(total, part) for total, part in zip(sums, parts, strict=True)]
+        if self.map_pass is not None and self.wanted.logit_map and sums is not None:
+            self.map_pass.add_sums(sums)
 
     def gradients(self) -> Gradients:
-        """The sums over all chunks so far."""
+        """The sums over all chunks, of which there will be no more."""
+        del self.product  # its memory serves for what is made here
         hidden, weight, bias = (
             None if total is None or leaf is None else total.to(leaf.dtype)
             for total, leaf in zip(self.sums, self.leaves, strict=True)
         )
-        parameters = () if self.logit_map is None else tuple(self.logit_map.parameters())
-        sums = self.map_sums or [
-            torch.zeros_like(p) if self.wanted.logit_map and p.requires_grad else None for p in parameters
-        ]
-        of_map = (None if total is None else total.to(p.dtype) for total, p in zip(sums, parameters, strict=True))
-        return Gradients(hidden, weight, bias, tuple(of_map))
+        if self.map_pass is None:
+            return Gradients(hidden, weight, bias, ())
+        parameters = self.map_pass.logit_map.parameters()
+        if not self.wanted.logit_map:
+            return Gradients(hidden, weight, bias, tuple(None for _ in parameters))
+        of_map = zip(self.map_pass.gradients(), parameters, strict=True)
+        return Gradients(hidden, weight, bias, tuple(None if g is None else g.to(p.dtype) for g, p in of_map))
 
     def _products(self, rows: slice) -> Tensor:  # (n, V)
         """Where the buffer holds some rows of the chunk."""
         start = rows.start % self.chunk_rows
         return self.product[start : start + rows.stop - rows.start]
-
-
-def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    return part if total is None or part is None else total.add_(part)

@@ -68,16 +68,50 @@ class LogitMap(nn.Module, ABC):
         """The keyword arguments that build this map again, but for its parameters; the library's own maps tell."""
         return None
 
+    def begin(self) -> "MapPass":
+        """A pass over many logits while the parameters stay as they are."""
+        return MapPass(self)
+
     def kernel_map(self) -> KernelMap | None:
         """How a fused kernel is told of this map; None if there is no kernel for it."""
         return None
 
-    def vjp_of_sums(
-        self,
-        sums: Tensor,  # what a kernel that counts gave
-    ) -> tuple[Tensor | None, ...]:
-        """The gradients of `self.parameters()` from what its kernel counted."""
-        return ()
+
+class MapPass:
+    """A map over many logits, a part at a time, and the gradients of its parameters, summed over the parts.
+
+    A map that has work to do once a pass, not once a part, overrides `LogitMap.begin` with its own.
+    """
+
+    def __init__(self, logit_map: LogitMap) -> None:
+        self.logit_map = logit_map
+        self.total: tuple[Tensor | None, ...] | None = None
+
+    def values(self, logits: Tensor) -> Tensor:
+        """`f(logits)`, always a new tensor."""
+        values = self.logit_map(logits)
+        return values.clone() if values is logits else values
+
+    def back(self, logits: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient carried back to the logits; what goes to the parameters is added up."""
+        of_logits, of_parameters = self.logit_map.vjp(logits, gradient)
+        if self.total is None:
+            self.total = of_parameters
+        else:
+            for total, part in zip(self.total, of_parameters, strict=True):
+                if total is not None and part is not None:
+                    total += part
+        return of_logits
+
+    def add_sums(self, sums: Tensor) -> None:
+        """Adds what a kernel that counts gave."""
+        raise NotImplementedError(f"{type(self.logit_map).__name__} has no kernel that counts")
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """Those of the map's parameters over all parts."""
+        if self.total is not None:
+            return self.total
+        return tuple(torch.zeros_like(p) if p.requires_grad else None for p in self.logit_map.parameters())
 
 
 class MapFunction(torch.autograd.Function):

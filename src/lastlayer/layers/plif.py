@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lastlayer.functional.checks import check_not_negative, check_positive
-from lastlayer.functional.logit_map import LogitMap, MapFunction, in_blocks
+from lastlayer.functional.logit_map import LogitMap, MapFunction, MapPass, in_blocks
 from lastlayer.kernels.softmax_rows import KernelMap
 
 BLOCK = 1 << 19  # logits looked up at once
@@ -76,54 +76,34 @@ class PLIF(LogitMap):
     def forward(self, logits: Tensor) -> Tensor:
         return MapFunction.apply(self, logits, self.raw_slopes)
 
-    @torch.no_grad()
+    def begin(self) -> "PLIFPass":
+        return PLIFPass(self)
+
     def evaluate(self, logits: Tensor) -> Tensor:
         """`forward` without a graph."""
-        slopes, offsets = (column.to(logits.dtype) for column in self._lines().unbind(1))
-        values = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        for x, out in in_blocks(BLOCK, logits, values):
-            knots, _ = self._knots(x)
-            torch.addcmul(offsets.index_select(0, knots), slopes.index_select(0, knots), x, out=out)
-        return values
+        return self.begin().values(logits)
 
     @torch.no_grad()
     def derivative(self, logits: Tensor) -> Tensor:
-        knots, _ = self._knots(logits.reshape(-1))
+        knots, _ = self.knots(logits.reshape(-1))
         return self._slopes().to(logits.dtype).index_select(0, knots).reshape(logits.shape)
 
     @torch.no_grad()
     def inverse(self, values: Tensor) -> Tensor:
-        lines = self._lines()
+        lines = self.lines()
         ends = self._left_ends()
         at_ends = lines[:, 0] * ends + lines[:, 1]
         wide = values.double()
         knots = (torch.searchsorted(at_ends, wide.contiguous(), right=True) - 1).clamp(0, self.num_knots - 1)
         return ((wide - lines[:, 1][knots]) / lines[:, 0][knots]).to(values.dtype)
 
-    @torch.no_grad()
     def vjp(self, logits: Tensor, gradient: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        slopes = self._slopes().to(logits.dtype)
-        counted = self.raw_slopes.requires_grad
-        sums = torch.zeros(2, self.num_knots, dtype=torch.float64, device=logits.device)
-        of_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        for x, g, out in in_blocks(BLOCK, logits, gradient, of_logits):
-            knots, at = self._knots(x)
-            torch.mul(slopes.index_select(0, knots), g, out=out)
-            if counted:
-                _count(sums[0], knots, (g * at.sub_(knots)).double())
-                _count(sums[1], knots, g.double())
-        return of_logits, self.vjp_of_sums(sums.T) if counted else (None,)
-
-    @torch.no_grad()
-    def vjp_of_sums(self, sums: Tensor) -> tuple[Tensor | None, ...]:
-        inside, whole = sums.unbind(1)  # A_k / δ and B_k
-        beyond = whole.sum() - whole.cumsum(0)  # Σ_{j>k} B_j
-        of_raw = beyond.add_(inside).mul_(self._width).mul_(torch.sigmoid(self.raw_slopes.double() + UNIT))
-        return (of_raw.to(self.raw_slopes.dtype),)
+        once = self.begin()
+        return once.back(logits, gradient), once.gradients()
 
     @torch.no_grad()
     def kernel_map(self) -> KernelMap:
-        return KernelMap("plif_rows", (self.bound, self._width), self._lines().float())
+        return KernelMap("plif_rows", (self.bound, self.width), self.lines().float())
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -137,7 +117,8 @@ class PLIF(LogitMap):
         return f"num_knots={self.num_knots}, bound={self.bound:g}{frozen}"
 
     @property
-    def _width(self) -> float:
+    def width(self) -> float:
+        """δ, of a segment."""
         return 2 * self.bound / self.num_knots
 
     def _slopes(self) -> Tensor:  # (K,) float64
@@ -145,18 +126,72 @@ class PLIF(LogitMap):
 
     def _left_ends(self) -> Tensor:  # (K,) float64
         steps = torch.arange(self.num_knots, dtype=torch.float64, device=self.raw_slopes.device)
-        return steps.mul_(self._width).sub_(self.bound)
+        return steps.mul_(self.width).sub_(self.bound)
 
-    def _lines(self) -> Tensor:  # (K, 2) float64: f(x) = line[0] x + line[1] on each segment
+    def lines(self) -> Tensor:  # (K, 2) float64
+        """`f(x) = line[0] x + line[1]` on each segment."""
         slopes = self._slopes()
         before = slopes.cumsum(0).sub_(slopes)
-        return torch.stack([slopes, before.mul_(self._width).sub_(self._left_ends().mul_(slopes))], 1)
+        return torch.stack([slopes, before.mul_(self.width).sub_(self._left_ends().mul_(slopes))], 1)
 
-    def _knots(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+    def knots(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """The segments of some logits, int32; and where on the grid they are, a new tensor in their dtype."""
-        at = (flat + self.bound).mul_(1 / self._width)
+        at = (flat + self.bound).mul_(1 / self.width)
         # nan must not become an index; it is still in the logit that the line is taken at.
         return at.nan_to_num(0.0).clamp_(0, self.num_knots - 1).int(), at
+
+
+class PLIFPass(MapPass):
+    """A PLIF over many logits: its lines are worked out once, and the sums become a gradient once."""
+
+    logit_map: PLIF
+
+    def __init__(self, logit_map: PLIF) -> None:
+        super().__init__(logit_map)
+        self.lines: Tensor | None = None  # (2, K) in the dtype of the logits
+        self.sums: Tensor | None = None  # (2, K) float64: A_k / δ and B_k
+
+    @torch.no_grad()
+    def values(self, logits: Tensor) -> Tensor:
+        slopes, offsets = self._lines(logits.dtype)
+        values = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        for x, out in in_blocks(BLOCK, logits, values):
+            knots, _ = self.logit_map.knots(x)
+            torch.addcmul(offsets.index_select(0, knots), slopes.index_select(0, knots), x, out=out)
+        return values
+
+    @torch.no_grad()
+    def back(self, logits: Tensor, gradient: Tensor) -> Tensor:
+        slopes, _ = self._lines(logits.dtype)
+        counted = self.logit_map.raw_slopes.requires_grad
+        if counted and self.sums is None:
+            self.sums = torch.zeros(2, self.logit_map.num_knots, dtype=torch.float64, device=logits.device)
+        of_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        for x, g, out in in_blocks(BLOCK, logits, gradient, of_logits):
+            knots, at = self.logit_map.knots(x)
+            torch.mul(slopes.index_select(0, knots), g, out=out)
+            if counted and self.sums is not None:
+                _count(self.sums[0], knots, (g * at.sub_(knots)).double())
+                _count(self.sums[1], knots, g.double())
+        return of_logits
+
+    def add_sums(self, sums: Tensor) -> None:
+        self.sums = sums.T if self.sums is None else self.sums.add_(sums.T)
+
+    @torch.no_grad()
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        if self.sums is None:
+            return super().gradients()
+        inside, whole = self.sums
+        raw = self.logit_map.raw_slopes
+        beyond = whole.sum() - whole.cumsum(0)  # Σ_{j>k} B_j
+        of_raw = beyond.add_(inside).mul_(self.logit_map.width).mul_(torch.sigmoid(raw.double() + UNIT))
+        return (of_raw.to(raw.dtype),)
+
+    def _lines(self, dtype: torch.dtype) -> Tensor:
+        if self.lines is None:
+            self.lines = self.logit_map.lines().T.to(dtype).contiguous()
+        return self.lines
 
 
 def _count(sums: Tensor, knots: Tensor, weights: Tensor) -> None:
