@@ -1,6 +1,7 @@
 """MixtureOfSoftmaxes against its own matrix products, the plain softmax and the usual implementation.
 
-python benchmarks/mixture.py [--rows 1024] [--num-classes 33278] [--rounds 2]
+python benchmarks/mixture.py [--num-classes 33278] [--rows 1024] [--rounds 2] [--few 256]
+python benchmarks/mixture.py --num-classes 128000 --rows 512 --rounds 1 --few 96     # about a minute, 5 GB
 """
 
 import argparse
@@ -24,6 +25,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--num-classes", type=int, default=33_278)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--few", type=int, default=256, help="rows of the usual implementation: several (N, K, V) tensors"
+    )
     arguments = parser.parse_args()
     num_classes = arguments.num_classes
     torch.manual_seed(0)
@@ -31,7 +35,7 @@ def main() -> None:
     full = FullSoftmax(WIDTH, num_classes)
     hidden, targets = torch.randn(arguments.rows, WIDTH), torch.randint(num_classes, (arguments.rows,))
 
-    few = 256  # of the usual implementation, which holds several (N, K, V) tensors
+    few = arguments.few
     memory = {
         "mixture": memory_of(mixture, hidden, targets),
         "full": memory_of(full, hidden, targets),

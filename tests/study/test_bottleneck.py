@@ -1,6 +1,7 @@
 """`reproduce softmax-bottleneck` at a size of seconds: its three parts, resuming, bad usage."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lastlayer.study.bottleneck_language import PUBLISHED, wide
 from lastlayer.study.bottleneck_synthetic import MODELS, dirichlet, fit
 from lastlayer.study.cells import Cells
 from lastlayer.study.errors import StudyError, UsageError
+from lastlayer.study.training import Trainer
 
 TINY = bottleneck.Size((12,), (2, 3), 2, 6, 2, 3, 2, (40,), (1, 2), 200, 1.0, synthetic_steps=3)
 
@@ -59,6 +61,51 @@ def test_all_parts_and_resume(tiny, tmp_path, monkeypatch):
     after = json.loads((tmp_path / "records.json").read_text())
     assert after[0]["kl_nats"] == 123.0
     assert after[4:] == records[4 : len(after)], "a resumed run differs from one that was not interrupted"
+
+
+def test_a_kill_in_training(tiny, tmp_path, monkeypatch):
+    """Killed in the middle of a model, it goes on from that model's checkpoint, to the same perplexities."""
+    monkeypatch.setitem(bottleneck.SIZES, "minutes", replace(TINY, steps=8, seeds=1))
+    whole = tiny("--parts", "b", "--out", str(tmp_path / "whole"), "--json", str(tmp_path / "whole.json"))
+    assert whole.exit_code == 0, whole.output
+
+    steps, step = [], Trainer._step
+
+    def killed(trainer):
+        steps.append(1)
+        if len(steps) == 13:
+            raise KeyboardInterrupt
+        step(trainer)
+
+    monkeypatch.setattr(Trainer, "_step", killed)
+    assert tiny("--parts", "b").exit_code != 0
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())) == 1
+    steps.clear()
+    steps.extend([1] * 13)
+    resumed = tiny("--parts", "b", "--resume", "--json", str(tmp_path / "resumed.json"))
+    assert resumed.exit_code == 0, resumed.output
+    trained = len(steps) - 13 - 9 * len(PUBLISHED)  # 9: the rounds that time a step
+    assert trained == 8 * (len(PUBLISHED) - 1) - 4, "the second model did not go on from its checkpoint"
+    perplexities = [
+        {r["layer"]: r["perplexity"] for r in json.loads((tmp_path / name).read_text()) if r["part"] == "b"}
+        for name in ("whole.json", "resumed.json")
+    ]
+    assert perplexities[0] == perplexities[1]
+
+
+@pytest.mark.parametrize("budget", ["hour", "day"])
+def test_larger_budgets_begin(tiny, monkeypatch, budget):
+    """Every cell of the larger sizes can be asked for; the heavy work itself is stood in for."""
+    size = bottleneck.SIZES[budget]
+    asked = []
+    monkeypatch.setattr(
+        bottleneck, "fit", lambda *a, **k: asked.append(a) or {"mode_matched_percent": 1, "kl_nats": 1}
+    )
+    result = tiny("--budget", budget, "--parts", "a")
+    assert result.exit_code == 0, result.output
+    assert "two cores" in result.output
+    assert len(asked) == len(MODELS) * len(size.contexts) * len(size.widths) * size.synthetic_seeds
+    assert {a[3] for a in asked} == set(size.widths)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,12 @@ def exponentiate(scratch, peak):
 
 
 @compiled
+def loss_of(normalizer, at_target, hard, square):
+    """A row's loss, and its derivative by the normaliser."""
+    return hard * (normalizer - at_target) + square * normalizer**2, hard + 2 * square * normalizer
+
+
+@compiled
 def plain_rows(rows, bias, ids, hard, square, form, scratch, loss):
     """No map: f(x) = x."""
     for i in range(rows.shape[0]):
@@ -62,9 +68,9 @@ def plain_rows(rows, bias, ids, hard, square, form, scratch, loss):
         at_target = scratch[target]
         mass = exponentiate(scratch, peak)
         normalizer = np.float64(peak) + math.log(np.float64(mass))
-        loss[i] = hard[i] * (normalizer - at_target) + square[i] * normalizer**2
+        loss[i], of_normalizer = loss_of(normalizer, at_target, hard[i], square[i])
         if form:
-            share = np.float32((hard[i] + 2 * square[i] * normalizer) / mass)
+            share = np.float32(of_normalizer / mass)
             of_target = scratch[target] * share - hard[i]
             for j in range(row.shape[0]):
                 row[j] = store(scratch[j] * share, row[j])
@@ -94,9 +100,9 @@ def sigsoftmax_rows(rows, bias, ids, hard, square, form, scratch, loss):
             mass += part * (part / (a * part + b))
         normalizer = np.float64(peak) + min(np.float64(peak), 0.0) + math.log(np.float64(mass))
         value = at_target + min(at_target, 0.0) - math.log1p(math.exp(-abs(at_target)))
-        loss[i] = hard[i] * (normalizer - value) + square[i] * normalizer**2
+        loss[i], of_normalizer = loss_of(normalizer, value, hard[i], square[i])
         if form:
-            share = np.float32((hard[i] + 2 * square[i] * normalizer) / mass)
+            share = np.float32(of_normalizer / mass)
             part = scratch[target]
             of_target = part * (part / (a * part + b)) * share - hard[i]
             slope_of_target = 1.0 + 1.0 / (1.0 + math.exp(at_target))
@@ -125,9 +131,9 @@ def soft_cap_rows(rows, bias, ids, hard, square, form, scratch, loss, cap):
         at_target = scratch[target]
         mass = exponentiate(scratch, peak)
         normalizer = np.float64(peak) + math.log(np.float64(mass))
-        loss[i] = hard[i] * (normalizer - at_target) + square[i] * normalizer**2
+        loss[i], of_normalizer = loss_of(normalizer, at_target, hard[i], square[i])
         if form:
-            share = np.float32((hard[i] + 2 * square[i] * normalizer) / mass)
+            share = np.float32(of_normalizer / mass)
             t = exp(rate * abs(load(row[target]) + bias[target]))
             of_target = (scratch[target] * share - hard[i]) * (np.float32(4) * t / ((ONE + t) * (ONE + t)))
             for j in range(row.shape[0]):
@@ -189,9 +195,9 @@ def plif_rows(rows, bias, ids, hard, square, form, scratch, loss, lines, bound, 
         for b in range(num_blocks):
             mass += masses[b] * math.exp(peaks[b] - peak)
         normalizer = np.float64(peak) + math.log(mass)
-        loss[i] = hard[i] * (normalizer - one[0]) + square[i] * normalizer**2
+        loss[i], of_normalizer = loss_of(normalizer, one[0], hard[i], square[i])
         if form:
-            share = (hard[i] + 2 * square[i] * normalizer) / mass
+            share = of_normalizer / mass
             for b in range(num_blocks):
                 of_block = slice(b * BLOCK, (b + 1) * BLOCK)
                 part, own, steep = scratch[of_block], row[of_block], slopes[of_block]

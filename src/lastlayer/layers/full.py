@@ -7,8 +7,9 @@ from lastlayer.functional.checks import check_fraction, check_not_negative, chec
 from lastlayer.functional.linear_cross_entropy import linear_cross_entropy
 from lastlayer.functional.linear_log_prob import linear_log_prob
 from lastlayer.functional.linear_statistics import linear_statistics
-from lastlayer.functional.logit_map import LogitMap, check_logit_map
+from lastlayer.functional.logit_map import LogitMap
 from lastlayer.layers.base import OutputLayer
+from lastlayer.layers.parts import map_beside, tied_or_new
 
 
 class FullSoftmax(OutputLayer):
@@ -77,35 +78,17 @@ class FullSoftmax(OutputLayer):
         super().__init__(in_features, num_classes, reduction=reduction, ignore_index=ignore_index)
         self.label_smoothing = check_fraction("label_smoothing", label_smoothing)
         self.z_loss = check_not_negative("z_loss", z_loss)
-        shape = (self.num_classes, self.in_features)
-        tied = weight is not None
-        if weight is None:
-            weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        elif not isinstance(weight, nn.Parameter):
-            raise TypeError(
-                f"weight must be an nn.Parameter, such as embedding.weight; got {type(weight).__name__}"
-            )
-        elif weight.shape != shape:
-            raise ValueError(f"weight must have shape {shape}, got {tuple(weight.shape)}")
-        self.weight = weight
-        on_weight = {"device": weight.device, "dtype": weight.dtype}
-        self.bias = nn.Parameter(torch.empty(self.num_classes, **on_weight)) if bias else None
-        self.logit_map = check_logit_map(logit_map)
-        if logit_map is not None:
-            logit_map.to(**on_weight)
+        self.weight = tied_or_new(weight, (self.num_classes, self.in_features), device, dtype)
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(self.weight.new_empty(self.num_classes))
+            nn.init.uniform_(self.bias, -(self.in_features**-0.5), self.in_features**-0.5)
+        self.logit_map = map_beside(logit_map, self.weight)
         if class_weights is not None:
             check_vector("class_weights", class_weights, self.num_classes)
-            class_weights = class_weights.detach().to(weight.device)
+            class_weights = class_weights.detach().to(self.weight.device)
         # Not persistent: a setting, as the smoothing is, and nn.Linear's state dict has none.
         self.register_buffer("class_weights", class_weights, persistent=False)
-        self._reset(keep_weight=tied)
-
-    def _reset(self, keep_weight: bool) -> None:
-        bound = self.in_features**-0.5
-        if not keep_weight:
-            nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound)
 
     def linear_head(self) -> tuple[Tensor, Tensor | None, nn.Module | None]:
         """`(weight, bias, logit_map)`: the parameters themselves."""

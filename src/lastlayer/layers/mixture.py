@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from lastlayer.functional.checks import check_fraction, check_positive, eager_on_cpu
 from lastlayer.functional.linear_chunks import as_exact
 from lastlayer.functional.linear_log_prob import linear_log_prob
-from lastlayer.functional.logit_map import LogitMap, check_logit_map
+from lastlayer.functional.logit_map import LogitMap
 from lastlayer.functional.mixture_cross_entropy import mixture_cross_entropy
 from lastlayer.layers.base import OutputLayer
+from lastlayer.layers.parts import map_beside, tied_or_new
 
 
 class MixtureOfSoftmaxes(OutputLayer):
@@ -21,7 +22,8 @@ class MixtureOfSoftmaxes(OutputLayer):
 
     Cost of a training step: K times that of `FullSoftmax`, `6 N K V d` operations. Memory: that of `FullSoftmax`
     and the N K latent rows with their gradients; the usual implementation holds several `(N, K, V)` tensors.
-    `topk` and `log_prob` compute all K V logits, a chunk of rows at a time in `topk`.
+    `topk` and `log_prob` compute all K V logits, a chunk of rows at a time in `topk`;
+    `ScreenedSoftmax.from_layer(layer, ...)` answers the same from one preview of the weight.
 
     Not where the time is what matters: a wider softmax with as many parameters costs less, and in the replication
     of Parthiban, Mao and Inkpen (AAAI 2021) tied with the mixture on Penn Treebank.
@@ -76,24 +78,13 @@ class MixtureOfSoftmaxes(OutputLayer):
         width = in_features if latent_features is None else check_positive("latent_features", latent_features)
         self.latent_features = width
         self.dropout = check_fraction("dropout", dropout)
-        shape = (self.num_classes, width)
-        if weight is not None and (not isinstance(weight, nn.Parameter) or weight.shape != shape):
-            raise ValueError(
-                f"weight must be an nn.Parameter of shape {shape}, got {getattr(weight, 'shape', weight)}"
-            )
-        made = {"device": device, "dtype": dtype}
-        if weight is not None:
-            made = {"device": weight.device, "dtype": weight.dtype}
-        self.weight = nn.Parameter(torch.empty(shape, **made)) if weight is None else weight
+        self.weight = tied_or_new(weight, (self.num_classes, width), device, dtype)
+        made = {"device": self.weight.device, "dtype": self.weight.dtype}
         self.bias = nn.Parameter(torch.zeros(self.num_classes, **made)) if bias else None
         self.latent = nn.Linear(in_features, num_components * width, **made)
         self.prior = nn.Linear(in_features, num_components, bias=False, **made) if context_prior else None
         self.prior_logits = None if context_prior else nn.Parameter(torch.zeros(num_components, **made))
-        self.logit_map = check_logit_map(logit_map)
-        if logit_map is not None:
-            logit_map.to(device=self.weight.device, dtype=self.weight.dtype)
-        if weight is None:
-            nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
+        self.logit_map = map_beside(logit_map, self.weight)
 
     def latents(
         self,

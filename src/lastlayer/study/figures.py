@@ -20,4 +20,6 @@ def duration(seconds: float) -> str:
     """A length of time in the unit that suits it."""
     if seconds < 90:
         return counted(max(1, round(seconds)), "second")
-    return f"{round(seconds / 60)} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+    if seconds < 5400:
+        return f"{round(seconds / 60)} minutes"
+    return f"{seconds / 3600:.1f} hours" if seconds < 2 * 86_400 else counted(round(seconds / 86_400), "day")

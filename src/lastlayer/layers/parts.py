@@ -1,0 +1,30 @@
+"""What the constructors of layers over one weight share."""
+
+import torch
+from torch import nn
+
+from lastlayer.functional.logit_map import LogitMap, check_logit_map
+
+
+def tied_or_new(
+    weight: nn.Parameter | None,
+    shape: tuple[int, int],  # (V, d)
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.Parameter:
+    """The very Parameter that was given, or a new one, drawn as `nn.Linear` draws it."""
+    if weight is None:
+        new = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        nn.init.uniform_(new, -(shape[1] ** -0.5), shape[1] ** -0.5)
+        return new
+    if not isinstance(weight, nn.Parameter):
+        raise TypeError(f"weight must be an nn.Parameter, such as embedding.weight; got {type(weight).__name__}")
+    if weight.shape != shape:
+        raise ValueError(f"weight must have shape {shape}, got {tuple(weight.shape)}")
+    return weight
+
+
+def map_beside(logit_map: LogitMap | None, weight: nn.Parameter) -> LogitMap | None:
+    """The map, checked, on the weight's device and in its dtype."""
+    check_logit_map(logit_map)
+    return None if logit_map is None else logit_map.to(device=weight.device, dtype=weight.dtype)
