@@ -93,7 +93,7 @@ class LinearChunks:
         self.wanted = Wanted(False, False, False, False)
 
     def want(self, wanted: Wanted) -> None:
-        """Says whose gradients `backward` is to form."""
+        """Says whose gradients to form."""
         self.wanted = wanted
         make = torch.empty_like if len(self.hidden) else torch.zeros_like
         if wanted.hidden:
@@ -138,7 +138,7 @@ class LinearChunks:
         if self.map_pass is not None:
             gradient = self.map_pass.back(logits, gradient)
         place = self._products(part)
-        if gradient.data_ptr() != place.data_ptr():
+        if gradient is not logits or gradient.dtype != place.dtype:  # else it is in its place
             place.copy_(gradient)
 
     def multiply_back(self, rows: slice, scale: Tensor | None = None) -> None:
