@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lastlayer import AdaptiveSoftmax, HierarchicalSoftmax, TreeSoftmax, clusters
 from lastlayer.study.batches import Streams
-from lastlayer.study.bench_peers import training_step, zipf_counts
+from lastlayer.study.bench_peers import sgd_step, zipf_counts
 from lastlayer.study.language_model import LanguageModel
 from lastlayer.study.measure import Timing, interleaved, peak_bytes, write_records
 from lastlayer.study.text import load_corpus
@@ -76,8 +76,8 @@ def steps(num_classes: int) -> Callable[[Any], list[Record]]:
             "HierarchicalSoftmax(sparse=True)": HierarchicalSoftmax(WIDTH, num_classes, sparse=True),
             "TreeSoftmax(sparse=True)": TreeSoftmax(WIDTH, counts, sparse=True),
         }
-        peers = {FULL: training_step(linear, all_logits, hidden, targets)}
-        peers |= {name: training_step(layer, layer, hidden, targets) for name, layer in layers.items()}
+        peers = {FULL: sgd_step(linear, all_logits, hidden, targets)}
+        peers |= {name: sgd_step(layer, layer, hidden, targets) for name, layer in layers.items()}
         timings = interleaved(peers, rounds=options.rounds, warmup=1)
         bound = 4 * WIDTH * (ROWS + math.sqrt(num_classes))
         return [
@@ -108,8 +108,8 @@ def adaptive(options: Any) -> list[Record]:
             return theirs(hidden, targets).loss
 
         peers = {
-            "nn.AdaptiveLogSoftmaxWithLoss": training_step(theirs, loss, hidden, targets),
-            "AdaptiveSoftmax": training_step(ours, ours, hidden, targets),
+            "nn.AdaptiveLogSoftmaxWithLoss": sgd_step(theirs, loss, hidden, targets),
+            "AdaptiveSoftmax": sgd_step(ours, ours, hidden, targets),
         }
         timings = interleaved(peers, rounds=3 * options.rounds)
         base = timings["nn.AdaptiveLogSoftmaxWithLoss"].ms
