@@ -5,15 +5,14 @@ product per cluster is all overhead, and what remains is reading each cluster's 
 `functional/two_level.py` holds the same in plain PyTorch.
 """
 
-import functools
 import itertools
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lastlayer.kernels.threads import at_once
 
 # Multiply-adds below which handing half of the groups to another thread costs more than it saves.
 WORTH_A_THREAD = 1 << 19
@@ -91,13 +90,4 @@ def spread(
         return
     cuts = [0, *np.searchsorted(done, [total * part / threads for part in range(1, threads)]).tolist(), num_items]
     parts = list(itertools.pairwise(cuts))
-    others = [_pool(os.getpid()).submit(kernel, *part, *arrays) for part in parts[1:]]
-    kernel(*parts[0], *arrays)
-    for other in others:
-        other.result()
-
-
-@functools.lru_cache(maxsize=1)
-def _pool(process: int) -> ThreadPoolExecutor:
-    """Threads of this process; a forked child has none of its parent's."""
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="lastlayer")
+    at_once(lambda part: kernel(*parts[part], *arrays), threads)

@@ -10,19 +10,17 @@ and so its gradient with respect to f_c is
 """
 
 import importlib.util
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lastlayer.kernels.threads import at_once
+
 # Below this many logits the plain version is as quick, and numba need not be imported.
 LEAST_LOGITS = 1 << 20
-
-Result = TypeVar("Result")
 
 
 class RowTerms(NamedTuple):
@@ -125,7 +123,11 @@ def fused(
     of_rows = [part.numpy() for part in (stored, terms.ids, terms.hard, square, loss)]
     numbers = [np.float32(number) for number in logit_map.numbers]
 
-    def work(rows: slice) -> Tensor | None:
+    threads = min(torch.get_num_threads(), count)
+    edges = np.linspace(0, count, threads + 1).astype(int)
+
+    def work(part: int) -> Tensor | None:
+        rows = slice(edges[part], edges[part + 1])
         values, ids, hard, squares, losses = (array[rows] for array in of_rows)
         common = values, bias.numpy(), ids, hard, squares, form, np.empty(num_classes, np.float32), losses
         if logit_map.lines is None:
@@ -135,15 +137,7 @@ def fused(
         kernel(*common, logit_map.lines.numpy(), *numbers, sums.numpy(), logit_map.counted)
         return sums
 
-    first, *others = in_threads(work, count)
+    first, *others = at_once(work, threads)
     for part in others:
         first = first if first is None or part is None else first.add_(part)
     return loss, first
-
-
-def in_threads(work: Callable[[slice], Result], count: int) -> list[Result]:
-    """`work(slice)` over `range(count)`, in as many threads as PyTorch uses; `work` must drop the lock."""
-    threads = min(torch.get_num_threads(), count)
-    edges = np.linspace(0, count, threads + 1).astype(int).tolist()
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, map(slice, edges[:-1], edges[1:])))

@@ -1,35 +1,18 @@
-"""Kernels on PyTorch's own threads.
-
-numba has threads of its own, which after any operation of PyTorch share the cores with PyTorch's: those go on
-spinning for a while, so that they are there for the next operation. A kernel on PyTorch's finds them awake.
-"""
+"""Parts of a compiled kernel on PyTorch's own threads; `kernels/threads.py` says why."""
 
 import ctypes
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-import torch
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-NAMES = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+from lastlayer.kernels.threads import OpenMP, openmp
 
-
-def _shared() -> bool:
-    """Makes the OpenMP that PyTorch is linked with known to compiled code; whether it was found."""
-    with suppress(OSError, AttributeError, ValueError):
-        (library,) = (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.so")
-        handle = ctypes.CDLL(str(library))  # looks in what it is linked with as well
-        for name, function in [(name, getattr(handle, name)) for name in NAMES]:
-            binding.add_symbol(f"lastlayer_{name}", ctypes.cast(function, ctypes.c_void_p).value)
-        return True
-    return False
-
-
-SHARED = _shared()
+SHARED = openmp() is not None
+for _name, _function in zip(OpenMP._fields, openmp() or (), strict=SHARED):  # compiled code finds them by name
+    binding.add_symbol(f"lastlayer_{_name}", ctypes.cast(_function, ctypes.c_void_p).value)
 
 
 @intrinsic
@@ -70,12 +53,12 @@ def apart(typingctx: Any, function: Any, workers: Any, given: Any) -> Any:
         body.linkage = "internal"
         inner = ir.IRBuilder(body.append_basic_block("entry"))
         whole = inner.load(inner.bitcast(body.args[0], record.as_pointer()))
-        number, count = (asked(inner, f"lastlayer_{name}") for name in NAMES[1:])  # fewer than workers, it may be
+        number, count = (asked(inner, f"lastlayer_{name}") for name in OpenMP._fields[1:])
         call_each(inner, inner.extract_value(whole, 1), number, inner.extract_value(whole, 0), count)
         inner.ret_void()
 
         launch = ir.FunctionType(ir.VoidType(), [outlined.as_pointer(), cgutils.voidptr_t, i32, i32])
-        parallel = cgutils.get_or_insert_function(module, launch, f"lastlayer_{NAMES[0]}")
+        parallel = cgutils.get_or_insert_function(module, launch, "lastlayer_GOMP_parallel")
         pointer = builder.bitcast(held, cgutils.voidptr_t)
         builder.call(parallel, [body, pointer, builder.trunc(workers, i32), i32(0)])
         return context.get_dummy_value()
