@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lastlayer import Int8Preview, ScreenedSoftmax, ScreenedTopK, SVDPreview
+from lastlayer.kernels.threads import at_once
 from lastlayer.study.heads import LoadedHead, load_head
 from lastlayer.study.measure import interleaved
 
@@ -72,23 +73,18 @@ def svd_screen(weight: Tensor, window: int, candidates: int, **settings: Any) ->
     return ScreenedSoftmax(weight, preview=SVDPreview(window, **settings), candidates=candidates)
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
-def _total(numbers: np.ndarray, workers: int) -> float:
-    sums = np.zeros(workers, dtype=np.float32)
-    share = -(-len(numbers) // workers)
-    for worker in numba.prange(workers):
-        total = np.float32(0.0)
-        for i in range(worker * share, min(len(numbers), (worker + 1) * share)):
-            total += numbers[i]
-        sums[worker] = total
-    return sums.sum()
+@numba.njit(fastmath=True, cache=True, nogil=True)
+def _total(numbers: np.ndarray) -> float:
+    total = np.float32(0.0)
+    for i in range(len(numbers)):
+        total += numbers[i]
+    return total
 
 
 def one_pass(size: int) -> Call:
     """Reads `size` bytes once on all threads: what no preview of that size can beat."""
-    numbers = np.zeros(-(-size // 4), dtype=np.float32)
-    workers = torch.get_num_threads()
-    return lambda _: _total(numbers, workers)
+    parts = np.array_split(np.zeros(-(-size // 4), dtype=np.float32), torch.get_num_threads())
+    return lambda _: at_once(lambda part: _total(parts[part]), len(parts))
 
 
 def measured(

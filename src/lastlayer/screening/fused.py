@@ -1,7 +1,5 @@
 """Top-k by the fused kernels: what they serve, and the launch. `screen.screen` is the plain form of the same."""
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -26,21 +24,6 @@ def serves(weight: Tensor) -> bool:
         and weight.is_contiguous()
         and kernels() is not None
     )
-
-
-@functools.cache
-def _numba_threads() -> tuple[int, Callable[[int], None]]:
-    from numba import config, set_num_threads
-
-    return config.NUMBA_NUM_THREADS, set_num_threads  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def set_workers() -> int:
-    """How many threads the kernels use: PyTorch's number, as far as numba has them."""
-    most, set_num_threads = _numba_threads()
-    count = min(torch.get_num_threads(), most)
-    set_num_threads(count)
-    return count
 
 
 class Fused(NamedTuple):
@@ -106,13 +89,13 @@ class FusedScreen:
         outputs = Outputs.empty(count, k, classes if with_logits else 0)
         if count == 1:
             return self._one(hidden, outputs, exact)
-        run = kernels()
+        run, workers = kernels(), torch.get_num_threads()
         if not moderate(hidden.numpy()):
             return None
-        summary, of_rows = self.preview.summary(hidden, set_workers())
+        summary, of_rows = self.preview.summary(hidden, workers)
         status = np.empty(count, dtype=np.int64)
         choice = self.candidates, exact
-        run.answer_rows(*summary, BLOCK, of_rows, *self.arrays, hidden.numpy(), *choice, *outputs, status)
+        run.answer_rows(workers, *summary, BLOCK, of_rows, *self.arrays, hidden.numpy(), *choice, *outputs, status)
         dense = status == run.DENSE
         if dense.any():
             self._dense(hidden[torch.from_numpy(dense)], outputs, dense)
@@ -134,7 +117,6 @@ class FusedScreen:
     def _all_dense(self, hidden: Tensor, k: int) -> Fused | None:
         if not len(hidden) or not moderate(hidden.numpy()):
             return None
-        set_workers()
         everything = np.ones(len(hidden), dtype=np.bool_)
         outputs = Outputs.empty(len(hidden), k, 0)
         return outputs._replace(final=self._dense(hidden, outputs, everything)).fused(everything)
@@ -143,7 +125,7 @@ class FusedScreen:
         """The full layer, its best selected by the kernels: answers into `outputs` at some rows; its logits."""
         summary = Summary.of(full_logits(hidden, self.head.weight, self.head.bias))
         found = Outputs.empty(len(hidden), outputs.log_prob.shape[1], 0)
-        kernels().answer_dense(*summary, BLOCK, *found[:3])
+        kernels().answer_dense(torch.get_num_threads(), *summary, BLOCK, *found[:3])
         for mine, theirs in zip(outputs[:3], found[:3], strict=True):
             mine[at] = theirs
         if outputs.final.size:

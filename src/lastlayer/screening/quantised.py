@@ -134,7 +134,7 @@ class Int8Rows:
         right = self._right(parts)
         for start in range(0, len(self.stored), AT_ONCE):
             products = _int_mm(self.stored[start : start + AT_ONCE], right).numpy()
-            kernels().combine_int8(products, start, *others, BLOCK, workers, *room)
+            kernels().combine_int8(workers, products, start, *others, BLOCK, *room)
         norm = torch.linalg.vector_norm(hidden.double(), dim=-1, keepdim=True)
         return room, torch.cat([norm, parts.left_over], dim=-1)
 

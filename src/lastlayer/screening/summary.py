@@ -29,7 +29,7 @@ class Summary(NamedTuple):
     def of(cls, scores: Tensor) -> "Summary":  # (N, V)
         """The summary of scores that PyTorch made."""
         room = cls.empty(len(scores), scores.shape[-1])._replace(scores=scores.contiguous().numpy())
-        kernels().summarise(room.scores, BLOCK, room.block_max, room.block_sum)
+        kernels().summarise(torch.get_num_threads(), room.scores, BLOCK, room.block_max, room.block_sum)
         return room
 
     def row(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

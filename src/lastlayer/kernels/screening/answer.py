@@ -3,10 +3,10 @@
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from lastlayer.kernels.fast_math import exp, load
-from lastlayer.kernels.screening.blocks import FAST, MINUS_INFINITY, largest, summarise_part
+from lastlayer.kernels.screening.blocks import FAST, MINUS_INFINITY, largest, summarise_one, summarise_part
 from lastlayer.kernels.screening.choose import choose
 from lastlayer.kernels.screening.threads import apart
 
@@ -58,12 +58,14 @@ def _insert(logits: Any, classes: Any, values: Any, indices: Any, filled: int) -
 
 
 @njit(cache=True)
-def _set_aside(scores: Any, classes: Any, size: int, block_max: Any, block_sum: Any, keep_max: bool) -> None:
+def _set_aside(
+    scores: Any, classes: Any, size: int, block_max: Any, block_sum: Any, keep_max: bool, workers: int
+) -> None:
     """Takes rescored classes out of the scores and of their blocks' sums; of their maxima unless `keep_max`."""
     if classes.size > block_max.size:  # most blocks change
         for i in classes:
             scores[i] = MINUS_INFINITY
-        summarise_part(scores, 0, scores.size, size, block_max, block_sum)
+        summarise_one(scores, size, block_max, block_sum, workers)
         return
     left = block_sum.copy()
     touched = np.zeros(block_max.size, dtype=np.uint8)
@@ -175,7 +177,7 @@ def answer(
     filled = _insert(logits, chosen, log_prob, indices, 0)
     best, kth = log_prob[0], log_prob[-1]
     total = _sum_exp(logits, best)
-    _set_aside(scores, chosen, size, block_max, block_sum, not exact)
+    _set_aside(scores, chosen, size, block_max, block_sum, not exact, workers)
     most = scores.size // 4 + 1 if exact else 1
     found = _in_play(scores, of_row, of_classes, of_blocks, size, block_max, kth, most)
     certified = found.size == 0
@@ -188,7 +190,7 @@ def answer(
         total = total * np.exp(float(best - log_prob[0]))
         best = log_prob[0]
         total += _sum_exp(logits, best)
-        _set_aside(scores, found, size, block_max, block_sum, True)
+        _set_aside(scores, found, size, block_max, block_sum, True, workers)
         certified = True
     log_normalizer[0] = _log_sum_exp(block_max, block_sum, best, total)
     for n in range(log_prob.size):
@@ -196,8 +198,10 @@ def answer(
     return CERTIFIED if certified else UNCERTIFIED
 
 
-@njit(cache=True, parallel=True)
-def answer_rows(
+@njit(cache=True)
+def _answer_some(
+    worker: int,
+    workers: int,
     scores: Any,
     block_max: Any,
     block_sum: Any,
@@ -212,12 +216,11 @@ def answer_rows(
     exact: bool,
     log_prob: Any,
     indices: Any,
-    log_normalizer: Any,  # (N, 1) float32, out
+    log_normalizer: Any,
     final: Any,
-    status: Any,  # (N,) int64, out
+    status: Any,
 ) -> None:
-    """`answer` of every row, shapes with a leading N, rows spread over workers."""
-    for row in prange(len(scores)):
+    for row in range(worker, len(scores), workers):
         status[row] = answer(
             scores[row],
             block_max[row],
@@ -239,8 +242,38 @@ def answer_rows(
         )
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True)
+def answer_rows(workers: int, *given: Any) -> None:
+    """`answer` of every row, spread over workers: its arrays with a leading N, and `status (N,)` int64, out."""
+    apart(_answer_some, workers, (workers,) + given)  # noqa: RUF005  # pyright: ignore[reportCallIssue]
+
+
+@njit(cache=True)
+def _answer_some_dense(
+    worker: int,
+    workers: int,
+    logits: Any,
+    block_max: Any,
+    block_sum: Any,
+    size: int,
+    log_prob: Any,
+    indices: Any,
+    log_normalizer: Any,
+) -> None:
+    for row in range(worker, len(logits), workers):
+        chosen = choose(logits[row], block_max[row], size, log_prob.shape[1])
+        values = np.empty(chosen.size, dtype=np.float32)
+        for n in range(chosen.size):
+            values[n] = logits[row, chosen[n]]
+        _insert(values, chosen, log_prob[row], indices[row], 0)
+        log_normalizer[row, 0] = _log_sum_exp(block_max[row], block_sum[row], log_prob[row, 0], 0.0)
+        for n in range(log_prob.shape[1]):
+            log_prob[row, n] -= log_normalizer[row, 0]
+
+
+@njit(cache=True)
 def answer_dense(
+    workers: int,
     logits: Any,  # (N, V) float32
     block_max: Any,  # (N, blocks) float32
     block_sum: Any,  # (N, blocks) float32
@@ -250,12 +283,5 @@ def answer_dense(
     log_normalizer: Any,  # (N, 1) float32, out
 ) -> None:
     """Top-k and normaliser of summarised logits that are exact already."""
-    for row in prange(len(logits)):
-        chosen = choose(logits[row], block_max[row], size, log_prob.shape[1])
-        values = np.empty(chosen.size, dtype=np.float32)
-        for n in range(chosen.size):
-            values[n] = logits[row, chosen[n]]
-        _insert(values, chosen, log_prob[row], indices[row], 0)
-        log_normalizer[row, 0] = _log_sum_exp(block_max[row], block_sum[row], log_prob[row, 0], 0.0)
-        for n in range(log_prob.shape[1]):
-            log_prob[row, n] -= log_normalizer[row, 0]
+    given = workers, logits, block_max, block_sum, size, log_prob, indices, log_normalizer
+    apart(_answer_some_dense, workers, given)  # pyright: ignore[reportCallIssue]

@@ -3,9 +3,10 @@
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from lastlayer.kernels.fast_math import exp, larger
+from lastlayer.kernels.screening.threads import apart
 
 MINUS_INFINITY = np.float32(-np.inf)
 
@@ -36,8 +37,31 @@ def summarise_part(scores: Any, first: int, last: int, size: int, block_max: Any
         block_sum[start // size] = total
 
 
-@njit(cache=True, parallel=True)
-def summarise(scores: Any, size: int, block_max: Any, block_sum: Any) -> None:
-    """The summary of scores made elsewhere, `(N, V)`."""
-    for row in prange(len(scores)):
+@njit(cache=True)
+def _summarise_share(worker: int, workers: int, scores: Any, size: int, block_max: Any, block_sum: Any) -> None:
+    share = (block_max.size + workers - 1) // workers * size
+    last = min((worker + 1) * share, scores.size)
+    summarise_part(scores, worker * share, last, size, block_max, block_sum)
+
+
+@njit(cache=True)
+def summarise_one(scores: Any, size: int, block_max: Any, block_sum: Any, workers: int) -> None:
+    """The summary of one row, `(V,)`."""
+    if workers == 1:
+        summarise_part(scores, 0, scores.size, size, block_max, block_sum)
+    else:
+        given = workers, scores, size, block_max, block_sum
+        apart(_summarise_share, workers, given)  # pyright: ignore[reportCallIssue]
+
+
+@njit(cache=True)
+def _summarise_some(worker: int, workers: int, scores: Any, size: int, block_max: Any, block_sum: Any) -> None:
+    for row in range(worker, len(scores), workers):
         summarise_part(scores[row], 0, scores.shape[1], size, block_max[row], block_sum[row])
+
+
+@njit(cache=True)
+def summarise(workers: int, scores: Any, size: int, block_max: Any, block_sum: Any) -> None:
+    """The summary of scores made elsewhere, `(N, V)`."""
+    given = workers, scores, size, block_max, block_sum
+    apart(_summarise_some, workers, given)  # pyright: ignore[reportCallIssue]

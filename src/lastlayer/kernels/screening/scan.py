@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from lastlayer.kernels.fast_math import FLAGS, load
 from lastlayer.kernels.screening.blocks import FAST, summarise_part
@@ -198,8 +198,38 @@ def rotate(
     return norm_of(hidden), np.sqrt(tail)
 
 
-@njit(cache=True, parallel=True, fastmath=FAST)
+@njit(cache=True, fastmath=FAST)
+def _combine_int8_part(
+    worker: int,
+    workers: int,
+    products: Any,
+    begin: int,
+    scale: Any,
+    bias: Any,
+    step_high: Any,
+    step_low: Any,
+    size: int,
+    scores: Any,
+    block_max: Any,
+    block_sum: Any,
+) -> None:
+    rows, tile = len(scores), TILE * size
+    begins, ends = _share_of(worker, workers, len(products), size)
+    for first in range(begins, ends, tile):
+        last = min(first + tile, ends)
+        for start in range(first, last, STRIP):
+            for n in range(rows):
+                for row in range(start, min(start + STRIP, last)):
+                    i = begin + row
+                    of_high, of_low = np.float32(products[row, n]), np.float32(products[row, rows + n])
+                    scores[n, i] = scale[i] * (step_high[n] * of_high + step_low[n] * of_low) + bias[i]
+        for n in range(rows):
+            summarise_part(scores[n], begin + first, begin + last, size, block_max[n], block_sum[n])
+
+
+@njit(cache=True)
 def combine_int8(
+    workers: int,
     products: Any,  # (R, M) int32 of classes from `begin` on: columns of high parts, then of low parts
     begin: int,  # a multiple of the tile
     scale: Any,  # (V,) float32
@@ -207,23 +237,10 @@ def combine_int8(
     step_high: Any,  # (N,) float32
     step_low: Any,  # (N,) float32
     size: int,
-    workers: int,
     scores: Any,  # (N, V) float32, out
     block_max: Any,  # (N, blocks) float32, out
     block_sum: Any,  # the same, out
 ) -> None:
     """Scores and their summary from integer products, by tiles that stay in the cache."""
-    classes, rows = len(products), len(scores)
-    tile = TILE * size
-    for worker in prange(workers):
-        begins, ends = _share_of(worker, workers, classes, size)
-        for first in range(begins, ends, tile):
-            last = min(first + tile, ends)
-            for start in range(first, last, STRIP):
-                for n in range(rows):
-                    for row in range(start, min(start + STRIP, last)):
-                        i = begin + row
-                        of_high, of_low = np.float32(products[row, n]), np.float32(products[row, rows + n])
-                        scores[n, i] = scale[i] * (step_high[n] * of_high + step_low[n] * of_low) + bias[i]
-            for n in range(rows):
-                summarise_part(scores[n], begin + first, begin + last, size, block_max[n], block_sum[n])
+    given = workers, products, begin, scale, bias, step_high, step_low, size, scores, block_max, block_sum
+    apart(_combine_int8_part, workers, given)  # pyright: ignore[reportCallIssue]
