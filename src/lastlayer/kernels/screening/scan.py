@@ -214,15 +214,22 @@ def _combine_int8_part(
     block_sum: Any,
 ) -> None:
     rows, tile = len(scores), TILE * size
+    beside = np.empty((STRIP, rows), dtype=np.float32)
     begins, ends = _share_of(worker, workers, len(products), size)
     for first in range(begins, ends, tile):
         last = min(first + tile, ends)
         for start in range(first, last, STRIP):
-            for n in range(rows):
-                for row in range(start, min(start + STRIP, last)):
-                    i = begin + row
-                    of_high, of_low = np.float32(products[row, n]), np.float32(products[row, rows + n])
-                    scores[n, i] = scale[i] * (step_high[n] * of_high + step_low[n] * of_low) + bias[i]
+            strip, i = min(STRIP, last - start), begin + start
+            for j in range(strip):
+                of_high, of_low = products[start + j, :rows], products[start + j, rows : 2 * rows]
+                own, scale_of, bias_of = beside[j], scale[i + j], bias[i + j]
+                for n in range(rows):
+                    both = step_high[n] * np.float32(of_high[n]) + step_low[n] * np.float32(of_low[n])
+                    own[n] = scale_of * both + bias_of
+            for n in range(rows):  # a vector of the loop above holds the numbers of many rows: turned round here
+                part = scores[n, i : i + strip]
+                for j in range(strip):
+                    part[j] = beside[j, n]
         for n in range(rows):
             summarise_part(scores[n], begin + first, begin + last, size, block_max[n], block_sum[n])
 

@@ -30,10 +30,19 @@ def apart(typingctx: Any, function: Any, workers: Any, given: Any) -> Any:
         context.active_code_library.add_linking_library(compiled.library)
         callee = context.declare_function(module, compiled.fndesc)
 
+        def lent(builder: Any, value: Any, kind: Any) -> Any:
+            """An array whose references nobody counts: threads would wait for each other to count theirs."""
+            if not isinstance(kind, types.Array):
+                return value
+            array = context.make_array(kind)(context, builder, value)
+            array.meminfo = cgutils.get_null_value(array.meminfo.type)
+            array.parent = cgutils.get_null_value(array.parent.type)
+            return array._getvalue()
+
         def call_each(builder: Any, given: Any, first: Any, workers: Any, step: Any) -> None:
-            items = [builder.extract_value(given, n) for n in range(len(given.type))]
+            result, kinds = signature.return_type, signature.args
+            items = [lent(builder, builder.extract_value(given, n), kind) for n, kind in enumerate(kinds[1:])]
             with cgutils.for_range_slice(builder, first, workers, step, i64) as (worker, _):
-                result, kinds = signature.return_type, signature.args
                 context.call_conv.call_function(builder, callee, result, kinds, [worker, *items])
 
         def asked(builder: Any, name: str) -> Any:
