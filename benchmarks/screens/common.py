@@ -78,7 +78,7 @@ def _total(numbers: np.ndarray) -> float:
     total = np.float32(0.0)
     for i in range(len(numbers)):
         total += numbers[i]
-    return total
+    return float(total)
 
 
 def one_pass(size: int) -> Call:
