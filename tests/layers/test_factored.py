@@ -2,106 +2,19 @@
 
 import pytest
 import torch
+from factored_twins import LOSSES, RATES, Twins, V, batches, worst
 from torch import nn
 
 from lastlayer import (
     FactoredOutput,
     FactoredSGD,
-    Int8Preview,
-    ScoreTopK,
-    ScreenedSoftmax,
     SphericalSoftmax,
     SquaredError,
-    SVDPreview,
-    SVDSoftmax,
     TaylorSoftmax,
-    ZLoss,
 )
 from lastlayer.functional import spherical_loss
-from lastlayer.functional.gram import principal_rotation
 from lastlayer.functional.spherical import SphericalLoss
 from lastlayer.layers.factored_step import gradient_norm
-from lastlayer.screening import svd_preview
-
-D, V = 12, 200
-LOSSES = [SquaredError(), SphericalSoftmax(), TaylorSoftmax(), ZLoss(alpha=1.5, beta=0.3)]
-RATES = dict(zip(LOSSES, (0.004, 0.01, 0.05, 0.05), strict=True))
-
-
-class Twins:
-    """A factored layer and a dense weight under the same loss, each with its own SGD."""
-
-    def __init__(self, loss, lr=None, *, bias=False, reduction="sum", dtype=torch.float64, d=D, v=V, **settings):
-        torch.manual_seed(0)
-        self.loss = loss
-        lr = RATES[loss] if lr is None else lr
-        self.layer = FactoredOutput(d, v, loss=loss, bias=bias, reduction=reduction, dtype=dtype)
-        self.optimizer = FactoredSGD(self.layer, lr, **settings)
-        self.weight = self.layer.weight.clone().requires_grad_()
-        self.bias = self.layer.bias.clone().requires_grad_() if bias else None
-        self.parameters = [self.weight] + ([self.bias] if bias else [])
-        self.max_norm = settings.pop("max_norm", None)
-        self.dense = torch.optim.SGD(self.parameters, lr, **settings)
-
-    def backward(self, hidden, targets, weights=None):
-        """Loss and gradient of hidden of both, compared."""
-        leaves = [hidden.clone().requires_grad_() for _ in range(2)]
-        ours = self.layer(leaves[0], targets, weights)
-        theirs = spherical_loss(
-            leaves[1],
-            self.weight,
-            targets,
-            self.bias,
-            loss=self.loss,
-            target_weights=weights,
-            reduction=self.layer.reduction,
-        )
-        ours.sum().backward()
-        theirs.sum().backward()
-        return ours.detach(), theirs.detach(), leaves[0].grad, leaves[1].grad
-
-    def step(self):
-        self.optimizer.step()
-        if self.max_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
-        self.dense.step()
-        self.optimizer.zero_grad()
-        self.dense.zero_grad()
-
-    def compare(self, tolerance=1e-10):
-        assert worst(self.layer.weight, self.weight.detach()) < tolerance
-        if self.bias is not None:
-            assert worst(self.layer.bias, self.bias.detach()) < tolerance
-        drift = self.layer.consistency()
-        assert max(drift.inverse, drift.gram, drift.total) < tolerance
-
-    def train(self, batches, tolerance=1e-10):
-        for batch in batches:
-            loss, expected, grad, expected_grad = self.backward(*batch)
-            assert worst(loss, expected) < tolerance
-            assert worst(grad, expected_grad) < tolerance
-            self.step()
-        self.compare(tolerance)
-
-
-def worst(actual, expected):
-    """The largest error relative to the largest value."""
-    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-3))
-
-
-def batches(steps, rows=9, k=3, d=D, v=V, scale=0.5, dtype=torch.float64, seed=1):
-    """Random steps in which classes repeat across rows and twice within one, and some ids are padding."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        hidden = scale * torch.randn(rows, d, generator=generator, dtype=torch.float64)
-        ids = torch.randint(v, (rows, k), generator=generator)
-        weights = torch.rand(rows, k, generator=generator, dtype=torch.float64)
-        ids[1:3] = ids[0]
-        if k > 1:
-            ids[0, 1] = ids[0, 0]
-            ids[3, 1:] = -100
-            ids[4] = -100
-        yield hidden.to(dtype), ids, weights.to(dtype)
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
@@ -269,142 +182,6 @@ def test_custom_loss_in_ten_lines():
     torch.manual_seed(0)
     RATES[loss := Margin()] = 0.02
     Twins(loss, bias=True).train(batches(60))
-
-
-def test_nothing_changes_without_a_gradient():
-    """L6: a zero rate, `eval()`, no rows, and nothing but ignored rows leave the state as it was."""
-    twins = Twins(TaylorSoftmax(), reduction="mean")
-    twins.train(batches(5))
-    hidden, ids, _ = next(batches(1))
-    before = snapshot(twins.layer)
-    for rows, targets in ((hidden[:0], ids[:0, 0]), (hidden, torch.full_like(ids, -100))):
-        loss = twins.layer(rows, targets)
-        assert loss.isnan()
-        loss.backward()
-        twins.optimizer.step()
-        twins.optimizer.zero_grad()
-    twins.layer.eval()
-    leaf = hidden.clone().requires_grad_()
-    loss = twins.layer(leaf, ids)
-    loss.backward(retain_graph=True)
-    loss.backward()
-    assert leaf.grad.any()
-    twins.layer.train()
-    with torch.no_grad():
-        twins.layer(hidden, ids)
-    twins.optimizer.param_groups[0]["lr"] = 0.0
-    twins.layer(hidden, ids).backward()
-    twins.optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(twins.layer), strict=True))
-
-
-def snapshot(layer):
-    state = layer.state
-    parts = [state.factor, state.square, state.offset, *([] if state.total is None else [state.total])]
-    return [part.clone() for part in parts]
-
-
-def test_weight_is_an_ordinary_one():
-    """It loads into `nn.Linear` and back, and training goes on from it like the uninterrupted run."""
-    twins = Twins(SphericalSoftmax(), bias=True)
-    twins.train(batches(50))
-    linear = nn.Linear(D, V, dtype=torch.float64)
-    linear.load_state_dict(twins.layer.state_dict())
-    hidden = next(batches(1))[0]
-    assert worst(linear(hidden).detach(), twins.layer.scores(hidden)) < 1e-12
-    resumed = FactoredOutput(D, V, bias=True, dtype=torch.float64, reduction="sum")
-    resumed.load_state_dict(linear.state_dict())
-    twins.layer = resumed
-    twins.optimizer = FactoredSGD(resumed, RATES[twins.loss])
-    twins.train(batches(50, seed=8))
-
-    with pytest.raises(RuntimeError, match=r"size|shape"):
-        resumed.load_state_dict(nn.Linear(D, V + 1, dtype=torch.float64).state_dict())
-    with pytest.raises(RuntimeError, match="Missing"):
-        resumed.load_state_dict({})
-    with pytest.raises(RuntimeError, match="Unexpected"):
-        FactoredOutput(D, V).load_state_dict(linear.state_dict())
-
-
-def test_scores_without_probabilities():
-    for loss in (SquaredError(), ZLoss()):
-        layer = FactoredOutput(D, V, loss=loss, bias=True)
-        hidden = torch.randn(2, 3, D)
-        answer = layer.topk(hidden, 4)
-        expected = (hidden @ layer.weight.T + layer.bias).topk(4)
-        assert isinstance(answer, ScoreTopK)
-        torch.testing.assert_close(answer.scores, expected.values)
-        assert torch.equal(answer.indices, expected.indices)
-        weight, bias, logit_map = layer.linear_head()
-        assert (weight.shape, bias.shape, logit_map) == ((V, D), (V,), None)
-        with pytest.raises(TypeError, match="no probabilities"):
-            layer.log_prob(hidden)
-        with pytest.raises(TypeError, match="no probabilities"):
-            layer.target_log_prob(hidden, torch.zeros(2, 3, dtype=torch.int64))
-        with pytest.raises(TypeError, match="no probabilities"):
-            layer.sample(hidden)
-    with pytest.raises(TypeError, match="linear_head"):
-        FactoredOutput(D, V).linear_head()
-
-
-def test_half_precision_computes_in_single():
-    twins = Twins(SphericalSoftmax(), dtype=torch.bfloat16, reduction="mean", lr=0.2)
-    twins.weight = twins.weight.detach().float().requires_grad_()
-    dense = torch.optim.SGD([twins.weight], 0.2)
-    for hidden, ids, _ in batches(30, k=1, dtype=torch.bfloat16):
-        loss = twins.layer(hidden, ids)
-        expected = spherical_loss(hidden.float(), twins.weight, ids, loss=twins.loss)
-        assert loss.dtype == torch.float32
-        assert worst(loss.detach(), expected.detach()) < 1e-5
-        for value, optimizer in ((loss, twins.optimizer), (expected, dense)):
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-    assert worst(twins.layer.state.weight(), twins.weight.detach()) < 1e-5
-
-    layer = FactoredOutput(D, V)
-    FactoredSGD(layer, 0.1)
-    hidden, ids, _ = next(batches(1, dtype=torch.float32))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = layer(hidden, ids)
-    assert torch.equal(inside, layer(hidden, ids))
-    with pytest.raises(TypeError, match="float16"):
-        layer.half()(hidden.half(), ids)
-
-
-def test_moves_between_dtypes():
-    twins = Twins(ZLoss(), lr=0.05, bias=True)
-    twins.train(batches(20))
-    weight = twins.layer.weight
-    single = twins.layer.to(torch.float32)
-    assert torch.equal(single.weight, weight.float())
-    assert max(single.consistency()[:3]) < 1e-6
-    before = snapshot(single)
-    single.to("cpu")
-    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(single), strict=True))
-
-
-@pytest.mark.parametrize("make", [ScreenedSoftmax, SVDSoftmax])
-def test_a_screen_gets_its_rotation_for_nothing(make, monkeypatch):
-    """The kept Q has the eigenvectors that an `SVDPreview` makes from the weight at O(V d^2)."""
-    twins = Twins(SquaredError(), bias=True)
-    twins.train(batches(40))
-    layer = twins.layer
-    made = []
-    monkeypatch.setattr(svd_preview, "gram_matrix", lambda weight: made.append(weight) or weight.T @ weight)
-    settings = {"window": 6} if make is SVDSoftmax else {"preview": SVDPreview(6)}
-    screen = make.from_layer(layer, **settings, candidates=30, exact=True)
-    assert not made
-    hidden = next(batches(1))[0]
-    assert torch.equal(screen.topk(hidden, 5).indices, layer.topk(hidden, 5).indices)
-    kept = principal_rotation(layer.gram()).weight_side
-    from_weight = SVDPreview(6).rotation(layer.weight).weight_side
-    assert worst((kept.T @ from_weight).abs(), torch.eye(D, dtype=torch.float64)) < 1e-8
-    screen.refresh()  # the weight may have changed since: now Q is made
-    assert len(made) == 2
-    with pytest.raises(ValueError, match="gram"):
-        ScreenedSoftmax(layer.weight, preview=SVDPreview(6), candidates=30, gram=torch.eye(3))
-    ScreenedSoftmax.from_layer(layer, preview=Int8Preview(), candidates=30)  # has no use for it
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from test_factored import LOSSES, Twins, batches, snapshot, worst
+from factored_twins import LOSSES, Twins, batches, snapshot, worst
 from torch import nn
 
 from lastlayer import FactoredOutput, FactoredSGD, SphericalSoftmax, SquaredError, TaylorSoftmax, ZLoss
