@@ -129,12 +129,18 @@ class Int8Rows:
         workers: int,
     ) -> tuple[Summary, Tensor]:
         """Scores summarised for the fused kernels, and `of_rows`."""
-        room, parts = Summary.empty(len(hidden), len(self.stored)), split_in_two(hidden)
+        run, room = kernels(), Summary.empty(len(hidden), len(self.stored))
+        if run.HAS_AMX:
+            of_rows = np.empty((len(hidden), 2))
+            given = self.stored.numpy(), self.scale.numpy(), bias.numpy()
+            run.scan_int8_rows(workers, hidden.float().numpy(), *given, BLOCK, of_rows, *room)
+            return room, torch.from_numpy(of_rows)
+        parts = split_in_two(hidden)
         others = self.scale.numpy(), bias.numpy(), parts.step_high[:, 0].numpy(), parts.step_low[:, 0].numpy()
         right = self._right(parts)
         for start in range(0, len(self.stored), AT_ONCE):
             products = _int_mm(self.stored[start : start + AT_ONCE], right).numpy()
-            kernels().combine_int8(workers, products, start, *others, BLOCK, *room)
+            run.combine_int8(workers, products, start, *others, BLOCK, *room)
         norm = torch.linalg.vector_norm(hidden.double(), dim=-1, keepdim=True)
         return room, torch.cat([norm, parts.left_over], dim=-1)
 

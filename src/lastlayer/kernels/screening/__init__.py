@@ -24,6 +24,8 @@ from lastlayer.kernels.screening.blocks import summarise
 from lastlayer.kernels.screening.dots import HAS_VNNI
 from lastlayer.kernels.screening.query import MOST, query_float, query_int8
 from lastlayer.kernels.screening.scan import combine_int8, rotate
+from lastlayer.kernels.screening.scan_rows import scan_int8_rows
+from lastlayer.kernels.screening.tiles import HAS_AMX
 
 __all__ = [
     "answer",
@@ -33,11 +35,13 @@ __all__ = [
     "CERTIFIED",
     "combine_int8",
     "DENSE",
+    "HAS_AMX",
     "HAS_VNNI",
     "MOST",
     "query_float",
     "query_int8",
     "rotate",
+    "scan_int8_rows",
     "summarise",
     "UNCERTIFIED",
 ]

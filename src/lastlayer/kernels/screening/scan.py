@@ -15,7 +15,7 @@ STRIP = 16  # classes whose products stay in the first cache while they are tran
 
 
 @njit(cache=True)
-def _share_of(worker: int, workers: int, classes: int, size: int) -> tuple[int, int]:
+def share_of(worker: int, workers: int, classes: int, size: int) -> tuple[int, int]:
     """The classes that are this worker's: whole tiles."""
     tile = TILE * size
     share = ((classes + tile - 1) // tile + workers - 1) // workers * tile
@@ -71,7 +71,7 @@ def _scan_int8_part(
     block_max: Any,
     block_sum: Any,
 ) -> None:
-    first, last = _share_of(worker, workers, len(rows), size)
+    first, last = share_of(worker, workers, len(rows), size)
     width = rows.shape[1]
     extra_high = 128 * np.sum(high.astype(np.int64))
     extra_low = 128 * np.sum(low.astype(np.int64))
@@ -129,7 +129,7 @@ def _scan_float_part(
     block_max: Any,
     block_sum: Any,
 ) -> None:
-    first, last = _share_of(worker, workers, columns.shape[1], size)
+    first, last = share_of(worker, workers, columns.shape[1], size)
     for start in range(first, last, TILE * size):
         end = min(start + TILE * size, last)
         part, of_bias = scores[start:end], bias[start:end]
@@ -215,7 +215,7 @@ def _combine_int8_part(
 ) -> None:
     rows, tile = len(scores), TILE * size
     beside = np.empty((STRIP, rows), dtype=np.float32)
-    begins, ends = _share_of(worker, workers, len(products), size)
+    begins, ends = share_of(worker, workers, len(products), size)
     for first in range(begins, ends, tile):
         last = min(first + tile, ends)
         for start in range(first, last, STRIP):
