@@ -8,6 +8,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from lastlayer.kernels.fast_math import larger
 from lastlayer.kernels.screening.blocks import FAST, MINUS_INFINITY
 
 SAMPLED = 16  # one score of so many says where a threshold lies
@@ -68,6 +69,15 @@ def _count_above(values: Any, least: Any) -> Any:
     return n
 
 
+@njit(cache=True, fastmath=FAST)
+def _ends(values: Any) -> tuple[Any, Any]:
+    """The smallest and the largest; `min` and `max` move one number at a time."""
+    low, high = MINUS_INFINITY, MINUS_INFINITY
+    for i in range(values.size):
+        low, high = larger(low, -values[i]), larger(high, values[i])  # pyright: ignore[reportCallIssue]
+    return -low, high
+
+
 @njit(cache=True)
 def _threshold(values: Any, count: int, spare: int, low: Any, high: Any) -> Any:
     """A number that from `count` to `count + spare` values reach (more, where they tie); near [low, high].
@@ -116,10 +126,11 @@ def choose(
     For few of them the threshold is about the count-th largest block maximum, which at least `count` scores reach,
     all in few blocks.
     """
-    few = 4 * count <= block_max.size
-    low, high = block_max.min(), block_max.max()
+    few = 2 * count <= block_max.size
+    low, high = _ends(block_max)
     least = _threshold(block_max, count, 0, low, high) if few else _sampled_threshold(scores, count, low, high)
-    found = np.empty(_room_for(scores, block_max, size, least), dtype=np.int32)
+    room = size * _count_above(block_max, least) if few else _count_above(scores, least)
+    found = np.empty(room, dtype=np.int32)
     n = 0
     for block in range(block_max.size):
         if block_max[block] >= least:
@@ -141,10 +152,3 @@ def choose(
             kept += 1
             ties -= 1
     return found[:kept]
-
-
-@njit(cache=True)
-def _room_for(scores: Any, block_max: Any, size: int, least: Any) -> Any:
-    """How many scores can reach `least`: no more than the blocks hold that have one, or than are counted."""
-    blocks = _count_above(block_max, least)
-    return min(scores.size, blocks * size) if 16 * blocks <= block_max.size else _count_above(scores, least)

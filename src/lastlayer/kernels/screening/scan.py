@@ -7,7 +7,7 @@ from numba import njit
 
 from lastlayer.kernels.fast_math import FLAGS, load
 from lastlayer.kernels.screening.blocks import FAST, summarise_part
-from lastlayer.kernels.screening.dots import ROWS_AT_ONCE, dot_four_rows, pointer_at
+from lastlayer.kernels.screening.dots import ROWS, pointer_at, score_rows, unsigned_extra
 from lastlayer.kernels.screening.threads import apart
 
 TILE = 4  # blocks scored before they are summarised
@@ -73,18 +73,17 @@ def _scan_int8_part(
 ) -> None:
     first, last = share_of(worker, workers, len(rows), size)
     width = rows.shape[1]
-    extra_high = 128 * np.sum(high.astype(np.int64))
-    extra_low = 128 * np.sum(low.astype(np.int64))
+    extra_high, extra_low = unsigned_extra(high), unsigned_extra(low)
     high_at, low_at = pointer_at(high, 0), pointer_at(low, 0)  # pyright: ignore
     for start in range(first, last, TILE * size):
         end = min(start + TILE * size, last)
-        whole = start + (end - start) // ROWS_AT_ONCE * ROWS_AT_ONCE
-        for i in range(start, whole, ROWS_AT_ONCE):
-            sums: Any = dot_four_rows(pointer_at(rows, i * width), width, high_at, low_at)  # pyright: ignore
-            for row in range(ROWS_AT_ONCE):
-                of_high = np.float32(sums[2 * row] - extra_high)
-                of_low = np.float32(sums[2 * row + 1] - extra_low)
-                scores[i + row] = scale[i + row] * (step_high * of_high + step_low * of_low) + bias[i + row]
+        whole = start + (end - start) // ROWS * ROWS
+        for i in range(start, whole, ROWS):
+            given = high_at, low_at, extra_high, extra_low, step_high, step_low
+            score_rows(pointer_at(rows, i * width), width, *given, scores, i)  # pyright: ignore
+        part, of_scale, of_bias = scores[start:whole], scale[start:whole], bias[start:whole]
+        for i in range(part.size):
+            part[i] = of_scale[i] * part[i] + of_bias[i]
         for i in range(whole, end):
             of_high, of_low = np.int32(0), np.int32(0)
             for j in range(width):

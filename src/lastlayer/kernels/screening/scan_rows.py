@@ -7,7 +7,7 @@ from numba import njit
 
 from lastlayer.kernels.fast_math import exp
 from lastlayer.kernels.screening.blocks import FAST, MINUS_INFINITY
-from lastlayer.kernels.screening.lanes import add_up, lower, put_together, turn, zero_lines
+from lastlayer.kernels.screening.lanes import add_up, fetch_rows, lower, put_together, transpose, zero_lines
 from lastlayer.kernels.screening.scan import norm_of, share_of, split_in_two
 from lastlayer.kernels.screening.threads import apart
 from lastlayer.kernels.screening.tiles import DEPTH, PAIR, SIDE, begin_tiles, end_tiles, multiply_pairs
@@ -69,6 +69,8 @@ def _scan_rows_part(
         else:
             block = last_rows
             block[:count] = rows[start:last]
+        following = min(max(last - start - size, 0), size)
+        fetch_rows(rows, start + size, following)  # pyright: ignore
         for group in range(len(right)):
             most[:] = MINUS_INFINITY
             for part in range(0, count, PAIR):
@@ -79,10 +81,10 @@ def _scan_rows_part(
             real = min(SIDE, len(scores) - row)
             if count == size:
                 for part in range(0, size, SIDE):
-                    turn(beside, part, scores, row, real, start + part)  # pyright: ignore[reportCallIssue]
+                    transpose(beside, part, scores, row, real, start + part)  # pyright: ignore[reportCallIssue]
             else:
                 for part in range(0, count, SIDE):
-                    turn(beside, part, last_scores, 0, real, part)  # pyright: ignore[reportCallIssue]
+                    transpose(beside, part, last_scores, 0, real, part)  # pyright: ignore[reportCallIssue]
                 scores[row : row + real, start:last] = last_scores[:real, :count]
             lower(beside, most, count)  # pyright: ignore[reportCallIssue]
             _exponentials(beside.reshape(-1)[: count * SIDE])
