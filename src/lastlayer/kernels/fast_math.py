@@ -74,23 +74,35 @@ def _two_to_the(context, whole):
     return types.float32(types.float32), generate
 
 
+LOG2_E = np.float32(1.4426950408889634)
+EXP2 = (  # Cephes' exp2f: of 2 ** r, the highest power first
+    np.float32(1.535336188319500e-4),
+    np.float32(1.339887440266574e-3),
+    np.float32(9.618437357674640e-3),
+    np.float32(5.550332471162809e-2),
+    np.float32(2.402264791363012e-1),
+    np.float32(6.931472028550421e-1),
+    np.float32(1.0),
+)
+
+
 @compiled
 def exp(x):
     """`e ** x` of a float32 up to 88, to 2e-7 of its value; 0 below -88; nan for nan.
 
-    `2 ** t = 2 ** n * 2 ** r` with n whole and r in [-1/2, 1/2]; the polynomial is Cephes' exp2f.
+    `2 ** t = 2 ** n * 2 ** r` with n whole and r in [-1/2, 1/2].
     """
-    t = x * np.float32(1.4426950408889634)
+    t = x * LOG2_E
     t = np.float32(-127.0) if t < np.float32(-127.0) else t
     n = np.floor(t + np.float32(0.5))
     r = t - n
-    p = np.float32(1.535336188319500e-4)
-    p = p * r + np.float32(1.339887440266574e-3)
-    p = p * r + np.float32(9.618437357674640e-3)
-    p = p * r + np.float32(5.550332471162809e-2)
-    p = p * r + np.float32(2.402264791363012e-1)
-    p = p * r + np.float32(6.931472028550421e-1)
-    p = p * r + np.float32(1.0)
+    p = EXP2[0]
+    p = p * r + EXP2[1]
+    p = p * r + EXP2[2]
+    p = p * r + EXP2[3]
+    p = p * r + EXP2[4]
+    p = p * r + EXP2[5]
+    p = p * r + EXP2[6]
     return p * _two_to_the(n)
 
 

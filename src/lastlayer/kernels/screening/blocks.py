@@ -6,6 +6,7 @@ import numpy as np
 from numba import njit
 
 from lastlayer.kernels.fast_math import exp, larger
+from lastlayer.kernels.screening.lanes import LANES, SUMMARISED, summarise_sixteen
 from lastlayer.kernels.screening.threads import apart
 
 MINUS_INFINITY = np.float32(-np.inf)
@@ -26,6 +27,10 @@ def largest(values: Any) -> Any:
 @njit(cache=True, fastmath=FAST)
 def summarise_part(scores: Any, first: int, last: int, size: int, block_max: Any, block_sum: Any) -> None:
     """The summary of the blocks of `size` that begin in [first, last)."""
+    if size == SUMMARISED:
+        while last - first >= LANES * SUMMARISED:
+            summarise_sixteen(scores, block_max, block_sum, first // size)  # pyright: ignore[reportCallIssue]
+            first += LANES * SUMMARISED
     for start in range(first, last, size):
         block = scores[start : min(start + size, last)]  # loops from 0 on are vectorised: no index can be negative
         most = largest(block)

@@ -105,13 +105,21 @@ def _threshold(values: Any, count: int, spare: int, low: Any, high: Any) -> Any:
 
 @njit(cache=True)
 def _sampled_threshold(scores: Any, count: int, low: Any, high: Any) -> Any:
-    """A number that at least `count` scores reach, from a sample where that serves: it costs one count of all."""
+    """A number that about `count` scores reach, and nearly always at least so many, from one in SAMPLED."""
     wanted = count // SAMPLED + count // (4 * SAMPLED) + 4
-    if 2 * wanted < scores.size // SAMPLED:
-        least = _threshold(scores[::SAMPLED].copy(), wanted, wanted // 8, low, high)
-        if count <= _count_above(scores, least) <= 2 * count:
-            return least
-    return _threshold(scores, count, count // 8, low, high)
+    if 2 * wanted >= scores.size // SAMPLED:
+        return _threshold(scores, count, count // 8, low, high)
+    return _threshold(scores[::SAMPLED].copy(), wanted, wanted // 8, low, high)
+
+
+@njit(cache=True)
+def _append_blocks(scores: Any, block_max: Any, size: int, least: Any, found: Any) -> Any:
+    """Which scores reach `least`, put into `found`; their number. Reads no block that has none."""
+    n = 0
+    for block in range(block_max.size):
+        if block_max[block] >= least:
+            n = _append_all(scores, block * size, min((block + 1) * size, scores.size), least, found, n)
+    return n
 
 
 @njit(cache=True)
@@ -129,12 +137,11 @@ def choose(
     few = 2 * count <= block_max.size
     low, high = _ends(block_max)
     least = _threshold(block_max, count, 0, low, high) if few else _sampled_threshold(scores, count, low, high)
-    room = size * _count_above(block_max, least) if few else _count_above(scores, least)
-    found = np.empty(room, dtype=np.int32)
-    n = 0
-    for block in range(block_max.size):
-        if block_max[block] >= least:
-            n = _append_all(scores, block * size, min((block + 1) * size, scores.size), least, found, n)
+    found = np.empty(size * _count_above(block_max, least) if few else scores.size, dtype=np.int32)
+    n = _append_blocks(scores, block_max, size, least, found)
+    if not few and n < count:  # the sample was not like the rest
+        least = _threshold(scores, count, count // 8, low, high)
+        n = _append_blocks(scores, block_max, size, least, found)
     if n <= count:
         return found[:n]
     values = np.empty(n, dtype=np.float32)

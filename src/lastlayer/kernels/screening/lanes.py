@@ -12,10 +12,14 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from lastlayer.kernels.fast_math import EXP2, LOG2_E
+
 LANES = 16
+SUMMARISED = 64  # scores that `summarise_sixteen` takes for a block
 LINE = 64  # bytes of the cache that are fetched together; what begins at such a place is read fastest
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 FLOATS, _INTEGERS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(_I32, LANES)
+_ZEROS = ir.Constant(FLOATS, [0.0] * LANES)
 FREE = ("reassoc", "contract", "nsz", "nnan", "arcp")
 
 
@@ -52,6 +56,24 @@ def everywhere(builder: Any, number: Any) -> Any:
 
 def larger(builder: Any, left: Any, right: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", left, right), left, right)
+
+
+def exponential(builder: Any, x: Any) -> Any:
+    """`fast_math.exp` of a vector without NaN."""
+
+    def constant(number: float) -> Any:
+        return ir.Constant(FLOATS, [float(np.float32(number))] * LANES)
+
+    floor = cgutils.get_or_insert_function(builder.module, ir.FunctionType(FLOATS, [FLOATS]), "llvm.floor.v16f32")
+    t = larger(builder, builder.fmul(x, constant(LOG2_E), flags=FREE), constant(-127.0))
+    whole = builder.call(floor, [builder.fadd(t, constant(0.5))])
+    rest = builder.fsub(t, whole)
+    power = constant(EXP2[0])
+    for coefficient in EXP2[1:]:
+        power = builder.fadd(builder.fmul(power, rest, flags=FREE), constant(coefficient), flags=FREE)
+    exponent = builder.add(builder.fptosi(whole, _INTEGERS), ir.Constant(_INTEGERS, [127] * LANES))
+    scale = builder.bitcast(builder.shl(exponent, ir.Constant(_INTEGERS, [23] * LANES)), FLOATS)
+    return builder.fmul(power, scale)
 
 
 @intrinsic
@@ -104,34 +126,68 @@ def put_together(
 
 
 @intrinsic
-def lower(typingctx: Any, beside: Any, most: Any, count: Any) -> Any:
-    """`beside[:count] -= most`, of (n, 16) and (16,)."""
+def sum_exponentials(typingctx: Any, beside: Any, most: Any, count: Any, total: Any) -> Any:
+    """`total = exp(beside[:count] - most).sum(0)`, of (n, 16) and (16,)."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        beside, most = (_at(context, builder, signature.args[n], args[n]) for n in range(2))
-        by = _load(builder, most(_I64(0)))
+        beside, most, total = (_at(context, builder, signature.args[n], args[n]) for n in (0, 1, 3))
+        by, so_far = _load(builder, most(_I64(0))), cgutils.alloca_once_value(builder, _ZEROS)
         with cgutils.for_range(builder, args[2]) as loop:
-            at = beside(builder.mul(loop.index, _I64(LANES)))
-            _store(builder, builder.fsub(_load(builder, at), by, flags=FREE), at)
-        return context.get_dummy_value()
-
-    return types.none(beside, most, types.int64), generate
-
-
-@intrinsic
-def add_up(typingctx: Any, beside: Any, count: Any, total: Any) -> Any:
-    """`total = beside[:count].sum(0)`, of (n, 16) and (16,)."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        beside, total = (_at(context, builder, signature.args[n], args[n]) for n in (0, 2))
-        so_far = cgutils.alloca_once_value(builder, ir.Constant(FLOATS, [0.0] * LANES))
-        with cgutils.for_range(builder, args[1]) as loop:
-            one = _load(builder, beside(builder.mul(loop.index, _I64(LANES))))
+            score = _load(builder, beside(builder.mul(loop.index, _I64(LANES))))
+            one = exponential(builder, builder.fsub(score, by, flags=FREE))
             builder.store(builder.fadd(builder.load(so_far), one, flags=FREE), so_far)
         _store(builder, builder.load(so_far), total(_I64(0)))
         return context.get_dummy_value()
 
-    return types.none(beside, types.int64, total), generate
+    return types.none(beside, most, types.int64, total), generate
+
+
+@intrinsic
+def summarise_sixteen(typingctx: Any, scores: Any, block_max: Any, block_sum: Any, block: Any) -> Any:
+    """Maxima, and sums of exponentials relative to them, of 16 whole blocks of 64 scores from `block` on.
+
+    What runs across a vector, the last step of a maximum or of a sum, is done for all 16 together.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        scores, block_max, block_sum = (_at(context, builder, signature.args[n], args[n]) for n in range(3))
+        block, kind = args[3], ir.ArrayType(FLOATS, LANES)
+        of_blocks = cgutils.alloca_once(builder, kind)
+        maxima = context.make_array(signature.args[1])(context, builder, args[1]).data
+
+        def each(combine: Callable[[Any, Any, list[Any]], Any]) -> list[Any]:
+            """What `combine(block, lowest, scores)` gives, for every block, of its scores in vectors."""
+            with cgutils.for_range(builder, _I64(LANES)) as loop:
+                at = builder.add(block, loop.index)
+                start = builder.mul(at, _I64(SUMMARISED))
+                parts = range(0, SUMMARISED, LANES)
+                vectors = [_load(builder, scores(builder.add(start, _I64(part)))) for part in parts]
+                builder.store(combine(at, vectors), cgutils.gep_inbounds(builder, of_blocks, 0, loop.index))
+            places = (cgutils.gep_inbounds(builder, of_blocks, 0, n) for n in range(LANES))
+            return [builder.load(place) for place in places]
+
+        def largest(_: Any, vectors: list[Any]) -> Any:
+            return _tree(vectors, lambda left, right: larger(builder, left, right))
+
+        def exponentials(at: Any, vectors: list[Any]) -> Any:
+            most = builder.load(builder.gep(maxima, [at]))
+            empty = builder.fcmp_ordered("==", most, ir.Constant(ir.FloatType(), float("-inf")))
+            by = everywhere(builder, builder.select(empty, ir.Constant(ir.FloatType(), 0.0), most))
+            terms = [exponential(builder, builder.fsub(vector, by, flags=FREE)) for vector in vectors]
+            return _tree(terms, lambda left, right: builder.fadd(left, right, flags=FREE))
+
+        _store(builder, across(builder, each(largest), lambda pair: larger(builder, *pair)), block_max(block))
+        _store(builder, summed(builder, each(exponentials)), block_sum(block))
+        return context.get_dummy_value()
+
+    return types.none(scores, block_max, block_sum, types.int64), generate
+
+
+def _tree(vectors: list[Any], combine: Callable[[Any, Any], Any]) -> Any:
+    """All of them combined by pairs."""
+    while len(vectors) > 1:
+        vectors = [combine(*pair) for pair in zip(vectors[::2], vectors[1::2], strict=True)]
+    return vectors[0]
 
 
 def _halves(builder: Any, left: Any, right: Any, step: int) -> tuple[Any, Any]:
@@ -154,12 +210,17 @@ def transposed(builder: Any, vectors: list[Any]) -> list[Any]:
     return vectors
 
 
-def summed(builder: Any, vectors: list[Any]) -> Any:
-    """The sums of 16 vectors as one: rounds like those of the transpose, added up."""
+def across(builder: Any, vectors: list[Any], combine: Callable[[tuple[Any, Any]], Any]) -> Any:
+    """The lanes of each of 16 vectors combined, as one vector: rounds like those of the transpose."""
     for step in (1, 2, 4, 8):
         pairs = zip(vectors[::2], vectors[1::2], strict=True)
-        vectors = [builder.fadd(*_halves(builder, *pair, step), flags=FREE) for pair in pairs]
+        vectors = [combine(_halves(builder, *pair, step)) for pair in pairs]
     return vectors[0]
+
+
+def summed(builder: Any, vectors: list[Any]) -> Any:
+    """The sums of 16 vectors as one."""
+    return across(builder, vectors, lambda pair: builder.fadd(*pair, flags=FREE))
 
 
 @intrinsic
@@ -195,7 +256,9 @@ def fetch_rows(typingctx: Any, array: Any, first: Any, count: Any) -> Any:
         row = builder.extract_value(matrix.strides, 0)
         start = builder.gep(builder.bitcast(matrix.data, cgutils.voidptr_t), [builder.mul(args[1], row)])
         with cgutils.for_range(builder, builder.udiv(builder.mul(args[2], row), _I64(LINE))) as loop:
-            builder.call(fetch, [builder.gep(start, [builder.mul(loop.index, _I64(LINE))]), _I32(0), _I32(2), _I32(1)])
+            builder.call(
+                fetch, [builder.gep(start, [builder.mul(loop.index, _I64(LINE))]), _I32(0), _I32(2), _I32(1)]
+            )
         return context.get_dummy_value()
 
     return types.none(array, types.int64, types.int64), generate

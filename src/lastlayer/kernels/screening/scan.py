@@ -10,7 +10,7 @@ from lastlayer.kernels.screening.blocks import FAST, summarise_part
 from lastlayer.kernels.screening.dots import ROWS, pointer_at, score_rows, unsigned_extra
 from lastlayer.kernels.screening.threads import apart
 
-TILE = 4  # blocks scored before they are summarised
+TILE = 16  # blocks scored before they are summarised
 STRIP = 16  # classes whose products stay in the first cache while they are transposed
 
 

@@ -5,9 +5,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from lastlayer.kernels.fast_math import exp
-from lastlayer.kernels.screening.blocks import FAST, MINUS_INFINITY
-from lastlayer.kernels.screening.lanes import add_up, fetch_rows, lower, put_together, transpose, zero_lines
+from lastlayer.kernels.screening.blocks import MINUS_INFINITY
+from lastlayer.kernels.screening.lanes import fetch_rows, put_together, sum_exponentials, transpose, zero_lines
 from lastlayer.kernels.screening.scan import norm_of, share_of, split_in_two
 from lastlayer.kernels.screening.threads import apart
 from lastlayer.kernels.screening.tiles import DEPTH, PAIR, SIDE, begin_tiles, end_tiles, multiply_pairs
@@ -32,12 +31,6 @@ def _pack_some(
         for j in range(width):
             line, place = right[group, j // DEPTH], (j % DEPTH // 4, 4 * column + j % 4)
             line[0][place], line[1][place] = high[j], low[j]
-
-
-@njit(cache=True, fastmath=FAST)
-def _exponentials(numbers: Any) -> None:
-    for i in range(numbers.size):
-        numbers[i] = exp(numbers[i])
 
 
 @njit(cache=True)
@@ -86,9 +79,7 @@ def _scan_rows_part(
                 for part in range(0, count, SIDE):
                     transpose(beside, part, last_scores, 0, real, part)  # pyright: ignore[reportCallIssue]
                 scores[row : row + real, start:last] = last_scores[:real, :count]
-            lower(beside, most, count)  # pyright: ignore[reportCallIssue]
-            _exponentials(beside.reshape(-1)[: count * SIDE])
-            add_up(beside, count, total)  # pyright: ignore[reportCallIssue]
+            sum_exponentials(beside, most, count, total)  # pyright: ignore[reportCallIssue]
             for n in range(real):
                 block_max[row + n, start // size] = most[n]
                 block_sum[row + n, start // size] = total[n]
