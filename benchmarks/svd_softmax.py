@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lastlayer import SVDPreview, SVDSoftmax
+from lastlayer import SVDSoftmax
+from lastlayer.screening.calibration import rotation_of
 from lastlayer.study.measure import interleaved, write_records
 
 NUM_CLASSES, IN_FEATURES, CANDIDATES, K = 30_000, 256, 2_048, 10
@@ -28,7 +29,7 @@ def main() -> None:
 
     sizes = {"num_classes": NUM_CLASSES, "in_features": IN_FEATURES}
     once = interleaved(
-        {"rotation": lambda: SVDPreview(32).rotation(weight), "whole preparation": layer.refresh}, rounds=9
+        {"rotation": lambda: rotation_of(weight, None), "whole preparation": layer.refresh}, rounds=9
     )
     records = [{"case": "prepare", "name": name, **sizes, "ms": timing.ms} for name, timing in once.items()]
     with torch.inference_mode():

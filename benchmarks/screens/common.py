@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lastlayer import Int8Preview, ScreenedSoftmax, ScreenedTopK, SVDPreview
+from lastlayer import Int4Preview, Int8Preview, ScreenedSoftmax, ScreenedTopK, SVDPreview
 from lastlayer.kernels.threads import at_once
 from lastlayer.study.heads import LoadedHead, load_head
 from lastlayer.study.measure import interleaved
@@ -66,6 +66,11 @@ def full_layers(weight: Tensor) -> dict[str, Call]:
 def exact_screen(weight: Tensor) -> ScreenedSoftmax:
     """The screen that proves every answer."""
     return ScreenedSoftmax(weight, preview=Int8Preview(), candidates=96, exact=True)
+
+
+def exact_screen_in_four(weight: Tensor, calibration: Tensor) -> ScreenedSoftmax:
+    """The same by half the bytes."""
+    return ScreenedSoftmax(weight, preview=Int4Preview(calibration=calibration), candidates=32, exact=True)
 
 
 def svd_screen(weight: Tensor, window: int, candidates: int, **settings: Any) -> ScreenedSoftmax:

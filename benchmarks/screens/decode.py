@@ -7,7 +7,7 @@ import torch
 
 from lastlayer.study.measure import Timing, interleaved
 from lastlayer.transformers import replace_lm_head
-from screens.common import Record, exact_screen, real_head, smollm2
+from screens.common import Record, exact_screen_in_four, real_head, smollm2
 
 PROMPTS = (
     "The history of the city began",
@@ -24,7 +24,7 @@ def decoding(new_tokens: int = NEW_TOKENS) -> list[Record]:
     head = smollm2()
     model, tokenizer = head.model, head.tokenizer
     own = model.get_output_embeddings()
-    heads = {OWN: own, SCREENED: exact_screen(own.weight)}
+    heads = {OWN: own, SCREENED: exact_screen_in_four(own.weight, real_head()[1])}
     settings = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
     prompts = [tokenizer(prompt, return_tensors="pt") for prompt in PROMPTS]
     seconds: dict[str, list[float]] = {name: [] for name in heads}

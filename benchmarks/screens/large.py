@@ -3,7 +3,16 @@
 import torch
 from torch import Tensor
 
-from screens.common import Record, Truth, agreement, exact_screen, full_layers, measured, svd_screen
+from screens.common import (
+    Record,
+    Truth,
+    agreement,
+    exact_screen,
+    exact_screen_in_four,
+    full_layers,
+    measured,
+    svd_screen,
+)
 
 CLASSES, WIDTH, CALIBRATION, HELD_OUT = 800_000, 512, 12_288, 2_048
 EXPONENTS = -0.2, -0.6  # how the weight's and the hidden states' directions decay
@@ -60,7 +69,8 @@ def large(classes: int = CLASSES) -> list[Record]:
     """Exact answers and SVD previews, at batch 1."""
     weight, hidden = realistic(classes, WIDTH, CALIBRATION + HELD_OUT)
     calibration, held_out = hidden[:CALIBRATION], hidden[CALIBRATION:]
-    screens = {"int8, exact": exact_screen(weight)}
+    four = exact_screen_in_four(weight, calibration)
+    screens = {"int4, exact": four, "int8, exact": exact_screen(weight)}
     for window, candidates, storage in SETTINGS:
         name = f"SVD window {window}, {candidates:,} candidates, {storage}"
         screens[name] = svd_screen(weight, window, candidates, storage=storage, calibration=calibration)

@@ -20,6 +20,7 @@ from screens.common import (
     Record,
     Truth,
     exact_screen,
+    exact_screen_in_four,
     full_layers,
     measured,
     real_head,
@@ -37,6 +38,7 @@ def peers(asked: int = QUERIES) -> list[Record]:
     weight, calibration, held_out = real_head()
     held_out = held_out[:asked]
     ours = {
+        "int4, exact": exact_screen_in_four(weight, calibration),
         "int8, exact": exact_screen(weight),
         "SVD d/8, 1,024 candidates, calibrated": svd_screen(
             weight, weight.shape[-1] // 8, 1024, calibration=calibration

@@ -13,13 +13,14 @@ from screens.common import (
     Truth,
     agreement,
     exact_screen,
+    exact_screen_in_four,
     full_layers,
     measured,
     real_head,
     svd_screen,
 )
 
-EXACT = "int8, exact"
+EXACT, FOUR = "int8, exact", "int4, exact"
 ROUNDS = {1: 41, 8: 21, 64: 11}
 
 
@@ -29,12 +30,14 @@ def queries(asked: int = HELD_OUT) -> list[Record]:
     width = weight.shape[-1]
     makers: dict[str, Callable[[], ScreenedSoftmax]] = {
         EXACT: lambda: exact_screen(weight),
+        FOUR: lambda: exact_screen_in_four(weight, calibration),
         "SVD d/8, 1,024 candidates, calibrated": lambda: svd_screen(
             weight, width // 8, 1024, calibration=calibration
         ),
         "SVD d/8, 1,024 candidates, plain": lambda: svd_screen(weight, width // 8, 1024),
     }
-    makers[EXACT]().topk(held_out[:1], 10)  # kernels are compiled, or read from numba's cache
+    for name in (EXACT, FOUR):  # kernels are compiled, or read from numba's cache
+        makers[name]().topk(held_out[:1], 10)
     screens, records = {}, []
     truth = Truth.of(weight, held_out[:asked])
     for name, make in makers.items():
@@ -42,7 +45,7 @@ def queries(asked: int = HELD_OUT) -> list[Record]:
         screens[name] = make()  # a calibrated one sums up its calibration data here
         records.append({"case": "prepare", "name": name, "seconds": time.perf_counter() - start})
         records.append({"name": name, **agreement(screens[name], truth)})
-    records.append({"name": EXACT, **memory(screens[EXACT], held_out[:1])})
+    records += [{"name": name, **memory(screens[name], held_out[:1])} for name in (EXACT, FOUR)]
     del screens["SVD d/8, 1,024 candidates, plain"]  # takes the time of the calibrated one
     peers = full_layers(weight) | {
         name: lambda hidden, screen=screen: screen.topk(hidden, 10) for name, screen in screens.items()

@@ -18,7 +18,7 @@ from lastlayer.layers.plif import PLIF
 from lastlayer.layers.sigsoftmax import Sigsoftmax
 from lastlayer.layers.soft_cap import SoftCap
 from lastlayer.layers.tree import TreeSoftmax
-from lastlayer.screening import Int8Preview, ScreenedSoftmax, SVDPreview, SVDSoftmax, choose_screen
+from lastlayer.screening import Int4Preview, Int8Preview, ScreenedSoftmax, SVDPreview, SVDSoftmax, choose_screen
 from lastlayer.study.rank import Rank, rank
 
 __version__ = "0.1.0"
@@ -46,6 +46,7 @@ __all__ = [
     "MonotoneNetwork",
     "ScreenedSoftmax",
     "SVDPreview",
+    "Int4Preview",
     "Int8Preview",
     "choose_screen",
     "SVDSoftmax",

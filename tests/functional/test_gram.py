@@ -25,18 +25,21 @@ def test_calibrated_rotation_keeps_logits_and_whitens():
     hidden = torch.randn(400, 6, dtype=torch.float64) * torch.tensor([9.0, 3.0, 1.0, 0.5, 0.2, 0.1]).double()
     weight = torch.randn(30, 6, dtype=torch.float64)
     moment = hidden.T @ hidden / len(hidden)
-    weight_side, hidden_side = gram.calibrated_rotation(gram.gram_matrix(weight), moment)
+    weight_side, hidden_side, squares = gram.calibrated_rotation(gram.gram_matrix(weight), moment)
     logits = (hidden @ hidden_side) @ (weight @ weight_side).T
     torch.testing.assert_close(logits, hidden @ weight.T, rtol=1e-9, atol=1e-9)
     rotated = hidden @ hidden_side
     torch.testing.assert_close(rotated.T @ rotated / len(hidden), torch.eye(6, dtype=torch.float64))
+    torch.testing.assert_close((weight @ weight_side).square().sum(0), squares, rtol=1e-9, atol=0)
 
 
 def test_calibrated_rotation_is_the_best_of_its_rank():
     hidden = torch.randn(400, 6, dtype=torch.float64) * torch.tensor([9.0, 3.0, 1.0, 0.5, 0.2, 0.1]).double()
     weight = torch.randn(30, 6, dtype=torch.float64)
-    weight_side, hidden_side = gram.calibrated_rotation(gram.gram_matrix(weight), hidden.T @ hidden / len(hidden))
+    moment = hidden.T @ hidden / len(hidden)
+    weight_side, hidden_side, squares = gram.calibrated_rotation(gram.gram_matrix(weight), moment)
     logits = hidden @ weight.T
+    torch.testing.assert_close(squares.sum() * len(hidden), logits.square().sum())
     lost = logits - (hidden @ hidden_side[:, :2]) @ (weight @ weight_side[:, :2]).T
     best = torch.linalg.svdvals(logits)[2:].square().sum()  # Eckart and Young
     torch.testing.assert_close(lost.square().sum(), best, rtol=1e-9, atol=0)

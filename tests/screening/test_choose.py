@@ -48,7 +48,7 @@ def test_certified_when_none_agrees_by_itself(monkeypatch):
     weight, bias, hidden = head()
     screen, table = choose_screen(weight, bias, hidden, agreement=1.0, k=3)
     assert screen.exact
-    assert next(r for r in table if r["chosen"])["preview"] == "int8, certified"
+    assert "certified" in next(r for r in table if r["chosen"])["preview"]
 
 
 def few_candidates(preview, weight, bias, tuning, agreement, k):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lastlayer import Int8Preview, ScreenedSoftmax, SoftCap, SVDPreview
+from lastlayer import Int4Preview, Int8Preview, ScreenedSoftmax, SoftCap, SVDPreview
 from lastlayer.screening import screened as module
 from lastlayer.screening import stored_rows, summary
 from lastlayer.screening.fused import FusedScreen
@@ -30,6 +30,8 @@ PREVIEWS = {
     "bfloat16": SVDPreview(9, storage="bfloat16"),
     "svd-int8": SVDPreview(9, storage="int8"),
     "int8": Int8Preview(),
+    "int4": Int4Preview(),
+    "int4-calibrated": Int4Preview(calibration=head(1)[2]),
 }
 
 
@@ -66,9 +68,10 @@ def test_fused_logits_are_plain(preview, exact, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 4])
-def test_fused_is_plain_for_half_precision(dtype, rows, monkeypatch):
+@pytest.mark.parametrize("preview", [Int8Preview(), Int4Preview()], ids=["int8", "int4"])
+def test_fused_is_plain_for_half_precision(dtype, rows, preview, monkeypatch):
     weight, bias, hidden = (tensor.to(dtype) for tensor in head(1500))
-    layer = ScreenedSoftmax(weight, bias, preview=Int8Preview(), candidates=20)
+    layer = ScreenedSoftmax(weight, bias, preview=preview, candidates=20)
     for exact in (False, True):
         mine, theirs = (
             layer.topk(hidden[:rows], 5, exact),
@@ -100,7 +103,7 @@ def test_fused_without_bias_and_with_several_threads(monkeypatch):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        for preview in PREVIEWS.values():
+        for preview in (preview for name, preview in PREVIEWS.items() if "calibrated" not in name):
             layer = ScreenedSoftmax(weight, preview=preview, candidates=2000, exact=True)
             mine = layer.topk(hidden[0], 4)
             theirs = plain(layer, hidden[0], 4, True, monkeypatch)
@@ -110,9 +113,10 @@ def test_fused_without_bias_and_with_several_threads(monkeypatch):
         torch.set_num_threads(before)
 
 
-def test_without_vnni(monkeypatch):
+@pytest.mark.parametrize("preview", [Int8Preview(), Int4Preview()], ids=["int8", "int4"])
+def test_without_vnni(preview, monkeypatch):
     weight, bias, hidden = head(3000)
-    layer = ScreenedSoftmax(weight, bias, preview=Int8Preview(), candidates=20)
+    layer = ScreenedSoftmax(weight, bias, preview=preview, candidates=20)
     expected = layer.topk(hidden[0], 5)
     monkeypatch.setattr(kernels, "HAS_VNNI", False)
     answer = layer.topk(hidden[0], 5)
@@ -142,13 +146,15 @@ def test_ties(preview, monkeypatch):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e38])
-def test_hidden_states_that_the_kernels_do_not_take(bad):
+@pytest.mark.parametrize("preview", [Int8Preview(), Int4Preview()], ids=["int8", "int4"])
+def test_hidden_states_that_the_kernels_do_not_take(bad, preview):
     weight, bias, hidden = head(900)
     hidden[0, 3] = bad
-    layer = ScreenedSoftmax(weight, bias, preview=Int8Preview(), candidates=7)
+    layer = ScreenedSoftmax(weight, bias, preview=preview, candidates=7)
     answer = layer.topk(hidden[:2], 2)
     assert not answer.certified[0] or answer.log_prob[0].isfinite().all()
     good = layer.topk(hidden[1:2], 2)
+    assert torch.equal(layer.topk(hidden[:1], 2).certified, answer.certified[:1])
     assert torch.equal(answer.indices[1:], good.indices)
 
 

@@ -3,12 +3,17 @@
 import pytest
 import torch
 
-from lastlayer import Int8Preview, ScreenedSoftmax, SVDPreview
+from lastlayer import Int4Preview, Int8Preview, ScreenedSoftmax, SVDPreview
 from lastlayer.study.measure import peak_bytes
 
 pytestmark = pytest.mark.skipif(not peak_bytes(lambda: torch.ones(1 << 22)), reason="the system does not tell")
 V, D = 400_000, 8
-PREVIEWS = {"float32": SVDPreview(2), "bfloat16": SVDPreview(2, storage="bfloat16"), "int8": Int8Preview()}
+PREVIEWS = {
+    "float32": SVDPreview(2),
+    "bfloat16": SVDPreview(2, storage="bfloat16"),
+    "int8": Int8Preview(),
+    "int4": Int4Preview(),
+}
 
 
 @pytest.fixture(scope="module")

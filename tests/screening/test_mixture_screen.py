@@ -9,6 +9,7 @@ import torch
 from lastlayer import (
     PLIF,
     FullSoftmax,
+    Int4Preview,
     Int8Preview,
     MixtureOfSoftmaxes,
     ScreenedSoftmax,
@@ -47,6 +48,7 @@ LAYERS = {
 }
 PREVIEWS = {
     "int8": Int8Preview(),
+    "int4": Int4Preview(),
     "window": SVDPreview(6),
     "most": SVDPreview(9),
     "shifted": SVDPreview(8, tail_correction=1.0),

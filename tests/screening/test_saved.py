@@ -8,6 +8,7 @@ from torch import nn
 
 from lastlayer import (
     PLIF,
+    Int4Preview,
     Int8Preview,
     LogitMap,
     MonotoneNetwork,
@@ -29,12 +30,14 @@ def previews():
     hidden = head()[2]
     return [
         Int8Preview(),
+        Int4Preview(),
+        Int4Preview(calibration=hidden),
         SVDPreview(3),
         SVDPreview(4, calibration=hidden, storage="bfloat16", tail_correction=1.0),
     ]
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(len(previews())))
 @pytest.mark.parametrize("include_weight", [True, False])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_round_trip(tmp_path, number, include_weight, with_bias):
@@ -106,7 +109,7 @@ SVD = {"kind": "SVDPreview", "window": 4, "storage": None, "tail_correction": 0,
         ("candidates must be a int", {"candidates": "many"}),
         ("candidates must be between 1 and 300", {"candidates": 0}),
         ("exact must be a bool", {"exact": None}),
-        ("must be an SVDPreview or Int8Preview, got 'Unknown'", {"preview": {"kind": "Unknown"}}),
+        ("must be an SVDPreview, Int4Preview or Int8Preview, got 'Unknown'", {"preview": {"kind": "Unknown"}}),
         ("does not describe a preview", {"preview": {"kind": "SVDPreview"}}),
         ("window must be between 1 and the weight's width 12", {"preview": SVD | {"window": 99}}),
         ("storage must be one of", {"preview": SVD | {"storage": "x"}}),

@@ -9,7 +9,7 @@ import torch
 from screened_head import D, Doubled, V, close, head, screened, states, topk
 from torch import nn
 
-from lastlayer import Int8Preview, ScreenedSoftmax, SVDPreview
+from lastlayer import Int4Preview, Int8Preview, ScreenedSoftmax, SVDPreview
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3), (0,), (2, 0, 3)])
@@ -139,7 +139,7 @@ def test_duplicate_and_zero_rows_and_ties():
     close(answer.log_prob, torch.full((2, 3), 1 / 9, dtype=torch.float64).log())
 
 
-@pytest.mark.parametrize("preview", [SVDPreview(3), SVDPreview(4, storage="int8"), Int8Preview()])
+@pytest.mark.parametrize("preview", [SVDPreview(3), SVDPreview(4, storage="int8"), Int8Preview(), Int4Preview()])
 def test_duplicate_and_zero_rows_in_the_kernels(preview):
     """float32, where the fused kernels serve: ties at the k-th place, and a hidden state that ties all."""
     weight, bias = head(200, dtype=torch.float32)

@@ -21,6 +21,7 @@ class Rotation(NamedTuple):
 
     weight_side: Tensor  # (d, d), float64
     hidden_side: Tensor  # (d, d), float64
+    squares: Tensor  # (d,), float64: sums over the rows of `(W @ weight_side)^2`, up to rounding
 
 
 def gram_matrix(
@@ -39,8 +40,8 @@ def principal_rotation(
     gram: Tensor,  # (d, d), float64
 ) -> Rotation:
     """The right singular vectors of the weight: the rotation whose first columns keep most of `||W||`."""
-    vectors = torch.linalg.eigh(gram).eigenvectors.flip(-1)  # eigh sorts increasingly
-    return Rotation(vectors, vectors)
+    values, vectors = (found.flip(-1) for found in torch.linalg.eigh(gram))  # eigh sorts increasingly
+    return Rotation(vectors, vectors, values)
 
 
 def calibrated_rotation(
@@ -55,8 +56,8 @@ def calibrated_rotation(
     mean squared logits that any projection of that rank can.
     """
     factor = torch.linalg.cholesky(moment)
-    vectors = principal_rotation(factor.T @ gram @ factor).weight_side
-    return Rotation(factor @ vectors, torch.linalg.solve_triangular(factor.T, vectors, upper=True))
+    vectors, _, values = principal_rotation(factor.T @ gram @ factor)
+    return Rotation(factor @ vectors, torch.linalg.solve_triangular(factor.T, vectors, upper=True), values)
 
 
 def shrunk_moment(

@@ -1,9 +1,10 @@
 """Fast queries of a weight that is already trained: SVD-softmax and its descendants."""
 
 from lastlayer.screening.choose import choose_screen
+from lastlayer.screening.int4_preview import Int4Preview
 from lastlayer.screening.int8_preview import Int8Preview
 from lastlayer.screening.screened import ScreenedSoftmax
 from lastlayer.screening.svd_preview import SVDPreview
 from lastlayer.screening.svd_softmax import SVDSoftmax
 
-__all__ = ["choose_screen", "Int8Preview", "ScreenedSoftmax", "SVDPreview", "SVDSoftmax"]
+__all__ = ["choose_screen", "Int4Preview", "Int8Preview", "ScreenedSoftmax", "SVDPreview", "SVDSoftmax"]

@@ -1,11 +1,17 @@
-"""The second moment of hidden states: all that a calibrated preview needs to know of them."""
+"""The second moment of hidden states: all that a calibrated preview needs to know of them, and its rotation."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor
 
-from lastlayer.functional.gram import gram_matrix
+from lastlayer.functional.gram import (
+    Rotation,
+    calibrated_rotation,
+    gram_matrix,
+    principal_rotation,
+    shrunk_moment,
+)
 
 
 class SecondMoment(NamedTuple):
@@ -55,3 +61,21 @@ def _checked(batch: Tensor) -> Tensor:  # (n, d)
     if batch.dim() < 2 or batch.shape[-1] == 0:
         raise ValueError(f"calibration must have shape (..., d) with rows, got {tuple(batch.shape)}")
     return batch.reshape(-1, batch.shape[-1])
+
+
+def rotation_of(
+    weight: Tensor,  # (V, d)
+    calibration: SecondMoment | None,
+    gram: Tensor | None = None,  # (d, d), weight.T @ weight where it is at hand
+) -> Rotation:
+    """The rotation of a weight, plain or calibrated: a Gram matrix, if none is given, and a d x d eigenproblem."""
+    width = weight.shape[-1]
+    if gram is not None and gram.shape != (width, width):
+        raise ValueError(f"gram must have shape (d, d) = {(width, width)}, got {tuple(gram.shape)}")
+    gram = gram_matrix(weight) if gram is None else gram.detach().double()
+    if calibration is None:
+        return principal_rotation(gram)
+    moment = calibration.moment.to(gram.device)
+    if moment.shape != gram.shape:
+        raise ValueError(f"calibration must have the weight's width {len(gram)}, got {len(moment)}")
+    return calibrated_rotation(gram, shrunk_moment(moment, calibration.rows))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lastlayer.functional.checks import check_count, check_hidden
 from lastlayer.screening.exact import full_logits
+from lastlayer.screening.int4_preview import Int4Preview
 from lastlayer.screening.int8_preview import Int8Preview
 from lastlayer.screening.preview import Preview
 from lastlayer.screening.screened import ScreenedSoftmax
@@ -20,7 +21,7 @@ TUNING_ROWS, MEASURED_ROWS, KL_ROWS = 512, 2048, 128
 ROUNDS = 15
 ROOM = 1.5  # candidates beyond what the tuning rows needed
 WINDOWS = (16, 8, 4)  # of the width: d/16, d/8, d/4
-INT8_CANDIDATES = 96
+CERTIFIED_CANDIDATES = {Int8Preview: 96, Int4Preview: 32}  # what could be better is rescored besides
 
 
 class Truth(NamedTuple):
@@ -48,9 +49,10 @@ def choose_screen(
 ) -> tuple[ScreenedSoftmax, list[dict[str, Any]]]:
     """The fastest screen of a trained layer whose top-k agrees with the full layer's, and all that were tried.
 
-    Calibrated and plain SVD previews of several windows, and the 8-bit preview with proof. The first half of the
-    hidden states calibrates and says how many candidates are needed; the second, never seen by either, measures
-    agreement, divergence and certificates. Times are of one query at a time, interleaved with the full layer.
+    Calibrated and plain SVD previews of several windows, and the 8-bit and 4-bit previews with proof. The first
+    half of the hidden states calibrates and says how many candidates are needed; the second, never seen by either,
+    measures agreement, divergence and certificates. Times are of one query at a time, interleaved with the full
+    layer.
 
     Args:
         weight, bias: the trained layer.
@@ -84,7 +86,7 @@ def choose_screen(
     tuning = Truth.of(weight, bias, first[:share], k)
     measuring = Truth.of(weight, bias, second[:MEASURED_ROWS], k)
 
-    screens = [_certified(weight, bias, k)]
+    screens = [_certified(preview, weight, bias, k) for preview in (Int8Preview(), Int4Preview(calibration=first))]
     screens += [
         _tuned(preview, weight, bias, tuning, agreement, k) for preview in _previews(weight, first[share:])
     ]
@@ -119,9 +121,9 @@ def _previews(weight: Tensor, calibration: Tensor) -> list[Preview]:
     return [*calibrated, SVDPreview(max(1, width // 8))]
 
 
-def _certified(weight: Tensor, bias: Tensor | None, k: int) -> ScreenedSoftmax:
-    candidates = min(len(weight), max(INT8_CANDIDATES, 2 * k))
-    return ScreenedSoftmax(weight, bias, preview=Int8Preview(), candidates=candidates, exact=True)
+def _certified(preview: Preview, weight: Tensor, bias: Tensor | None, k: int) -> ScreenedSoftmax:
+    candidates = min(len(weight), max(CERTIFIED_CANDIDATES[type(preview)], 2 * k))
+    return ScreenedSoftmax(weight, bias, preview=preview, candidates=candidates, exact=True)
 
 
 def _tuned(
@@ -168,7 +170,7 @@ def _measured(screen: ScreenedSoftmax, truth: Truth, k: int) -> dict[str, Any]:
 
 def _name(preview: Preview) -> str:
     if not isinstance(preview, SVDPreview):
-        return "int8, certified"
+        return "int8, certified" if isinstance(preview, Int8Preview) else "int4, calibrated, certified"
     kind = "SVD, plain" if preview.calibration is None else "SVD, calibrated"
     return f"{kind}, {preview.storage}" if preview.storage else kind
 

@@ -1,5 +1,6 @@
 """Int8Rows: rows and hidden states in 8-bit integers, multiplied exactly; the rounding is bounded, not hoped."""
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import numpy as np
@@ -41,7 +42,56 @@ def _rounded(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return part.to(torch.int8), step, vectors - part * step.double()
 
 
-class Int8Rows:
+class IntegerRows(ABC):
+    """Rows as integers of at most 8 bits, each row with its own scale, and their products with hidden states."""
+
+    scale: Tensor  # (V,), float32
+    width: int  # of the stored rows: that of hidden states, padded
+    dtype: torch.dtype  # of scores
+
+    @abstractmethod
+    def integers(self, start: int, stop: int) -> Tensor:  # (stop - start, width), int8
+        """Some rows; `stop` may lie beyond the last."""
+
+    def _right(self, parts: TwoParts) -> Tensor:  # (width, M), int8
+        """All high parts, then all low ones, as columns that rows are multiplied with; padded."""
+        both = torch.cat([parts.high, parts.low])
+        columns = -len(both) % COLUMNS_UNIT if both.is_cuda else 0
+        return F.pad(both, (0, self.width - both.shape[-1], 0, columns)).T
+
+    def scores(
+        self,
+        hidden: Tensor,  # (N, w)
+        bias: Tensor,  # (V,)
+    ) -> Tensor:  # (N, V)
+        """`hidden @ rows.T + bias`, but for the rounding of both."""
+        parts, count, classes = split_in_two(hidden), len(hidden), len(self.scale)
+        right, scores = self._right(parts), hidden.new_empty(count, classes, dtype=self.dtype)
+        step = classes if hidden.is_cuda else AT_ONCE
+        for start in range(0, classes, step):
+            at = slice(start, start + step)
+            products = _int_mm(self.integers(start, start + step), right).T
+            sums = parts.step_high * products[:count] + parts.step_low * products[count : 2 * count]
+            scores[:, at] = sums * self.scale[at]
+        return scores.add_(bias)
+
+    def summarised(
+        self,
+        parts: TwoParts,
+        bias: Tensor,  # (V,) float32
+        workers: int,
+    ) -> Summary:
+        """`scores` of hidden states in two parts, summarised for the fused kernels."""
+        room = Summary.empty(len(parts.high), len(self.scale))
+        others = self.scale.numpy(), bias.numpy(), parts.step_high[:, 0].numpy(), parts.step_low[:, 0].numpy()
+        right = self._right(parts)
+        for start in range(0, len(self.scale), AT_ONCE):
+            products = _int_mm(self.integers(start, start + AT_ONCE), right).numpy()
+            kernels().combine_int8(workers, products, start, *others, BLOCK, *room)
+        return room
+
+
+class Int8Rows(IntegerRows):
     """Rows as `scale_i * q_i` in int8, each with its own scale.
 
     With `h'` the two int8 parts of a hidden state `h`, Cauchy and Schwarz bound
@@ -57,8 +107,8 @@ class Int8Rows:
         dtype: torch.dtype,
     ) -> None:
         classes, width = rows.shape
-        padded = -(-width // WIDTH_UNIT) * WIDTH_UNIT
-        self.stored = torch.zeros(classes, padded, dtype=torch.int8, device=rows.device)
+        self.width = -(-width // WIDTH_UNIT) * WIDTH_UNIT
+        self.stored = torch.zeros(classes, self.width, dtype=torch.int8, device=rows.device)
         self.scale = torch.empty(classes, dtype=torch.float32, device=rows.device)
         norms = torch.empty(2, classes, dtype=torch.float64, device=rows.device)
         for start in range(0, classes, CAST_ROWS):
@@ -74,7 +124,7 @@ class Int8Rows:
             norms[1, at] = torch.linalg.vector_norm(rounded, dim=-1)
         norms[0] += rounding_share(8, torch.float32) * norms[1]  # scores are put together in float32
         self.dtype = dtype
-        self.of_classes = _rounded_up(norms).to(dtype)  # (2, V)
+        self.of_classes = rounded_up(norms).to(dtype)  # (2, V)
         self.bytes_read = self.stored.nbytes + self.scale.nbytes
 
     def of_rows(self, hidden: Tensor) -> Tensor:  # (N, w) -> (N, 2)
@@ -82,27 +132,8 @@ class Int8Rows:
         norm = torch.linalg.vector_norm(hidden.double(), dim=-1, keepdim=True)
         return torch.cat([norm, split_in_two(hidden).left_over], dim=-1)
 
-    def _right(self, parts: TwoParts) -> Tensor:  # (w, M), int8
-        """All high parts, then all low ones, as columns that rows are multiplied with; padded."""
-        both = torch.cat([parts.high, parts.low])
-        columns = -len(both) % COLUMNS_UNIT if both.is_cuda else 0
-        return F.pad(both, (0, self.stored.shape[-1] - both.shape[-1], 0, columns)).T
-
-    def scores(
-        self,
-        hidden: Tensor,  # (N, w)
-        bias: Tensor,  # (V,)
-    ) -> Tensor:  # (N, V)
-        """`hidden @ rows.T + bias`, but for the rounding of both."""
-        parts, count = split_in_two(hidden), len(hidden)
-        right, scores = self._right(parts), hidden.new_empty(count, len(self.stored), dtype=self.dtype)
-        step = len(self.stored) if hidden.is_cuda else AT_ONCE
-        for start in range(0, len(self.stored), step):
-            at = slice(start, start + step)
-            products = _int_mm(self.stored[at], right).T
-            sums = parts.step_high * products[:count] + parts.step_low * products[count : 2 * count]
-            scores[:, at] = sums * self.scale[at]
-        return scores.add_(bias)
+    def integers(self, start: int, stop: int) -> Tensor:
+        return self.stored[start:stop]
 
     def query(
         self,
@@ -112,7 +143,7 @@ class Int8Rows:
         """The fused kernels' answer by these rows, all but whose own part of `asked.of_row` is filled in."""
         run = kernels()
         if run.HAS_VNNI:
-            high, low = np.zeros((2, self.stored.shape[-1]), dtype=np.int8)
+            high, low = np.zeros((2, self.width), dtype=np.int8)
             return run.query_int8(vector, self.stored.numpy(), self.scale.numpy(), high, low, *asked)
         if not moderate(vector):
             return run.BAD
@@ -129,26 +160,21 @@ class Int8Rows:
         workers: int,
     ) -> tuple[Summary, Tensor]:
         """Scores summarised for the fused kernels, and `of_rows`."""
-        run, room = kernels(), Summary.empty(len(hidden), len(self.stored))
+        run = kernels()
         if run.HAS_AMX:
-            of_rows = np.empty((len(hidden), 2))
+            room, of_rows = Summary.empty(len(hidden), len(self.stored)), np.empty((len(hidden), 2))
             given = self.stored.numpy(), self.scale.numpy(), bias.numpy()
             run.scan_int8_rows(workers, hidden.float().numpy(), *given, BLOCK, of_rows, *room)
             return room, torch.from_numpy(of_rows)
         parts = split_in_two(hidden)
-        others = self.scale.numpy(), bias.numpy(), parts.step_high[:, 0].numpy(), parts.step_low[:, 0].numpy()
-        right = self._right(parts)
-        for start in range(0, len(self.stored), AT_ONCE):
-            products = _int_mm(self.stored[start : start + AT_ONCE], right).numpy()
-            run.combine_int8(workers, products, start, *others, BLOCK, *room)
         norm = torch.linalg.vector_norm(hidden.double(), dim=-1, keepdim=True)
-        return room, torch.cat([norm, parts.left_over], dim=-1)
+        return self.summarised(parts, bias, workers), torch.cat([norm, parts.left_over], dim=-1)
 
 
 def _int_mm(left: Tensor, right: Tensor) -> Tensor:
     return torch._int_mm(left, right)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _rounded_up(norms: Tensor) -> Tensor:
+def rounded_up(norms: Tensor) -> Tensor:
     """So that rounding to float32 does not make a bound smaller."""
     return norms * (1 + 2 * torch.finfo(torch.float32).eps)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lastlayer.functional.logit_map import LogitMap, check_logit_map
 from lastlayer.screening.calibration import SecondMoment
+from lastlayer.screening.int4_preview import Int4Preview
 from lastlayer.screening.int8_preview import Int8Preview
 from lastlayer.screening.preview import Preview
 from lastlayer.screening.svd_preview import SVDPreview
@@ -47,11 +48,12 @@ def save_screen(screen: "ScreenedSoftmax", folder: Path, include_weight: bool) -
     if isinstance(preview, SVDPreview):
         settings |= {"window": preview.window, "storage": preview.storage}
         settings |= {"tail_correction": preview.tail_correction}
-        if preview.calibration is not None:
-            settings["calibration_rows"] = preview.calibration.rows
-            tensors["calibration"] = preview.calibration.moment
-    elif not isinstance(preview, Int8Preview):
+    elif not isinstance(preview, Int4Preview | Int8Preview):
         raise TypeError(f"a {type(preview).__name__} of your own cannot be saved; save its settings yourself")
+    calibration = None if isinstance(preview, Int8Preview) else preview.calibration
+    if calibration is not None:
+        settings["calibration_rows"] = calibration.rows
+        tensors["calibration"] = calibration.moment
     logit_map, parameters = _described_map(screen.logit_map)
     tensors |= parameters
     content = save({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()})
@@ -149,10 +151,13 @@ def _preview(settings: dict[str, Any], moment: Tensor | None, folder: Path) -> P
     kind = settings.get("kind")
     if kind == "Int8Preview":
         return Int8Preview()
-    if kind != "SVDPreview":
-        raise ValueError(f"{folder / SETTINGS}: preview must be an SVDPreview or Int8Preview, got {kind!r}")
+    if kind not in ("SVDPreview", "Int4Preview"):
+        known = "an SVDPreview, Int4Preview or Int8Preview"
+        raise ValueError(f"{folder / SETTINGS}: preview must be {known}, got {kind!r}")
     try:
         calibration = None if moment is None else SecondMoment(moment, int(settings["calibration_rows"]))
+        if kind == "Int4Preview":
+            return Int4Preview(calibration=calibration)
         return SVDPreview(
             settings["window"],
             calibration=calibration,

@@ -39,7 +39,7 @@ class ScreenedSoftmax(nn.Module):
     Args:
         weight: `(V, d)`, float16, bfloat16, float32 or float64.
         bias: `(V,)` or None.
-        preview: how all classes are scored: `SVDPreview(...)`, `Int8Preview()`.
+        preview: how all classes are scored: `SVDPreview(...)`, `Int8Preview()`, `Int4Preview(...)`.
         candidates: classes a row whose exact logits are computed, from 1 to V.
         logit_map: an increasing function of one logit, before the softmax; candidates are chosen by raw logits.
         exact: the default of `topk`'s `exact`; also makes the argmax of `forward` the full layer's.
@@ -299,8 +299,7 @@ class ScreenedSoftmax(nn.Module):
             self._for_kernels = self._prepared.normalizer_shift is None and serves(self.weight) and self._views()
         if isinstance(self._for_kernels, bool) or torch.compiler.is_compiling():
             return None
-        with no_autocast(rows):
-            return self._for_kernels.answer(rows.detach(), k, exact, with_logits)
+        return self._for_kernels.answer(rows.detach(), k, exact, with_logits)
 
     def _views(self) -> FusedScreen:
         head = Head(self.weight.detach(), None if self.bias is None else self.bias.detach())

@@ -7,14 +7,8 @@ import torch
 from torch import Tensor
 
 from lastlayer.functional.checks import check_choice, check_positive
-from lastlayer.functional.gram import (
-    Rotation,
-    calibrated_rotation,
-    gram_matrix,
-    principal_rotation,
-    shrunk_moment,
-)
-from lastlayer.screening.calibration import Calibration, SecondMoment, second_moment
+from lastlayer.functional.gram import Rotation
+from lastlayer.screening.calibration import Calibration, SecondMoment, rotation_of, second_moment
 from lastlayer.screening.exact import CAST_ROWS, full_logits, rounding_share, row_norms, working_dtype
 from lastlayer.screening.preview import ErrorBound, PreparedPreview, Preview
 from lastlayer.screening.stored_rows import STORAGES, store_rows
@@ -89,24 +83,7 @@ class SVDPreview(Preview):
         if self.window > width:
             raise ValueError(f"window must be between 1 and the weight's width {width}, got {self.window}")
         bias = bias if bias is None else bias.detach()
-        return PreparedSVD(self, weight.detach(), bias, self.rotation(weight, gram))
-
-    def rotation(
-        self,
-        weight: Tensor,  # (V, d)
-        gram: Tensor | None = None,  # (d, d)
-    ) -> Rotation:
-        """The rotation of this weight: a Gram matrix, if none is given, and a d x d eigenproblem, in float64."""
-        width = weight.shape[-1]
-        if gram is not None and gram.shape != (width, width):
-            raise ValueError(f"gram must have shape (d, d) = {(width, width)}, got {tuple(gram.shape)}")
-        gram = gram_matrix(weight) if gram is None else gram.detach().double()
-        if self.calibration is None:
-            return principal_rotation(gram)
-        moment = self.calibration.moment.to(gram.device)
-        if moment.shape != gram.shape:
-            raise ValueError(f"calibration must have the weight's width {len(gram)}, got {len(moment)}")
-        return calibrated_rotation(gram, shrunk_moment(moment, self.calibration.rows))
+        return PreparedSVD(self, weight.detach(), bias, rotation_of(weight, self.calibration, gram))
 
 
 class PreparedSVD(PreparedPreview):

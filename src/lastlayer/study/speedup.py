@@ -144,7 +144,7 @@ def _plot(records: list[Record], agreement: float, path: Path) -> None:
     axes = plot.add_subplot()
     floor = 1e-5  # drawn for none missed, which a logarithm cannot show
     for number, record in enumerate(records):
-        kind = 2 if record["chosen"] else "int8" not in record["preview"]
+        kind = 2 if record["chosen"] else "certified" not in record["preview"]
         missed = max(floor, 1 - record["agreement_topk"])
         style = {"marker": "so*"[kind], "markersize": (8, 7, 15)[kind], "color": f"C{number % 10}"}
         axes.plot(record["ms"], missed, linestyle="none", label=_name(record), **style)

@@ -22,7 +22,8 @@ from lastlayer.kernels.screening.answer import (
 )
 from lastlayer.kernels.screening.blocks import summarise
 from lastlayer.kernels.screening.dots import HAS_VNNI
-from lastlayer.kernels.screening.query import MOST, query_float, query_int8
+from lastlayer.kernels.screening.nibbles import scan_int4
+from lastlayer.kernels.screening.query import MOST, query_float, query_int4, query_int8
 from lastlayer.kernels.screening.scan import combine_int8, rotate
 from lastlayer.kernels.screening.scan_rows import scan_int8_rows
 from lastlayer.kernels.screening.tiles import HAS_AMX
@@ -39,8 +40,10 @@ __all__ = [
     "HAS_VNNI",
     "MOST",
     "query_float",
+    "query_int4",
     "query_int8",
     "rotate",
+    "scan_int4",
     "scan_int8_rows",
     "summarise",
     "UNCERTIFIED",

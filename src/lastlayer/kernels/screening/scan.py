@@ -11,6 +11,7 @@ from lastlayer.kernels.screening.dots import ROWS, pointer_at, score_rows, unsig
 from lastlayer.kernels.screening.threads import apart
 
 TILE = 16  # blocks scored before they are summarised
+TURNED_AT_ONCE = 64  # products whose sum may lose digits
 STRIP = 16  # classes whose products stay in the first cache while they are transposed
 
 
@@ -117,6 +118,26 @@ def scan_int8(
 
 
 @njit(cache=True, fastmath=FAST)
+def add_columns(columns: Any, hidden: Any, begin: int, stop: int, first: int, last: int, sums: Any) -> None:
+    """Adds `hidden[begin:stop] @ columns[begin:stop, first:last]` to `sums`."""
+    whole = begin + (stop - begin) // 4 * 4
+    for j in range(begin, whole, 4):  # four at once, so that a sum is fetched and put back a quarter as often
+        a, b, c, d = hidden[j], hidden[j + 1], hidden[j + 2], hidden[j + 3]
+        of_a, of_b, of_c, of_d = (
+            columns[j, first:last],
+            columns[j + 1, first:last],
+            columns[j + 2, first:last],
+            columns[j + 3, first:last],
+        )
+        for i in range(sums.size):
+            sums[i] += (load(of_a[i]) * a + load(of_b[i]) * b) + (load(of_c[i]) * c + load(of_d[i]) * d)
+    for j in range(whole, stop):
+        of_a, a = columns[j, first:last], hidden[j]
+        for i in range(sums.size):
+            sums[i] += load(of_a[i]) * a
+
+
+@njit(cache=True, fastmath=FAST)
 def _scan_float_part(
     worker: int,
     workers: int,
@@ -134,21 +155,7 @@ def _scan_float_part(
         part, of_bias = scores[start:end], bias[start:end]
         for i in range(part.size):
             part[i] = of_bias[i]
-        whole = len(hidden) // 4 * 4
-        for j in range(0, whole, 4):  # four at once, so that a score is fetched and put back a quarter as often
-            a, b, c, d = hidden[j], hidden[j + 1], hidden[j + 2], hidden[j + 3]
-            of_a, of_b, of_c, of_d = (
-                columns[j, start:end],
-                columns[j + 1, start:end],
-                columns[j + 2, start:end],
-                columns[j + 3, start:end],
-            )
-            for i in range(part.size):
-                part[i] += (load(of_a[i]) * a + load(of_b[i]) * b) + (load(of_c[i]) * c + load(of_d[i]) * d)
-        for j in range(whole, len(hidden)):
-            of_a, a = columns[j, start:end], hidden[j]
-            for i in range(part.size):
-                part[i] += load(of_a[i]) * a
+        add_columns(columns, hidden, 0, len(hidden), start, end, part)
         summarise_part(scores, start, end, size, block_max, block_sum)
 
 
@@ -195,6 +202,35 @@ def rotate(
             of_tail += to_tail[i, j] * hidden[j]
         tail += float(of_tail) * float(of_tail)
     return norm_of(hidden), np.sqrt(tail)
+
+
+@njit(cache=True, fastmath=FAST)
+def _turn_part(worker: int, workers: int, hidden: Any, matrix: Any, turned: Any) -> None:
+    share = (turned.size + workers - 1) // workers
+    first, last = min(worker * share, turned.size), min((worker + 1) * share, turned.size)
+    total, part = np.zeros(last - first), np.empty(last - first, dtype=np.float32)
+    for start in range(0, hidden.size, TURNED_AT_ONCE):
+        end = min(start + TURNED_AT_ONCE, hidden.size)
+        part[:] = 0
+        add_columns(matrix, hidden, start, end, first, last, part)
+        for i in range(part.size):
+            total[i] += float(part[i])
+    for i in range(total.size):
+        turned[first + i] = total[i]
+
+
+@njit(cache=True)
+def turn(
+    hidden: Any,  # (d,) float32
+    matrix: Any,  # (d, w) float32, or the bits of bfloat16 as int16
+    workers: int,
+    turned: Any,  # (w,) float32, out
+) -> None:
+    """`hidden @ matrix`; TURNED_AT_ONCE products are summed in float32, their sums in float64."""
+    if workers == 1:
+        _turn_part(0, 1, hidden, matrix, turned)
+    else:
+        apart(_turn_part, workers, (workers, hidden, matrix, turned))  # pyright: ignore[reportCallIssue]
 
 
 @njit(cache=True, fastmath=FAST)
