@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LEAST_GATHERED = 64
 CAST_ROWS = 8192  # rows of a half-precision weight cast at once
 
 
@@ -35,10 +36,16 @@ def logits_at(
     bias: Tensor | None,  # (V,)
     classes: Tensor,  # (N, C)
 ) -> Tensor:  # (N, C)
-    """The full layer's logits of some classes of each row, from the weight's own rows."""
-    dtype = working_dtype(weight.dtype)
-    rows = weight.index_select(0, classes.reshape(-1)).view(*classes.shape, weight.shape[-1]).to(dtype)
-    logits = torch.matmul(rows, hidden.to(dtype).unsqueeze(-1)).squeeze(-1)
+    """The full layer's logits of some classes of each row, from the weight's own rows.
+
+    Gathers no more numbers at once than a row has classes (or LEAST_GATHERED rows of the weight).
+    """
+    dtype, (num_classes, width) = working_dtype(weight.dtype), weight.shape
+    vectors, parts = hidden.to(dtype).unsqueeze(-1), []
+    for some in classes.split(max(LEAST_GATHERED, num_classes // width), dim=-1):
+        rows = weight.index_select(0, some.reshape(-1)).view(*some.shape, width).to(dtype)
+        parts.append(torch.matmul(rows, vectors).squeeze(-1))
+    logits = torch.cat(parts, dim=-1)
     return logits if bias is None else logits + bias.to(dtype)[classes]
 
 

@@ -51,7 +51,7 @@ class IntegerRows(ABC):
 
     @abstractmethod
     def integers(self, start: int, stop: int) -> Tensor:  # (stop - start, width), int8
-        """Some rows; `stop` may lie beyond the last."""
+        """Some rows; `start` is a multiple of BLOCK, `stop` may lie beyond the last."""
 
     def _right(self, parts: TwoParts) -> Tensor:  # (width, M), int8
         """All high parts, then all low ones, as columns that rows are multiplied with; padded."""
@@ -67,12 +67,14 @@ class IntegerRows(ABC):
         """`hidden @ rows.T + bias`, but for the rounding of both."""
         parts, count, classes = split_in_two(hidden), len(hidden), len(self.scale)
         right, scores = self._right(parts), hidden.new_empty(count, classes, dtype=self.dtype)
-        step = classes if hidden.is_cuda else AT_ONCE
+        # on a GPU as few steps as hold no more numbers than the scores themselves
+        step = max(AT_ONCE, scores.numel() // right.shape[1] // BLOCK * BLOCK) if hidden.is_cuda else AT_ONCE
         for start in range(0, classes, step):
             at = slice(start, start + step)
             products = _int_mm(self.integers(start, start + step), right).T
-            sums = parts.step_high * products[:count] + parts.step_low * products[count : 2 * count]
-            scores[:, at] = sums * self.scale[at]
+            sums = parts.step_high * products[:count]
+            sums += parts.step_low * products[count : 2 * count]
+            scores[:, at] = sums.mul_(self.scale[at])
         return scores.add_(bias)
 
     def summarised(

@@ -11,7 +11,30 @@ from torch import Tensor
 from lastlayer.screening.exact import full_logits, logits_at
 from lastlayer.screening.preview import ErrorBound, PreparedPreview
 
-BOUNDED_AT_ONCE = 1 << 16  # classes, so that their bounds never lie in memory all at once
+PARTS, LEAST = 16, 4096  # of the classes; what is only needed for a moment is made for one part after another
+
+
+def class_parts(classes: int) -> list[slice]:
+    """The classes in at most PARTS parts of at least LEAST."""
+    step = max(LEAST, -(-classes // PARTS))
+    return [slice(start, min(start + step, classes)) for start in range(0, classes, step)]
+
+
+def best(
+    scores: Tensor,  # (N, V)
+    count: int,
+) -> Tensor:  # (N, count)
+    """The classes of the best scores, in no order.
+
+    On a CPU from the best of every part: there `topk` holds 16 bytes a class.
+    """
+    parts = class_parts(scores.shape[-1])
+    if scores.is_cuda or 2 * len(parts) * count > scores.shape[-1]:
+        return scores.topk(count, dim=-1, sorted=False).indices
+    found = [scores[:, at].topk(min(count, at.stop - at.start), dim=-1, sorted=False) for at in parts]
+    values = torch.cat([part.values for part in found], dim=-1)
+    classes = torch.cat([part.indices + at.start for part, at in zip(found, parts, strict=True)], dim=-1)
+    return classes.gather(-1, values.topk(count, dim=-1, sorted=False).indices)
 
 
 class Screened(NamedTuple):
@@ -53,7 +76,7 @@ def screen(
     if len(hidden) * candidates >= len(head.weight):
         return head.dense(hidden, k)
     scores = preview.scores(hidden)
-    chosen = scores.topk(candidates, dim=-1, sorted=False).indices
+    chosen = best(scores, candidates)
     logits_chosen = logits_at(hidden, head.weight, head.bias, chosen)
     values, order = logits_chosen.topk(k, dim=-1)
     rescored = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
@@ -72,8 +95,7 @@ def could_be_in(
 ) -> Tensor:  # (N, V), bool
     """The classes not rescored whose logit could reach `kth`; written as "not below" so that NaN stays in play."""
     in_play = rescored.logical_not()
-    for start in range(0, scores.shape[-1], BOUNDED_AT_ONCE):
-        at = slice(start, start + BOUNDED_AT_ONCE)
+    for at in class_parts(scores.shape[-1]):
         upper = torch.addmm(scores[:, at], bound.of_rows, bound.of_classes[:, at])
         in_play[:, at].logical_and_((upper < kth).logical_not_())
     return in_play
@@ -86,15 +108,13 @@ def widen(
     in_play: Tensor,  # (N, V), bool
 ) -> Screened:
     """Rescores every class in play, so that all rows become certified."""
-    open_rows = (~screened.certified).nonzero().squeeze(1)
-    k = screened.values.shape[-1]
-    dense_rows = open_rows[in_play[open_rows].sum(-1) * 4 > len(head.weight)]
+    k, parts = screened.values.shape[-1], class_parts(len(head.weight))
+    counts = torch.stack([in_play[:, at].sum(-1) for at in parts]).sum(0)  # a sum of bools holds them as int64
+    dense_rows = (counts * 4 > len(head.weight)).nonzero().squeeze(1)
     if len(dense_rows):
-        dense = head.dense(hidden[dense_rows], k)
-        for mine, theirs in zip(screened[:4], dense[:4], strict=True):
-            mine[dense_rows] = theirs
+        _fill(head, hidden, screened, dense_rows)
         in_play[dense_rows] = False
-    for row in open_rows.tolist():
+    for row in (~screened.certified).nonzero().squeeze(1).tolist():
         more = in_play[row].nonzero().squeeze(1)
         if not len(more):
             continue
@@ -106,3 +126,21 @@ def widen(
         screened.values[row] = values
         screened.indices[row] = torch.cat([screened.indices[row], more])[order]
     return screened._replace(certified=torch.ones_like(screened.certified))
+
+
+def _fill(
+    head: Head,
+    hidden: Tensor,  # (N, d)
+    screened: Screened,
+    rows: Tensor,  # (n,), which of them
+) -> None:
+    """Gives some rows the full layer's logits, a part of the classes at a time."""
+    for at in class_parts(len(head.weight)):
+        bias = head.bias if head.bias is None else head.bias[at]
+        screened.logits[rows, at] = full_logits(hidden[rows], head.weight[at], bias)
+    screened.rescored[rows] = True
+    k = screened.values.shape[-1]
+    for row in rows.tolist():
+        classes = best(screened.logits[row : row + 1], k)[0]
+        screened.values[row], order = screened.logits[row, classes].topk(k)
+        screened.indices[row] = classes[order]

@@ -13,7 +13,7 @@ from lastlayer.screening.exact import full_logits, no_autocast
 from lastlayer.screening.fused import Fused, FusedScreen, serves
 from lastlayer.screening.preview import Preview
 from lastlayer.screening.saved import load_screen, save_screen
-from lastlayer.screening.screen import Head, Screened, screen
+from lastlayer.screening.screen import Head, Screened, class_parts, screen
 
 CHUNK_NUMBERS = 1 << 25  # of a (rows, V) tensor held at once
 
@@ -326,10 +326,13 @@ class ScreenedSoftmax(nn.Module):
         return logits if self.logit_map is None else self.logit_map(logits)
 
     def _log_normalizer(self, screened: Screened) -> Tensor:  # (N, 1)
-        logits, shift = screened.logits, self._prepared.normalizer_shift
-        if shift is not None:
-            logits = torch.where(screened.rescored, logits, logits + shift)
-        return self._mapped(logits).logsumexp(-1, keepdim=True)
+        shift, of_parts = self._prepared.normalizer_shift, []
+        for at in class_parts(self.out_features):
+            logits = screened.logits[:, at]
+            if shift is not None:
+                logits = torch.where(screened.rescored[:, at], logits, logits + shift[at])
+            of_parts.append(self._mapped(logits).logsumexp(-1, keepdim=True))
+        return torch.cat(of_parts, dim=-1).logsumexp(-1, keepdim=True)
 
 
 def _check_head(weight: Tensor, bias: Tensor | None) -> None:
