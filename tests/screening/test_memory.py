@@ -33,3 +33,19 @@ def test_a_query_allocates_at_most_three_numbers_a_class(weight, name, rows):
     layer.topk(hidden, 10)  # kernels are compiled, and the room that a screen keeps is made
     kept = sum(array.nbytes for array in layer._for_kernels.room) if layer._for_kernels else 0
     assert peak_bytes(lambda: layer.topk(hidden, 10)) + kept <= 3 * 4 * V * rows
+
+
+PLAIN = PREVIEWS | {"shifted": SVDPreview(2, tail_correction=1.0)}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_query_without_kernels_allocates_at_most_three_numbers_a_class(weight, name, exact, dtype):
+    """Plain PyTorch, as it runs on a GPU and in float64; numbers are of the dtype it works in."""
+    layer = ScreenedSoftmax(weight.to(dtype), preview=PLAIN[name], candidates=1000, exact=exact)
+    layer._for_kernels = False
+    rows, number = 4, 8 if dtype == torch.float64 else 4
+    hidden = torch.randn(rows, D, generator=torch.Generator().manual_seed(1)).to(dtype)
+    layer.topk(hidden, 10)  # what the allocator keeps for the next call is there
+    assert min(peak_bytes(lambda: layer.topk(hidden, 10)) for _ in range(3)) <= 3 * number * V * rows

@@ -58,7 +58,7 @@ def larger(context, left, right):
     def generate(context, builder, signature, arguments):
         kind = ir.FunctionType(_F32, [_F32, _F32])
         function = builder.module.declare_intrinsic("llvm.maxnum", [_F32], kind)
-        return builder.call(function, arguments, fastmath=["fast"])
+        return builder.call(function, arguments, fastmath=["nnan", "nsz"])
 
     return types.float32(types.float32, types.float32), generate
 

@@ -28,7 +28,7 @@ def norm_of(vector: Any) -> Any:
     """The Euclidean norm, summed in float64; not finite where a number is not."""
     total = 0.0
     for j in range(vector.size):
-        total += float(vector[j]) * float(vector[j])
+        total += np.float64(vector[j]) * np.float64(vector[j])
     return np.sqrt(total)
 
 
@@ -41,18 +41,18 @@ def split_in_two(
     """`hidden` as two int8 vectors: their steps, and the norm of what is left over."""
     most = 0.0
     for j in range(hidden.size):
-        most = max(most, abs(float(hidden[j])))
+        most = max(most, abs(np.float64(hidden[j])))
     step_high = np.float32(most / 127) if most > 0 else np.float32(1.0)
     most = 0.0
     for j in range(hidden.size):
-        high[j] = np.int8(np.rint(float(hidden[j]) / step_high))
-        most = max(most, abs(float(hidden[j]) - float(step_high) * high[j]))
+        high[j] = np.int8(np.rint(np.float64(hidden[j]) / step_high))
+        most = max(most, abs(np.float64(hidden[j]) - np.float64(step_high) * high[j]))
     step_low = np.float32(most / 127) if most > 0 else np.float32(1.0)
     left = 0.0
     for j in range(hidden.size):
-        rest = float(hidden[j]) - float(step_high) * high[j]
+        rest = np.float64(hidden[j]) - np.float64(step_high) * high[j]
         low[j] = np.int8(np.rint(rest / step_low))
-        left += (rest - float(step_low) * low[j]) ** 2
+        left += (rest - np.float64(step_low) * low[j]) ** 2
     return step_high, step_low, np.sqrt(left)
 
 
@@ -200,7 +200,7 @@ def rotate(
         of_tail = np.float32(0.0)
         for j in range(hidden.size):
             of_tail += to_tail[i, j] * hidden[j]
-        tail += float(of_tail) * float(of_tail)
+        tail += np.float64(of_tail) ** 2
     return norm_of(hidden), np.sqrt(tail)
 
 
