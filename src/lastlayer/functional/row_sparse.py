@@ -3,6 +3,7 @@
 import sys
 from collections import deque
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -73,5 +74,5 @@ class GradientMemory:
         if lent:
             return like.new_empty(shape)
         if self._array is None or not num_bytes <= self._array.nbytes <= 4 * num_bytes:
-            self._array = torch.empty(num_bytes + num_bytes // 8, dtype=torch.uint8).numpy()
+            self._array = np.empty(num_bytes + num_bytes // 8, dtype=np.uint8)
         return torch.from_numpy(self._array)[:num_bytes].view(like.dtype).view(shape)

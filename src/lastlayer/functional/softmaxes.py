@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lastlayer.functional.groups import Groups
-from lastlayer.functional.linear_chunks import exact_dtype
 from lastlayer.kernels import grouped as kernels
 from lastlayer.kernels.grouped import GroupArrays
+from lastlayer.kernels.softmax_rows import RowTerms, can_fuse, fused
 
 # PyTorch's matrix product beats the compiled loops on groups with at least so many rows of the batch, unless the
 # whole product is too small to be worth a call; and on any that has so many multiply-adds that all threads share
@@ -66,16 +66,10 @@ class Softmaxes(NamedTuple):
         for row, count, start, size, place, _ in self._each_large(rows):
             own = slice(row, row + count)
             block = weight.narrow(0, start, size).to(rows.dtype)
-            if bias is None:
-                logits = rows[own] @ block.T
-            else:
-                logits = torch.addmm(bias.narrow(0, start, size).to(rows.dtype), rows[own], block.T)
             flat = residual.narrow(0, place, count * size).view(count, size)
-            log_p = torch.log_softmax(logits, 1, dtype=exact_dtype(rows.dtype), out=flat)
-            targets = (slots[own] - start)[:, None]
-            picked = log_p.gather(1, targets)
-            log_prob[own] += picked[:, 0]
-            log_p.exp_().scatter_add_(1, targets, torch.full_like(picked, -1))
+            _multiply(rows[own], block.T, flat)
+            own_bias = None if bias is None else bias.detach().narrow(0, start, size).to(flat.dtype)
+            log_prob[own] += _to_residuals(flat, own_bias, slots[own] - start)
             if len(slope):
                 slope[own].addmm_(flat.to(rows.dtype), block)
         return residual
@@ -92,15 +86,14 @@ class Softmaxes(NamedTuple):
         if len(self.small.rows):
             arrays = (rows, residual, scale, of_weight, of_bias)
             kernels.softmax_backward(self.small, *(t.numpy() for t in arrays), threads=torch.get_num_threads())
+        if not self.large:
+            return
+        scaled = (rows * scale[:, None]).to(rows.dtype)
         for row, count, _, size, place, out in self._each_large(rows):
             own = slice(row, row + count)
-            of_logits = residual.narrow(0, place, count * size).view(count, size) * scale[own, None]
-            into = of_weight.narrow(0, out, size)
-            if into.dtype == rows.dtype:
-                torch.mm(of_logits.T.to(rows.dtype), rows[own], out=into)
-            else:  # a float32 gradient of products taken in half precision
-                into.copy_(of_logits.T.to(rows.dtype) @ rows[own])
-            of_bias.narrow(0, out, size).copy_(of_logits.sum(0))
+            transposed = residual.narrow(0, place, count * size).view(count, size).T
+            _multiply(transposed.to(rows.dtype), scaled[own], of_weight.narrow(0, out, size))
+            of_bias.narrow(0, out, size).copy_(transposed @ scale[own])
 
     def _each_large(self, rows: Tensor) -> Iterator[tuple[int, ...]]:
         """The large groups; the smaller of them on one thread, as tiny products on several threads collapse."""
@@ -112,6 +105,30 @@ class Softmaxes(NamedTuple):
                 yield group
         finally:
             _set_threads(threads)
+
+
+def _multiply(left: Tensor, right: Tensor, into: Tensor) -> None:
+    """`into` becomes `left @ right`, of which it may be the float32 form of a product in half precision."""
+    if into.dtype == left.dtype:
+        torch.mm(left, right, out=into)
+    else:
+        into.copy_(left @ right)
+
+
+def _to_residuals(
+    products: Tensor,  # (n, size); become softmax(products + bias) - one_hot(targets)
+    bias: Tensor | None,  # (size,)
+    targets: Tensor,  # (n,)
+) -> Tensor:  # (n,), the log-softmax at the targets
+    if can_fuse(products.device, products.dtype, products.numel()):
+        terms = RowTerms(targets, torch.ones_like(targets, dtype=products.dtype), None, None, None)
+        return fused(products, bias, terms, True)[0].neg_()
+    if bias is not None:
+        products += bias
+    log_prob = torch.log_softmax(products, 1, out=products)
+    picked = log_prob.gather(1, targets[:, None])
+    log_prob.exp_().scatter_add_(1, targets[:, None], torch.full_like(picked, -1))
+    return picked[:, 0]
 
 
 def _set_threads(threads: int) -> None:

@@ -5,50 +5,40 @@
 
 import numpy as np
 
+from lastlayer.kernels.cache_hints import (
+    STORE_BYTES,
+    fence,
+    fetch_row,
+    goes_past_cache,
+    rows_ahead,
+    store_past_cache,
+)
 from lastlayer.kernels.fast_math import compiled
 
 
 @compiled
-def row_logits(h, weight, logits):
-    """`weight @ h`, four weight rows at a time: `h` is loaded once for all of them."""
-    size, d = weight.shape
-    zero = h.dtype.type(0)
-    for i in range(0, size - 3, 4):
-        w0, w1, w2, w3 = weight[i], weight[i + 1], weight[i + 2], weight[i + 3]
-        s0 = s1 = s2 = s3 = zero
-        for k in range(d):
-            s0 += w0[k] * h[k]
-            s1 += w1[k] * h[k]
-            s2 += w2[k] * h[k]
-            s3 += w3[k] * h[k]
-        logits[i], logits[i + 1], logits[i + 2], logits[i + 3] = s0, s1, s2, s3
-    for i in range(size - size % 4, size):
-        total = zero
-        for k in range(d):
-            total += weight[i, k] * h[k]
-        logits[i] = total
+def one_rows_logits(hidden, n, weight, start, size, logits, place):
+    """`weight[start : start + size] @ hidden[n]`, to `logits` from `place` on."""
+    ahead = rows_ahead(weight)
+    for i in range(size):
+        fetch_row(weight, start + i + ahead)
+        total = hidden.dtype.type(0)
+        for k in range(hidden.shape[1]):
+            total += weight[start + i, k] * hidden[n, k]
+        logits[place + i] = total
 
 
 @compiled
-def two_rows_logits(g, h, weight, of_g, of_h):
-    """`weight @ g` and `weight @ h`, two weight rows at a time: six loads serve four products."""
-    size, d = weight.shape
-    zero = h.dtype.type(0)
-    for i in range(0, size - 1, 2):
-        w0, w1 = weight[i], weight[i + 1]
-        g0 = g1 = h0 = h1 = zero
-        for k in range(d):
-            g0 += w0[k] * g[k]
-            g1 += w1[k] * g[k]
-            h0 += w0[k] * h[k]
-            h1 += w1[k] * h[k]
-        of_g[i], of_g[i + 1], of_h[i], of_h[i + 1] = g0, g1, h0, h1
-    if size % 2:
-        g0 = h0 = zero
-        for k in range(d):
-            g0 += weight[size - 1, k] * g[k]
-            h0 += weight[size - 1, k] * h[k]
-        of_g[size - 1], of_h[size - 1] = g0, h0
+def two_rows_logits(hidden, n, weight, start, size, logits, place):
+    """The same of rows n and n + 1, one after the other: each weight row is loaded once for both."""
+    ahead = rows_ahead(weight)
+    for i in range(size):
+        fetch_row(weight, start + i + ahead)
+        of_first = of_second = hidden.dtype.type(0)
+        for k in range(hidden.shape[1]):
+            of_first += weight[start + i, k] * hidden[n, k]
+            of_second += weight[start + i, k] * hidden[n + 1, k]
+        logits[place + i], logits[place + size + i] = of_first, of_second
 
 
 @compiled
@@ -76,11 +66,11 @@ def forward(
     for g in range(first, last):
         start, size, count = starts[g], sizes[g], counts[g]
         logits = residual[places[g] : places[g] + count * size].reshape(count, size)
-        own = hidden[rows[g] : rows[g] + count]
         for n in range(0, count - 1, 2):
-            two_rows_logits(own[n], own[n + 1], weight[start : start + size], logits[n], logits[n + 1])
+            two_rows_logits(hidden, rows[g] + n, weight, start, size, residual, places[g] + n * size)
         if count % 2:
-            row_logits(own[count - 1], weight[start : start + size], logits[count - 1])
+            n = count - 1
+            one_rows_logits(hidden, rows[g] + n, weight, start, size, residual, places[g] + n * size)
         for n in range(count):
             row = logits[n]
             if bias.shape[0]:
@@ -110,31 +100,39 @@ def backward(
     hidden, residual, scale, grad_weight, grad_bias,
 ):  # fmt: skip
     d = hidden.shape[1]
+    past_cache = goes_past_cache(grad_weight)
+    own = np.empty(d, dtype=hidden.dtype)
     for g in range(first, last):
         size, count, row = sizes[g], counts[g], rows[g]
-        factors = residual[places[g] : places[g] + count * size].reshape(count, size)
         for i in range(size):
-            into = grad_weight[outs[g] + i]
-            f0 = scale[row] * factors[0, i]
-            h0 = hidden[row]
+            # Indices, not views: handing these on would count references, which empties the stores' buffers.
+            place = places[g] + i
+            f0 = scale[row] * residual[place]
             total = f0
             if count == 1:
                 for k in range(d):
-                    into[k] = f0 * h0[k]
+                    own[k] = f0 * hidden[row, k]
             else:
-                f1 = scale[row + 1] * factors[1, i]
-                h1 = hidden[row + 1]
+                f1 = scale[row + 1] * residual[place + size]
                 total += f1
                 for k in range(d):
-                    into[k] = f0 * h0[k] + f1 * h1[k]
+                    own[k] = f0 * hidden[row, k] + f1 * hidden[row + 1, k]
             for n in range(2, count):
-                f = scale[row + n] * factors[n, i]
-                h = hidden[row + n]
+                f = scale[row + n] * residual[place + n * size]
                 total += f
                 for k in range(d):
-                    into[k] += f * h[k]
+                    own[k] += f * hidden[row + n, k]
+            out = outs[g] + i
+            if past_cache:
+                for k in range(0, d, STORE_BYTES // own.itemsize):
+                    store_past_cache(own, k, grad_weight, out * d + k)
+            else:
+                for k in range(d):
+                    grad_weight[out, k] = own[k]
             if grad_bias.shape[0]:
-                grad_bias[outs[g] + i] = total
+                grad_bias[out] = total
+    if past_cache:
+        fence()
 
 
 @compiled

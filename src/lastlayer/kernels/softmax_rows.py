@@ -20,7 +20,7 @@ from torch import Tensor
 from lastlayer.kernels.threads import at_once
 
 # Below this many logits the plain version is as quick, and numba need not be imported.
-LEAST_LOGITS = 1 << 20
+LEAST_LOGITS = 1 << 19
 
 
 class RowTerms(NamedTuple):
