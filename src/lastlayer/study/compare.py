@@ -14,16 +14,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from lastlayer.study.batches import Streams
 from lastlayer.study.checkpoint import load_checkpoint
 from lastlayer.study.choices import build_layer
-from lastlayer.study.cost import Sample, count_parameters, measure_costs
+from lastlayer.study.cost import Sample, count_parameters, measure_costs, rehearse_costs
 from lastlayer.study.errors import StudyError, UsageError
 from lastlayer.study.evaluation import evaluate, topk_accuracy
 from lastlayer.study.figures import counted, duration
 from lastlayer.study.files import make_folder, write_text
+from lastlayer.study.forecast import Rehearsal, forecast
 from lastlayer.study.language_model import LanguageModel
-from lastlayer.study.measure import synchronise
+from lastlayer.study.measure import seconds_of
 from lastlayer.study.report import Report, show, write_report
 from lastlayer.study.text import Corpus
-from lastlayer.study.training import CURVE_AT, CURVE_TOKENS, Budget, Trainer
+from lastlayer.study.training import Budget, Trainer
 
 TOP = 10
 TOP_TOKENS = 2_000  # held-out tokens whose top-10 is asked for
@@ -143,27 +144,34 @@ class Comparison:
             **PLAIN,
         )
         with self.console.status("trying each layer for a step, to tell how long this will take"):
-            estimates = [self._estimate(name) for name in self.plan.layers]
+            seconds = [
+                forecast(self._rehearse(name), budget, len(corpus.held_out), self.plan.held_out_tokens, TOP_TOKENS)
+                for name in self.plan.layers
+            ]
         length = f"{budget.steps:,} steps" if budget.steps is not None else f"{budget.seconds:g} s of training"
         self.console.print(
-            f"{counted(len(estimates), 'layer')}, {length} each, and the measuring: "
-            f"about {duration(sum(estimates))} in all",
+            f"{counted(len(seconds), 'layer')}, {length} each, checkpoints and measuring: "
+            f"about {duration(sum(seconds))} from now",
             **PLAIN,
         )
 
-    def _estimate(self, name: str) -> float:
-        """Seconds that one layer will take, from a step and a window of each kind."""
-        trainer = self._trainer(name, None)
-        trainer._step()  # the first of each is slower
-        training = _seconds(trainer._step)
+    def _rehearse(self, name: str) -> Rehearsal:
+        """Everything that one layer will go through, once."""
+        path = self.out / "rehearsal.safetensors"
+        start = time.perf_counter()
+        trainer = self._trainer(name, path)
+        build = time.perf_counter() - start
+        trainer._step()  # the first is slower
+        step = seconds_of(trainer._step)
+        try:
+            save = seconds_of(trainer.save)
+        finally:
+            path.unlink(missing_ok=True)
         rows = self.held_out.batch * self.held_out.window
-        per_token = _seconds(lambda: evaluate(trainer.model, self.held_out, rows)) / rows
-        per_top = _seconds(lambda: topk_accuracy(trainer.model, self.held_out, TOP, rows)) / rows
-        held_out = min(self.plan.held_out_tokens, len(self.corpus.held_out))
-        evaluated = len(CURVE_AT) * min(CURVE_TOKENS, len(self.corpus.held_out)) + held_out
-        budget = self.plan.budget
-        trained = budget.steps * training if budget.steps is not None else budget.seconds or 0.0
-        return trained + evaluated * per_token + min(TOP_TOKENS, held_out) * per_top + 12 * training + 1.0
+        evaluation = seconds_of(lambda: evaluate(trainer.model, self.held_out, rows)) / rows
+        accuracy = seconds_of(lambda: topk_accuracy(trainer.model, self.held_out, TOP, rows)) / rows
+        measure = rehearse_costs(trainer.model.output, self._sample(trainer.model), self._query_k())
+        return Rehearsal(build, step, save, evaluation, accuracy, measure)
 
     def _train(self, name: str, resume: bool) -> Trainer:
         """Trains and evaluates one layer, or takes it from its checkpoint."""
@@ -191,7 +199,7 @@ class Comparison:
     def _measure(self, trainers: dict[str, Trainer]) -> Report:
         layers = {name: trainer.model.output for name, trainer in trainers.items()}
         samples = {name: self._sample(trainer.model) for name, trainer in trainers.items()}
-        costs = measure_costs(layers, samples, min(TOP, self.corpus.num_classes))
+        costs = measure_costs(layers, samples, self._query_k())
         records = []
         for name, trainer in trainers.items():
             assert trainer.result is not None  # set when its training ended
@@ -226,6 +234,9 @@ class Comparison:
         settings = self.plan.settings() | {"device": str(self.plan.device)}
         return Report(text, settings, sorted(records, key=lambda r: r["perplexity"]), curves)
 
+    def _query_k(self) -> int:
+        return min(TOP, self.corpus.num_classes)
+
     @torch.no_grad()
     def _sample(self, model: LanguageModel) -> Sample:
         """Hidden states of one training batch's size, from held-out text."""
@@ -235,14 +246,6 @@ class Comparison:
         inputs, targets = streams[0]
         hidden, _ = model.encode(inputs, None)
         return Sample(hidden.flatten(0, 1)[:rows], targets.flatten()[:rows])
-
-
-def _seconds(call: Any) -> float:
-    synchronise()
-    start = time.perf_counter()
-    call()
-    synchronise()
-    return time.perf_counter() - start
 
 
 @contextmanager

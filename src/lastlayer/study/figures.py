@@ -21,5 +21,6 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return counted(max(1, round(seconds)), "second")
     if seconds < 5400:
-        return f"{round(seconds / 60)} minutes"
+        minutes = round(seconds / 30) / 2 if seconds < 600 else round(seconds / 60)
+        return f"{minutes:g} minutes"
     return f"{seconds / 3600:.1f} hours" if seconds < 2 * 86_400 else counted(round(seconds / 86_400), "day")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -61,17 +62,26 @@ def interleaved(
     for turn in range(-warmup, rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:  # nobody always runs after the same peer
-            call = peers[name]
-            synchronise()
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            synchronise()
+            took = seconds_of(partial(_repeat, peers[name], repeats))
             if turn >= 0:
-                seconds[name].append((time.perf_counter() - start) / repeats)
+                seconds[name].append(took / repeats)
         if on_round is not None:
             on_round()
     return {name: Timing.of(times) for name, times in seconds.items()}
+
+
+def _repeat(call: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        call()
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """What one call takes, a GPU's work included."""
+    synchronise()
+    start = time.perf_counter()
+    call()
+    synchronise()
+    return time.perf_counter() - start
 
 
 def synchronise() -> None:
