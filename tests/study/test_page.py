@@ -16,8 +16,8 @@ def draw(lines, **options):
 
 
 def test_figures():
-    shown = [figure(v) for v in (0, 0.01234, 4.5, 67.84, 999.6, 12_345.6, 1e-9)]
-    assert shown == ["0", "0.0123", "4.50", "67.8", "1,000", "12,346", "0.000000"]
+    shown = [figure(v) for v in (0, 0.01234, 4.5, 67.84, 999.6, 12_345.6, 1e-9, 1e30)]
+    assert shown == ["0", "0.0123", "4.50", "67.8", "1,000", "12,346", "0.000000", "1.00e+30"]
     shown = [duration(s) for s in (0.2, 75, 212, 290, 1000, 7200)]
     assert shown == ["1 second", "75 seconds", "3.5 minutes", "5 minutes", "17 minutes", "2.0 hours"]
 

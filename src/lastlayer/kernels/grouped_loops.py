@@ -3,6 +3,9 @@
 `groups` are the fields of `GroupArrays`; a "residual" is `softmax - one_hot(target)`.
 """
 
+# pyright: reportCallIssue=false
+# (an intrinsic is called without its first parameter)
+
 import numpy as np
 
 from lastlayer.kernels.cache_hints import (

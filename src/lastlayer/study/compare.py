@@ -17,7 +17,7 @@ from lastlayer.study.choices import build_layer
 from lastlayer.study.cost import Sample, count_parameters, measure_costs, rehearse_costs
 from lastlayer.study.errors import StudyError, UsageError
 from lastlayer.study.evaluation import evaluate, topk_accuracy
-from lastlayer.study.figures import counted, duration
+from lastlayer.study.figures import counted, duration, figure
 from lastlayer.study.files import make_folder, write_text
 from lastlayer.study.forecast import Rehearsal, forecast
 from lastlayer.study.language_model import LanguageModel
@@ -192,7 +192,7 @@ class Comparison:
         }
         trainer.save()
         self.console.print(
-            f"{name}: perplexity {quality.perplexity:,.1f} after {trainer.tokens:,} tokens", highlight=False
+            f"{name}: perplexity {figure(quality.perplexity)} after {trainer.tokens:,} tokens", highlight=False
         )
         return trainer
 

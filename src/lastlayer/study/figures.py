@@ -4,7 +4,9 @@ import math
 
 
 def figure(value: float) -> str:
-    """Three figures at least, thousands set apart: 0.0123, 4.50, 67.8, 12,345."""
+    """Three figures at least, thousands set apart: 0.0123, 4.50, 67.8, 12,345, 6.02e+23."""
+    if abs(value) >= 1e12:
+        return f"{value:.2e}"
     if value == 0 or abs(value) >= 100:
         return f"{value:,.0f}"
     decimals = min(6, max(0, 2 - math.floor(math.log10(abs(value)))))

@@ -63,7 +63,7 @@ def reproduce(corpus: Corpus, plan: Plan, out: Path, console: Console, *, resume
         full = next(record["perplexity"] for record in found if record["layer"] == "full")
         records += [_quality(case, record, full) for record in found]
     console.print(_quality_table(records))
-    write_json(out / "reproduce.json", {"environment": environment(), "records": records})
+    write_json(out / "reproduce.json", {"environment": environment(), "text": corpus.name, "records": records})
     return records
 
 
