@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lastlayer.functional.groups import group_by_cluster, touched_rows, whole_batch
+from lastlayer.functional.groups import Targets, group_by_cluster, touched_rows, whole_batch
 from lastlayer.functional.linear_chunks import exact_dtype, product_dtype
 from lastlayer.functional.outside_graphs import outside_graphs
 from lastlayer.functional.row_sparse import GradientMemory, row_sparse
@@ -57,7 +57,7 @@ def two_level_log_prob(
     work = len(hidden) * (num_clusters + num_classes // num_clusters) * width
     small = 0 < work < SMALL_WORK and dtype == hidden.dtype and can_compile(hidden, parameters.weight)
     function: Any = SmallTwoLevelLogProb if small else _TwoLevelLogProb
-    arguments = (hidden.to(dtype), *parameters, clusters, slots, offsets, sparse, memory)
+    arguments = (Targets(clusters, slots, offsets, sparse, memory), hidden.to(dtype), *parameters)
     if not torch.is_autocast_enabled(hidden.device.type):  # entering its context costs microseconds
         return function.apply(*arguments)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -77,28 +77,22 @@ class _TwoLevelLogProb(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
-        head_weight: Tensor,
-        head_bias: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        clusters: Tensor,
-        slots: Tensor,
-        offsets: Tensor,
-        sparse: bool,
-        memory: GradientMemory | None,
-    ) -> Tensor:
-        groups = group_by_cluster(clusters, offsets)
+        targets: Targets,
+        hidden: Tensor,  # (N, d)
+        *parameters: Any,  # of `TwoLevel`
+    ) -> Tensor:  # (N,)
+        head_weight, head_bias, weight, bias = parameters
+        groups = group_by_cluster(targets.clusters, targets.offsets)
         order = groups.order
-        rows, slots, clusters = (t.index_select(0, order) for t in (hidden, slots, clusters))
+        rows, slots, clusters = (t.index_select(0, order) for t in (hidden, targets.slots, targets.clusters))
         head = Softmaxes.of(whole_batch(len(rows), len(head_weight)), rows, head_weight)
-        inner = Softmaxes.of(groups, rows, weight, compact=sparse)
+        inner = Softmaxes.of(groups, rows, weight, compact=targets.sparse)
         log_prob = rows.new_zeros(len(rows), dtype=exact_dtype(rows.dtype))
-        slope = torch.zeros_like(rows) if ctx.needs_input_grad[0] else rows[:0]
+        slope = torch.zeros_like(rows) if ctx.needs_input_grad[1] else rows[:0]
         head_residual = head.forward(rows, head_weight, head_bias, clusters, log_prob, slope)
         residual = inner.forward(rows, weight, bias, slots, log_prob, slope)
         ctx.save_for_backward(order, rows, slope, head_residual, residual)
-        ctx.levels, ctx.groups, ctx.sparse, ctx.memory = (head, inner), groups, sparse, memory
+        ctx.levels, ctx.groups, ctx.sparse, ctx.memory = (head, inner), groups, targets.sparse, targets.memory
         ctx.like, ctx.num_clusters, ctx.num_classes = weight[:0], len(head_weight), len(weight)
         return torch.empty_like(log_prob).index_copy_(0, order, log_prob)
 
@@ -106,7 +100,7 @@ class _TwoLevelLogProb(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         order, rows, slope, head_residual, residual = ctx.saved_tensors
-        (head, inner), wanted, like = ctx.levels, ctx.needs_input_grad, ctx.like
+        (head, inner), wanted, like = ctx.levels, ctx.needs_input_grad[1:], ctx.like
         scale = upstream[0].index_select(0, order).neg_()
         of_hidden = of_head_weight = of_head_bias = of_weight = of_bias = None
         if wanted[0]:
@@ -118,7 +112,7 @@ class _TwoLevelLogProb(torch.autograd.Function):
         if wanted[3] or wanted[4]:
             of_weight, of_bias = _inner_gradients(ctx, inner, rows, residual, scale)
         gradients = (of_hidden, of_head_weight, of_head_bias, of_weight, of_bias)
-        return (*(g if want else None for g, want in zip(gradients, wanted, strict=False)), *[None] * 5)
+        return (None, *(g if want else None for g, want in zip(gradients, wanted, strict=True)))
 
 
 def _inner_gradients(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lastlayer.functional.groups import Targets
 from lastlayer.functional.row_sparse import GradientMemory, row_sparse
 from lastlayer.kernels import grouped as kernels
 
@@ -16,22 +17,17 @@ class SmallTwoLevelLogProb(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
-        head_weight: Tensor,
-        head_bias: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        clusters: Tensor,
-        slots: Tensor,
-        offsets: Tensor,
-        sparse: bool,
-        memory: GradientMemory | None,
-    ) -> Tensor:
+        targets: Targets,
+        hidden: Tensor,  # (N, d)
+        *parameters: Any,  # of `TwoLevel`
+    ) -> Tensor:  # (N,)
+        head_weight, _, weight, _ = parameters
+        *places, sparse, ctx.memory = targets
         none = weight[:0, 0]
-        tensors = (hidden.contiguous(), head_weight, head_bias, weight, bias, clusters, slots, offsets)
+        tensors = (hidden.contiguous(), *parameters, *places)
         arrays = [(none if t is None else t).detach().numpy() for t in tensors]
-        answer, touched, ctx.state = kernels.small_forward(*arrays, sparse, ctx.needs_input_grad[0])
-        ctx.touched, ctx.sparse, ctx.memory = torch.from_numpy(touched), sparse, memory
+        answer, touched, ctx.state = kernels.small_forward(*arrays, sparse, ctx.needs_input_grad[1])
+        ctx.touched, ctx.sparse = torch.from_numpy(touched), sparse
         ctx.like, ctx.num_clusters, ctx.num_classes = weight[:0], len(head_weight), len(weight)
         return torch.from_numpy(answer)
 
@@ -39,7 +35,7 @@ class SmallTwoLevelLogProb(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad = upstream[0].contiguous()
-        wanted, like, touched = ctx.needs_input_grad, ctx.like, ctx.touched
+        wanted, like, touched = ctx.needs_input_grad[1:], ctx.like, ctx.touched
         width = like.shape[1]
         head = ctx.num_clusters if wanted[1] or wanted[2] else 0
         gradients = [
@@ -57,4 +53,4 @@ class SmallTwoLevelLogProb(torch.autograd.Function):
         kernels.small_backward(ctx.state, grad.numpy(), *(g.numpy() for g in gradients))
         if ctx.sparse and (wanted[3] or wanted[4]):
             gradients[3:] = [row_sparse(touched, gradient, ctx.num_classes) for gradient in gradients[3:]]
-        return (*(g if want else None for g, want in zip(gradients, wanted, strict=False)), *[None] * 5)
+        return (None, *(g if want else None for g, want in zip(gradients, wanted, strict=True)))
