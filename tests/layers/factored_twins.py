@@ -89,6 +89,4 @@ def batches(steps, rows=9, k=3, d=D, v=V, scale=0.5, dtype=torch.float64, seed=1
 
 def snapshot(layer):
     """Copies of all that a step of the layer changes."""
-    state = layer.state
-    parts = [state.factor, state.square, state.offset, *([] if state.total is None else [state.total])]
-    return [part.clone() for part in parts]
+    return [part.clone() for part in (layer.state.factor, layer.state.stacked)]

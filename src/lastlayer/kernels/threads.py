@@ -26,12 +26,25 @@ class OpenMP(NamedTuple):
     omp_get_num_threads: Any  # of the team; fewer than were asked for, it may be
 
 
+def _library() -> ctypes.CDLL:
+    """PyTorch's, which also looks in what it is linked with."""
+    (library,) = (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")
+    return ctypes.CDLL(str(library))
+
+
+@cache
+def gemm() -> tuple[Any, Any] | None:
+    """`sgemm_` and `dgemm_` of the BLAS that PyTorch is linked with; None where they are not found."""
+    with suppress(OSError, AttributeError, ValueError):
+        return _library().sgemm_, _library().dgemm_
+    return None
+
+
 @cache
 def openmp() -> OpenMP | None:
     """PyTorch's OpenMP; None where it is not found, or is not spoken to in this way."""
     with suppress(OSError, AttributeError, ValueError):
-        (library,) = (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")
-        handle = ctypes.CDLL(str(library))  # looks in what it is linked with as well
+        handle = _library()
         found = OpenMP(*(getattr(handle, name) for name in OpenMP._fields))
         found.GOMP_parallel.argtypes = [BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         found.GOMP_parallel.restype = None

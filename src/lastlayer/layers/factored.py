@@ -19,7 +19,7 @@ from lastlayer.functional.reduce import reduce_loss
 from lastlayer.functional.sparse_targets import sparse_targets
 from lastlayer.functional.spherical import NormalizedLoss, SphericalLoss, SphericalSoftmax
 from lastlayer.layers.base import OutputLayer
-from lastlayer.layers.factored_record import Ledger, Record, full_precision, recorded_row_loss
+from lastlayer.layers.factored_record import Ledger, Record, full_precision, recorded_loss
 from lastlayer.layers.factored_stability import Stabilizer
 from lastlayer.layers.factored_state import Consistency, FactoredState
 
@@ -113,6 +113,8 @@ class FactoredOutput(OutputLayer):
         """
         rows, shape = self._rows(hidden), hidden.shape[:-1]
         ids, weights, kept = sparse_targets(targets, target_weights, shape, self.num_classes, self.ignore_index)
+        if kept is None and self.reduction != "none":
+            return self._statistics_loss(rows, ids, weights, self.reduction)
         if kept is None:
             row_loss = self._statistics_loss(rows, ids, weights)
         elif not eager_on_cpu(kept):
@@ -229,16 +231,20 @@ class FactoredOutput(OutputLayer):
             )
         return self.loss
 
-    def _statistics_loss(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:  # (N,), float64
+    def _statistics_loss(
+        self, rows: Tensor, ids: Tensor, weights: Tensor, reduction: str = "none"
+    ) -> Tensor:  # (), or (N,) in float64 for "none"
         hidden = self._featured(rows)
         if self.training and torch.is_grad_enabled() and self.anchor.requires_grad:
             if self.anchor.dtype == torch.float16:
                 raise TypeError("a float16 FactoredOutput does not train: use layer.float() or layer.bfloat16()")
-            record = Record(self.state, self._ledger)
-            return recorded_row_loss(hidden, ids, weights, self.loss, self.anchor, record, self._check_owner)
+            record = Record(self.state, self._ledger, self.anchor, self._check_owner)
+            return recorded_loss(hidden, ids, weights, self.loss, record, reduction)
         with self._full_precision():
             scores, squared_norm, total = self.state.statistics(hidden, ids)
-        return self.loss.row_loss(scores, weights, squared_norm, total, self.num_classes)
+        row_loss = self.loss.row_loss(scores, weights, squared_norm, total, self.num_classes)
+        reduced = reduce_loss(row_loss, None, reduction)
+        return reduced if reduction == "none" else reduced.to(hidden.dtype)
 
     def _featured(self, rows: Tensor) -> Tensor:  # (N, d), or (N, d + 1) with the constant feature of the bias
         rows = rows.to(self.state.factor.dtype)
@@ -262,7 +268,7 @@ class FactoredOutput(OutputLayer):
 
     def _rebuild(self, columns: Tensor) -> None:
         with torch.no_grad():
-            self.state = FactoredState(columns, keeps_total=self.loss.uses_sum)
+            self.state = FactoredState(columns)
         self._stabilizer = Stabilizer(automatic=self._stabilizer.automatic)
         self._ledger.forget(self.anchor)
 

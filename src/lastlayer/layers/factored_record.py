@@ -1,9 +1,8 @@
 """What a training-mode pass of `FactoredOutput` leaves for `FactoredSGD`, and how autograd carries it there.
 
-Two nodes. `_RowLoss` computes the loss of every row and, backwards, the gradient of the hidden states
-and the record of the step. `_Commit` stands between it and the layer's anchor, so that it runs only when the
-gradient of the layer itself is wanted: `torch.autograd.grad(loss, hidden)` records nothing, `loss.backward()`
-does.
+One node, `_Loss`: the loss and, backwards, the gradient of the hidden states and the record of the step. The
+record is made only when the engine goes on to the layer's anchor, that is, when the gradient of the layer itself is
+wanted: `torch.autograd.grad(loss, hidden)` records nothing, `loss.backward()` does.
 
 The anchor's gradient stands for the weight's: each pass adds a tiny mark to it. Whoever removes it (`zero_grad`
 of any kind) removes the records, and whoever multiplies it (`clip_grad_norm_`, a loss scaler) scales the step.
@@ -16,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
+from lastlayer.functional.reduce import reduce_loss
 from lastlayer.functional.spherical import RowDerivatives, SphericalLoss
+from lastlayer.kernels.factored import Answer, answer, hidden_gradient
+from lastlayer.layers.factored_gradient import FactoredGradient
 from lastlayer.layers.factored_state import FactoredState
-from lastlayer.layers.factored_step import FactoredGradient, prefers_features
+from lastlayer.layers.factored_step import prefers_features
 
 MARK = 2.0**-100  # too small to change the norm of any other gradient
 
@@ -76,11 +77,11 @@ class Ledger:
 
 
 class Record:
-    """One forward pass in training: what its backward needs, and then what the step needs."""
+    """One forward pass in training: whose weight it read, and whether its backward was recorded."""
 
-    def __init__(self, state: FactoredState, ledger: Ledger) -> None:
+    def __init__(self, state: FactoredState, ledger: Ledger, anchor: nn.Parameter, check_owner: Callable[[], None]):
         self.state, self.ledger, self.version = state, ledger, ledger.version
-        self.gradient: FactoredGradient | None = None
+        self.anchor, self.check_owner = anchor, check_owner
         self.committed = False
 
     def check_weight(self) -> None:
@@ -91,100 +92,77 @@ class Record:
                 "computed; run forward again"
             )
 
-
-def recorded_row_loss(
-    hidden: Tensor,  # (N, d)
-    ids: Tensor,  # (N, K)
-    weights: Tensor,  # (N, K)
-    loss: SphericalLoss,
-    anchor: nn.Parameter,
-    record: Record,
-    check_owner: Callable[[], None],
-) -> Tensor:  # (N,), float64
-    """The loss of every row; its backward records the step."""
-    return _RowLoss.apply(hidden, _Commit.apply(anchor, record, check_owner), ids, weights, loss, record)
-
-
-class _Commit(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, record: Record, check_owner: Callable[[], None]) -> Tensor:
-        ctx.anchor, ctx.record, ctx.check_owner = anchor, record, check_owner
-        return torch.zeros_like(anchor)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        record: Record = ctx.record
-        ctx.check_owner()
-        if record.committed:
+    def check_first(self) -> None:
+        """An error when this backward pass cannot train the layer."""
+        self.check_owner()
+        if self.committed:
             raise RuntimeError(
                 "second backward of one forward pass: its step is recorded already; run forward again, or use "
                 "torch.autograd.grad for the gradient of hidden alone"
             )
-        assert record.gradient is not None
-        record.ledger.add(ctx.anchor, record.gradient)
-        record.committed, record.gradient = True, None
-        return torch.full_like(ctx.anchor, MARK), None, None
 
 
-class _RowLoss(torch.autograd.Function):
+def recorded_loss(
+    hidden: Tensor,  # (N, d)
+    ids: Tensor,  # (N, K)
+    weights: Tensor,  # (N, K)
+    loss: SphericalLoss,
+    record: Record,
+    reduction: str,
+) -> Tensor:  # (), or (N,) in float64 for "none"
+    """The loss; its backward records the step."""
+    return _Loss.apply(hidden, record.anchor, ids, weights, loss, record, reduction)  # pyright: ignore[reportReturnType]
+
+
+class _Loss(torch.autograd.Function):
     """The loss's own derivatives are made in the forward pass, of a few numbers a row."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, link: Tensor, ids: Tensor, weights: Tensor, loss: SphericalLoss, record: Record
+        ctx: Any,
+        hidden: Tensor,
+        anchor: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        loss: SphericalLoss,
+        record: Record,
+        reduction: str,
     ) -> Tensor:
         state, (rows, d) = record.state, hidden.shape
+        needed = state.stacked[: 2 * d + 2] if prefers_features(rows, d) else state.stacked
         with full_precision(hidden.device.type):
-            needed = state.square[: 2 * d] if prefers_features(rows, d) else state.square
-            products = hidden @ needed.T  # H Q, H U^T, H R^T
-            squared_norm = (products[:, :d] * hidden).sum(1)
-            mapped = products[:, d : 2 * d]
-            if ids.shape[1] == 1:
-                ctx.factor_rows = state.factor.index_select(0, ids[:, 0])
-                scores = (mapped * ctx.factor_rows).sum(1, keepdim=True)
-            else:
-                ctx.factor_rows = None
-                scores = state.target_scores(mapped, None, ids)
-            if state.total is None:
-                total = torch.zeros_like(squared_norm)
-            else:
-                scores += (hidden @ state.offset)[:, None]
-                total = hidden @ state.total
-        found = loss.derivatives(
-            scores.double(), weights, squared_norm.double().clamp_(min=0), total.double(), state.num_classes
-        )
-        ctx.record, ctx.ids, ctx.products, ctx.found = record, ids, products, found
-        ctx.save_for_backward(hidden)
-        return found.row_loss
+            read: Answer = answer(hidden, needed, state.factor, ids)
+        found = loss.derivatives(read.scores, weights, read.squared_norm, read.total, state.num_classes)
+        ctx.record, ctx.ids, ctx.read, ctx.found = record, ids, read, found
+        ctx.share = max(rows, 1) if reduction == "mean" else 1
+        reduced = reduce_loss(found.row_loss, None, reduction)
+        return reduced if reduction == "none" else reduced.to(state.factor.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, by_row: Tensor
+        ctx: Any, upstream: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """The gradient of hidden, `D H Q + Y W + g_s total^T`, with `Y W = (Y F) U + y offset^T`."""
         record: Record = ctx.record
         record.check_weight()
-        (hidden,) = ctx.saved_tensors
-        state, (_, d), dtype = record.state, hidden.shape, hidden.dtype
+        commits = torch._C._will_engine_execute_node(ctx.next_functions[1][0])
+        if commits:
+            record.check_first()
+        state, ids, read = record.state, ctx.ids, ctx.read
+        pair, products, *_ = read
         found: RowDerivatives = ctx.found
-        target = (by_row[:, None] * found.by_score).to(dtype)
-        norm = (by_row * found.by_norm).to(dtype)
-        total = None
-        with full_precision(hidden.device.type):
-            if ctx.factor_rows is not None:
-                sparse = (target * ctx.factor_rows) @ state.map
-            else:
-                bags = F.embedding_bag(ctx.ids, state.factor, per_sample_weights=target, mode="sum")
-                sparse = bags @ state.map
-            if state.total is not None and found.by_total is not None:
-                total = (by_row * found.by_total).to(dtype)
-                sparse.addr_(target.sum(1), state.offset).addr_(total, state.total)
-            wanted = torch.addcmul(sparse, norm[:, None], ctx.products[:, :d], value=2)
-        own = hidden.clone(memory_format=torch.contiguous_format)  # the caller may refill its buffer before step()
-        record.gradient = FactoredGradient(own, ctx.ids, target, norm, total, ctx.products, sparse, wanted)
-        return wanted, norm.new_zeros(()), None, None, None, None
+        by_row, dtype = upstream.double() / ctx.share, pair.dtype  # () or (N,)
+        target, norm = (by_row[..., None] * found.by_score).to(dtype), (by_row * found.by_norm).to(dtype)
+        total = None if found.by_total is None else (by_row * found.by_total).to(dtype)
+        with full_precision(pair.device.type):
+            gradient = hidden_gradient(
+                pair, products, state.stacked, state.factor, ids, target, norm, total, commits
+            )
+        if not commits:
+            return gradient, *[None] * 6
+        record.ledger.add(record.anchor, FactoredGradient(pair, ids, target, norm, total, products))
+        record.committed = True
+        return gradient, torch.full_like(record.anchor, MARK), *[None] * 5
 
 
 def full_precision(kind: str) -> Any:

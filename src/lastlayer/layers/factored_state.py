@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 
 from lastlayer.functional.gram import gram_matrix
+from lastlayer.kernels.factored import target_scores
 
-CHUNK_NUMBERS = 1 << 22  # numbers of the (V, d) factor, or of gathered rows, that one pass holds at once
+CHUNK_NUMBERS = 1 << 22  # numbers of the (V, d) factor that one pass holds at once
+
+
+VIEWS = {"gram", "map", "offset", "total", "inverse"}
 
 
 class Consistency(NamedTuple):
@@ -28,15 +32,13 @@ class FactoredState:
 
     Args:
         weight: `(V, d)`; becomes the factor `F` itself, so pass a copy of what must not change.
-        keeps_total: whether the loss reads the sum of the outputs; without it `total` is None.
     """
 
-    def __init__(self, weight: Tensor, *, keeps_total: bool) -> None:
+    def __init__(self, weight: Tensor) -> None:
         features = weight.shape[1]
         self.factor = weight.to(torch.promote_types(weight.dtype, torch.float32)).contiguous()  # F (V, d)
-        self.square = self.factor.new_zeros(3 * features, features)  # Q over U over R: one product with all three
-        self.offset = self.factor.new_zeros(features)  # the part that all rows of W share
-        self.total = self.factor.new_zeros(features) if keeps_total else None  # W^T 1
+        # All the rest in one matrix, (3 d + 2, d): one product answers a batch, and one updates it.
+        self.stacked = self.factor.new_zeros(3 * features + 2, features)
         self._view()
         self._reset_maps()
         self.refresh_gram()
@@ -50,11 +52,13 @@ class FactoredState:
         return self.factor.shape[1]
 
     def _view(self) -> None:
-        """The three square matrices by name: views of the one that answers a batch in one product."""
-        self.gram, self.map, self.inverse = self.square.split(self.features)  # (d, d) each: Q, U, R
+        """The parts of `stacked` by name."""
+        d = self.features
+        self.gram, self.map, shared, self.inverse = self.stacked.split([d, d, 2, d])  # Q, U, two rows, R
+        self.offset, self.total = shared  # (d,) each: the part that all rows of W share, and W^T 1
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: part for name, part in self.__dict__.items() if name not in {"gram", "map", "inverse"}}
+        return {name: part for name, part in self.__dict__.items() if name not in VIEWS}
 
     def __setstate__(self, parts: dict[str, Any]) -> None:
         self.__dict__.update(parts)
@@ -78,31 +82,13 @@ class FactoredState:
     ) -> tuple[Tensor, Tensor, Tensor]:  # (N, K), (N,), (N,)
         """Target scores, squared norm and sum of the outputs in float64, differentiable in `hidden`."""
         squared_norm = ((hidden @ self.gram) * hidden).sum(1).double()
-        scores = self.target_scores(hidden @ self.map.T, hidden @ self.offset, ids)
-        total = torch.zeros_like(squared_norm) if self.total is None else (hidden @ self.total).double()
-        return scores.double(), squared_norm.clamp(min=0), total
-
-    def target_scores(
-        self,
-        mapped: Tensor,  # (N, d), hidden @ U^T
-        shift: Tensor | None,  # (N,), hidden @ offset
-        ids: Tensor,  # (N, K)
-    ) -> Tensor:  # (N, K)
-        """The outputs of a few classes a row, gathered in pieces."""
-        rows = max(1, CHUNK_NUMBERS // (ids.shape[1] * self.features))
-        pieces = [
-            torch.bmm(self.factor[piece], part[:, :, None])[:, :, 0]
-            for piece, part in zip(ids.split(rows), mapped.split(rows), strict=True)
-        ]
-        scores = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-        return scores if shift is None else scores + shift[:, None]
+        scores = target_scores(hidden @ self.map.T, self.factor, ids) + (hidden @ self.offset)[:, None]
+        return scores.double(), squared_norm.clamp(min=0), (hidden @ self.total).double()
 
     def to(self, device: torch.device) -> None:
         """Moves every part, bit for bit."""
-        self.factor, self.square = self.factor.to(device), self.square.to(device)
+        self.factor, self.stacked = self.factor.to(device), self.stacked.to(device)
         self._view()
-        self.offset = self.offset.to(device)
-        self.total = None if self.total is None else self.total.to(device)
 
     def consistency(self) -> Consistency:
         """The drift, measured from scratch: O(V d^2)."""
@@ -112,7 +98,7 @@ class FactoredState:
         return Consistency(
             float(drift),
             float((self.gram - gram).norm() / gram.norm().clamp(min=1e-30)),
-            0.0 if self.total is None else float((self.total - total).norm() / _scale(gram, self.num_classes)),
+            float((self.total - total).norm() / _scale(gram, self.num_classes)),
             float(torch.linalg.cond(self.map.double())),
         )
 
@@ -120,8 +106,7 @@ class FactoredState:
         """Q and the sum from the weight itself: O(V d^2), summed in float64."""
         gram, total = self._measured_gram()
         self.gram.copy_(gram)
-        if self.total is not None:
-            self.total.copy_(total)
+        self.total.copy_(total)
 
     def rebase(self) -> None:
         """The product multiplied out: `F` becomes W and `U` the identity; O(V d^2)."""

@@ -22,54 +22,18 @@ with the (N, N) matrices.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from lastlayer.kernels.factored import RowMatrices, move_targets, row_matrices, solve_by_series, update
+from lastlayer.layers.factored_gradient import FactoredGradient, gradient_norm
 from lastlayer.layers.factored_state import FactoredState
 
 EASY = 0.9  # lr tr(H^T D H) up to which a step is far from singular whatever the eigenvalues
-
-
-@dataclass
-class FactoredGradient:
-    """One backward pass, or several at the same weight: what the step needs, N rows in all."""
-
-    hidden: Tensor  # (N, d), H
-    ids: Tensor  # (N, K)
-    target: Tensor  # (N, K), dL/da
-    norm: Tensor  # (N,), dL/dq
-    total: Tensor | None  # (N,), dL/ds; None when the loss does not read the sum
-    products: Tensor  # (N, 3 d): H Q, H U^T, H R^T (the last not where `prefers_features`)
-    sparse: Tensor  # (N, d), Y W + g_s total^T
-    wanted: Tensor  # (N, d), the gradient of hidden: D H Q + sparse
-
-    def scale(self, factor: float) -> None:
-        """Multiplies the gradient of the loss."""
-        for name in ("target", "norm", "sparse", "wanted"):
-            setattr(self, name, getattr(self, name) * factor)
-        if self.total is not None:
-            self.total = self.total * factor
-
-    @classmethod
-    def joined(cls, parts: Sequence["FactoredGradient"]) -> "FactoredGradient":
-        """Several passes as one of all their rows."""
-        if len(parts) == 1:
-            return parts[0]
-        width = max(part.ids.shape[1] for part in parts)
-        needed = min(part.products.shape[1] for part in parts)  # a large pass is without H R^T, and so is the step
-
-        def column(name: str) -> Tensor:
-            pieces = [getattr(part, name) for part in parts]
-            if name in {"ids", "target"}:
-                pieces = [torch.nn.functional.pad(piece, (0, width - piece.shape[1])) for piece in pieces]
-            return torch.cat([piece[:, :needed] for piece in pieces] if name == "products" else pieces)
-
-        total = None if parts[0].total is None else column("total")
-        names = ("hidden", "ids", "target", "norm", "products", "sparse", "wanted")
-        return cls(total=total, **{name: column(name) for name in names})
 
 
 @dataclass
@@ -103,22 +67,25 @@ def plan_step(
     if max_norm is not None:
         lr *= min(1.0, max_norm / (gradient_norm(gradient, state.num_classes) + 1e-6))  # as clip_grad_norm_ does
     rate = lr / shrink
-    pulled = gradient.hidden * (-2 * rate * gradient.norm)[:, None]  # -lr D H
-    by_rows = not prefers_features(*pulled.shape)
-    system = gradient.hidden @ pulled.T if by_rows else None  # (N, N), less the identity
-    spread = (gradient.hidden * pulled).sum(1) if system is None else system.diagonal()
-    probe = gradient.target.sum() if gradient.total is None else gradient.target.sum() + gradient.total.sum()
-    parts = spread.tolist()  # of the trace, -lr tr(H^T D H)
-    if not math.isfinite(sum(parts) + float(probe)):
+    pull = 2 * rate * gradient.norm  # lr D
+    rows = None
+    if prefers_features(*gradient.hidden.shape):
+        spread = pull * gradient.hidden.square().sum(1)  # the diagonal of lr H H^T D
+        shrinking, growing = float(spread.clamp(min=0).sum()), -float(spread.clamp(max=0).sum())
+        probe = float(gradient.target.sum() + (0.0 if gradient.total is None else gradient.total.sum()))
+    else:
+        g = gradient
+        rows = row_matrices(g.pair, g.ids, g.target, g.total, pull, rate, state.num_classes)
+        shrinking, growing, probe = rows.shrinking, rows.growing, rows.probe
+    if not math.isfinite(shrinking + growing + probe):
         raise ValueError("hidden, or the gradient of the loss, is not finite: the step is refused")
-    growing = sum(part for part in parts if part > 0)
-    shrinking = growing - sum(parts)
     plan = None
-    if system is not None and shrinking <= EASY and growing <= 1:
-        solution = _solve_easy(gradient, system)
-        plan = _by_rows(state, gradient, rate, pulled, solution, -math.log1p(-shrinking))
-    elif system is not None and growing <= 1e-3 * shrinking:
-        plan = _by_rows_checked(state, gradient, rate, pulled)
+    if rows is not None and shrinking <= EASY and growing <= 1:
+        solve = partial(_solve_easy, rows)
+        plan = _by_rows(state, gradient, rate, rows, solve, -math.log1p(-min(shrinking, rows.size)))
+        growing = min(growing, rows.size)
+    elif rows is not None and growing <= 1e-3 * shrinking:
+        plan = _by_rows_checked(state, gradient, rate, rows, pull)
     if plan is None:
         plan = _by_features(state, gradient, rate, lr, growing)
     plan.growth += growing
@@ -130,71 +97,38 @@ def prefers_features(rows: int, features: int) -> bool:
     return 2 * rows > 3 * features
 
 
-def gradient_norm(gradient: FactoredGradient, num_classes: int) -> float:
-    """`||dL/dW||_F`, exact: the sum of `(G G^T) o (H H^T)`, in float64."""
-    hidden, wanted, sparse = (x.double() for x in (gradient.hidden, gradient.wanted, gradient.sparse))
-    overlap = hidden @ hidden.T
-    weighted = overlap @ (2 * gradient.norm.double()[:, None] * hidden)
-    targets = target_overlap(gradient, num_classes).double()
-    square = (weighted * (wanted + sparse)).sum() + (targets * overlap).sum()
-    return float(square.clamp(min=0).sqrt())
-
-
-def target_overlap(gradient: FactoredGradient, num_classes: int) -> Tensor:  # (N, N)
-    """`(Y + g_s 1^T) (Y + g_s 1^T)^T`: the part of `G G^T` in which the outputs do not occur."""
-    ids, values = gradient.ids, gradient.target
-    if ids.shape[1] == 1:
-        overlap = (values * values.T).masked_fill_(ids != ids.T, 0)
-    else:
-        compact = _compact(ids, values)
-        overlap = compact @ compact.T
-    if gradient.total is not None:
-        rank_one = torch.outer(gradient.total, values.sum(1) + num_classes / 2 * gradient.total)
-        overlap += rank_one + rank_one.T
-    return overlap
-
-
-def _compact(ids: Tensor, values: Tensor) -> Tensor:  # (N, J)
-    """Y with the columns of the J classes that occur."""
-    classes, place = ids.unique(return_inverse=True)
-    return values.new_zeros(len(ids), len(classes)).scatter_add_(1, place, values)
-
-
 # N below d: updates of rank N. The solve is with I - lr H H^T D, whose determinant is that of A.
 
 
-def _solve_easy(gradient: FactoredGradient, system: Tensor) -> Tensor:  # (N, d), X
-    """`X = (I + system)^-1 H R^T`, where the trace proves the matrix well conditioned.
+def _solve_easy(rows: RowMatrices, products: Tensor) -> Tensor:  # (N, d), X
+    """`(I - S)^-1 H R^T`, where the trace proves the matrix well conditioned: by a short series, or by LU."""
+    system = rows.system
+    if rows.size**8 <= torch.finfo(system.dtype).eps / 4:
+        return solve_by_series(system, products, rows.size)
+    right = products[:, _right_of(products) :]
+    return torch.linalg.inv_ex(_identity(right.shape[0], right) - system).inverse @ right
 
-    With `S = -system` of small norm by `(I + S) (I + S^2) (I + S^4)`, in products; else by LU.
-    """
-    right = gradient.products[:, -gradient.hidden.shape[1] :]
-    left_out, eps = float(system.norm()) ** 2, torch.finfo(system.dtype).eps / 4
-    if left_out**4 > eps:
-        system.diagonal().add_(1)
-        return torch.linalg.inv_ex(system).inverse @ right
-    power = system.neg_()
-    inverse = power.clone()
-    inverse.diagonal().add_(1)
-    while left_out > eps:
-        power = power @ power
-        inverse = torch.addmm(inverse, power, inverse)
-        left_out *= left_out
-    return inverse @ right
+
+def _right_of(products: Tensor) -> int:
+    """Where H R^T begins in the products of a step by rows."""
+    return 2 * (products.shape[1] - 2) // 3 + 2
 
 
 def _by_rows_checked(
-    state: FactoredState, gradient: FactoredGradient, rate: float, pulled: Tensor
+    state: FactoredState, gradient: FactoredGradient, rate: float, rows: RowMatrices, pull: Tensor
 ) -> StepPlan | None:
     """The step by rows for D > 0, by Cholesky in float64; None unless A is positive, well away from singular."""
-    d = gradient.hidden.shape[1]
-    root = (2 * rate * gradient.norm.double()).sqrt()[:, None]
+    root = pull.double().sqrt()[:, None]
     scaled = root * gradient.hidden
     inverse, growth = _inverse_factor(_identity(len(root), root) - scaled @ scaled.T, 0.0)
     if growth > _most_growth(gradient.hidden.dtype) or not bool((root > 0).all()):
         return None
-    solution = inverse.T @ (inverse @ (root * gradient.products[:, 2 * d :])) / root
-    return _by_rows(state, gradient, rate, pulled, solution.to(pulled.dtype), math.log(growth))
+
+    def solve(products: Tensor) -> Tensor:
+        right = products[:, _right_of(products) :]
+        return (inverse.T @ (inverse @ (root * right)) / root).to(right.dtype)
+
+    return _by_rows(state, gradient, rate, rows, solve, math.log(growth))
 
 
 def _inverse_factor(matrix: Tensor, growing: float) -> tuple[Tensor, float]:
@@ -218,26 +152,18 @@ def _by_rows(
     state: FactoredState,
     g: FactoredGradient,
     rate: float,
-    pulled: Tensor,  # (N, d), -lr D H
-    solution: Tensor,  # (N, d), X
+    rows: RowMatrices,
+    solve: Callable[[Tensor], Tensor],  # of the products, (N, d), X
     growth: float,
 ) -> StepPlan:
-    """The step as updates of rank N."""
-    hidden, d = g.hidden, g.hidden.shape[1]
-    # Q_new - Q = P + P^T,  P = H^T (lr^2 M H - lr wanted),  M + M^T = G G^T:
-    # M = D H (D H Q / 2 + sparse)^T + (Y + g_s 1^T)(Y + g_s 1^T)^T / 2, and D H Q = wanted - sparse
-    inner = target_overlap(g, state.num_classes).addmm_(pulled, (g.wanted + g.sparse).T, beta=rate, alpha=-1)
-    right = torch.addmm(g.wanted, inner, hidden, beta=-rate, alpha=rate / 2)
+    """The step as one update of rank N of all but F."""
 
     def apply() -> None:
-        half = hidden.T @ right
-        state.gram.add_(half).add_(half.T)
-        state.map.addmm_(g.products[:, d : 2 * d].T, pulled)
-        state.inverse.addmm_(solution.T, pulled, alpha=-1)
-        _update_vectors(state, g, rate)
-        _update_targets(state, g, rate, solution)
+        solution = solve(g.products)
+        given = g.pair, g.products, g.ids, g.target, g.norm, g.total
+        update(state.stacked, state.factor, *given, rate, rows.inner, solution)
 
-    return StepPlan(apply, len(hidden), growth)
+    return StepPlan(apply, g.ids.shape[0], growth)
 
 
 # N above d, or a step that is not easy: A itself, (d, d), in float64.
@@ -277,8 +203,11 @@ def _by_features(state: FactoredState, g: FactoredGradient, rate: float, lr: flo
         state.gram.copy_((gram + gram.T) / 2)
         state.map.copy_(state.map.double() @ step)
         state.inverse.copy_(inverse)
-        _update_vectors(state, g, rate)
-        _update_targets(state, g, rate, solution)
+        move_targets(state.factor, g.ids, g.target, rate, solution)
+        d, total = state.features, torch.zeros_like(g.norm) if g.total is None else g.total
+        pushed = 2 * g.norm[:, None] * g.products[:, 2 * d : 2 * d + 2]  # by the offset and by the sum
+        pushed += torch.stack([total, g.target.sum(1) + state.num_classes * total], 1)
+        state.stacked[2 * d : 2 * d + 2].addmm_(pushed.T, g.hidden, alpha=-rate)
 
     return StepPlan(apply, len(hidden), math.log(growth), overshoot)
 
@@ -297,26 +226,6 @@ def _most_growth(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps ** -0.5
 
 
-# What both forms share.
-
-
-def _update_vectors(state: FactoredState, g: FactoredGradient, rate: float) -> None:
-    """The sum of the rows of W, and the offset they share."""
-    if g.total is None or state.total is None:
-        return
-    double_norm = 2 * g.norm
-    shared = double_norm * (g.hidden @ state.offset) + g.total
-    sums = double_norm * (g.hidden @ state.total) + state.num_classes * g.total + g.target.sum(1)
-    state.offset.sub_(shared @ g.hidden, alpha=rate)
-    state.total.sub_(sums @ g.hidden, alpha=rate)
-
-
-def _update_targets(state: FactoredState, g: FactoredGradient, rate: float, solution: Tensor) -> None:
-    """`F <- F - lr Y^T X`, one target of every row at a time."""
-    for ids, values in zip(g.ids.T, g.target.T, strict=True):
-        state.factor.index_add_(0, ids, values[:, None] * solution, alpha=-rate)
-
-
 def _decay_only(state: FactoredState, shrink: float) -> StepPlan:
     return _with_decay(state, StepPlan(lambda: None, 0, 0.0), shrink)
 
@@ -327,12 +236,9 @@ def _with_decay(state: FactoredState, plan: StepPlan, shrink: float) -> StepPlan
 
     def apply() -> None:
         inner()
-        state.gram.mul_(shrink**2)
-        state.map.mul_(shrink)
-        state.inverse.div_(shrink)
-        state.offset.mul_(shrink)
-        if state.total is not None:
-            state.total.mul_(shrink)
+        state.stacked.mul_(shrink)
+        state.gram.mul_(shrink)  # twice
+        state.inverse.div_(shrink**2)  # and the other way
 
     plan.apply = apply
     plan.growth -= math.log(shrink)
