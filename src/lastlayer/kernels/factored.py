@@ -21,7 +21,7 @@ from lastlayer.kernels.softmax_rows import numba_is_there
 from lastlayer.kernels.threads import gemm
 
 LEAST_NUMBERS = 1 << 12  # of the hidden states: below, the plain form is as quick, and numba need not be imported
-ROWS_A_WORKER = 16  # at least
+FEATURES_A_WORKER = 32  # at least
 GATHERED = 1 << 22  # numbers of gathered rows that the plain form holds at once
 
 
@@ -236,7 +236,7 @@ def _workers(like: Tensor) -> int:
         or gemm() is None
     ):
         return 0
-    return max(1, min(torch.get_num_threads(), rows // ROWS_A_WORKER))
+    return max(1, min(torch.get_num_threads(), d // FEATURES_A_WORKER))
 
 
 @cache

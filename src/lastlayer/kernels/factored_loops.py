@@ -1,7 +1,8 @@
 """The loops behind `kernels/factored.py`, compiled by numba: importing this module imports numba.
 
-Rows of the batch are divided among workers, and each multiplies, gathers and adds its own without waiting for the
-others; a function ends where all must have finished. Arguments are those of the functions there.
+The features are divided among workers: each reads, multiplies and updates the same rows of Q, U and R and the same
+columns of F in every call, so that they stay in its own core's cache; what another core has written takes longer to
+fetch than to compute. Only the (N, N) matrices are divided by rows. Arguments are those of the functions there.
 """
 
 # pyright: reportCallIssue=false
@@ -22,67 +23,88 @@ def _share(worker, workers, count):
 
 
 @compiled
-def _answer_share(worker, workers, hidden, stacked, factor, ids, pair, products, squared_norm, scores, total):
-    d = hidden.shape[1]
-    first, last = _share(worker, workers, ids.shape[0])
-    own = pair[first:last]
-    own[:] = hidden[first:last]
-    multiply(own, False, stacked[: products.shape[1]], True, products[first:last], 1.0, 0.0)
-    zero = products.dtype.type(0)
-    for n in range(first, last):
-        h, p, mapped = pair[n], products[n], products[n, d : 2 * d]
+def _answer_share(worker, workers, hidden, stacked, factor, ids, pair, products, parts):
+    (rows, d), zero = hidden.shape, products.dtype.type(0)
+    first, last = _share(worker, workers, rows)
+    pair[first:last] = hidden[first:last]
+    first, last = _share(worker, workers, d)
+    for at in (0, d, 2 * d + 2):
+        if at + d <= stacked.shape[0]:
+            own = slice(at + first, at + last)
+            multiply(hidden, False, stacked[own], True, products[:, own], 1.0, 0.0)
+    if worker == 0:
+        multiply(hidden, False, stacked[2 * d : 2 * d + 2], True, products[:, 2 * d : 2 * d + 2], 1.0, 0.0)
+    for n in range(rows):
+        h, p, mapped = hidden[n, first:last], products[n, first:last], products[n, d + first : d + last]
         found = zero
-        for i in range(d):
+        for i in range(len(h)):
             found += h[i] * p[i]
-        squared_norm[n] = zero if found < zero else found  # nan stays nan
-        total[n] = products[n, 2 * d + 1]
+        parts[worker, n, 0] = found
         for k in range(ids.shape[1]):
-            row = factor[ids[n, k]]
-            found = products[n, 2 * d]
-            for i in range(d):
+            row = factor[ids[n, k], first:last]
+            found = zero
+            for i in range(len(row)):
                 found += mapped[i] * row[i]
-            scores[n, k] = found
+            parts[worker, n, 1 + k] = found
 
 
 @compiled
 def answer(workers, hidden, stacked, factor, ids, pair, products, squared_norm, scores, total):
-    given = (workers, hidden, stacked, factor, ids, pair, products, squared_norm, scores, total)
-    apart(_answer_share, workers, given)
+    (rows, d), width = hidden.shape, ids.shape[1]
+    parts = np.empty((workers, rows, 1 + width), hidden.dtype)
+    apart(_answer_share, workers, (workers, hidden, stacked, factor, ids, pair, products, parts))
+    for n in range(rows):
+        total[n] = products[n, 2 * d + 1]
+        found = parts[:, n, 0].sum()
+        squared_norm[n] = 0.0 if found < 0 else found  # nan stays nan
+        for k in range(width):
+            scores[n, k] = products[n, 2 * d] + parts[:, n, 1 + k].sum()
 
 
 @compiled
-def _gradient_share(
-    worker, workers, pair, products, stacked, factor, ids, target, norm, total, gradient, sums, sparse, records
-):
-    (rows, d), zero = sums.shape, sums.dtype.type(0)
-    first, last = _share(worker, workers, rows)
-    for n in range(first, last):
-        into = sums[n]
+def _sparse_share(worker, workers, stacked, factor, ids, target, sums, parts):
+    rows, d = sums.shape
+    first, last = _share(worker, workers, d)
+    zero = sums.dtype.type(0)
+    for n in range(rows):
+        into = sums[n, first:last]
         into[:] = zero
         for k in range(ids.shape[1]):
-            row, value = factor[ids[n, k]], target[n, k]
-            for i in range(d):
+            row, value = factor[ids[n, k], first:last], target[n, k]
+            for i in range(len(into)):
                 into[i] += value * row[i]
-    multiply(sums[first:last], False, stacked[d : 2 * d], False, sparse[first:last], 1.0, 0.0)
-    for n in range(first, last):
-        p, s, g, b, scale = products[n], sparse[n], gradient[n], pair[rows + n], norm[n] + norm[n]
+    multiply(sums[:, first:last], False, stacked[d + first : d + last], False, parts[worker], 1.0, 0.0)
+
+
+@compiled
+def _gradient_share(worker, workers, pair, products, stacked, target, norm, total, parts, gradient, records):
+    rows, d = gradient.shape
+    first, last = _share(worker, workers, d)
+    offset, whole = stacked[2 * d, first:last], stacked[2 * d + 1, first:last]
+    for n in range(rows):
+        s, p, g = parts[0, n, first:last], products[n, first:last], gradient[n, first:last]
+        for other in range(1, workers):
+            more = parts[other, n, first:last]
+            for i in range(len(s)):
+                s[i] += more[i]
         if total.shape[0]:
-            offset, whole, by_total, by_score = stacked[2 * d], stacked[2 * d + 1], total[n], zero
-            for k in range(ids.shape[1]):
-                by_score += target[n, k]
-            for i in range(d):
+            by_score, by_total = target[n].sum(), total[n]
+            for i in range(len(s)):
                 s[i] += by_score * offset[i] + by_total * whole[i]
-        for i in range(d):
+        scale = norm[n] + norm[n]
+        for i in range(len(s)):
             g[i] = scale * p[i] + s[i]
         if records:
-            for i in range(d):
-                b[i] = g[i] + s[i]
+            both = pair[rows + n, first:last]
+            for i in range(len(s)):
+                both[i] = g[i] + s[i]
 
 
 @compiled
 def hidden_gradient(workers, pair, products, stacked, factor, ids, target, norm, total, gradient, records):
-    sums, sparse = np.empty_like(gradient), np.empty_like(gradient)
-    given = (workers, pair, products, stacked, factor, ids, target, norm, total, gradient, sums, sparse, records)
+    sums, parts = np.empty_like(gradient), np.empty((workers, *gradient.shape), gradient.dtype)
+    apart(_sparse_share, workers, (workers, stacked, factor, ids, target, sums, parts))
+    given = (workers, pair, products, stacked, target, norm, total, parts, gradient, records)
     apart(_gradient_share, workers, given)
 
 
@@ -160,13 +182,19 @@ def _square_share(worker, workers, power, series, square, either, found):
 
 
 @compiled
-def _solve_share(worker, workers, power, either, products, solution):
+def _extend_share(worker, workers, power, series, longer):
     first, last = _share(worker, workers, power.shape[0])
-    right = products[:, products.shape[1] - solution.shape[1] :]
-    series = either[first:last].copy()
-    multiply(power[first:last], False, either, False, series, 1.0, 1.0)
-    solution[first:last] = right[first:last]
-    multiply(series, False, right, False, solution[first:last], 1.0, 1.0)
+    multiply(power[first:last], False, series, False, longer[first:last], 1.0, 1.0)
+
+
+@compiled
+def _solve_share(worker, workers, series, products, solution):
+    rows, d = solution.shape
+    first, last = _share(worker, workers, d)
+    right, into = products[:, 2 * d + 2 + first : 2 * d + 2 + last], solution[:, first:last]
+    for n in range(rows):
+        into[n] = right[n]
+    multiply(series, False, right, False, into, 1.0, 1.0)
 
 
 @compiled
@@ -177,46 +205,46 @@ def solve_by_series(workers, system, products, solution, size, eps):
     apart(_square_share, workers, (workers, power, series, square, either, found))
     while found.sum() * size > eps:
         longer = either.copy()
-        multiply(square, False, series, False, longer, 1.0, 1.0)
+        apart(_extend_share, workers, (workers, square, series, longer))
         power, series = square, longer
         square, either = np.empty_like(system), np.empty_like(system)
         apart(_square_share, workers, (workers, power, series, square, either, found))
-    apart(_solve_share, workers, (workers, square, either, products, solution))
+    longer = either.copy()
+    apart(_extend_share, workers, (workers, square, either, longer))
+    apart(_solve_share, workers, (workers, longer, products, solution))
 
 
 @compiled
-def _left_share(worker, workers, factor, pair, products, ids, target, norm, total, rate, inner, solution):
-    (rows, d), num_classes = solution.shape, norm.dtype.type(factor.shape[0])
-    rate = norm.dtype.type(rate)
-    first, last = _share(worker, workers, rows)
-    for n in range(first, last):
-        p, b, x, own = products[n], pair[rows + n], solution[n], rate * (norm[n] + norm[n])
-        for i in range(d):
-            p[i] = -own * p[i] - rate * b[i]
-        for i in range(d, 2 * d + 2):
-            p[i] *= -own
-        mine = products[n, 2 * d + 2 :]
-        for i in range(d):
-            mine[i] = own * x[i]
-        for k in range(ids.shape[1]):
-            p[2 * d + 1] -= rate * target[n, k]
-        if total.shape[0]:
-            p[2 * d] -= rate * total[n]
-            p[2 * d + 1] -= rate * num_classes * total[n]
-    multiply(inner[first:last], False, pair[:rows], False, products[first:last, :d], rate, 1.0)
-    first, last = _share(worker, workers, d)  # of columns: a class may be the target of several rows
+def _update_share(worker, workers, stacked, factor, pair, products, ids, target, norm, total, rate, inner, solution):
+    rows, d = solution.shape
+    hidden, rate, num_classes = pair[:rows], norm.dtype.type(rate), norm.dtype.type(factor.shape[0])
+    first, last = _share(worker, workers, d)
     for n in range(rows):
-        x = solution[n, first:last]
+        p, mapped = products[n, first:last], products[n, d + first : d + last]
+        both, x, y = pair[rows + n, first:last], solution[n, first:last], products[n, 2 * d + 2 + first :]
+        own = rate * (norm[n] + norm[n])
+        for i in range(len(p)):
+            p[i] = -own * p[i] - rate * both[i]
+        for i in range(len(p)):
+            mapped[i] *= -own
+        for i in range(len(x)):
+            y[i] = own * x[i]
         for k in range(ids.shape[1]):
             row, value = factor[ids[n, k], first:last], -rate * target[n, k]
             for i in range(len(x)):
                 row[i] += value * x[i]
-
-
-@compiled
-def _stacked_share(worker, workers, stacked, products, hidden):
-    first, last = _share(worker, workers, stacked.shape[0])
-    multiply(products[:, first:last], True, hidden, False, stacked[first:last], 1.0, 1.0)
+        if worker == 0:
+            more = total[n] if total.shape[0] else norm.dtype.type(0)
+            products[n, 2 * d] = -own * products[n, 2 * d] - rate * more
+            more = num_classes * more + target[n].sum()
+            products[n, 2 * d + 1] = -own * products[n, 2 * d + 1] - rate * more
+    multiply(inner, False, hidden[:, first:last], False, products[:, first:last], rate, 1.0)
+    for at in (0, d, 2 * d + 2):
+        own_rows = slice(at + first, at + last)
+        multiply(products[:, own_rows], True, hidden, False, stacked[own_rows], 1.0, 1.0)
+    if worker == 0:
+        shared = slice(2 * d, 2 * d + 2)
+        multiply(products[:, shared], True, hidden, False, stacked[shared], 1.0, 1.0)
 
 
 @compiled
@@ -233,11 +261,6 @@ def _symmetric_share(worker, workers, matrix):
 
 @compiled
 def update(workers, stacked, factor, pair, products, ids, target, norm, total, rate, inner, solution):
-    rows, d = solution.shape
-    apart(
-        _left_share,
-        workers,
-        (workers, factor, pair, products, ids, target, norm, total, rate, inner, solution),
-    )
-    apart(_stacked_share, workers, (workers, stacked, products, pair[:rows]))
-    apart(_symmetric_share, workers, (workers, stacked[:d]))
+    given = (workers, stacked, factor, pair, products, ids, target, norm, total, rate, inner, solution)
+    apart(_update_share, workers, given)
+    apart(_symmetric_share, workers, (workers, stacked[: solution.shape[1]]))
