@@ -52,8 +52,8 @@ def check_hidden(hidden: Tensor, in_features: int, dtype: torch.dtype | None = N
         )
 
 
-def check_targets(targets: Tensor, shape: torch.Size, num_classes: int, ignore_index: int | None = None) -> None:
-    """An error unless `targets` are class ids of `shape`.
+def check_targets(targets: Tensor, shape: torch.Size, num_classes: int, ignore_index: int | None = None) -> bool:
+    """An error unless `targets` are class ids of `shape`; whether all are known to be below `num_classes`.
 
     Eager on a CPU, ids out of range raise IndexError; on a GPU or compiled they are asserted on the device,
     never by a synchronisation.
@@ -67,7 +67,7 @@ def check_targets(targets: Tensor, shape: torch.Size, num_classes: int, ignore_i
     if eager_on_cpu(targets) and targets.numel():
         least, most = targets.aminmax()
         if least.item() >= 0 and most.item() < num_classes:  # the usual case, in one pass
-            return
+            return True
     valid = (targets >= 0) & (targets < num_classes)
     if ignore_index is not None:
         valid |= targets == ignore_index
@@ -79,6 +79,7 @@ def check_targets(targets: Tensor, shape: torch.Size, num_classes: int, ignore_i
         wrong = int(targets[~valid].reshape(-1)[0])
         also = "" if ignore_index is None else f", or ignore_index={ignore_index}"
         raise IndexError(f"targets must be class ids from 0 to {num_classes - 1}{also}; got {wrong}")
+    return False
 
 
 def eager_on_cpu(tensor: Tensor) -> bool:

@@ -40,17 +40,19 @@ def sparse_targets(
             f"(targets.to_sparse()); got a dense {targets.dtype} tensor"
         )
     several = isinstance(targets, Tensor) and targets.dim() == len(shape) + 1 and targets.shape[:-1] == shape
-    check_targets(targets, targets.shape if several else shape, num_classes, ignore_index)
+    proper = check_targets(targets, targets.shape if several else shape, num_classes, ignore_index)
     ids = targets.reshape(shape.numel(), -1) if several else targets.reshape(-1, 1)
     if target_weights is None:
         weights = torch.ones(ids.shape, dtype=torch.float64, device=ids.device)
     else:
         _check_weights(target_weights, targets)
         weights = target_weights.reshape(ids.shape).double()
-    present, kept = ids != ignore_index, None
-    if not eager_on_cpu(ids) or not bool(present.all()):
-        ids, weights = ids.masked_fill(~present, 0), torch.where(present, weights, 0.0)
-        kept = present.any(1)
+    kept = None
+    if not proper or 0 <= ignore_index < num_classes:
+        present = ids != ignore_index
+        if not eager_on_cpu(ids) or not bool(present.all()):
+            ids, weights = ids.masked_fill(~present, 0), torch.where(present, weights, 0.0)
+            kept = present.any(1)
     return SparseTargets(*(merge_duplicates(ids, weights) if ids.shape[1] > 1 else (ids, weights)), kept)
 
 

@@ -113,7 +113,7 @@ class SquaredError(SphericalLoss):
     def row_loss(
         self, scores: Tensor, weights: Tensor, squared_norm: Tensor, total: Tensor, num_classes: int
     ) -> Tensor:
-        return squared_norm + (weights * (weights - 2 * scores)).sum(1)
+        return squared_norm + (weights * torch.sub(weights, scores, alpha=2)).sum(1)
 
     def derivatives(
         self, scores: Tensor, weights: Tensor, squared_norm: Tensor, total: Tensor, num_classes: int

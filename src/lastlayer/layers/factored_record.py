@@ -151,8 +151,9 @@ class _Loss(torch.autograd.Function):
         state, ids, read = record.state, ctx.ids, ctx.read
         pair, products, *_ = read
         found: RowDerivatives = ctx.found
-        by_row, dtype = upstream.double() / ctx.share, pair.dtype  # () or (N,)
-        target, norm = (by_row[..., None] * found.by_score).to(dtype), (by_row * found.by_norm).to(dtype)
+        by_row, dtype = upstream / ctx.share, pair.dtype  # (), or (N,) in float64
+        each = by_row[:, None] if by_row.dim() else by_row
+        target, norm = (each * found.by_score).to(dtype), (by_row * found.by_norm).to(dtype)
         total = None if found.by_total is None else (by_row * found.by_total).to(dtype)
         with full_precision(pair.device.type):
             gradient = hidden_gradient(
