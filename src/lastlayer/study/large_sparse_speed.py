@@ -1,5 +1,6 @@
 """Large sparse targets, the speed: a step of the factored layer against plain ones, and against V and d."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from lastlayer.functional.spherical import SphericalLoss, SphericalSoftmax, Squa
 from lastlayer.layers.factored import FactoredOutput
 from lastlayer.layers.factored_sgd import FactoredSGD
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
-from lastlayer.study.measure import Timing, interleaved
+from lastlayer.study.measure import Timing
 
 Records = list[dict[str, Any]]
 Call = Callable[[], object]
@@ -25,7 +26,7 @@ LOSSES: dict[str, SphericalLoss] = {
 RATE = 1e-3
 BATCHES = 64  # different targets in turn, so that their rows are not all in the cache
 STEPS_A_RUN = 20  # of what takes about a millisecond
-RUNS_A_ROUND = 12  # of those: many short runs, so that a disturbance of the machine does not reach the median
+RUNS_A_ROUND = 12  # of those: many short runs, so that neither a disturbance nor a repair reaches the median
 
 
 def measure_speed(
@@ -36,7 +37,7 @@ def measure_speed(
     seed: int = 0,
     losses: tuple[str, ...] = tuple(LOSSES),
 ) -> Records:
-    """A whole step (forward, backward, update) of the output layer alone, peers of like speed interleaved.
+    """A whole step (forward, backward, update) of the output layer alone, all peers in turn.
 
     The baseline of each loss is what a PyTorch user writes today: an `nn.Linear`, the same loss, backward, `SGD`.
     """
@@ -120,7 +121,7 @@ def multiply_adds(num_classes: int, in_features: int, batch: int) -> dict[str, f
     """The arithmetic of one step: of the plain one, and of the factored one."""
     return {
         "plain": 3.0 * batch * num_classes * in_features,
-        "factored": batch * (7.0 * in_features**2 + 5.0 * batch * in_features),
+        "factored": batch * (7.0 * in_features**2 + 4.0 * batch * in_features + 2.0 * batch**2),
     }
 
 
@@ -208,12 +209,18 @@ def on_one_thread(call: Call) -> Call:
 
 
 def _timings(slow: dict[str, Call], quick: dict[str, Call], rounds: int) -> dict[str, Timing]:
-    """The quick ones interleaved in many short runs, of which a step counts; then the slow ones."""
-    share = 1 / STEPS_A_RUN
-    steps = interleaved(quick, rounds=RUNS_A_ROUND * rounds, warmup=3)
-    return (interleaved(slow, rounds=rounds, warmup=1) if slow else {}) | {
-        name: Timing(t.ms * share, t.low_ms * share, t.high_ms * share, t.runs) for name, t in steps.items()
-    }
+    """Turn by turn: after every slow peer all the quick ones, in short runs of which a step counts."""
+    seconds: dict[str, list[float]] = {name: [] for name in slow | quick}
+    names = list(slow) or [None]
+    for turn in range(-1, rounds):  # the first does not count
+        for name in names:
+            some = {} if name is None else {name: slow[name]}
+            for call_name, call in [*some.items(), *list(quick.items()) * (RUNS_A_ROUND // len(names))]:
+                start = time.perf_counter()
+                call()
+                if turn >= 0:
+                    seconds[call_name].append((time.perf_counter() - start) / (STEPS_A_RUN if call_name in quick else 1))
+    return {name: Timing.of(times) for name, times in seconds.items()}
 
 
 def _encoder(width: int) -> nn.Module:
