@@ -30,9 +30,7 @@ def _gemm(
     """BLAS's gemm, by columns: `c = alpha op(a) op(b) + beta c`."""
     kind = c.dtype
     number, i8, i32, i64 = types.float64, ir.IntType(8), ir.IntType(32), types.int64
-    signature = types.none(
-        types.boolean, types.boolean, i64, i64, i64, number, a, i64, b, i64, number, c, i64
-    )
+    signature = types.none(types.boolean, types.boolean, i64, i64, i64, number, a, i64, b, i64, number, c, i64)
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
         real = context.get_value_type(kind)
@@ -45,7 +43,9 @@ def _gemm(
 
         def given(value: Any, kind_of: Any) -> Any:
             if isinstance(kind_of, types.Array):
-                return builder.bitcast(context.make_array(kind_of)(context, builder, value).data, cgutils.voidptr_t)
+                return builder.bitcast(
+                    context.make_array(kind_of)(context, builder, value).data, cgutils.voidptr_t
+                )
             if kind_of == types.boolean:
                 return held(builder.select(builder.trunc(value, ir.IntType(1)), i8(ord("T")), i8(ord("N"))))
             if kind_of == number:
@@ -63,12 +63,17 @@ def _gemm(
 
 
 @compiled
+def _leading(matrix):
+    """From one row to the next; of a single row numpy may say anything."""
+    return max(matrix.strides[0] // matrix.itemsize, matrix.shape[1])
+
+
+@compiled
 def multiply(left, across_left, right, across_right, into, alpha, beta):
     """`into = alpha op(left) op(right) + beta into`, where `across` means the transpose; rows contiguous."""
     rows, columns = into.shape
     inner = left.shape[0] if across_left else left.shape[1]
-    size = into.itemsize
     _gemm(
         across_right, across_left, columns, rows, inner, alpha,
-        right, right.strides[0] // size, left, left.strides[0] // size, beta, into, into.strides[0] // size,
+        right, _leading(right), left, _leading(left), beta, into, _leading(into),
     )  # fmt: skip

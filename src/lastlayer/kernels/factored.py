@@ -46,9 +46,7 @@ def answer(
     pair = hidden.new_empty(2 * rows, d)
     if workers := _workers(hidden):
         wide = hidden.new_empty(rows, stacked.shape[0])
-        found = Answer(
-            pair, wide, *(torch.empty(s, dtype=torch.float64) for s in ((rows,), ids.shape, (rows,)))
-        )
+        found = Answer(pair, wide, *(torch.empty(s, dtype=torch.float64) for s in ((rows,), ids.shape, (rows,))))
         _loop("answer", workers, hidden.detach().contiguous(), stacked, factor, ids, *found)
         return found
     own = pair[:rows].copy_(hidden)
@@ -201,9 +199,7 @@ def update(
     rows, d = solution.shape
     if workers := _workers(solution):
         some = norm[:0] if total is None else total
-        _loop(
-            "update", workers, stacked, factor, pair, products, ids, target, norm, some, rate, inner, solution
-        )
+        _loop("update", workers, stacked, factor, pair, products, ids, target, norm, some, rate, inner, solution)
         return
     hidden, pull = pair[:rows], (2 * rate * norm)[:, None]
     products[:, : 2 * d + 2].mul_(-pull)

@@ -161,9 +161,7 @@ def row_matrices(workers, pair, ids, target, total, pull, rate, num_classes, sys
         probe += float(total.sum())
         either += total.dtype.type(num_classes / 2) * total
     cross = np.empty((rows, 2 * rows), pair.dtype)
-    apart(
-        _row_matrices_share, workers, (workers, pair, pull, total, either, rate, cross, system, inner, found)
-    )
+    apart(_row_matrices_share, workers, (workers, pair, pull, total, either, rate, cross, system, inner, found))
     return found[:, 0].sum(), found[:, 1].sum(), found[:, 2].sum(), probe
 
 
@@ -215,7 +213,9 @@ def solve_by_series(workers, system, products, solution, size, eps):
 
 
 @compiled
-def _update_share(worker, workers, stacked, factor, pair, products, ids, target, norm, total, rate, inner, solution):
+def _update_share(
+    worker, workers, stacked, factor, pair, products, ids, target, norm, total, rate, inner, solution
+):
     rows, d = solution.shape
     hidden, rate, num_classes = pair[:rows], norm.dtype.type(rate), norm.dtype.type(factor.shape[0])
     first, last = _share(worker, workers, d)

@@ -79,7 +79,9 @@ class Ledger:
 class Record:
     """One forward pass in training: whose weight it read, and whether its backward was recorded."""
 
-    def __init__(self, state: FactoredState, ledger: Ledger, anchor: nn.Parameter, check_owner: Callable[[], None]):
+    def __init__(
+        self, state: FactoredState, ledger: Ledger, anchor: nn.Parameter, check_owner: Callable[[], None]
+    ):
         self.state, self.ledger, self.version = state, ledger, ledger.version
         self.anchor, self.check_owner = anchor, check_owner
         self.committed = False

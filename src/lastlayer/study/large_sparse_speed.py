@@ -219,7 +219,9 @@ def _timings(slow: dict[str, Call], quick: dict[str, Call], rounds: int) -> dict
                 start = time.perf_counter()
                 call()
                 if turn >= 0:
-                    seconds[call_name].append((time.perf_counter() - start) / (STEPS_A_RUN if call_name in quick else 1))
+                    seconds[call_name].append(
+                        (time.perf_counter() - start) / (STEPS_A_RUN if call_name in quick else 1)
+                    )
     return {name: Timing.of(times) for name, times in seconds.items()}
 
 

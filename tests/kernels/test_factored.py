@@ -1,0 +1,134 @@
+"""The compiled form of a factored step is its plain twin: every function, and whole training."""
+
+import pytest
+import torch
+
+from lastlayer import FactoredOutput, FactoredSGD, SquaredError, TaylorSoftmax
+from lastlayer.kernels import factored as kernels
+
+pytest.importorskip("numba")
+if kernels.gemm() is None:
+    pytest.skip("PyTorch's BLAS was not found", allow_module_level=True)
+
+N, D, V, RATE = 24, 70, 50, 0.02
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=str)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+    monkeypatch.setattr(kernels, "LEAST_NUMBERS", 1)
+
+
+def randoms(*shapes, dtype):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def batch(dtype, width, with_total):
+    """Ids that repeat within and across rows, derivatives of both signs, and the state's matrices."""
+    ids = torch.randint(V, (N, width), generator=torch.Generator().manual_seed(4))
+    ids[1:4] = ids[0, 0]
+    stacked, factor, pair, products, target, norm, total = randoms(
+        (3 * D + 2, D), (V, D), (2 * N, D), (N, 3 * D + 2), (N, width), (N,), (N,), dtype=dtype
+    )
+    return stacked / 8, factor, pair, products, ids, target, norm, total if with_total else None
+
+
+def twins(monkeypatch, function, *arguments):
+    """What both forms answer, with what they wrote into their arguments."""
+    answers = []
+    for compiled in (True, False):
+        own = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+        with monkeypatch.context() as patch:
+            if not compiled:
+                patch.setattr(kernels, "gemm", lambda: None)
+            found = function(*own)
+        found = list(found) if isinstance(found, tuple) else [found]
+        answers.append([*found, *own])
+    return answers
+
+
+def assert_same(both, dtype, skip=()):
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-11
+    for place, (ours, theirs) in enumerate(zip(*both, strict=True)):
+        if place not in skip and ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("with_inverse", [True, False])
+def test_answer(monkeypatch, threads, dtype, width, with_inverse):
+    stacked, factor, pair, _, ids, *_ = batch(dtype, width, False)
+    hidden = pair[:N].T.contiguous().T  # not contiguous
+    needed = stacked if with_inverse else stacked[: 2 * D + 2]
+    both = twins(monkeypatch, kernels.answer, hidden, needed, factor, ids)
+    for found in both:
+        found[0] = found[0][:N]  # the rest is room, not yet written
+    assert_same(both, dtype)
+    assert both[0][1].shape == (N, len(needed))
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("with_total", [True, False])
+@pytest.mark.parametrize("records", [True, False])
+def test_hidden_gradient(monkeypatch, threads, dtype, width, with_total, records):
+    stacked, factor, pair, products, *rest = batch(dtype, width, with_total)
+    both = twins(monkeypatch, kernels.hidden_gradient, pair, products, stacked, factor, *rest, records)
+    assert_same(both, dtype)
+    assert torch.equal(both[0][1], pair) != records
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("with_total", [True, False])
+def test_row_matrices(monkeypatch, threads, dtype, width, with_total):
+    _, _, pair, _, ids, target, norm, total = batch(dtype, width, with_total)
+    given = pair / 4, ids, target, total, RATE * norm, RATE, V
+    assert_same(twins(monkeypatch, kernels.row_matrices, *given), dtype)
+    target[5] = torch.inf
+    assert not torch.tensor(kernels.row_matrices(*given)[-1]).isfinite()
+    pair[2, 3] = torch.nan
+    assert not torch.tensor(kernels.row_matrices(pair, *given[1:])[2:4]).isfinite().all()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-5, 0.05, 0.5])
+def test_solve_by_series(monkeypatch, threads, dtype, size):
+    """Of a matrix that is not symmetric, whatever number of terms its size needs."""
+    system, products = randoms((N, N), (N, 3 * D + 2), dtype=dtype)
+    system *= size / system.norm()
+    both = twins(monkeypatch, kernels.solve_by_series, system, products, float(system.norm()))
+    assert_same(both, dtype)
+    exact = torch.linalg.solve(torch.eye(N) - system.double(), products[:, 2 * D + 2 :].double())
+    assert float((both[0][0] - exact).abs().max()) < 32 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("with_total", [True, False])
+def test_update(monkeypatch, threads, dtype, width, with_total):
+    stacked, factor, *rest = batch(dtype, width, with_total)
+    inner, solution = randoms((N, N), (N, D), dtype=dtype)
+    both = twins(monkeypatch, kernels.update, stacked, factor, *rest, RATE, inner, solution)
+    assert_same(both, dtype, skip={4})  # the products are used up
+    gram = both[0][1][:D]
+    assert torch.equal(gram, gram.T)
+    assert not torch.equal(both[0][2], factor)
+
+
+@pytest.mark.parametrize("loss", [SquaredError(), TaylorSoftmax()], ids=repr)
+def test_training_is_the_same_either_way(monkeypatch, threads, loss):
+    weights = []
+    for compiled in (True, False):
+        monkeypatch.setattr(kernels, "gemm", kernels.gemm if compiled else lambda: None)
+        torch.manual_seed(0)
+        layer = FactoredOutput(D, V, loss=loss, bias=True, dtype=torch.float64)
+        optimizer = FactoredSGD(layer, 0.1, weight_decay=0.01)
+        for hidden in torch.randn(20, N, D, dtype=torch.float64):
+            optimizer.zero_grad()
+            layer(hidden / 4, torch.randint(V, (N,))).backward()
+            optimizer.step()
+        weights.append(layer.weight)
+    torch.testing.assert_close(*weights, rtol=1e-11, atol=1e-11)
