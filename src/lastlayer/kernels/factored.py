@@ -1,12 +1,12 @@
 """The step of `FactoredOutput` between its loss and its checks: a few products, and passes over their rows.
 
-Each function has two forms: PyTorch's operations, for any device, and `kernels/factored_loops.py`, compiled by numba,
-which is one call where the other is ten, and makes use of each row while it is in the cache. That module is imported
-when a loop first runs.
+Each function has two forms: PyTorch's operations, for any device, and `kernels/factored_loops.py`, compiled by
+numba, which is one call where the other is ten, and makes use of each row while it is in the cache. That module is
+imported when a loop first runs.
 
-Notation: N rows, d features, K targets a row; `W = F U + 1 offset^T`, `Q = W^T W`, `total = W^T 1`, `R = U^-T`, and
-`stacked (3 d + 2, d)` is Q over U, offset, total and R. `products (N, 3 d + 2)` are those of the hidden states with
-`stacked`; of a large batch, (N, 2 d + 2), without R. `D = diag(2 norm)`.
+Notation: N rows, d features, K targets a row; `W = F U + 1 offset^T`, `Q = W^T W`, `total = W^T 1`, `R = U^-T`;
+`stacked (3 d + 2, d)` is Q over U, offset, total and R. `products (N, 3 d + 2)` are those of the hidden states
+with `stacked`; of a large batch, (N, 2 d + 2), without R. `D = diag(2 norm)`.
 """
 
 import math
@@ -138,7 +138,8 @@ def row_matrices(
         [own.clamp(min=0).sum(), -own.clamp(max=0).sum(), system.norm(), target.sum()]
         + ([] if total is None else [total.sum()])
     ).tolist()
-    return RowMatrices(system, inner, *found[:3], sum(found[3:]))
+    shrinking, growing, size, *probes = found
+    return RowMatrices(system, inner, shrinking, growing, size, sum(probes))
 
 
 def sparse_overlap(ids: Tensor, target: Tensor, total: Tensor | None, num_classes: int) -> Tensor:  # (N, N)

@@ -1,8 +1,8 @@
 """The loops behind `kernels/factored.py`, compiled by numba: importing this module imports numba.
 
-The features are divided among workers: each reads, multiplies and updates the same rows of Q, U and R and the same
-columns of F in every call, so that they stay in its own core's cache; what another core has written takes longer to
-fetch than to compute. Only the (N, N) matrices are divided by rows. Arguments are those of the functions there.
+The features are divided among workers: each reads, multiplies and updates the same rows of Q, U and R and the
+same columns of F in every call, so that they stay in its own core's cache. Only the (N, N) matrices are divided by
+rows. Arguments are those of the functions there.
 """
 
 # pyright: reportCallIssue=false

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from lastlayer.layers.factored import FactoredOutput
 from lastlayer.layers.factored_step import plan_step
@@ -25,8 +25,8 @@ class FactoredSGD(torch.optim.Optimizer):
     step of all their rows. What scales the anchor's gradient (`clip_grad_norm_` over the model, a loss scaler)
     scales the step.
 
-    What needs a dense state (momentum, Adam) or single entries of the gradient (`clip_grad_value_`) cannot be
-    exact in this form and is refused, or has no effect.
+    What needs a state of the weight's size (momentum, Adam) cannot be exact in this form and is refused. Nor can
+    clipping of single entries: `clip_grad_value_` finds no gradient of this weight, and has no effect on it.
 
     Args:
         layers: a `FactoredOutput`, several, or param groups `{"params": layers, "lr": ...}`.
@@ -95,8 +95,8 @@ class FactoredSGD(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One exact step of every layer that has a gradient; none is changed unless all can be."""
-        hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
-        if hooks or optimizer._global_optimizer_pre_hooks or optimizer._global_optimizer_post_hooks:
+        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        if own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
             return _hooked_step(self, closure)
         return self._step(closure)
 

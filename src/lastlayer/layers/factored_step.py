@@ -17,8 +17,8 @@ On the state `W = F U + 1 offset^T`, `R = U^-T`, `Q = W^T W`:
     Q      <- Q - lr (H^T Z + Z^T H) + ...                        Z = G W, the gradient of the hidden states
 
 For N below d these are updates of rank N (`_by_rows`); otherwise A itself is made and factored (`_by_features`).
-By rows an example costs 7 d^2 multiply-adds in the products with and into U, R and Q, and about 5 N d in those
-with the (N, N) matrices.
+By rows an example costs 7 d^2 multiply-adds in the products with and into U, R and Q, and about 4 N d in those
+with the (N, N) matrices; `kernels/factored.py` holds them.
 """
 
 import math
