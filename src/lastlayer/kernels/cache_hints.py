@@ -18,7 +18,13 @@ from lastlayer.kernels.fast_math import compiled
 LINE_BYTES = 64
 FETCH_AHEAD = 8192  # bytes
 STORE_BYTES = 16  # of one store past the caches, which must begin at a multiple of it
-LEAST_BYTES = 1 << 23  # of what is written past them; less may still be there when it is read
+CACHE_BYTES = 1 << 23  # what may be in a cache still when it is read again
+
+
+@compiled
+def exceeds_cache(matrix):
+    """Whether a matrix is too large to be in the caches."""
+    return matrix.nbytes >= CACHE_BYTES
 
 
 @compiled
@@ -40,7 +46,7 @@ def goes_past_cache(matrix):
     """Whether the rows of a contiguous matrix may be written with `store_past_cache`, and had better be."""
     row_bytes = matrix.shape[1] * matrix.itemsize
     fits = matrix.ctypes.data % STORE_BYTES == 0 and row_bytes % STORE_BYTES == 0
-    return fits and matrix.nbytes >= LEAST_BYTES
+    return fits and exceeds_cache(matrix)
 
 
 @intrinsic

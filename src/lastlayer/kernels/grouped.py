@@ -43,7 +43,7 @@ def softmax_forward(
     """For every group `log_softmax(hidden @ weight.T + bias)` at the targets, and what its gradient needs."""
     from lastlayer.kernels import grouped_loops
 
-    arrays = (*groups, hidden, weight, bias, slots, residual, log_prob, slope)
+    arrays = (tuple(groups), hidden, weight, bias, slots, residual, log_prob, slope)
     spread(grouped_loops.forward, groups.sizes * (groups.counts + 1), arrays, hidden.shape[1], threads)
 
 
@@ -59,7 +59,7 @@ def softmax_backward(
     """The gradients of weight and bias, every row written once."""
     from lastlayer.kernels import grouped_loops
 
-    arrays = (*groups, hidden, residual, scale, grad_weight, grad_bias)
+    arrays = (tuple(groups), hidden, residual, scale, grad_weight, grad_bias)
     spread(grouped_loops.backward, groups.sizes * (groups.counts + 1), arrays, hidden.shape[1], threads)
 
 

@@ -1,6 +1,6 @@
 """The loops behind `kernels/grouped.py`, compiled by numba: importing this module imports numba.
 
-`groups` are the fields of `GroupArrays`; a "residual" is `softmax - one_hot(target)`.
+`groups` are a `GroupArrays`, or a plain tuple of its fields; a "residual" is `softmax - one_hot(target)`.
 """
 
 # pyright: reportCallIssue=false
@@ -10,6 +10,7 @@ import numpy as np
 
 from lastlayer.kernels.cache_hints import (
     STORE_BYTES,
+    exceeds_cache,
     fence,
     fetch_row,
     goes_past_cache,
@@ -20,28 +21,39 @@ from lastlayer.kernels.fast_math import compiled
 
 
 @compiled
-def one_rows_logits(hidden, n, weight, start, size, logits, place):
-    """`weight[start : start + size] @ hidden[n]`, to `logits` from `place` on."""
+def one_rows_logits(hidden, n, weight, start, size, logits, place, fresh):
+    """`weight[start : start + size] @ hidden[n]`, to `logits` from `place` on; `fresh` weight is not in cache."""
     ahead = rows_ahead(weight)
-    for i in range(size):
-        fetch_row(weight, start + i + ahead)
+    for i in range(start, start + size):
+        if fresh:
+            fetch_row(weight, i + ahead)
         total = hidden.dtype.type(0)
         for k in range(hidden.shape[1]):
-            total += weight[start + i, k] * hidden[n, k]
-        logits[place + i] = total
+            total += weight[i, k] * hidden[n, k]
+        logits[place + i - start] = total
 
 
 @compiled
-def two_rows_logits(hidden, n, weight, start, size, logits, place):
-    """The same of rows n and n + 1, one after the other: each weight row is loaded once for both."""
+def two_rows_logits(hidden, n, weight, start, size, logits, place, fresh):
+    """The same of rows n and n + 1, one after the other, two weight rows at a time: four loads, four products."""
+    zero = hidden.dtype.type(0)
     ahead = rows_ahead(weight)
-    for i in range(size):
-        fetch_row(weight, start + i + ahead)
-        of_first = of_second = hidden.dtype.type(0)
+    for i in range(start, start + size - 1, 2):
+        if fresh:
+            fetch_row(weight, i + ahead)
+            fetch_row(weight, i + 1 + ahead)
+        s0 = s1 = t0 = t1 = zero
         for k in range(hidden.shape[1]):
-            of_first += weight[start + i, k] * hidden[n, k]
-            of_second += weight[start + i, k] * hidden[n + 1, k]
-        logits[place + i], logits[place + size + i] = of_first, of_second
+            s0 += weight[i, k] * hidden[n, k]
+            s1 += weight[i + 1, k] * hidden[n, k]
+            t0 += weight[i, k] * hidden[n + 1, k]
+            t1 += weight[i + 1, k] * hidden[n + 1, k]
+        at = place + i - start
+        logits[at], logits[at + 1], logits[at + size], logits[at + size + 1] = s0, s1, t0, t1
+    if size % 2:
+        for m in range(2):
+            last = place + m * size + size - 1
+            one_rows_logits(hidden, n + m, weight, start + size - 1, 1, logits, last, False)
 
 
 @compiled
@@ -60,20 +72,20 @@ def add_mean_weight(factors, weight, into):
 
 
 @compiled
-def forward(
-    first, last, rows, counts, starts, sizes, places, outs,
-    hidden, weight, bias, slots, residual, log_prob, slope,
-):  # fmt: skip
+def forward(first, last, groups, hidden, weight, bias, slots, residual, log_prob, slope):
+    rows, counts, starts, sizes, places, _ = groups
+    fresh = exceeds_cache(weight)
     zero = hidden.dtype.type(0)
     lowest = 0.75 * np.log(np.finfo(hidden.dtype).tiny)  # nothing below: denormal numbers are slow
     for g in range(first, last):
         start, size, count = starts[g], sizes[g], counts[g]
         logits = residual[places[g] : places[g] + count * size].reshape(count, size)
         for n in range(0, count - 1, 2):
-            two_rows_logits(hidden, rows[g] + n, weight, start, size, residual, places[g] + n * size)
+            of_pair, place = rows[g] + n, places[g] + n * size
+            two_rows_logits(hidden, of_pair, weight, start, size, residual, place, fresh and n == 0)
         if count % 2:
-            n = count - 1
-            one_rows_logits(hidden, rows[g] + n, weight, start, size, residual, places[g] + n * size)
+            last_row, place = rows[g] + count - 1, places[g] + (count - 1) * size
+            one_rows_logits(hidden, last_row, weight, start, size, residual, place, fresh and count == 1)
         for n in range(count):
             row = logits[n]
             if bias.shape[0]:
@@ -98,10 +110,8 @@ def forward(
 
 
 @compiled
-def backward(
-    first, last, rows, counts, starts, sizes, places, outs,
-    hidden, residual, scale, grad_weight, grad_bias,
-):  # fmt: skip
+def backward(first, last, groups, hidden, residual, scale, grad_weight, grad_bias):
+    rows, counts, _, sizes, places, outs = groups
     d = hidden.shape[1]
     past_cache = goes_past_cache(grad_weight)
     own = np.empty(d, dtype=hidden.dtype)
@@ -136,6 +146,13 @@ def backward(
                 grad_bias[out] = total
     if past_cache:
         fence()
+
+
+@compiled
+def whole_batch(num_rows, num_classes):
+    """One group: all rows over all classes."""
+    none = np.zeros(1, dtype=np.int64)
+    return (none, np.full(1, num_rows), none, np.full(1, num_classes), none, none)
 
 
 @compiled
@@ -181,15 +198,9 @@ def small_forward(
     slope = np.zeros((len(order) if with_slope else 0, hidden.shape[1]), dtype=hidden.dtype)
     head_residual = np.empty(len(order) * len(head_weight), dtype=hidden.dtype)
     residual = np.empty(numbers.sum(), dtype=hidden.dtype)
-    none, all_rows, all_clusters = np.array([0]), np.array([len(order)]), np.array([len(head_weight)])
-    forward(
-        0, 1, none, all_rows, none, all_clusters, none, none,
-        own, head_weight, head_bias, own_clusters, head_residual, log_prob, slope,
-    )  # fmt: skip
-    forward(
-        0, len(rows), rows, counts, starts, sizes, places, outs,
-        own, weight, bias, own_slots, residual, log_prob, slope,
-    )  # fmt: skip
+    head, inner = whole_batch(len(order), len(head_weight)), (rows, counts, starts, sizes, places, outs)
+    forward(0, 1, head, own, head_weight, head_bias, own_clusters, head_residual, log_prob, slope)
+    forward(0, len(rows), inner, own, weight, bias, own_slots, residual, log_prob, slope)
     answer = np.empty_like(log_prob)
     for n in range(len(order)):
         answer[order[n]] = log_prob[n]
@@ -197,13 +208,13 @@ def small_forward(
     for g in range(len(rows)):
         for i in range(sizes[g]):
             touched[ends[g] - sizes[g] + i] = starts[g] + i
-    return answer, touched, (order, own, slope, head_residual, residual, rows, counts, starts, sizes, places, outs)
+    return answer, touched, (order, own, slope, head_residual, residual, inner)
 
 
 @compiled
 def small_backward(state, grad, of_hidden, of_head_weight, of_head_bias, of_weight, of_bias):
     """All gradients of a small batch; those of length 0 are not wanted."""
-    order, own, slope, head_residual, residual, rows, counts, starts, sizes, places, outs = state
+    order, own, slope, head_residual, residual, inner = state
     scale = np.empty_like(grad)
     for n in range(len(order)):
         scale[n] = -grad[order[n]]
@@ -211,12 +222,7 @@ def small_backward(state, grad, of_hidden, of_head_weight, of_head_bias, of_weig
         for n in range(len(order)):
             of_hidden[order[n]] = scale[n] * slope[n]
     if len(of_head_weight):
-        none, all_rows, all_clusters = np.array([0]), np.array([len(order)]), np.array([len(of_head_weight)])
-        backward(
-            0, 1, none, all_rows, none, all_clusters, none, none,
-            own, head_residual, scale, of_head_weight, of_head_bias,
-        )  # fmt: skip
+        head = whole_batch(len(order), len(of_head_weight))
+        backward(0, 1, head, own, head_residual, scale, of_head_weight, of_head_bias)
     if len(of_weight):
-        backward(
-            0, len(rows), rows, counts, starts, sizes, places, outs, own, residual, scale, of_weight, of_bias
-        )  # fmt: skip
+        backward(0, len(inner[0]), inner, own, residual, scale, of_weight, of_bias)
