@@ -88,12 +88,14 @@ class Softmaxes(NamedTuple):
             kernels.softmax_backward(self.small, *(t.numpy() for t in arrays), threads=torch.get_num_threads())
         if not self.large:
             return
-        scaled = (rows * scale[:, None]).to(rows.dtype)
+        exact = rows.dtype == residual.dtype  # then the scale goes to the narrower factor; else it is rounded once
+        scaled = rows * scale[:, None] if exact else rows
         for row, count, _, size, place, out in self._each_large(rows):
             own = slice(row, row + count)
-            transposed = residual.narrow(0, place, count * size).view(count, size).T
-            _multiply(transposed.to(rows.dtype), scaled[own], of_weight.narrow(0, out, size))
-            of_bias.narrow(0, out, size).copy_(transposed @ scale[own])
+            factors = residual.narrow(0, place, count * size).view(count, size).T
+            left = factors if exact else (factors * scale[own]).to(rows.dtype)
+            _multiply(left, scaled[own], of_weight.narrow(0, out, size))
+            of_bias.narrow(0, out, size).copy_(factors @ scale[own])
 
     def _each_large(self, rows: Tensor) -> Iterator[tuple[int, ...]]:
         """The large groups; the smaller of them on one thread, as tiny products on several threads collapse."""
