@@ -4,9 +4,10 @@ Arrays in, arrays out; imported when one first runs, as importing numba takes a 
 `screening.screen` (candidates, certificate, normaliser) and the previews' own `scores`.
 
 Scores are summarised by blocks of classes, while they are still in the cache: a block's maximum, and the sum of
-its exponentials relative to it (`blocks`, `scan`). Candidates (`choose`), certificate and normaliser (`answer`)
-then come from the summaries, and scan only the few blocks that matter. For one hidden state all of it is one call
-(`query`).
+its exponentials relative to it (`blocks`, `scan`; `scan_rows` for several hidden states, by AMX). Candidates
+(`choose`), certificate and normaliser (`answer`) then come from the summaries, and scan only the few blocks that
+matter. For one hidden state all of it is one call (`query`). `lanes`, `dots` and `tiles` are the instructions that
+numba does not reach by itself.
 
 Kernels hold the interpreter's lock, so that scratch that belongs to a screen is nobody else's while one runs.
 """

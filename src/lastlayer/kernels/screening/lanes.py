@@ -155,8 +155,8 @@ def summarise_sixteen(typingctx: Any, scores: Any, block_max: Any, block_sum: An
         of_blocks = cgutils.alloca_once(builder, kind)
         maxima = context.make_array(signature.args[1])(context, builder, args[1]).data
 
-        def each(combine: Callable[[Any, Any, list[Any]], Any]) -> list[Any]:
-            """What `combine(block, lowest, scores)` gives, for every block, of its scores in vectors."""
+        def each(combine: Callable[[Any, list[Any]], Any]) -> list[Any]:
+            """What `combine(block, scores)` gives, for every block, of its scores in vectors."""
             with cgutils.for_range(builder, _I64(LANES)) as loop:
                 at = builder.add(block, loop.index)
                 start = builder.mul(at, _I64(SUMMARISED))
@@ -225,7 +225,7 @@ def summed(builder: Any, vectors: list[Any]) -> Any:
 
 @intrinsic
 def transpose(typingctx: Any, beside: Any, first: Any, target: Any, row: Any, rows: Any, column: Any) -> Any:
-    """`target[row : row + rows, column : column + 16] = beside[first : first + 16, :rows].T`, rows from 1 to 16."""
+    """`target[row : row + rows, column : column + 16] = beside[first : first + 16, :rows].T`, 1 <= rows <= 16."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         beside, target = (_at(context, builder, signature.args[n], args[n]) for n in (0, 2))

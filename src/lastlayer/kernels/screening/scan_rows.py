@@ -1,4 +1,4 @@
-"""One pass over 8-bit rows for many hidden states: scores of all classes, summarised while they are in the cache."""
+"""One pass over 8-bit rows for many hidden states, by AMX: scores, summarised while they are in the cache."""
 
 from typing import Any
 
@@ -99,7 +99,7 @@ def scan_int8_rows(
     block_max: Any,  # (N, blocks) float32, out
     block_sum: Any,  # the same, out
 ) -> None:
-    """Scores `scale * rows @ hidden' + bias` of many hidden states in two int8 parts, by AMX; reads `rows` once."""
+    """Scores `scale * rows @ hidden' + bias` of hidden states in two int8 parts, by AMX; reads `rows` once."""
     groups = (len(hidden) + SIDE - 1) // SIDE
     chunks = rows.shape[1] // DEPTH
     right = zero_lines(groups * chunks * 2 * SIDE * DEPTH).reshape(groups, chunks, 2, SIDE, DEPTH)

@@ -1,4 +1,4 @@
-"""Products of int8 matrices by AMX, the tile instructions of Intel's servers, which numba does not reach by itself."""
+"""Products of int8 matrices by AMX, which numba does not reach by itself."""
 
 import ctypes
 from typing import Any
