@@ -61,7 +61,7 @@ def larger(builder: Any, left: Any, right: Any) -> Any:
 def exponential(builder: Any, x: Any) -> Any:
     """`fast_math.exp` of a vector without NaN."""
 
-    def constant(number: float) -> Any:
+    def constant(number: Any) -> Any:
         return ir.Constant(FLOATS, [float(np.float32(number))] * LANES)
 
     floor = cgutils.get_or_insert_function(builder.module, ir.FunctionType(FLOATS, [FLOATS]), "llvm.floor.v16f32")
