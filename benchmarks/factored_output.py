@@ -6,7 +6,9 @@ Parts: output, whole, scaling, exactness, words, classifiers, rates.
 """
 
 import argparse
+import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +54,13 @@ def rates(paths: list[Path], steps: int = 200) -> list[dict[str, Any]]:
             trainer = Trainer(model, train, held_out, Budget(steps=steps), learning_rate=0.1)
             trainer.optimizers[-1].param_groups[0]["lr"] = rate
             trainer.base_rates[-1] = rate
-            trainer.run()
+            perplexity = math.inf
+            with suppress(ValueError):  # a step that would be singular is refused
+                trainer.run()
+                perplexity = evaluate(model, held_out, 4000).perplexity
             sizes = {"num_classes": corpus.num_classes, "batch": 20 * batch, "steps": trainer.steps}
-            records.append(
-                {"case": "rates", **sizes, "rate": rate, "perplexity": evaluate(model, held_out, 4000).perplexity}
-            )
+            known = perplexity if math.isfinite(perplexity) else None
+            records.append({"case": "rates", **sizes, "rate": rate, "perplexity": known})
     return records
 
 

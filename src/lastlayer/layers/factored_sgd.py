@@ -157,10 +157,9 @@ class FactoredSGD(torch.optim.Optimizer):
         if safe_lr is not None and not self._warned:
             self._warned = True
             warnings.warn(
-                f"lr turns a direction of the weight around in one step; rates up to {safe_lr:.6g} would "
-                "not on this "
-                "batch (said once)",
-                stacklevel=3,
+                f"lr turns a direction of the weight around in one step; rates up to {safe_lr:.6g} would not on "
+                "this batch (said once)",
+                stacklevel=4,  # where step() is called
             )
 
 
