@@ -128,7 +128,8 @@ def test_training_is_the_same_either_way(monkeypatch, threads, loss):
         optimizer = FactoredSGD(layer, 0.1, weight_decay=0.01)
         for hidden in torch.randn(20, N, D, dtype=torch.float64):
             optimizer.zero_grad()
-            layer(hidden / 4, torch.randint(V, (N,))).backward()
+            ids, counts = torch.randint(V, (N, 4)), torch.rand(2, N, dtype=torch.float64)
+            layer(hidden / 4, ids[:, ::2], counts.T).backward()  # neither is contiguous
             optimizer.step()
         weights.append(layer.weight)
     torch.testing.assert_close(*weights, rtol=1e-11, atol=1e-11)

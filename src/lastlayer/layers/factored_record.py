@@ -130,7 +130,7 @@ class _Loss(torch.autograd.Function):
         record: Record,
         reduction: str,
     ) -> Tensor:
-        state, (rows, d) = record.state, hidden.shape
+        state, (rows, d), ids = record.state, hidden.shape, ids.contiguous()
         needed = state.stacked[: 2 * d + 2] if prefers_features(rows, d) else state.stacked
         with full_precision(hidden.device.type):
             read: Answer = answer(hidden, needed, state.factor, ids)
@@ -155,7 +155,7 @@ class _Loss(torch.autograd.Function):
         found: RowDerivatives = ctx.found
         by_row, dtype = upstream / ctx.share, pair.dtype  # (), or (N,) in float64
         each = by_row[:, None] if by_row.dim() else by_row
-        target, norm = (each * found.by_score).to(dtype), (by_row * found.by_norm).to(dtype)
+        target, norm = (each * found.by_score).to(dtype).contiguous(), (by_row * found.by_norm).to(dtype)
         total = None if found.by_total is None else (by_row * found.by_total).to(dtype)
         with full_precision(pair.device.type):
             gradient = hidden_gradient(
