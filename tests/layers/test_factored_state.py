@@ -20,7 +20,7 @@ from lastlayer import (
 )
 from lastlayer.functional import spherical_loss
 from lastlayer.functional.gram import principal_rotation
-from lastlayer.screening import svd_preview
+from lastlayer.screening import calibration
 
 
 def test_nothing_changes_without_a_gradient():
@@ -137,14 +137,14 @@ def test_a_screen_gets_its_rotation_for_nothing(make, monkeypatch):
     twins.train(batches(40))
     layer = twins.layer
     made = []
-    monkeypatch.setattr(svd_preview, "gram_matrix", lambda weight: made.append(weight) or weight.T @ weight)
+    monkeypatch.setattr(calibration, "gram_matrix", lambda weight: made.append(weight) or weight.T @ weight)
     settings = {"window": 6} if make is SVDSoftmax else {"preview": SVDPreview(6)}
     screen = make.from_layer(layer, **settings, candidates=30, exact=True)
     assert not made
     hidden = next(batches(1))[0]
     assert torch.equal(screen.topk(hidden, 5).indices, layer.topk(hidden, 5).indices)
     kept = principal_rotation(layer.gram()).weight_side
-    from_weight = SVDPreview(6).rotation(layer.weight).weight_side
+    from_weight = calibration.rotation_of(layer.weight, None).weight_side
     assert worst((kept.T @ from_weight).abs(), torch.eye(D, dtype=torch.float64)) < 1e-8
     screen.refresh()  # the weight may have changed since: now Q is made
     assert len(made) == 2
