@@ -1,6 +1,9 @@
 """What a query by the fused kernels allocates: at most three numbers a class and row, whatever the preview."""
 
-import ctypes
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,30 +40,15 @@ def test_a_query_allocates_at_most_three_numbers_a_class(weight, name, rows):
     assert peak_bytes(lambda: layer.topk(hidden, 10)) + kept <= 3 * 4 * V * rows
 
 
-MMAP_THRESHOLD, SMALL, USUAL = -3, 1 << 16, 1 << 17  # mallopt's name for it, and bytes
+@pytest.fixture(scope="module")
+def plain():
+    """Numbers a class and row that queries without kernels allocate; in a process with no holes yet."""
+    script = Path(__file__).with_name("plain_memory.py")
+    return json.loads(subprocess.run([sys.executable, script], capture_output=True, check=True).stdout)
 
 
-@pytest.fixture
-def mapped_apart():
-    """Large blocks go back to the system when they are freed: what is counted is not where a heap has holes."""
-    malloc = ctypes.CDLL(None)
-    malloc.mallopt(MMAP_THRESHOLD, SMALL)
-    yield
-    malloc.mallopt(MMAP_THRESHOLD, USUAL)
-
-
-PLAIN = PREVIEWS | {"shifted": SVDPreview(2, tail_correction=1.0)}
-
-
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "int8", "int4", "shifted"])
 @pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.usefixtures("mapped_apart")
-def test_a_query_without_kernels_allocates_at_most_three_numbers_a_class(weight, name, exact, dtype):
-    """Plain PyTorch, as it runs on a GPU and in float64; numbers are of the dtype it works in."""
-    layer = ScreenedSoftmax(weight.to(dtype), preview=PLAIN[name], candidates=1000, exact=exact)
-    layer._for_kernels = False
-    rows, number = 4, 8 if dtype == torch.float64 else 4
-    hidden = torch.randn(rows, D, generator=torch.Generator().manual_seed(1)).to(dtype)
-    layer.topk(hidden, 10)  # what the allocator keeps for the next call is there
-    assert min(peak_bytes(lambda: layer.topk(hidden, 10)) for _ in range(3)) <= 3 * number * V * rows
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_a_query_without_kernels_allocates_at_most_three_numbers_a_class(plain, name, exact, dtype):
+    assert 1 <= plain[f"{name} {dtype} {exact}"] <= 3
