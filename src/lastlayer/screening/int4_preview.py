@@ -41,9 +41,10 @@ class Int4Preview(Preview):
             `Int8Preview` usually faster.
 
     Cost: a query reads `17/32 V d` bytes, and `d^2` numbers to rotate the hidden state; preparing takes
-    `2 V d^2` multiply-adds and some passes over the weight. When NOT to use it: without calibration data; where
-    probabilities must be close and not only answers (the normaliser takes the scores of the classes not rescored,
-    whose bound, `log_normalizer_error`, is some tens of times that of `Int8Preview`).
+    `2 V d^2` multiply-adds and some passes over the weight. When NOT to use it: without calibration data; for
+    several hidden states at once (`Int8Preview` is faster from some four on); where probabilities must be proved
+    close (the normaliser takes the scores of the classes that were not rescored: `log_normalizer_error` was 14
+    times that of `Int8Preview` on SmolLM2's head, the error itself 0.0006).
 
     >>> import torch
     >>> from lastlayer import Int4Preview, ScreenedSoftmax

@@ -64,6 +64,8 @@ class Run:
         condition = None if diverged else self.layer.consistency().condition
         return {
             "case": "exactness",
+            "num_classes": len(truth),
+            "in_features": truth.shape[1],
             "dtype": str(self.dtype).removeprefix("torch."),
             "stabilized": self.stabilized,
             "step": step,
