@@ -125,3 +125,14 @@ def test_choose(kind, classes, count):
     torch.testing.assert_close(
         scores[chosen].sort().values, scores.topk(count).values.sort().values, rtol=0, atol=0
     )
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+@pytest.mark.parametrize("count", [1, 3, 14, 15])
+def test_the_best_where_the_largest_score_is_zero(scale, count):
+    """A threshold is looked for from the largest block maximum downwards, in steps that must not be 0."""
+    from lastlayer.kernels.screening.choose import choose
+
+    scores = -np.arange(15, dtype=np.float32) * np.float32(scale)
+    chosen = choose(scores, np.zeros(1, dtype=np.float32), 64, count)
+    assert sorted(chosen.tolist()) == list(range(count))

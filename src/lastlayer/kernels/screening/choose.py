@@ -12,6 +12,7 @@ from lastlayer.kernels.fast_math import larger
 from lastlayer.kernels.screening.blocks import FAST, MINUS_INFINITY
 
 SAMPLED = 16  # one score of so many says where a threshold lies
+LEAST_STEP = np.float32(1e-6)  # downwards, from where there is nothing to go by: the largest score is 0, and alone
 AT_ONCE = 16  # scores compared by one instruction
 
 
@@ -89,7 +90,7 @@ def _threshold(values: Any, count: int, spare: int, low: Any, high: Any) -> Any:
     if _count_above(values, high) >= count:
         return high
     while _count_above(values, low) < count:
-        low -= max(high - low, abs(low) * np.float32(1e-3))
+        low -= max(high - low, abs(low) * np.float32(1e-3), LEAST_STEP)
     while True:
         middle = np.float32(0.5) * low + np.float32(0.5) * high
         if middle <= low or middle >= high:
