@@ -82,15 +82,19 @@ def fence(typingctx: Any) -> Any:
 @intrinsic
 def _fetch(typingctx: Any, array: Any, at: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        i32, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
-        fetch = builder.module.declare_intrinsic("llvm.prefetch.p0", (), kind)
-        address = builder.bitcast(_address(context, builder, signature.args[0], *args), pointer)
-        to_read, into_second_level, data = i32(0), i32(2), i32(1)
-        builder.call(fetch, [address, to_read, into_second_level, data])
+        prefetch(builder, _address(context, builder, signature.args[0], *args))
         return context.get_dummy_value()
 
     return types.none(array, types.int64), generate
+
+
+def prefetch(builder: Any, address: Any) -> None:
+    """Writes the instruction that asks for the line at `address` and does not wait, for intrinsics."""
+    i32, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
+    fetch = builder.module.declare_intrinsic("llvm.prefetch.p0", (), kind)
+    to_read, into_second_level, data = i32(0), i32(2), i32(1)
+    builder.call(fetch, [builder.bitcast(address, pointer), to_read, into_second_level, data])
 
 
 def _address(context: Any, builder: Any, kind: Any, array: Any, at: Any) -> Any:

@@ -8,6 +8,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from lastlayer.kernels.cache_hints import prefetch
 from lastlayer.kernels.screening.lanes import FLOATS, FREE, everywhere, summed
 
 LANES = 64  # int8 numbers that one instruction multiplies
@@ -65,9 +66,6 @@ def score_rows(
         vector = ir.VectorType(i32, LANES // 4)
         module = builder.module
         dot = module.declare_intrinsic("llvm.x86.avx512.vpdpbusd.512", (), ir.FunctionType(vector, [vector] * 3))
-        fetch = module.declare_intrinsic(
-            "llvm.prefetch.p0", (), ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, i32, i32, i32])
-        )
 
         def load(base: Any, offset: Any) -> Any:
             value = builder.load(builder.bitcast(builder.gep(base, [offset]), vector.as_pointer()))
@@ -91,8 +89,7 @@ def score_rows(
             parts, flip, grown = (load(high, offset), load(low, offset)), vector([-2139062144] * 16), []
             for row in range(ROWS_AT_ONCE):
                 at = builder.add(offset, builder.mul(width, i64(row)))
-                ahead = builder.gep(rows, [builder.add(at, i64(PREFETCH))])
-                builder.call(fetch, [ahead, i32(0), i32(2), i32(1)])
+                prefetch(builder, builder.gep(rows, [builder.add(at, i64(PREFETCH))]))
                 unsigned = builder.xor(load(rows, at), flip)
                 grown += [builder.call(dot, [sums[len(grown) + part], unsigned, parts[part]]) for part in range(2)]
             following = builder.add(offset, i64(LANES))

@@ -12,11 +12,11 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from lastlayer.kernels.cache_hints import LINE_BYTES
 from lastlayer.kernels.fast_math import EXP2, LOG2_E
 
 LANES = 16
 SUMMARISED = 64  # scores that `summarise_sixteen` takes for a block
-LINE = 64  # bytes of the cache that are fetched together; what begins at such a place is read fastest
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 FLOATS, _INTEGERS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(_I32, LANES)
 _ZEROS = ir.Constant(FLOATS, [0.0] * LANES)
@@ -25,9 +25,9 @@ FREE = ("reassoc", "contract", "nsz", "nnan", "arcp")
 
 @njit(cache=True)
 def zero_lines(count: int) -> Any:  # (count,) int8
-    """Zeros that begin at a cache line."""
-    room = np.zeros(count + LINE, dtype=np.int8)
-    first = -room.ctypes.data % LINE
+    """Zeros that begin at a cache line, from where they are read fastest."""
+    room = np.zeros(count + LINE_BYTES, dtype=np.int8)
+    first = -room.ctypes.data % LINE_BYTES
     return room[first : first + count]
 
 
@@ -243,22 +243,3 @@ def transpose(typingctx: Any, beside: Any, first: Any, target: Any, row: Any, ro
 
     kinds = beside, types.int64, target, types.int64, types.int64, types.int64
     return types.none(*kinds), generate
-
-
-@intrinsic
-def fetch_rows(typingctx: Any, array: Any, first: Any, count: Any) -> Any:
-    """Asks for `array[first : first + count]`, of a contiguous matrix, and does not wait."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, _I32, _I32, _I32])
-        fetch = builder.module.declare_intrinsic("llvm.prefetch.p0", (), kind)
-        matrix = context.make_array(signature.args[0])(context, builder, args[0])
-        row = builder.extract_value(matrix.strides, 0)
-        start = builder.gep(builder.bitcast(matrix.data, cgutils.voidptr_t), [builder.mul(args[1], row)])
-        with cgutils.for_range(builder, builder.udiv(builder.mul(args[2], row), _I64(LINE))) as loop:
-            builder.call(
-                fetch, [builder.gep(start, [builder.mul(loop.index, _I64(LINE))]), _I32(0), _I32(2), _I32(1)]
-            )
-        return context.get_dummy_value()
-
-    return types.none(array, types.int64, types.int64), generate

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
+from lastlayer.kernels.cache_hints import prefetch
 from lastlayer.kernels.screening.blocks import FAST, summarise_part
 from lastlayer.kernels.screening.dots import PREFETCH, pointer_at
 from lastlayer.kernels.screening.scan import TILE, share_of, split_in_two
@@ -34,11 +34,9 @@ def _dots(groups: int, queries: int) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             codes, chunks, parts, sums = args
-            module, pointer = builder.module, cgutils.voidptr_t
+            module = builder.module
             kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
             dot = module.declare_intrinsic("llvm.x86.avx512.vpdpbusd.512", (), kind)
-            kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
-            fetch = module.declare_intrinsic("llvm.prefetch.p0", (), kind)
 
             def constant(value: int) -> Any:
                 return ir.Constant(_VECTOR, [value] * BESIDE)
@@ -63,8 +61,7 @@ def _dots(groups: int, queries: int) -> Any:
             new = []
             for group in range(groups):
                 place = builder.add(builder.mul(chunk, _I64(4 * BESIDE)), builder.mul(group_bytes, _I64(group)))
-                ahead = builder.gep(codes, [builder.add(place, _I64(PREFETCH))])
-                builder.call(fetch, [ahead, _I32(0), _I32(2), _I32(1)])
+                prefetch(builder, builder.gep(codes, [builder.add(place, _I64(PREFETCH))]))
                 both = load(codes, place, _VECTOR)
                 halves = builder.and_(both, constant(0x0F0F0F0F)), builder.and_(both, constant(-0x0F0F0F10))
                 for part in range(2 * queries):

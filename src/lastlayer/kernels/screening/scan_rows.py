@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from lastlayer.kernels.cache_hints import fetch_row
 from lastlayer.kernels.screening.blocks import MINUS_INFINITY
-from lastlayer.kernels.screening.lanes import fetch_rows, put_together, sum_exponentials, transpose, zero_lines
+from lastlayer.kernels.screening.lanes import put_together, sum_exponentials, transpose, zero_lines
 from lastlayer.kernels.screening.scan import norm_of, share_of, split_in_two
 from lastlayer.kernels.screening.threads import apart
 from lastlayer.kernels.screening.tiles import DEPTH, PAIR, SIDE, begin_tiles, end_tiles, multiply_pairs
@@ -62,8 +63,8 @@ def _scan_rows_part(
         else:
             block = last_rows
             block[:count] = rows[start:last]
-        following = min(max(last - start - size, 0), size)
-        fetch_rows(rows, start + size, following)  # pyright: ignore
+        for row in range(start + size, min(start + 2 * size, last)):
+            fetch_row(rows, row)
         for group in range(len(right)):
             most[:] = MINUS_INFINITY
             for part in range(0, count, PAIR):
