@@ -3,12 +3,15 @@
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lastlayer.functional.checks import check_count, check_hidden
+from lastlayer.functional.gram import gram_matrix
+from lastlayer.screening.calibration import second_moment
 from lastlayer.screening.exact import full_logits
 from lastlayer.screening.int4_preview import Int4Preview
 from lastlayer.screening.int8_preview import Int8Preview
@@ -22,6 +25,7 @@ ROUNDS = 15
 ROOM = 1.5  # candidates beyond what the tuning rows needed
 WINDOWS = (16, 8, 4)  # of the width: d/16, d/8, d/4
 CERTIFIED_CANDIDATES = {Int8Preview: 96, Int4Preview: 32}  # what could be better is rescored besides
+Make = Callable[..., ScreenedSoftmax]  # of a preview and its settings
 
 
 class Truth(NamedTuple):
@@ -86,10 +90,9 @@ def choose_screen(
     tuning = Truth.of(weight, bias, first[:share], k)
     measuring = Truth.of(weight, bias, second[:MEASURED_ROWS], k)
 
-    screens = [_certified(preview, weight, bias, k) for preview in (Int8Preview(), Int4Preview(calibration=first))]
-    screens += [
-        _tuned(preview, weight, bias, tuning, agreement, k) for preview in _previews(weight, first[share:])
-    ]
+    make = partial(ScreenedSoftmax, weight, bias, gram=gram_matrix(weight))  # of the weight: once for all
+    screens = [_certified(make, preview, k) for preview in (Int8Preview(), Int4Preview(calibration=first))]
+    screens += [_tuned(make, preview, tuning, agreement, k) for preview in _previews(weight, first[share:])]
     records = [_measured(screen, measuring, k) for screen in screens]
     for record, ms, full_ms in zip(records, *_times(screens, second, k), strict=True):
         record |= {"ms": ms, "full_ms": full_ms, "ratio": full_ms / ms}
@@ -110,8 +113,8 @@ def _checked(hidden: Tensor, weight: Tensor) -> Tensor:  # (n, d) in the weight'
     return rows
 
 
-def _previews(weight: Tensor, calibration: Tensor) -> list[Preview]:
-    width = weight.shape[-1]
+def _previews(weight: Tensor, hidden: Tensor) -> list[Preview]:
+    width, calibration = weight.shape[-1], second_moment(hidden)
     windows = sorted({max(1, width // part) for part in WINDOWS})
     calibrated: list[Preview] = [
         SVDPreview(window, calibration=calibration, storage=storage)
@@ -121,16 +124,15 @@ def _previews(weight: Tensor, calibration: Tensor) -> list[Preview]:
     return [*calibrated, SVDPreview(max(1, width // 8))]
 
 
-def _certified(preview: Preview, weight: Tensor, bias: Tensor | None, k: int) -> ScreenedSoftmax:
-    candidates = min(len(weight), max(CERTIFIED_CANDIDATES[type(preview)], 2 * k))
-    return ScreenedSoftmax(weight, bias, preview=preview, candidates=candidates, exact=True)
+def _certified(make: Make, preview: Preview, k: int) -> ScreenedSoftmax:
+    screen = make(preview=preview, candidates=1, exact=True)
+    screen.candidates = min(screen.out_features, max(CERTIFIED_CANDIDATES[type(preview)], 2 * k))
+    return screen
 
 
-def _tuned(
-    preview: Preview, weight: Tensor, bias: Tensor | None, tuning: Truth, agreement: float, k: int
-) -> ScreenedSoftmax:
+def _tuned(make: Make, preview: Preview, tuning: Truth, agreement: float, k: int) -> ScreenedSoftmax:
     """A screen with the candidates that the tuning rows needed, and some room."""
-    screen = ScreenedSoftmax(weight, bias, preview=preview, candidates=len(weight))
+    screen = make(preview=preview, candidates=1)
     needed = []
     for hidden, best in zip(tuning.hidden.split(16), tuning.best.split(16), strict=True):
         scores = screen.preview_scores(hidden)
@@ -141,7 +143,7 @@ def _tuned(
     ranks = torch.cat(needed).flatten().sort().values  # of the tuning rows' classes, not of all
     at = min(len(ranks) - 1, int(agreement * len(ranks)))
     candidates = int(ROOM * int(ranks[at]))
-    screen.candidates = min(len(weight), max(candidates, 4 * k, 16))
+    screen.candidates = min(screen.out_features, max(candidates, 4 * k, 16))
     return screen
 
 

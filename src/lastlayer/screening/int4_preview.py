@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lastlayer.functional.gram import Rotation
 from lastlayer.screening.calibration import Calibration, SecondMoment, rotation_of, second_moment
-from lastlayer.screening.exact import full_logits, rounding_share, row_norms, working_dtype
+from lastlayer.screening.exact import rounding_share, row_norms, working_dtype
 from lastlayer.screening.int4_rows import FINER, Int4Rows
 from lastlayer.screening.preview import ErrorBound, PreparedPreview, Preview
 from lastlayer.screening.quantised import split_in_two
@@ -133,11 +133,6 @@ class PreparedInt4(PreparedPreview):
         rotation = (part.numpy() for part in (to_turned, self.unbalance, self.rounding))
         rows = self.rows.packed.numpy(), self.rows.scale.numpy(), parts
         return run.query_int4(self.rows.fine, *rotation, *rows, *asked)
-
-    def follow(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # rounding has no gradient of use: the scores' values, the logits' gradient
-        logits = full_logits(hidden, weight, bias)
-        return logits + (self.scores(hidden.detach()) - logits.detach())
 
     def _widened(self, hidden: Tensor) -> Tensor:  # (N, d) -> (N, d + fine), float64
         return self.rows.widened(hidden.double() @ self.to_turned.double())

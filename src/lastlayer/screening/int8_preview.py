@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lastlayer.screening.exact import full_logits, rounding_share, row_norms, working_dtype
+from lastlayer.screening.exact import rounding_share, row_norms, working_dtype
 from lastlayer.screening.preview import ErrorBound, PreparedPreview, Preview
 from lastlayer.screening.quantised import Int8Rows
 from lastlayer.screening.summary import Asked, Summary
@@ -69,11 +69,6 @@ class PreparedInt8(PreparedPreview):
     def query(self, asked: Asked) -> int:
         asked.of_row[2] = 1.0
         return self.rows.query(asked.hidden, asked)
-
-    def follow(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # rounding has no gradient of use: the scores' values, the logits' gradient
-        logits = full_logits(hidden, weight, bias)
-        return logits + (self.scores(hidden.detach()) - logits.detach())
 
     def _of_rows(self, of_rows: Tensor) -> Tensor:  # (N, 2) -> (N, 3)
         return torch.cat([of_rows, torch.ones_like(of_rows[:, :1])], dim=-1).to(self.dtype)

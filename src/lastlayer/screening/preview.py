@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lastlayer.screening.exact import full_logits
 from lastlayer.screening.summary import Asked, Summary, kernels, moderate
 
 
@@ -45,14 +46,19 @@ class PreparedPreview(ABC):
     ) -> ErrorBound:
         """What the scores of these rows can be off by."""
 
-    @abstractmethod
     def follow(
         self,
         hidden: Tensor,  # (N, d)
         weight: Tensor,  # (V, d)
         bias: Tensor | None,  # (V,)
     ) -> Tensor:  # (N, V)
-        """The scores as a differentiable function of hidden, weight and bias; costs what the full layer does."""
+        """The scores as a differentiable function of hidden, weight and bias; costs what the full layer does.
+
+        As it stands for scores that are logits but for rounding, which has no gradient of use: the scores' values,
+        the logits' gradient.
+        """
+        logits = full_logits(hidden, weight, bias)
+        return logits + (self.scores(hidden.detach()) - logits.detach())
 
     def summary(
         self,
