@@ -10,7 +10,7 @@ from torch import Tensor
 from lastlayer.screening.exact import full_logits, no_autocast
 from lastlayer.screening.preview import PreparedPreview
 from lastlayer.screening.screen import Head
-from lastlayer.screening.summary import BLOCK, Asked, Summary, kernels, moderate
+from lastlayer.screening.summary import BLOCK, Summary, kernels, moderate
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.uint16}  # numpy, or numba, has not these types
 SMALL = 1 << 18  # bytes that one thread has read before a second wakes up
@@ -32,8 +32,8 @@ class Fused(NamedTuple):
     log_prob: Tensor  # (N, k)
     indices: Tensor  # (N, k)
     certified: Tensor  # (N,)
-    logits: Tensor  # (N, V), exact where rescored; (N, 0) if not asked for
     log_normalizer: Tensor  # (N, 1)
+    logits: Tensor  # (N, V), exact where rescored; (N, 0) if not asked for
 
 
 class Outputs(NamedTuple):
@@ -41,6 +41,7 @@ class Outputs(NamedTuple):
 
     log_prob: np.ndarray  # (N, k) float32
     indices: np.ndarray  # (N, k) int64
+    certified: np.ndarray  # (N,) bool
     log_normalizer: np.ndarray  # (N, 1) float32
     final: np.ndarray  # (N, V) float32; or (N, 0)
 
@@ -48,12 +49,12 @@ class Outputs(NamedTuple):
     def empty(cls, rows: int, k: int, classes: int) -> "Outputs":
         """Room for the answers to some rows."""
         values = np.empty((rows, k), dtype=np.float32), np.empty((rows, k), dtype=np.int64)
-        return cls(*values, np.empty((rows, 1), dtype=np.float32), torch.empty(rows, classes).numpy())
+        certified, normalizer = np.ones(rows, dtype=np.bool_), np.empty((rows, 1), dtype=np.float32)
+        return cls(*values, certified, normalizer, torch.empty(rows, classes).numpy())
 
-    def fused(self, certified: np.ndarray) -> Fused:
+    def fused(self) -> Fused:
         """The same as tensors."""
-        arrays = self.log_prob, self.indices, certified, self.final, self.log_normalizer
-        return Fused._make(torch.from_numpy(array) for array in arrays)
+        return Fused._make(map(torch.from_numpy, self))
 
 
 class FusedScreen:
@@ -63,14 +64,19 @@ class FusedScreen:
     """
 
     def __init__(self, head: Head, preview: PreparedPreview, candidates: int) -> None:
-        self.head, self.preview, self.candidates = head, preview, candidates
+        self.head, self.preview, self.candidates, run = head, preview, candidates, kernels()
         of_classes = preview.of_classes.contiguous()
         blocks = F.pad(of_classes, (0, -of_classes.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK)).amax(-1)
         weight = head.weight.view(BITS.get(head.weight.dtype, torch.float32))
         bias = torch.zeros(len(weight)) if head.bias is None else head.bias.float()
-        self.arrays = tuple(t.detach().contiguous().numpy() for t in (of_classes, blocks, weight, bias))
-        self.room = Summary.empty(1, len(head.weight)).row()
-        self.no_logits = torch.empty(1, 0)
+        arrays = (t.detach().contiguous().numpy() for t in (of_classes, blocks, weight, bias))
+        self.layer, self.room = run.Layer(BLOCK, candidates, *arrays), Summary.empty(1, len(weight)).row()
+        self.small = preview.bytes_read <= SMALL
+        self.bad, self.dense = run.BAD, run.DENSE
+        self.no_logits, one = torch.empty(1, 0), preview.one_call()
+        self.ask = one and run.Bound(
+            one.kernel, (*one.kept, run.Room(*self.room, one.of_row), self.layer), run.ASKED
+        )
 
     def answer(
         self,
@@ -87,8 +93,8 @@ class FusedScreen:
         count, classes = len(hidden), len(self.head.weight)
         if count * self.candidates >= classes:
             return self._all_dense(hidden, k)
-        if count == 1:
-            return self._one(hidden, k, exact, with_logits)
+        if count == 1 and self.ask is not None:
+            return self.answer_one(hidden, k, exact, with_logits)
         outputs = Outputs.empty(count, k, classes if with_logits else 0)
         run, workers = kernels(), torch.get_num_threads()
         if not moderate(hidden.numpy()):
@@ -96,47 +102,54 @@ class FusedScreen:
         with no_autocast(hidden):
             summary, of_rows = self.preview.summary(hidden, workers)
         status = np.empty(count, dtype=np.int64)
-        choice = self.candidates, exact
-        run.answer_rows(workers, *summary, BLOCK, of_rows, *self.arrays, hidden.numpy(), *choice, *outputs, status)
+        asked = run.Asked(hidden.numpy(), exact, *outputs)
+        run.answer_rows(workers, run.Room(*summary, of_rows), self.layer, asked, status)
         dense = status == run.DENSE
         if dense.any():
             self._dense(hidden[torch.from_numpy(dense)], outputs, dense)
-        return outputs.fused(status != run.UNCERTIFIED)
+        return outputs.fused()
 
-    def _one(self, hidden: Tensor, k: int, exact: bool, with_logits: bool) -> Fused | None:
-        """One row. Python is a fifth of a query's time, as the rows that were read displaced it from the cache."""
+    def answer_one(
+        self,
+        hidden: Tensor,  # (1, d), float32, contiguous
+        k: int,
+        exact: bool,
+        with_logits: bool = False,
+    ) -> Fused | None:
+        """One row, in one call; `answer` has seen that the full layer is not the quicker way.
+
+        What Python does here is paid for with cold caches: the rows that were read have displaced it.
+        """
         log_prob, indices = torch.empty(1, k), torch.empty(1, k, dtype=torch.int64)
-        certified = torch.empty(1, dtype=torch.bool)
-        logits = torch.empty(1, len(self.arrays[3])) if with_logits else self.no_logits
-        log_normalizer, run = torch.empty(1, 1), kernels()
-        outputs = Outputs(*(tensor.numpy() for tensor in (log_prob, indices, log_normalizer, logits)))
-        of_row, proved = np.empty(len(self.arrays[0]), dtype=np.float32), certified.numpy()
-        row, into = hidden.numpy()[0], [array[0] for array in outputs]
-        workers = torch.get_num_threads() if self.preview.bytes_read > SMALL else 1
-        asked = (*self.room, BLOCK, of_row, *self.arrays, row, self.candidates, exact, workers, *into)
-        status = self.preview.query(Asked._make(asked))
-        if status == run.BAD:
+        certified, log_normalizer = torch.empty(1, dtype=torch.bool), torch.empty(1, 1)
+        logits = torch.empty(1, len(self.head.weight)) if with_logits else self.no_logits
+        fused = Fused(log_prob, indices, certified, log_normalizer, logits)
+        workers = 1 if self.small else torch.get_num_threads()
+        into = [tensor.data_ptr() for tensor in fused]
+        assert self.ask is not None
+        status = self.ask(hidden.data_ptr(), k, exact, workers, *into, with_logits)
+        if status == self.bad:
             return None
-        if status == run.DENSE:
+        if status == self.dense:
+            outputs = Outputs(*(tensor.numpy() for tensor in fused))
             self._dense(hidden, outputs, np.ones(1, dtype=np.bool_))
-        proved[0] = status != run.UNCERTIFIED
-        return Fused(log_prob, indices, certified, logits, log_normalizer)
+        return fused
 
     def _all_dense(self, hidden: Tensor, k: int) -> Fused | None:
         if not len(hidden) or not moderate(hidden.numpy()):
             return None
-        everything = np.ones(len(hidden), dtype=np.bool_)
         outputs = Outputs.empty(len(hidden), k, 0)
-        return outputs._replace(final=self._dense(hidden, outputs, everything)).fused(everything)
+        logits = self._dense(hidden, outputs, np.ones(len(hidden), dtype=np.bool_))
+        return outputs._replace(final=logits).fused()
 
     def _dense(self, hidden: Tensor, outputs: Outputs, at: np.ndarray) -> np.ndarray:
         """The full layer, its best selected by the kernels: answers into `outputs` at some rows; its logits."""
         with no_autocast(hidden):
             summary = Summary.of(full_logits(hidden, self.head.weight, self.head.bias))
         found = Outputs.empty(len(hidden), outputs.log_prob.shape[1], 0)
-        kernels().answer_dense(torch.get_num_threads(), *summary, BLOCK, *found[:3])
-        for mine, theirs in zip(outputs[:3], found[:3], strict=True):
-            mine[at] = theirs
-        if outputs.final.size:
-            outputs.final[at] = summary.scores
+        values = found.log_prob, found.indices, found.log_normalizer
+        kernels().answer_dense(torch.get_num_threads(), *summary, BLOCK, *values)
+        for mine, theirs in zip(outputs, found._replace(final=summary.scores), strict=True):
+            if mine.size:
+                mine[at] = theirs
         return summary.scores

@@ -10,9 +10,9 @@ from lastlayer.functional.gram import Rotation
 from lastlayer.screening.calibration import Calibration, SecondMoment, rotation_of, second_moment
 from lastlayer.screening.exact import rounding_share, row_norms, working_dtype
 from lastlayer.screening.int4_rows import FINER, Int4Rows
-from lastlayer.screening.preview import ErrorBound, PreparedPreview, Preview
+from lastlayer.screening.preview import ErrorBound, OneCall, PreparedPreview, Preview
 from lastlayer.screening.quantised import split_in_two
-from lastlayer.screening.summary import Asked, Summary, kernels
+from lastlayer.screening.summary import Summary, kernels
 
 FINE = 16  # one coordinate of so many has 8 bits
 SUMMED = 64  # products of a rotation that the kernels sum in float32
@@ -123,16 +123,17 @@ class PreparedInt4(PreparedPreview):
         summary, left_over = self.rows.summary(widened, self.bias, workers)
         return summary, self._of_rows(hidden, widened, left_over).numpy()
 
-    def query(self, asked: Asked) -> int:
-        run = kernels()
+    def one_call(self) -> OneCall | None:
+        run, width = kernels(), self.rows.width
         if not run.HAS_VNNI:
-            return super().query(asked)
-        parts = np.zeros((1, 2, self.rows.width), dtype=np.int8)
+            return None
         bits = self.to_turned.dtype == torch.bfloat16
         to_turned = self.to_turned.view(torch.int16) if bits else self.to_turned
-        rotation = (part.numpy() for part in (to_turned, self.unbalance, self.rounding))
-        rows = self.rows.packed.numpy(), self.rows.scale.numpy(), parts
-        return run.query_int4(self.rows.fine, *rotation, *rows, *asked)
+        rotation = tuple(part.numpy() for part in (to_turned, self.unbalance, self.rounding))
+        turned = np.zeros((1, len(self.to_turned) + self.rows.fine), dtype=np.float32)
+        parts = np.zeros((1, 2, width), dtype=np.int8)
+        stored = self.rows.packed.numpy(), self.rows.scale.numpy(), parts, turned
+        return OneCall(run.ask_int4, (rotation, stored), np.empty(3, dtype=np.float32))
 
     def _widened(self, hidden: Tensor) -> Tensor:  # (N, d) -> (N, d + fine), float64
         return self.rows.widened(hidden.double() @ self.to_turned.double())

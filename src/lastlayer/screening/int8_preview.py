@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from lastlayer.screening.exact import rounding_share, row_norms, working_dtype
-from lastlayer.screening.preview import ErrorBound, PreparedPreview, Preview
+from lastlayer.screening.preview import ErrorBound, OneCall, PreparedPreview, Preview
 from lastlayer.screening.quantised import Int8Rows
-from lastlayer.screening.summary import Asked, Summary
+from lastlayer.screening.summary import Summary, kernels
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class PreparedInt8(PreparedPreview):
         summary, of_rows = self.rows.summary(hidden, self.bias, workers)
         return summary, self._of_rows(of_rows).numpy()
 
-    def query(self, asked: Asked) -> int:
-        asked.of_row[2] = 1.0
-        return self.rows.query(asked.hidden, asked)
+    def one_call(self) -> OneCall | None:
+        run, of_row = kernels(), np.ones(3, dtype=np.float32)  # the last stays 1
+        return OneCall(run.ask_int8, (self.rows.kept(),), of_row) if run.HAS_VNNI else None
 
     def _of_rows(self, of_rows: Tensor) -> Tensor:  # (N, 2) -> (N, 3)
         return torch.cat([of_rows, torch.ones_like(of_rows[:, :1])], dim=-1).to(self.dtype)

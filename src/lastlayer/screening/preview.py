@@ -1,14 +1,13 @@
 """What every preview is: settings that, given a weight, make something that scores all classes cheaply."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lastlayer.screening.exact import full_logits
-from lastlayer.screening.summary import Asked, Summary, kernels, moderate
+from lastlayer.screening.summary import Summary
 
 
 class ErrorBound(NamedTuple):
@@ -71,18 +70,17 @@ class PreparedPreview(ABC):
         """
         return Summary.of(self.scores(hidden)), self.error(hidden).of_rows.contiguous().numpy()
 
-    def query(
-        self,
-        asked: Asked,
-    ) -> int:
-        """The answer to one hidden state, and what became of it: one of the fused kernels' words for that.
+    def one_call(self) -> "OneCall | None":
+        """The kernel that scans and answers for one hidden state in one call, where there is one."""
+        return None
 
-        Override it where scan and answer can be one call.
-        """
-        if not moderate(asked.hidden):
-            return kernels().BAD
-        summary, asked.of_row[:] = self.summary(torch.from_numpy(asked.hidden)[None], asked.workers)
-        return asked.of(summary)
+
+class OneCall(NamedTuple):
+    """A kernel of `kernels.screening.query`, and what it keeps between calls."""
+
+    kernel: Any
+    kept: tuple[Any, ...]  # what it has before `room` and `layer`
+    of_row: np.ndarray  # (m,) float32, the rows' part of the error bound: room, all but constants
 
 
 class Preview(ABC):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lastlayer.screening.exact import CAST_ROWS, rounding_share
-from lastlayer.screening.summary import BLOCK, Asked, Summary, kernels, moderate
+from lastlayer.screening.summary import BLOCK, Summary, kernels
 
 WIDTH_UNIT = 64  # widths are padded to what one AVX512 instruction reads
 COLUMNS_UNIT = 16  # and on a GPU the number of right-hand vectors to what `torch._int_mm` takes
@@ -137,23 +137,9 @@ class Int8Rows(IntegerRows):
     def integers(self, start: int, stop: int) -> Tensor:
         return self.stored[start:stop]
 
-    def query(
-        self,
-        vector: np.ndarray,  # (w,) float32
-        asked: Asked,
-    ) -> int:
-        """The fused kernels' answer by these rows, all but whose own part of `asked.of_row` is filled in."""
-        run = kernels()
-        if run.HAS_VNNI:
-            high, low = np.zeros((2, self.width), dtype=np.int8)
-            return run.query_int8(vector, self.stored.numpy(), self.scale.numpy(), high, low, *asked)
-        if not moderate(vector):
-            return run.BAD
-        summary, of_rows = self.summary(
-            torch.from_numpy(vector)[None], torch.from_numpy(asked.bias), asked.workers
-        )
-        asked.of_row[:2] = of_rows[0].numpy()
-        return asked.of(summary)
+    def kept(self) -> tuple[np.ndarray, ...]:
+        """The rows as the fused kernels take them, and room for a hidden state in two parts."""
+        return self.stored.numpy(), self.scale.numpy(), *np.zeros((2, self.width), dtype=np.int8)
 
     def summary(
         self,

@@ -142,6 +142,9 @@ class ScreenedSoftmax(nn.Module):
         """The k best of the rescored classes, best first; `1 <= k <= candidates`; `exact` as for the class."""
         k = check_count("k", k, 1, self.candidates)
         exact = self.exact if exact is None else bool(exact)
+        quick = self._quick_way(hidden)
+        if quick is not None and (fused := quick.answer_one(hidden, k, exact)) is not None:
+            return ScreenedTopK(*fused[:3])
         answers = [self._topk(rows, k, exact) for rows in self._chunks(hidden)]
         log_prob, indices, certified = answers[0]
         if len(answers) > 1:
@@ -265,6 +268,25 @@ class ScreenedSoftmax(nn.Module):
         rows = (hidden if hidden.dim() == 2 else hidden.reshape(-1, self.in_features)).contiguous()
         most = max(1, CHUNK_NUMBERS // self.out_features)
         return rows.split(most) if len(rows) > most else (rows,)
+
+    def _quick_way(self, hidden: Tensor) -> FusedScreen | None:
+        """The kernels, where `hidden` is what most queries are: one row that they take as it is."""
+        kernels = self._for_kernels
+        if (
+            isinstance(kernels, FusedScreen)
+            and kernels.ask is not None
+            and type(hidden) is Tensor
+            and hidden.shape == (1, self.in_features)
+            and hidden.dtype == self.weight.dtype == torch.float32
+            and hidden.is_cpu
+            and hidden.is_contiguous()
+            and self.candidates < self.out_features
+            and self.logit_map is None
+            and self._prepared_for == self._stamp()
+            and not torch.compiler.is_compiling()
+        ):
+            return kernels
+        return None
 
     def _topk(self, rows: Tensor, k: int, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
         """`(log_prob, indices, certified)` of one chunk of rows."""

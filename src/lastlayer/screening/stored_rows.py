@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lastlayer.screening.exact import CAST_ROWS, rounding_share
 from lastlayer.screening.quantised import Int8Rows
-from lastlayer.screening.summary import Asked, Summary, kernels
+from lastlayer.screening.summary import Summary
 
 STORAGES = ("float32", "bfloat16", "int8")
 
@@ -54,15 +54,10 @@ class FloatRows:
             torch.matmul(hidden, block, out=scores[:, start : start + CAST_ROWS])
         return scores.add_(bias)
 
-    def query(
-        self,
-        vector: np.ndarray,  # (w,) float32
-        asked: Asked,
-    ) -> int:
-        """The fused kernels' answer by these rows, all but whose own part of `asked.of_row` is filled in."""
+    def kept(self) -> tuple[np.ndarray, ...]:
+        """The rows as the fused kernels take them."""
         bits = self.columns.dtype == torch.bfloat16
-        columns = self.columns.view(torch.int16) if bits else self.columns
-        return kernels().query_float(vector, columns.numpy(), *asked)
+        return ((self.columns.view(torch.int16) if bits else self.columns).numpy(),)
 
     def summary(
         self,

@@ -1,4 +1,4 @@
-"""What goes into the fused kernels: scores summarised by blocks of classes, and what one query asks."""
+"""What goes into the fused kernels: scores summarised by blocks of classes."""
 
 import functools
 from typing import Any, NamedTuple
@@ -35,33 +35,6 @@ class Summary(NamedTuple):
     def row(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The arrays of the only row."""
         return self.scores[0], self.block_max[0], self.block_sum[0]
-
-
-class Asked(NamedTuple):
-    """What `kernels.screening.answer` is given for one hidden state, in its order; numpy arrays."""
-
-    scores: np.ndarray  # (V,) float32, room
-    block_max: np.ndarray  # (blocks,) float32, room
-    block_sum: np.ndarray  # (blocks,) float32, room
-    size: int  # of a block
-    of_row: np.ndarray  # (m,) float32, room
-    of_classes: np.ndarray  # (m, V) float32
-    of_blocks: np.ndarray  # (m, blocks) float32: the largest in each block
-    weight: np.ndarray  # (V, d) float32, or the bits of bfloat16 as int16, of float16 as uint16
-    bias: np.ndarray  # (V,) float32
-    hidden: np.ndarray  # (d,) float32
-    candidates: int
-    exact: bool
-    workers: int
-    log_prob: np.ndarray  # (k,) float32, out
-    indices: np.ndarray  # (k,) int64, out
-    log_normalizer: np.ndarray  # (1,) float32, out
-    final: np.ndarray  # (V,) float32, out; or (0,)
-
-    def of(self, summary: Summary) -> int:
-        """The answer from scores that were made elsewhere, `of_row` being known."""
-        scores, block_max, block_sum = summary.row()
-        return kernels().answer(*self._replace(scores=scores, block_max=block_max, block_sum=block_sum))
 
 
 def moderate(vectors: np.ndarray) -> bool:

@@ -10,9 +10,10 @@ from lastlayer.functional.checks import check_choice, check_positive
 from lastlayer.functional.gram import Rotation
 from lastlayer.screening.calibration import Calibration, SecondMoment, rotation_of, second_moment
 from lastlayer.screening.exact import CAST_ROWS, full_logits, rounding_share, row_norms, working_dtype
-from lastlayer.screening.preview import ErrorBound, PreparedPreview, Preview
+from lastlayer.screening.preview import ErrorBound, OneCall, PreparedPreview, Preview
+from lastlayer.screening.quantised import Int8Rows
 from lastlayer.screening.stored_rows import STORAGES, store_rows
-from lastlayer.screening.summary import Asked, Summary, kernels
+from lastlayer.screening.summary import Summary, kernels
 
 
 @dataclass(frozen=True, init=False)
@@ -124,14 +125,15 @@ class PreparedSVD(PreparedPreview):
         summary, of_rows = self.rows.summary(hidden.double() @ self.to_head.T, self.bias, workers)
         return summary, self._of_rows(hidden, of_rows).numpy()
 
-    def query(self, asked: Asked) -> int:
-        run, head = kernels(), np.empty(self.window, dtype=np.float32)
-        norm, tail = run.rotate(asked.hidden, self.to_head.numpy(), self.to_tail.numpy(), head)
-        if not norm < run.MOST:  # NaN as well
-            return run.BAD
-        rounding = rounding_share(self.to_head.shape[-1], self.dtype) * (norm + 1)
-        asked.of_row[-2:] = tail + self.tail_rounding * norm, rounding
-        return self.rows.query(head, asked)
+    def one_call(self) -> OneCall | None:
+        run, whole = kernels(), isinstance(self.rows, Int8Rows)
+        if whole and not run.HAS_VNNI:
+            return None
+        shares = np.array([self.tail_rounding, rounding_share(self.to_head.shape[-1], self.dtype)])
+        room = np.empty(self.window, dtype=np.float32), np.empty(len(self.of_classes), dtype=np.float32)
+        rotation = self.to_head.numpy(), self.to_tail.numpy(), shares, room[0]
+        kernel = run.ask_rotated_int8 if whole else run.ask_rotated_float
+        return OneCall(kernel, (rotation, self.rows.kept()), room[1])
 
     def follow(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # (h A) (W B)^T with both rotations held fixed is h (A B^T) W^T: linear in h and in W

@@ -6,46 +6,56 @@ Arrays in, arrays out; imported when one first runs, as importing numba takes a 
 Scores are summarised by blocks of classes, while they are still in the cache: a block's maximum, and the sum of
 its exponentials relative to it (`blocks`, `scan`; `scan_rows` for several hidden states, by AMX). Candidates
 (`choose`), certificate and normaliser (`answer`) then come from the summaries, and scan only the few blocks that
-matter. For one hidden state all of it is one call (`query`). `lanes`, `dots` and `tiles` are the instructions that
-numba does not reach by itself.
+matter. For one hidden state all of it is one call (`query`), by address (`bound`). `lanes`, `dots`, `nibbles` and
+`tiles` are the instructions that numba does not reach by itself.
 
 Kernels hold the interpreter's lock, so that scratch that belongs to a screen is nobody else's while one runs.
 """
 
 from lastlayer.kernels.screening.answer import (
     BAD,
-    CERTIFIED,
     DENSE,
-    UNCERTIFIED,
-    answer,
+    Asked,
+    Layer,
+    Room,
     answer_dense,
     answer_rows,
 )
 from lastlayer.kernels.screening.blocks import summarise
+from lastlayer.kernels.screening.bound import Bound
 from lastlayer.kernels.screening.dots import HAS_VNNI
 from lastlayer.kernels.screening.nibbles import scan_int4
-from lastlayer.kernels.screening.query import MOST, query_float, query_int4, query_int8
-from lastlayer.kernels.screening.scan import combine_int8, rotate
+from lastlayer.kernels.screening.query import (
+    ASKED,
+    MOST,
+    ask_int4,
+    ask_int8,
+    ask_rotated_float,
+    ask_rotated_int8,
+)
+from lastlayer.kernels.screening.scan import combine_int8
 from lastlayer.kernels.screening.scan_rows import scan_int8_rows
 from lastlayer.kernels.screening.tiles import HAS_AMX
 
 __all__ = [
-    "answer",
     "answer_dense",
     "answer_rows",
+    "ask_int4",
+    "ask_int8",
+    "ask_rotated_float",
+    "ask_rotated_int8",
+    "ASKED",
+    "Asked",
     "BAD",
-    "CERTIFIED",
+    "Bound",
     "combine_int8",
     "DENSE",
     "HAS_AMX",
     "HAS_VNNI",
+    "Layer",
     "MOST",
-    "query_float",
-    "query_int4",
-    "query_int8",
-    "rotate",
+    "Room",
     "scan_int4",
     "scan_int8_rows",
     "summarise",
-    "UNCERTIFIED",
 ]

@@ -1,6 +1,6 @@
 """From summarised scores to an answer: exact logits of candidates, certificate, widening, normaliser."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -11,9 +11,11 @@ from lastlayer.kernels.screening.choose import choose
 from lastlayer.kernels.screening.threads import apart
 
 FEW = 1 << 17  # numbers that one thread reads before others are asked to help
-UNCERTIFIED, CERTIFIED = 0, 1  # what became of a row
-DENSE = 2  # too much is in play: ask the full layer
-BAD = 3  # not finite, or so large that float32 could overflow
+WIDENED = 64  # blocks that one thread looks through before others are asked to help
+# what became of a row
+ANSWERED = 0
+DENSE = 1  # too much is in play: ask the full layer
+BAD = 2  # not finite, or so large that float32 could overflow
 
 
 @njit(cache=True, fastmath=FAST)
@@ -101,24 +103,74 @@ def _upper_bounds(of_row: Any, of_classes: Any, scores: Any, first: int, last: i
 
 @njit(cache=True)
 def _in_play(
-    scores: Any, of_row: Any, of_classes: Any, of_blocks: Any, size: int, block_max: Any, kth: Any, most: int
-) -> Any:
-    """The first `most` classes not set aside whose logit could reach `kth`: blocks first, by their bounds."""
-    found = np.empty(most, dtype=np.int32)
-    n = 0
-    of_block = _upper_bounds(of_row, of_blocks, block_max, 0, block_max.size)
-    for block in range(block_max.size):
+    worker: int,
+    workers: int,
+    room: Any,
+    layer: Any,
+    kth: Any,
+    found: Any,  # out
+) -> int:
+    """How many of a worker's classes, not set aside, have a logit that could reach `kth`: blocks first, by bounds.
+
+    Stops when `found` is full. Blocks go to the workers in turn, as frequent classes have ids close to each other.
+    """
+    scores, block_max, _, of_row = room
+    size, n = layer.size, 0
+    of_block = _upper_bounds(of_row, layer.of_blocks, block_max, 0, block_max.size)
+    for block in range(worker, block_max.size, workers):
         if of_block[block] < kth:
             continue
         first, last = block * size, min((block + 1) * size, scores.size)
-        upper = _upper_bounds(of_row, of_classes, scores, first, last)
+        upper = _upper_bounds(of_row, layer.of_classes, scores, first, last)
         for i in range(first, last):
             if not upper[i - first] < kth and scores[i] > MINUS_INFINITY:
                 found[n] = i
                 n += 1
-                if n == most:
-                    return found
-    return found[:n]
+                if n == found.size:
+                    return n
+    return n
+
+
+@njit(cache=True)
+def _widen_part(
+    worker: int,
+    workers: int,
+    room: Any,
+    layer: Any,
+    hidden: Any,
+    kth: Any,
+    classes: Any,
+    logits: Any,
+    counts: Any,
+) -> None:
+    share = classes.size // workers
+    mine = classes[worker * share : (worker + 1) * share]
+    counts[worker] = _in_play(worker, workers, room, layer, kth, mine)
+    if counts[worker] < share:
+        given = layer.weight, layer.bias, hidden, mine[: counts[worker]]
+        _rescore_part(0, 1, *given, logits[worker * share : (worker + 1) * share])
+
+
+@njit(cache=True)
+def _widen(room: Any, layer: Any, hidden: Any, kth: Any, workers: int) -> Any:
+    """All classes in play and their exact logits; or whether they are too many for that."""
+    scores = room.scores
+    if room.block_max.size < WIDENED * workers:
+        workers = 1
+    share = scores.size // 4 // workers + 1
+    classes, logits = np.empty(share * workers, dtype=np.int32), np.empty(share * workers, dtype=np.float32)
+    counts = np.zeros(workers, dtype=np.int64)
+    if workers == 1:
+        _widen_part(0, 1, room, layer, hidden, kth, classes, logits, counts)
+    else:
+        given = workers, room, layer, hidden, kth, classes, logits, counts
+        apart(_widen_part, workers, given)  # pyright: ignore[reportCallIssue]
+    n = counts[0]
+    for worker in range(1, workers):
+        for m in range(worker * share, worker * share + counts[worker]):
+            classes[n], logits[n] = classes[m], logits[m]
+            n += 1
+    return classes[:n], logits[:n], counts.max() == share
 
 
 @njit(cache=True, fastmath=FAST)
@@ -148,27 +200,49 @@ def _put(final: Any, classes: Any, logits: Any) -> None:
             final[classes[n]] = logits[n]
 
 
+class Room(NamedTuple):
+    """Summarised scores of one row, which an answer overwrites, and the row's part of the error bound."""
+
+    scores: Any  # (V,) float32
+    block_max: Any  # (blocks,) float32
+    block_sum: Any  # (blocks,) float32
+    of_row: Any  # (m,) float32
+
+
+class Layer(NamedTuple):
+    """What is screened, and the classes' part of the error bound."""
+
+    size: int  # of a block
+    candidates: int
+    of_classes: Any  # (m, V) float32
+    of_blocks: Any  # (m, blocks) float32: the largest of each block
+    weight: Any  # (V, d) float32, or the bits of bfloat16 as int16, of float16 as uint16
+    bias: Any  # (V,) float32
+
+
+class Asked(NamedTuple):
+    """One row's question, and where its answer goes."""
+
+    hidden: Any  # (d,) float32
+    exact: Any
+    log_prob: Any  # (k,) float32, out
+    indices: Any  # (k,) int64, out
+    certified: Any  # (1,) bool, out
+    log_normalizer: Any  # (1,) float32, out
+    final: Any  # (V,) float32, out: the scores, exact logits where there are any; or (0,)
+
+
 @njit(cache=True)
 def answer(
-    scores: Any,  # (V,) float32; overwritten
-    block_max: Any,  # (blocks,) float32; overwritten
-    block_sum: Any,  # (blocks,) float32; overwritten
-    size: int,
-    of_row: Any,  # (m,) float32
-    of_classes: Any,  # (m, V) float32
-    of_blocks: Any,  # (m, blocks) float32: the largest of each block
-    weight: Any,  # (V, d) float32, or the bits of bfloat16 as int16, of float16 as uint16
-    bias: Any,  # (V,) float32
-    hidden: Any,  # (d,) float32
-    candidates: int,
-    exact: bool,
-    workers: int,  # for the rescoring of one row; 1 where rows are spread over workers already
-    log_prob: Any,  # (k,) float32, out
-    indices: Any,  # (k,) int64, out
-    log_normalizer: Any,  # (1,) float32, out
-    final: Any,  # (V,) float32, out: the scores, exact logits where there are any; or (0,)
+    room: Any,
+    layer: Any,
+    asked: Any,
+    workers: int,  # 1 where rows are spread over workers already
 ) -> int:
-    """Top-k of one row from its summarised scores: UNCERTIFIED, CERTIFIED, or DENSE (then nothing is put out)."""
+    """Top-k of one row from its summarised scores: ANSWERED, or DENSE (then the answer is still to be made)."""
+    scores, block_max, block_sum, _ = room
+    size, candidates, _, _, weight, bias = layer
+    hidden, exact, log_prob, indices, certified, log_normalizer, final = asked
     if final.size:
         final[:] = scores
     chosen = choose(scores, block_max, size, candidates)
@@ -178,74 +252,42 @@ def answer(
     best, kth = log_prob[0], log_prob[-1]
     total = _sum_exp(logits, best)
     _set_aside(scores, chosen, size, block_max, block_sum, not exact, workers)
-    most = scores.size // 4 + 1 if exact else 1
-    found = _in_play(scores, of_row, of_classes, of_blocks, size, block_max, kth, most)
-    certified = found.size == 0
-    if exact and not certified:
-        if found.size == most:
+    if exact:
+        more, logits, too_many = _widen(room, layer, hidden, kth, workers)
+        if too_many:
             return DENSE
-        logits = _rescore(weight, bias, hidden, found, workers)
-        _put(final, found, logits)
-        _insert(logits, found, log_prob, indices, filled)
+        _put(final, more, logits)
+        _insert(logits, more, log_prob, indices, filled)
         total = total * np.exp(float(best - log_prob[0]))
         best = log_prob[0]
         total += _sum_exp(logits, best)
-        _set_aside(scores, found, size, block_max, block_sum, True, workers)
-        certified = True
+        _set_aside(scores, more, size, block_max, block_sum, True, workers)
+        certified[0] = True
+    else:
+        certified[0] = _in_play(0, 1, room, layer, kth, np.empty(1, dtype=np.int32)) == 0
     log_normalizer[0] = _log_sum_exp(block_max, block_sum, best, total)
     for n in range(log_prob.size):
         log_prob[n] -= log_normalizer[0]
-    return CERTIFIED if certified else UNCERTIFIED
+    return ANSWERED
 
 
 @njit(cache=True)
-def _answer_some(
-    worker: int,
-    workers: int,
-    scores: Any,
-    block_max: Any,
-    block_sum: Any,
-    size: int,
-    of_rows: Any,
-    of_classes: Any,
-    of_blocks: Any,
-    weight: Any,
-    bias: Any,
-    hidden: Any,
-    candidates: int,
-    exact: bool,
-    log_prob: Any,
-    indices: Any,
-    log_normalizer: Any,
-    final: Any,
-    status: Any,
-) -> None:
-    for row in range(worker, len(scores), workers):
-        status[row] = answer(
-            scores[row],
-            block_max[row],
-            block_sum[row],
-            size,
-            of_rows[row],
-            of_classes,
-            of_blocks,
-            weight,
-            bias,
-            hidden[row],
-            candidates,
-            exact,
-            1,
-            log_prob[row],
-            indices[row],
-            log_normalizer[row],
-            final[row],
-        )
+def _answer_some(worker: int, workers: int, helpers: int, rooms: Any, layer: Any, asked: Any, status: Any) -> None:
+    scores, block_max, block_sum, of_rows = rooms
+    hidden, exact, log_prob, indices, certified, log_normalizer, final = asked
+    for n in range(worker, len(scores), workers):
+        room = Room(scores[n], block_max[n], block_sum[n], of_rows[n])
+        answers = log_prob[n], indices[n], certified[n : n + 1], log_normalizer[n], final[n]
+        status[n] = answer(room, layer, Asked(hidden[n], exact, *answers), helpers)
 
 
 @njit(cache=True)
-def answer_rows(workers: int, *given: Any) -> None:
-    """`answer` of every row, spread over workers: its arrays with a leading N, and `status (N,)` int64, out."""
-    apart(_answer_some, workers, (workers,) + given)  # noqa: RUF005  # pyright: ignore[reportCallIssue]
+def answer_rows(workers: int, rooms: Any, layer: Any, asked: Any, status: Any) -> None:
+    """`answer` of every row, spread over workers: arrays with a leading N, but the layer's; `status (N,)`, out."""
+    if len(status) == 1:
+        _answer_some(0, 1, workers, rooms, layer, asked, status)
+    else:
+        apart(_answer_some, workers, (workers, 1, rooms, layer, asked, status))  # pyright: ignore[reportCallIssue]
 
 
 @njit(cache=True)

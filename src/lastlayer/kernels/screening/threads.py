@@ -15,6 +15,19 @@ for _name, _function in zip(OpenMP._fields, openmp() or (), strict=SHARED):  # c
     binding.add_symbol(f"lastlayer_{_name}", ctypes.cast(_function, ctypes.c_void_p).value)
 
 
+def lent(context: Any, builder: Any, value: Any, kind: Any) -> Any:
+    """An array whose references nobody counts, as threads would wait for each other; or a tuple of such."""
+    if isinstance(kind, types.BaseTuple):
+        for n, own in enumerate(kind):  # pyright: ignore[reportArgumentType]
+            value = builder.insert_value(value, lent(context, builder, builder.extract_value(value, n), own), n)
+    if not isinstance(kind, types.Array):
+        return value
+    array = context.make_array(kind)(context, builder, value)
+    array.meminfo = cgutils.get_null_value(array.meminfo.type)
+    array.parent = cgutils.get_null_value(array.parent.type)
+    return array._getvalue()
+
+
 @intrinsic
 def apart(typingctx: Any, function: Any, workers: Any, given: Any) -> Any:
     """Calls `function(worker, *given)` for every worker below `workers`, on as many threads, and waits for all.
@@ -30,18 +43,11 @@ def apart(typingctx: Any, function: Any, workers: Any, given: Any) -> Any:
         context.active_code_library.add_linking_library(compiled.library)
         callee = context.declare_function(module, compiled.fndesc)
 
-        def lent(builder: Any, value: Any, kind: Any) -> Any:
-            """An array whose references nobody counts: threads would wait for each other to count theirs."""
-            if not isinstance(kind, types.Array):
-                return value
-            array = context.make_array(kind)(context, builder, value)
-            array.meminfo = cgutils.get_null_value(array.meminfo.type)
-            array.parent = cgutils.get_null_value(array.parent.type)
-            return array._getvalue()
-
         def call_each(builder: Any, given: Any, first: Any, workers: Any, step: Any) -> None:
             result, kinds = signature.return_type, signature.args
-            items = [lent(builder, builder.extract_value(given, n), kind) for n, kind in enumerate(kinds[1:])]
+            items = [
+                lent(context, builder, builder.extract_value(given, n), kind) for n, kind in enumerate(kinds[1:])
+            ]
             with cgutils.for_range_slice(builder, first, workers, step, i64) as (worker, _):
                 context.call_conv.call_function(builder, callee, result, kinds, [worker, *items])
 
