@@ -77,6 +77,7 @@ class FusedScreen:
         self.ask = one and run.Bound(
             one.kernel, (*one.kept, run.Room(*self.room, one.of_row), self.layer), run.ASKED
         )
+        self.takes_one = bool(self.ask) and head.weight.dtype == torch.float32 and candidates < len(weight)
 
     def answer(
         self,

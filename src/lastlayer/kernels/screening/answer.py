@@ -91,14 +91,14 @@ def _set_aside(
 
 
 @njit(cache=True)
-def _upper_bounds(of_row: Any, of_classes: Any, scores: Any, first: int, last: int) -> Any:
-    """What the logits of `scores[first:last]` can be at most."""
-    upper = scores[first:last].copy()
+def _upper_bounds(of_row: Any, of_classes: Any, scores: Any, first: int, upper: Any) -> None:
+    """What the logits of the `scores` from `first` on can be at most, as many as `upper` has room for."""
+    last = first + upper.size
+    upper[:] = scores[first:last]
     for m in range(of_row.size):
         of_part, share = of_classes[m, first:last], of_row[m]
         for i in range(upper.size):
             upper[i] += share * of_part[i]
-    return upper
 
 
 @njit(cache=True)
@@ -116,15 +116,19 @@ def _in_play(
     """
     scores, block_max, _, of_row = room
     size, n = layer.size, 0
-    of_block = _upper_bounds(of_row, layer.of_blocks, block_max, 0, block_max.size)
+    of_blocks, room_of_block = np.empty(block_max.size, dtype=np.float32), np.empty(size, dtype=np.float32)
+    _upper_bounds(of_row, layer.of_blocks, block_max, 0, of_blocks)
     for block in range(worker, block_max.size, workers):
-        if of_block[block] < kth:
+        if of_blocks[block] < kth:
             continue
-        first, last = block * size, min((block + 1) * size, scores.size)
-        upper = _upper_bounds(of_row, layer.of_classes, scores, first, last)
-        for i in range(first, last):
-            if not upper[i - first] < kth and scores[i] > MINUS_INFINITY:
-                found[n] = i
+        first = block * size
+        upper = room_of_block[: min(size, scores.size - first)]
+        _upper_bounds(of_row, layer.of_classes, scores, first, upper)
+        if largest(upper) < kth:
+            continue
+        for i in range(upper.size):
+            if not upper[i] < kth and scores[first + i] > MINUS_INFINITY:
+                found[n] = first + i
                 n += 1
                 if n == found.size:
                     return n

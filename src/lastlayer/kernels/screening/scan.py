@@ -205,18 +205,17 @@ def rotate(
 
 
 @njit(cache=True, fastmath=FAST)
-def _turn_part(worker: int, workers: int, hidden: Any, matrix: Any, turned: Any) -> None:
-    share = (turned.size + workers - 1) // workers
-    first, last = min(worker * share, turned.size), min((worker + 1) * share, turned.size)
-    total, part = np.zeros(last - first), np.empty(last - first, dtype=np.float32)
-    for start in range(0, hidden.size, TURNED_AT_ONCE):
-        end = min(start + TURNED_AT_ONCE, hidden.size)
+def _turn_part(worker: int, workers: int, hidden: Any, matrix: Any, totals: Any) -> None:
+    """A worker's rows of the matrix, which lie one after another, and their share of the sums."""
+    unit = TURNED_AT_ONCE
+    share = ((hidden.size + unit - 1) // unit + workers - 1) // workers * unit
+    total, part = totals[worker], np.empty(totals.shape[1], dtype=np.float32)
+    total[:] = 0
+    for start in range(worker * share, min((worker + 1) * share, hidden.size), unit):
         part[:] = 0
-        add_columns(matrix, hidden, start, end, first, last, part)
+        add_columns(matrix, hidden, start, min(start + unit, hidden.size), 0, part.size, part)
         for i in range(part.size):
             total[i] += float(part[i])
-    for i in range(total.size):
-        turned[first + i] = total[i]
 
 
 @njit(cache=True)
@@ -227,10 +226,16 @@ def turn(
     turned: Any,  # (w,) float32, out
 ) -> None:
     """`hidden @ matrix`; TURNED_AT_ONCE products are summed in float32, their sums in float64."""
+    totals = np.empty((workers, turned.size))
     if workers == 1:
-        _turn_part(0, 1, hidden, matrix, turned)
+        _turn_part(0, 1, hidden, matrix, totals)
     else:
-        apart(_turn_part, workers, (workers, hidden, matrix, turned))  # pyright: ignore[reportCallIssue]
+        apart(_turn_part, workers, (workers, hidden, matrix, totals))  # pyright: ignore[reportCallIssue]
+    for i in range(turned.size):
+        total = 0.0
+        for worker in range(workers):
+            total += totals[worker, i]
+        turned[i] = total
 
 
 @njit(cache=True, fastmath=FAST)
