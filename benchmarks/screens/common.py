@@ -98,18 +98,23 @@ def measured(
     batch: int,
     rounds: int,
     previews: dict[str, int] | None = None,
+    in_a_row: int | None = None,
 ) -> list[Record]:
-    """Times of every peer on fresh hidden states, interleaved; beside a preview its bytes read once."""
+    """Times of every peer on fresh hidden states, interleaved; beside a preview its bytes read once.
+
+    Calls of a peer follow each other `in_a_row`: the more, the more of its own bytes are still in the caches.
+    """
+    in_a_row = in_a_row or (5 if batch == 1 else 1)
     passes = {name: FLOOR.format(f"{size:,}") for name, size in (previews or {}).items()}
     turns = peers | {passes[name]: one_pass(size) for name, size in (previews or {}).items()}
     rows = {name: cycle(hidden.split(batch)) for name in turns}
     calls = {name: lambda name=name, call=call: call(next(rows[name])) for name, call in turns.items()}
     with torch.inference_mode():
-        timings = interleaved(calls, rounds=rounds, warmup=3, repeats=5 if batch == 1 else 1)
+        timings = interleaved(calls, rounds=rounds, warmup=3, repeats=in_a_row)
     records = []
     for name in peers:
         timing = timings[name]
-        records.append({"case": f"top-{K}", "name": name, "batch": batch, "ms": timing.ms})
+        records.append({"case": f"top-{K}", "name": name, "batch": batch, "in_a_row": in_a_row, "ms": timing.ms})
         records[-1] |= {"low_ms": timing.low_ms, "high_ms": timing.high_ms}
         for peer in (FULL, "full bfloat16"):
             if peer in timings:
