@@ -2,6 +2,7 @@
 
 `room`, `layer` and `asked` are `answer`'s; the part of `room.of_row` that is the stored rows' is filled here.
 The `ask_*` are what `Bound` binds: `place[0]` holds what stays the same, `asked[0]` what is new, as `ASKED` says.
+What they call here is put into them, or it would be compiled twice.
 """
 
 from typing import Any
@@ -18,7 +19,7 @@ MOST = 1e30  # a larger hidden state could overflow float32, which the kernels d
 ASKED = "AnnnAAAAAn"  # addresses and numbers
 
 
-@njit(cache=True)
+@njit(inline="always")
 def _query_int8(
     vector: Any,  # (w,) float32: what the rows are multiplied by, the hidden state or what a preview makes of it
     stored: Any,  # rows (V, padded w) int8, scale (V,) float32, twice (padded w,) int8, room that ends in zeros
@@ -39,7 +40,7 @@ def _query_int8(
     return answer(room, layer, asked, workers)
 
 
-@njit(cache=True)
+@njit(inline="always")
 def _query_float(
     vector: Any,  # (w,) float32, as above
     stored: Any,  # columns (w, V) float32, or the bits of bfloat16 as int16
@@ -57,7 +58,7 @@ def _query_float(
     return answer(room, layer, asked, workers)
 
 
-@njit(cache=True)
+@njit(inline="always")
 def _query_int4(
     rotation: Any,  # (d, d), float32 or bits of bfloat16; unbalance (d,) float32; what rounding adds (3,) float64
     stored: Any,  # codes and scale for `scan_int4`; room, (1, 2, padded w) int8 and (1, fine + d) float32
@@ -88,7 +89,7 @@ def _query_int4(
     return answer(room, layer, asked, workers)
 
 
-@njit(cache=True)
+@njit(inline="always")
 def _rotate(
     rotation: Any,  # (w, d) float64, (d - w, d) float32, (2,) float64: shares of rounding; (w,) float32, room
     room: Any,  # the last two numbers of its `of_row` are filled in
@@ -102,7 +103,7 @@ def _rotate(
     return head, norm
 
 
-@njit(cache=True)
+@njit(inline="always")
 def _question(asked: Any, layer: Any) -> tuple[Asked, int]:
     """What `ASKED` says, with the arrays at its addresses; and the workers."""
     hidden, k, exact, workers, log_prob, indices, certified, log_normalizer, final, with_logits = asked
