@@ -99,6 +99,17 @@ def test_what_is_certified_is_true():
     assert all(own for own, sure in zip(right, certified, strict=True) if sure)
 
 
+def test_rows_of_zeros_have_no_score():
+    """As a padded vocabulary has them: the normaliser takes what they score."""
+    weight = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    weight[200:] = 0
+    hidden = 100 * torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+    layer = ScreenedSoftmax(weight, preview=Int4Preview(), candidates=4, exact=True)
+    assert layer.preview_scores(hidden)[:, 200:].abs().max() < 1e-20
+    without = ScreenedSoftmax(weight[:200], preview=Int4Preview(), candidates=4, exact=True)
+    assert layer.log_normalizer_error(hidden).max() <= without.log_normalizer_error(hidden).max() + 1e-4
+
+
 def test_zero_rows_zero_weight_and_zero_hidden():
     weight = torch.zeros(300, 8)
     weight[7] = 1.0

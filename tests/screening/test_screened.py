@@ -215,8 +215,12 @@ def test_inference_mode_and_shared_storage():
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [
-        (ValueError, "k must be between 1 and 20, got 21", lambda s: s.topk(states(2), 21)),
-        (ValueError, "k must be between 1 and 20, got 204", lambda s: s.topk(states(2), V + 1)),
+        (ValueError, "k must be at most candidates, 20 of 203 classes; got 21", lambda s: s.topk(states(2), 21)),
+        (
+            ValueError,
+            "k must be at most candidates, 20 of 203 classes; got 204",
+            lambda s: s.topk(states(2), V + 1),
+        ),
         (ValueError, "k must be", lambda s: s.topk(states(2), 0)),
         (TypeError, "k must be", lambda s: s.topk(states(2), 1.5)),
         (ValueError, "num_samples", lambda s: s.sample(states(2), 0)),
@@ -228,8 +232,9 @@ def test_inference_mode_and_shared_storage():
         (ValueError, "window must be between 1 and the weight's width 12", lambda s: screened(*head(), window=13)),
         (ValueError, "window must be at least 1", lambda s: screened(*head(), window=0)),
         (TypeError, "preview must be", lambda s: ScreenedSoftmax(*head(), preview=4, candidates=2)),
-        (TypeError, "weight must be a floating", lambda s: screened(torch.zeros(3, 4, dtype=torch.int8))),
-        (TypeError, "weight must be a floating", lambda s: screened([[1.0]])),
+        (TypeError, "weight must be a dense floating", lambda s: screened(torch.zeros(3, 4, dtype=torch.int8))),
+        (TypeError, "weight must be a dense floating", lambda s: screened([[1.0]])),
+        (TypeError, "torch.sparse_coo", lambda s: screened(torch.eye(30, 12).to_sparse())),
         (ValueError, "weight must have shape", lambda s: screened(torch.zeros(3))),
         (ValueError, "weight must have shape", lambda s: screened(torch.zeros(0, 4))),
         (ValueError, "weight must be finite", lambda s: screened(torch.full((3, 4), float("inf")))),

@@ -13,6 +13,7 @@ BESIDE, CHUNK, GROUPS = 16, 8, 2  # of kernels/screening/nibbles.py
 FINER = 16  # 8-bit steps in a 4-bit one
 MOST = 7.5  # steps from zero to the last 4-bit code; codes stand for -7.5, -6.5, ..., 7.5
 REACHES = 1.0, 0.85, 0.7, 0.6, 0.5  # shares of a row's largest number at which its last code may stand
+NOTHING = 1e-30  # the step of a row of zeros, which no code stands for
 TRIED_AT_ONCE = 1024  # rows whose steps are looked for while they are in the cache
 
 
@@ -94,7 +95,7 @@ def nearest(
     A row's step is the one, of some, with the least error: cutting off its few largest numbers may serve the rest.
     """
     most = rows.abs().amax(dim=-1, keepdim=True)
-    tried = [torch.where(most > 0, most * (reach / MOST), 1.0).float() for reach in REACHES]
+    tried = [torch.where(most > 0, most * (reach / MOST), NOTHING).float() for reach in REACHES]
     errors = []
     for step in tried:
         parts = []

@@ -140,7 +140,11 @@ class ScreenedSoftmax(nn.Module):
         exact: bool | None = None,
     ) -> ScreenedTopK:
         """The k best of the rescored classes, best first; `1 <= k <= candidates`; `exact` as for the class."""
-        k = check_count("k", k, 1, self.candidates)
+        k = check_count("k", k, 1)
+        if k > self.candidates:
+            raise ValueError(
+                f"k must be at most candidates, {self.candidates} of {self.out_features} classes; got {k}"
+            )
         exact = self.exact if exact is None else bool(exact)
         quick = self._quick_way(hidden)
         if quick is not None and (fused := quick.answer_one(hidden, k, exact)) is not None:
@@ -374,9 +378,9 @@ def _check_head(weight: Tensor, bias: Tensor | None) -> None:
     for name, tensor, dims in (("weight", weight, 2), ("bias", bias, 1)):
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, got {what}")
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
+            what = f"{tensor.dtype}, {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a dense floating-point tensor, got {what}")
         if tensor.dim() != dims or 0 in tensor.shape or len(tensor) != len(weight):
             expected = "(V, d)" if dims == 2 else f"({len(weight)},)"
             raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
