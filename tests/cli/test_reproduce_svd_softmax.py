@@ -53,6 +53,9 @@ def test_settings_and_claims(done):
     assert by["plain", "d/2", 0.1]["perplexity"] == pytest.approx(
         by["plain", "d/2", 0.1]["full_perplexity"], rel=0.05
     )
+    few, many = by["plain", "d/16", 0.01], by["plain", "d/16", 0.1]
+    assert few["coverage"] < many["coverage"]  # each setting has candidates of its own
+    assert few["kl"] > many["kl"]
     assert [r["num_classes"] for r in records if r["case"] == "speed"] == [8000]
     claims = [r for r in records if r["case"] == "claim"]
     assert len(claims) == 4

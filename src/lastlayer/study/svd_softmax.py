@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from lastlayer.functional.gram import gram_matrix
 from lastlayer.layers.full import FullSoftmax
 from lastlayer.screening import Int8Preview, ScreenedSoftmax, SVDPreview, SVDSoftmax
 from lastlayer.screening.exact import full_logits
@@ -151,18 +152,21 @@ def quality(
     """Perplexity, divergence and coverage of the true top 10 for each window and number of candidates."""
 
     @functools.cache
-    def screen(part: int, kind: str) -> ScreenedSoftmax:
-        model = trained()
-        data = model.calibration if kind == "calibrated" else None
-        preview = SVDPreview(max(1, plan.width // part), calibration=data)
-        return ScreenedSoftmax(model.weight, model.bias, preview=preview, candidates=len(model.weight))
+    def preview(part: int, kind: str) -> SVDPreview:
+        data = trained().calibration if kind == "calibrated" else None
+        return SVDPreview(max(1, plan.width // part), calibration=data)
+
+    @functools.cache
+    def gram() -> Tensor:
+        return gram_matrix(trained().weight)
 
     def measured(part: int, kind: str, share: float) -> Record:
-        tried, model = screen(part, kind), trained()
-        say(f"measuring {kind}, window d/{part}, {share:.0%} of the classes")
-        tried.candidates = max(TOP, round(share * len(model.weight)))
+        model, chosen = trained(), preview(part, kind)
         classes = len(model.weight)
-        operations = max(1, plan.width // part) / plan.width + (tried.candidates + plan.width) / classes
+        candidates = max(TOP, round(share * classes))
+        say(f"measuring {kind}, window d/{part}, {share:.0%} of the classes")
+        tried = ScreenedSoftmax(model.weight, model.bias, preview=chosen, candidates=candidates, gram=gram())
+        operations = chosen.window / plan.width + (candidates + plan.width) / classes
         return {"full_perplexity": model.perplexity, **_against(tried, model), "operations": operations}
 
     records = []
