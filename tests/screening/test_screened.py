@@ -26,6 +26,18 @@ def test_leading_shapes(shape):
     )
 
 
+@pytest.mark.parametrize("preview", [SVDPreview(4), Int8Preview(), Int4Preview()], ids=repr)
+@pytest.mark.parametrize("exact", [False, True])
+def test_no_rows_by_the_kernels(preview, exact):
+    layer = ScreenedSoftmax(*head(dtype=torch.float32), preview=preview, candidates=20, exact=exact)
+    layer.topk(states(1, dtype=torch.float32), 4)  # the kernels are ready
+    for shape in ((0,), (2, 0)):
+        hidden = states(*shape, dtype=torch.float32)
+        assert layer.topk(hidden, 4).indices.shape == (*shape, 4)
+        assert layer(hidden).shape == layer.log_prob(hidden).shape == (*shape, V)
+        assert layer.sample(hidden, 6).shape == (*shape, 6)
+
+
 def test_non_contiguous_and_chunked(monkeypatch):
     layer, hidden = screened(*head(), candidates=3), states(9)
     expected = layer.topk(hidden, 3), layer.log_prob(hidden)

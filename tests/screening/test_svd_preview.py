@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from lastlayer import SVDPreview
+from lastlayer import ScreenedSoftmax, SVDPreview
 from lastlayer.screening.calibration import second_moment
 
 
@@ -81,6 +81,7 @@ def test_settings_are_immutable():
         (ValueError, r"shape \(..., d\)", torch.randn(16)),
         (TypeError, "floating-point", torch.zeros(3, 16, dtype=torch.int64)),
         (TypeError, "floating-point", ["text"]),
+        (TypeError, "calibration must be hidden states", 3),
     ],
 )
 def test_bad_calibration(error, message, calibration):
@@ -99,3 +100,15 @@ def test_few_hidden_states_still_calibrate():
 def test_unknown_storage():
     with pytest.raises(ValueError, match="storage must be one of"):
         SVDPreview(3, storage="float8")
+
+
+@pytest.mark.parametrize("correction", [-1.0, float("nan"), float("inf")])
+def test_bad_tail_correction(correction):
+    with pytest.raises(ValueError, match="tail_correction must be finite and at least 0"):
+        SVDPreview(3, tail_correction=correction)
+
+
+def test_bad_gram():
+    weight = head()[0]
+    with pytest.raises(ValueError, match="gram must be finite"):
+        ScreenedSoftmax(weight, preview=SVDPreview(3), candidates=5, gram=torch.full((16, 16), float("nan")))

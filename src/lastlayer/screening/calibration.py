@@ -33,6 +33,8 @@ def second_moment(calibration: Calibration) -> SecondMoment:
     """
     if isinstance(calibration, SecondMoment):
         return calibration
+    if not isinstance(calibration, Iterable):
+        raise TypeError(f"calibration must be hidden states or batches of them, got {calibration!r}")
     batches = [calibration] if isinstance(calibration, Tensor) else calibration
     total: Tensor | None = None
     count = 0
@@ -73,6 +75,8 @@ def rotation_of(
     if gram is not None and gram.shape != (width, width):
         raise ValueError(f"gram must have shape (d, d) = {(width, width)}, got {tuple(gram.shape)}")
     gram = gram_matrix(weight) if gram is None else gram.detach().double()
+    if not bool(gram.isfinite().all()):
+        raise ValueError("gram must be finite, got NaN or infinity")
     if calibration is None:
         return principal_rotation(gram)
     moment = calibration.moment.to(gram.device)

@@ -38,8 +38,8 @@ class Summary(NamedTuple):
 
 
 def moderate(vectors: np.ndarray) -> bool:
-    """Whether all numbers are finite, and so small that float32 does not overflow."""
-    return bool(max(vectors.max(), -vectors.min()) < kernels().MOST)  # False for NaN as well
+    """Whether there are numbers, all of them finite and so small that float32 does not overflow."""
+    return vectors.size > 0 and bool(max(vectors.max(), -vectors.min()) < kernels().MOST)  # False for NaN as well
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lastlayer.functional.checks import check_choice, check_positive
+from lastlayer.functional.checks import check_choice, check_not_negative, check_positive
 from lastlayer.functional.gram import Rotation
 from lastlayer.screening.calibration import Calibration, SecondMoment, rotation_of, second_moment
 from lastlayer.screening.exact import CAST_ROWS, full_logits, rounding_share, row_norms, working_dtype
@@ -69,7 +69,7 @@ class SVDPreview(Preview):
             "window": check_positive("window", window),
             "calibration": moment,
             "storage": storage if storage is None else check_choice("storage", storage, STORAGES),
-            "tail_correction": float(tail_correction),
+            "tail_correction": check_not_negative("tail_correction", float(tail_correction)),
         }
         for name, value in settings.items():
             object.__setattr__(self, name, value)  # frozen: set once, here
