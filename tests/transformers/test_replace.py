@@ -37,7 +37,13 @@ def t5():
     return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, **SIZE)).eval()
 
 
-MODELS = {"gpt2": gpt2, "llama": llama, "t5": t5}
+def bert():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.BertLMHeadModel(transformers.BertConfig(**sizes, is_decoder=True, **SIZE)).eval()
+
+
+MODELS = {"gpt2": gpt2, "llama": llama, "t5": t5, "bert": bert}
 
 
 def screened(model, **settings):
@@ -93,7 +99,7 @@ def test_undo_restores_the_very_module(name):
     model = gpt2(tied=False) if name == "untied" else MODELS[name]()
     original, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = original.weight is embedding.weight
-    assert tied == (name in ("gpt2", "t5"))
+    assert tied == (name in ("gpt2", "t5", "bert"))
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     handle = replace_lm_head(model, screened(model))
     assert model.get_output_embeddings() is not original
@@ -113,6 +119,33 @@ def test_undo_after_a_failure():
     with pytest.raises(ZeroDivisionError), replace_lm_head(model, screened(model)):
         raise ZeroDivisionError
     assert model.lm_head is original
+
+
+def test_replaced_twice():
+    """The later one is undone first; the other order is refused, and nothing is lost by trying."""
+    model = gpt2()
+    original, first, second = model.lm_head, screened(model), screened(model)
+    one, two = replace_lm_head(model, first), replace_lm_head(model, second)
+    with pytest.raises(RuntimeError, match="undo the later replacement first"):
+        one.undo()
+    assert model.lm_head is second
+    two.undo()
+    assert model.lm_head is first
+    one.undo()
+    assert model.lm_head is original
+    with replace_lm_head(model, second):
+        one.undo()
+        assert model.lm_head is second
+
+
+def test_a_head_that_the_model_does_not_take():
+    """BERT takes its head's bias; of one without, nothing stays."""
+    model = bert()
+    original, bias = model.get_output_embeddings(), model.cls.predictions.bias
+    with pytest.raises(AttributeError, match="bias"):
+        replace_lm_head(model, nn.Identity())
+    assert model.get_output_embeddings() is original
+    assert model.cls.predictions.bias is bias
 
 
 @pytest.mark.parametrize("name", MODELS)

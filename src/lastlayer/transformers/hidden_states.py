@@ -12,6 +12,8 @@ from lastlayer.transformers.replace import replace_lm_head
 class _Catcher(nn.Module):
     """Stands where the head stood, keeps what comes in, and computes nothing."""
 
+    bias = None  # some models ask their head for it
+
     def __init__(self) -> None:
         super().__init__()
         self.caught: Tensor | None = None

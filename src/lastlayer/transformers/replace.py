@@ -13,11 +13,21 @@ class ReplacedHead:
         self.model = model
         self.original = original
         self.head = head
+        self._undone = False
 
     def undo(self) -> None:
-        """Puts the model's own head back, the very module; a second call does nothing."""
-        if self.model.get_output_embeddings() is self.head:
-            self.model.set_output_embeddings(self.original)
+        """Puts the model's own head back, the very module; a second call does nothing.
+
+        Raises RuntimeError where another head was put in the place of this one and is still there.
+        """
+        if self._undone:
+            return
+        if self.model.get_output_embeddings() is not self.head:
+            raise RuntimeError(
+                "another head stands where this one was put: undo the later replacement first, then this one"
+            )
+        self.model.set_output_embeddings(self.original)
+        self._undone = True
 
     def __enter__(self) -> Self:
         return self
@@ -65,5 +75,9 @@ def replace_lm_head(model: Any, head: nn.Module) -> ReplacedHead:
         wanted, given = getattr(original, name, None), getattr(head, name, None)
         if wanted is not None and given is not None and wanted != given:
             raise ValueError(f"head must have the model's {name}={wanted}, got {given}")
-    model.set_output_embeddings(head)
+    try:
+        model.set_output_embeddings(head)
+    except BaseException:  # some models take what else they need of a head, and it may lack that
+        model.set_output_embeddings(original)
+        raise
     return ReplacedHead(model, original, head)
