@@ -48,16 +48,22 @@ def weight():
 def save_head(path):
     from safetensors.torch import save_file
 
-    if path.suffix == ".npy":
-        np.save(path, weight().numpy())
+    if path.suffix.lower() == ".npy":
+        with path.open("wb") as file:
+            np.save(file, weight().numpy())
     elif path.suffix == ".safetensors":
         save_file({"other": torch.ones(3, 3), "lm_head.weight": weight(), "lm_head.bias": torch.ones(2000)}, path)
+    elif path.suffix == ".pth":  # of a trainer
+        inside = {"module.other": torch.ones(3, 3), "module.lm_head.weight": weight()}
+        torch.save(
+            {"epoch": 3, "state_dict": inside, "optimizer": {"state": {0: {"step": torch.ones(2, 2)}}}}, path
+        )
     else:
         torch.save({"lm_head.weight": weight(), "step": 3}, path)
     return path
 
 
-@pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".pt"])
+@pytest.mark.parametrize("suffix", [".npy", ".NPY", ".safetensors", ".pt", ".pth"])
 def test_heads(run, tmp_path, hidden, suffix):
     path = save_head(tmp_path / f"head{suffix}")
     result = run(path, "--calibration", hidden, "--k", 3, "--json", tmp_path / "records.json")
@@ -100,6 +106,10 @@ def test_bare_head_needs_hidden_states(run, tmp_path):
 def bad_files(folder):
     """Files that are no head, and what is said of each."""
     np.save(folder / "vector.npy", np.ones(5, dtype=np.float32))
+    np.save(folder / "integers.npy", np.ones((5, 16), dtype=np.int64))
+    np.save(folder / "complex.npy", np.ones((5, 16), dtype=np.complex64))
+    with (folder / "archive.npy").open("wb") as file:
+        np.savez(file, weight=weight().numpy())
     np.save(folder / "nan.npy", np.full((5, 16), np.nan, dtype=np.float32))
     np.save(folder / "objects.npy", np.array([[Executes()]], dtype=object))
     for path in (
@@ -113,6 +123,9 @@ def bad_files(folder):
     (folder / "executes.pt").write_bytes(pickle.dumps(Executes()))
     torch.save({"a": torch.ones(3, 3), "b": torch.ones(4, 4)}, folder / "several.pt")
     torch.save({"step": 1}, folder / "none.pt")
+    torch.save({"weight": weight().to_sparse()}, folder / "sparse.pt")
+    torch.save({"weight": weight().to("meta")}, folder / "meta.pt")
+    torch.save({"weight": torch.full((5, 16), float("nan")).to(torch.float8_e4m3fn)}, folder / "float8.pt")
     (folder / "broken.gguf").write_bytes(b"GGUF no more")
     (folder / "empty").mkdir()
     (folder / "notes.txt").write_text("no head")
@@ -121,6 +134,12 @@ def bad_files(folder):
         "cut.pt": (1, "cannot read"),
         "cut.npy": (1, "cannot read"),
         "vector.npy": (1, "floating-point matrix"),
+        "integers.npy": (1, "floating-point matrix, got int64"),
+        "complex.npy": (1, "floating-point matrix, got complex64"),
+        "archive.npy": (1, "several arrays (.npz)"),
+        "sparse.pt": (1, "every number of its head"),
+        "meta.pt": (1, "every number of its head"),
+        "float8.pt": (1, "NaN or infinity"),
         "nan.npy": (1, "NaN or infinity"),
         "objects.npy": (1, "cannot read"),
         "broken.safetensors": (1, "cannot read"),
@@ -216,10 +235,13 @@ def test_model_without_tokenizer_takes_hidden_states(run, tmp_path, hidden):
 def test_bad_calibration(run, tmp_path, hidden):
     path = save_head(tmp_path / "head.npy")
     np.save(tmp_path / "wide.npy", np.ones((50, 17), dtype=np.float32))
+    with (tmp_path / "archive.npy").open("wb") as file:
+        np.savez(file, hidden=np.ones((50, 16), dtype=np.float32))
     np.save(tmp_path / "few.npy", np.ones((3, 16), dtype=np.float32))
     np.save(tmp_path / "inf.npy", np.full((50, 16), np.inf, dtype=np.float32))
     cases = {
         "wide.npy": "(n, 16)",
+        "archive.npy": "several arrays (.npz)",
         "few.npy": "at least 16",
         "inf.npy": "NaN or infinity",
         "absent.npy": "there is no",
@@ -230,3 +252,10 @@ def test_bad_calibration(run, tmp_path, hidden):
         assert said in result.stderr, (name, result.stderr)
     result = run(path, "--calibration", hidden, "--k", 2001)
     assert result.exit_code == 2
+
+
+def test_name_of_a_tensor(run, tmp_path, hidden):
+    path = save_head(tmp_path / "head.npy")
+    result = run(path, "--calibration", hidden, "--tensor", "lm_head.weight")
+    assert result.exit_code == 2
+    assert "--tensor lm_head.weight is for files of several named tensors" in result.stderr

@@ -62,6 +62,8 @@ def test_records_are_written(run, tmp_path):
         (["bench", "--no-such-option"], "--no-such-option"),
         (["bench", "--batch", "0"], "--batch"),
         (["bench", "--device", "abacus"], "--device abacus"),
+        (["bench", "--device", "meta"], "--device meta"),
+        (["bench", "--seed", str(2**63)], "--seed must be below"),
         (["bench", "--threads", "0"], "--threads"),
         ([*SMALL, "--k", "51"], "--k"),
         ([*SMALL, "--json", "/"], "--json"),

@@ -75,6 +75,8 @@ def _prepare(options: dict[str, Any]) -> Common:
         if options["json"].is_dir():
             raise UsageError(f"--json {options['json']} is a folder; give the path of a file")
         make_folder(options["json"].parent)  # fails now rather than when the work is done
+    if options["seed"] >= 1 << 63:
+        raise UsageError(f"--seed must be below 2^63, got {options['seed']}")
     torch.manual_seed(options["seed"])
     return Common(options["seed"], _device(options["device"]))
 
@@ -82,7 +84,7 @@ def _prepare(options: dict[str, Any]) -> Common:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except Exception as problem:
         raise UsageError(f"--device {name} cannot be used here: {str(problem).splitlines()[0]}") from problem
     return device

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from collections.abc import Iterator
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,13 +47,15 @@ def load_head(path: Path, tensor: str | None = None) -> LoadedHead:
     if not path.exists():
         raise UsageError(f"there is no model {path}")
     try:
-        if path.is_dir() or path.suffix == ".gguf":
+        suffix = path.suffix.lower()
+        if path.is_dir() or suffix == ".gguf":
+            _refuse_name(path, tensor)
             return _from_transformers(path)
         readers = {".npy": _from_npy, ".safetensors": _from_safetensors, ".pt": _from_pt, ".pth": _from_pt}
-        if path.suffix not in readers:
+        if suffix not in readers:
             kinds = ", ".join([*readers, ".gguf"])
             raise UsageError(f"{path} is no model that is known here: a Transformers folder, or one of {kinds}")
-        weight, bias = readers[path.suffix](path, tensor)
+        weight, bias = readers[suffix](path, tensor)
     except StudyError:
         raise
     except Exception as problem:  # every reader fails in its own ways
@@ -73,7 +76,7 @@ def load_head(path: Path, tensor: str | None = None) -> LoadedHead:
 def load_hidden(path: Path, width: int) -> Tensor:  # (n, d), float32
     """Hidden states from a `.npy` file of shape `(..., d)`."""
     try:
-        array = np.load(path, allow_pickle=False)
+        array = _array(path)
     except (OSError, ValueError, EOFError) as problem:
         raise StudyError(f"cannot read {path}: {_first_line(problem)}") from problem
     if array.ndim < 2 or array.shape[-1] != width or array.dtype.kind != "f":
@@ -84,8 +87,23 @@ def load_hidden(path: Path, width: int) -> Tensor:  # (n, d), float32
     return hidden
 
 
-def _from_npy(path: Path, tensor: str | None) -> tuple[Tensor, None]:
+def _array(path: Path) -> np.ndarray:
     array = np.load(path, allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+        raise ValueError("it holds several arrays (.npz); save the one that is meant as .npy")
+    return array
+
+
+def _refuse_name(path: Path, tensor: str | None) -> None:
+    if tensor is not None:
+        raise UsageError(f"--tensor {tensor} is for files of several named tensors, which {path} is not")
+
+
+def _from_npy(path: Path, tensor: str | None) -> tuple[Tensor, None]:
+    _refuse_name(path, tensor)
+    array = _array(path)
+    if array.dtype.kind != "f":
+        raise StudyError(f"{path} must hold a floating-point matrix, got {array.dtype} {array.shape}")
     return torch.from_numpy(array.astype(np.float32, copy=False)), None
 
 
@@ -101,12 +119,22 @@ def _from_safetensors(path: Path, tensor: str | None) -> tuple[Tensor, Tensor | 
 def _from_pt(path: Path, tensor: str | None) -> tuple[Tensor, Tensor | None]:
     content = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(content, Tensor):
+        _refuse_name(path, tensor)
         return content, None
     if not isinstance(content, dict):
         raise StudyError(f"{path} holds a {type(content).__name__}, not weights")
-    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    tensors = dict(_named(content))
     name = _pick(path, {key: list(value.shape) for key, value in tensors.items()}, tensor)
     return tensors[name], tensors.get(name.removesuffix("weight") + "bias")
+
+
+def _named(content: dict[Any, Any], before: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint, those of dicts inside it by dotted names."""
+    for key, value in content.items():
+        if isinstance(value, Tensor):
+            yield f"{before}{key}", value
+        elif isinstance(value, dict):
+            yield from _named(value, f"{before}{key}.")
 
 
 def _pick(path: Path, shapes: dict[str, list[int]], wanted: str | None) -> str:
@@ -117,7 +145,8 @@ def _pick(path: Path, shapes: dict[str, list[int]], wanted: str | None) -> str:
                 f"--tensor {wanted} is no matrix in {path}; there are: {', '.join(matrices) or 'none'}"
             )
         return wanted
-    known = [name for name in HEAD_NAMES if name in matrices]
+    wrapped = [name for name in matrices if name.endswith(f".{HEAD_NAMES[0]}")]  # by a trainer, say
+    known = [name for name in HEAD_NAMES if name in matrices] or wrapped
     if known or len(matrices) == 1:
         return (known or matrices)[0]
     if not matrices:
@@ -166,13 +195,16 @@ def _tokenizer(folder: Path, settings: dict[str, Any]) -> Any:
 def _checked(path: Path, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:
         raise StudyError(f"{path} must hold a floating-point matrix, got {weight.dtype} {tuple(weight.shape)}")
+    if weight.layout != torch.strided or weight.is_meta:
+        raise StudyError(f"{path} must hold every number of its head, got a sparse tensor or one without numbers")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise StudyError(
             f"{path}: the head's bias has shape {tuple(bias.shape)}, its weight {tuple(weight.shape)}"
         )
+    weight, bias = weight.float().contiguous(), None if bias is None else bias.detach().float()
     if not all(bool(t.isfinite().all()) for t in (weight, bias) if t is not None):
         raise StudyError(f"{path}: the head holds NaN or infinity")
-    return weight.float().contiguous(), None if bias is None else bias.detach().float()
+    return weight, bias
 
 
 def _first_line(problem: BaseException) -> str:
