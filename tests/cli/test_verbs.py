@@ -3,13 +3,17 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 from lastlayer.cli import app
-from lastlayer.cli.options import verb
+from lastlayer.cli.large_sparse_targets import large_sparse_targets
+from lastlayer.cli.options import Common, verb
+from lastlayer.cli.speedup import speedup
 from lastlayer.study.errors import StudyError, UsageError
 
 SMALL = ["bench", "--num-classes", "50", "--in-features", "4", "--batch", "3", "--seconds", "0.1"]
@@ -75,6 +79,12 @@ def test_bad_usage_is_two(run, arguments, said):
     assert result.exit_code == 2
     assert said in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("run", [lambda c: speedup(c, Path("none")), large_sparse_targets])
+def test_what_is_of_cpus_takes_no_other_device(run):
+    with pytest.raises(UsageError, match="--device cuda: what is measured here is of CPUs"):
+        run(Common(0, torch.device("cuda")))
 
 
 def test_unwritable_records_fail_before_the_work(run):

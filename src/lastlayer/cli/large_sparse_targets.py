@@ -40,6 +40,7 @@ def large_sparse_targets(
     ] = None,
 ) -> Records:
     """Exact SGD at a cost without V: speed, scaling with V and d, drift, and what the losses are good for."""
+    common.require_cpu()
     chosen = [part.strip() for part in parts.split(",") if part.strip()]
     unknown = [part for part in chosen if part not in PARTS]
     if unknown or not chosen:

@@ -26,6 +26,11 @@ class Common:
     seed: int
     device: torch.device
 
+    def require_cpu(self) -> None:
+        """A UsageError unless --device is a CPU: for what is about CPUs, and would not look at it."""
+        if self.device.type != "cpu":
+            raise UsageError(f"--device {self.device}: what is measured here is of CPUs; leave it out")
+
 
 def _common_options(
     json: Annotated[Path | None, typer.Option(help="Also write the results here: a list of flat records.")] = None,

@@ -31,6 +31,7 @@ def speedup(
     ),
 ) -> Records:
     """Find the fastest screen of a trained head that agrees with it, and save it."""
+    common.require_cpu()
     console = Console()
     with console.status("loading the model"):
         head = load_head(model, tensor)
