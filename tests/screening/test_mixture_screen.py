@@ -16,6 +16,7 @@ from lastlayer import (
     Sigsoftmax,
     SVDPreview,
 )
+from lastlayer.screening import ScreenedMixture
 from lastlayer.screening.exact import full_logits
 from lastlayer.screening.mixture_screen import _not_worse
 
@@ -198,7 +199,7 @@ def test_shapes(shape):
 
 
 def test_state():
-    """Stale after a change; copies are screens of their own; half precision; not for saving."""
+    """Stale after a change; copies are screens of their own; half precision."""
     layer, hidden = mixture(), hidden_of()
     screened = ScreenedSoftmax.from_layer(layer, preview=Int8Preview(), candidates=20)
     assert screened.weight is layer.weight
@@ -212,12 +213,59 @@ def test_state():
         screened.topk(hidden, 3)
     screened.refresh()
     assert torch.equal(screened.topk(hidden, 3, exact=True).indices, layer.topk(hidden, 3).indices)
-    with pytest.raises(TypeError, match="state_dict"):
-        screened.save("anywhere")
-
     half = mixture(torch.bfloat16)
     screened = ScreenedSoftmax.from_layer(half, preview=Int8Preview(), candidates=20)
     assert screened.topk(hidden_of(dtype=torch.bfloat16), 3).log_prob.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", PREVIEWS)
+@every_layer
+def test_round_trip(tmp_path, options, name):
+    layer = made(options)
+    screened = ScreenedSoftmax.from_layer(layer, preview=PREVIEWS[name], candidates=20, exact=True)
+    screened.save(tmp_path)
+    again = ScreenedMixture.load(tmp_path, layer)
+    assert again.layer is layer
+    assert again.weight is layer.weight
+    assert again.exact
+    for mine, theirs in zip(again.topk(hidden_of(), 3), screened.topk(hidden_of(), 3), strict=True):
+        assert torch.equal(mine, theirs)
+    assert torch.equal(again.log_prob(hidden_of()), screened.log_prob(hidden_of()))
+
+
+def test_files_of_another_kind(tmp_path):
+    """A mixture's screen is none of a matrix, nor the other way; a layer with another weight is refused."""
+    layer, settings = mixture(), {"preview": SVDPreview(6), "candidates": 20}
+    screened = ScreenedSoftmax.from_layer(layer, **settings)
+    with pytest.raises(TypeError, match="save the layer's state_dict"):
+        screened.save(tmp_path / "whole", include_weight=True)
+    assert not (tmp_path / "whole").exists()
+    screened.save(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a lastlayer screened mixture, which ScreenedMixture\.load"):
+        ScreenedSoftmax.load(tmp_path, layer.weight, layer.bias)
+    with pytest.raises(TypeError, match="layer must be a mixture .*, got FullSoftmax"):
+        ScreenedMixture.load(tmp_path, FullSoftmax(WIDTH, CLASSES))
+    other = mixture()
+    with torch.no_grad():
+        other.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="fingerprint differs"):
+        ScreenedMixture.load(tmp_path, other)
+    ScreenedSoftmax(layer.weight, layer.bias, **settings).save(tmp_path / "matrix")
+    with pytest.raises(ValueError, match=r"holds a lastlayer screen, which ScreenedSoftmax\.load"):
+        ScreenedMixture.load(tmp_path / "matrix", layer)
+
+
+@pytest.mark.parametrize("which", ["screen.json", "screen.safetensors"])
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:-9], lambda content: content[:40] + b"#" + content[41:]]
+)
+def test_damaged_files(tmp_path, which, damage):
+    layer = mixture()
+    preview = SVDPreview(6, calibration=torch.randn(50, LATENT))
+    ScreenedSoftmax.from_layer(layer, preview=preview, candidates=20).save(tmp_path)
+    (tmp_path / which).write_bytes(damage((tmp_path / which).read_bytes()))
+    with pytest.raises(ValueError, match="screen"):
+        ScreenedMixture.load(tmp_path, layer)
 
 
 def test_bad_input():

@@ -1,5 +1,6 @@
 """Screens on disk: the same answers after a round trip, and every bad file refused."""
 
+import hashlib
 import json
 
 import pytest
@@ -96,6 +97,43 @@ def test_damaged_files(tmp_path, damage, which):
         path.write_bytes({"truncated": content[:middle], "changed": changed, "empty": b""}[damage])
     with pytest.raises(ValueError, match="screen"):
         ScreenedSoftmax.load(tmp_path)
+
+
+def test_json_too_deep(tmp_path):
+    path, _ = saved(tmp_path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="does not hold a saved screen"):
+        ScreenedSoftmax.load(tmp_path)
+
+
+def test_tensors_that_are_none(tmp_path):
+    """With a fingerprint that is right."""
+    path, tensors = saved(tmp_path)
+    tensors.write_bytes(b"no tensors")
+    digest = hashlib.sha256(b"no tensors").hexdigest()
+    path.write_text(json.dumps(sealed(json.loads(path.read_text()) | {"tensors_sha256": digest})))
+    with pytest.raises(ValueError, match="does not hold tensors"):
+        ScreenedSoftmax.load(tmp_path)
+
+
+def test_what_is_given_beside_the_folder(tmp_path):
+    saved(tmp_path)
+    weight, bias, _ = head()
+    with pytest.raises(ValueError, match="bias was given without the weight"):
+        ScreenedSoftmax.load(tmp_path, bias=bias)
+    for given, message in (
+        ((nn.Linear(12, 300),), "weight must be a Tensor, got Linear"),
+        ((weight, [1.0]), "bias"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            ScreenedSoftmax.load(tmp_path, *given)
+
+
+def test_a_save_that_fails_leaves_no_part(tmp_path):
+    (tmp_path / "screen.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        saved(tmp_path)
+    assert not list(tmp_path.glob("*.partial"))
 
 
 SVD = {"kind": "SVDPreview", "window": 4, "storage": None, "tail_correction": 0, "calibration_rows": 40}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lastlayer import ScreenedSoftmax, SVDPreview
-from lastlayer.screening.calibration import second_moment
+from lastlayer.screening.calibration import SecondMoment, second_moment
 
 
 def head(dtype=torch.float64, num_classes=300, width=16):
@@ -82,6 +82,9 @@ def test_settings_are_immutable():
         (TypeError, "floating-point", torch.zeros(3, 16, dtype=torch.int64)),
         (TypeError, "floating-point", ["text"]),
         (TypeError, "calibration must be hidden states", 3),
+        (ValueError, "second moment, got", SecondMoment(torch.ones(3, 4).double(), 9)),
+        (ValueError, "all zero", SecondMoment(torch.zeros(16, 16).double(), 9)),
+        (ValueError, "at least 2", SecondMoment(torch.eye(16).double(), -1)),
     ],
 )
 def test_bad_calibration(error, message, calibration):

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lastlayer.functional.gram import (
@@ -32,7 +33,7 @@ def second_moment(calibration: Calibration) -> SecondMoment:
         ValueError: fewer than two rows, widths that differ, NaN or infinity, or nothing but zeros.
     """
     if isinstance(calibration, SecondMoment):
-        return calibration
+        return _sound(calibration)
     if not isinstance(calibration, Iterable):
         raise TypeError(f"calibration must be hidden states or batches of them, got {calibration!r}")
     batches = [calibration] if isinstance(calibration, Tensor) else calibration
@@ -45,13 +46,20 @@ def second_moment(calibration: Calibration) -> SecondMoment:
         gram = gram_matrix(rows)
         total = gram if total is None else total + gram
         count += len(rows)
-    if total is None or count < 2:
+    return _sound(SecondMoment(torch.empty(0, 0) if total is None else total / max(1, count), count))
+
+
+def _sound(calibration: SecondMoment) -> SecondMoment:
+    moment, count = calibration
+    if count < 2:
         raise ValueError(f"calibration must hold at least 2 hidden states, got {count}")
-    if not bool(total.isfinite().all()):
+    if moment.dim() != 2 or moment.shape[0] != moment.shape[1]:
+        raise ValueError(f"calibration must have a (d, d) second moment, got {tuple(moment.shape)}")
+    if not bool(moment.isfinite().all()):
         raise ValueError("calibration must be finite, got NaN or infinity among its hidden states")
-    if not bool(total.trace() > 0):
+    if not bool(moment.trace() > 0):
         raise ValueError("calibration must not be all zero")
-    return SecondMoment(total / count, count)
+    return calibration
 
 
 def _checked(batch: Tensor) -> Tensor:  # (n, d)

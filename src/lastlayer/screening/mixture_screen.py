@@ -1,13 +1,14 @@
 """A mixture of softmaxes over one weight, screened: one preview of the weight serves every component."""
 
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from lastlayer.screening.exact import full_logits, no_autocast
 from lastlayer.screening.preview import Preview
+from lastlayer.screening.saved import MIXTURE, load_screen, save_screen
 from lastlayer.screening.screened import ScreenedSoftmax
 
 HEAVY_SHARE = 8  # one in so many classes is rescored where the order hangs on the normalisers
@@ -81,6 +82,7 @@ class ScreenedMixture(ScreenedSoftmax):
     """
 
     def __init__(self, layer: Any, *, preview: Preview, candidates: int, **settings: Any) -> None:
+        _check_mixture(layer)
         settings = {"logit_map": layer.logit_map, **settings}
         super().__init__(layer.weight, layer.bias, preview=preview, candidates=candidates, **settings)
         self.layer: MixtureLayer = layer
@@ -105,8 +107,20 @@ class ScreenedMixture(ScreenedSoftmax):
         row = self.weight.shape[1] * self.weight.element_size()
         return self._prepared.bytes_read + self.candidates * row
 
-    def save(self, folder: str | Path, include_weight: bool = True) -> None:
-        raise TypeError("a screened mixture cannot be saved: save the layer's state_dict, and screen it again")
+    def save(self, folder: str | Path, include_weight: bool = False) -> None:
+        """Writes the screen as `ScreenedSoftmax.save` does, but never its layer: keep the layer's `state_dict`."""
+        if include_weight:
+            raise TypeError("a screened mixture is saved without its layer: save the layer's state_dict beside it")
+        save_screen(self, Path(folder), False, MIXTURE)
+
+    @classmethod
+    def load(cls, folder: str | Path, layer: Any) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Reads what `save` wrote, for a layer with the weight and bias that it was saved for.
+
+        Raises ValueError as `ScreenedSoftmax.load` does.
+        """
+        _check_mixture(layer)
+        return cls(layer, **load_screen(Path(folder), layer.weight, layer.bias, MIXTURE)[2])
 
     def _chunks(self, hidden: Tensor) -> tuple[Tensor, ...]:
         parts = super()._chunks(hidden)
@@ -240,6 +254,11 @@ class ScreenedMixture(ScreenedSoftmax):
         ordered = _not_worse(joint[..., (after - 1).clamp(max=k - 1)], joint[..., after], low, high).all(-1)
         certified = (ordered & ~in_play.any(-1)) | mixed.rescored.all(-1)
         return Ranked(best[:, :k], indices[:, :k], certified, in_play)
+
+
+def _check_mixture(layer: Any) -> None:
+    if not (hasattr(layer, "latents") and hasattr(layer, "log_prior")):
+        raise TypeError(f"layer must be a mixture with latents() and log_prior(), got {type(layer).__name__}")
 
 
 def _slack(logits: Tensor) -> float:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lastlayer.screening.screened import ScreenedSoftmax
 
 SETTINGS, TENSORS, VERSION = "screen.json", "screen.safetensors", 2
+SCREEN, MIXTURE = "lastlayer screen", "lastlayer screened mixture"  # formats
 HASHED_ROWS = 8192
 MAP = "logit_map."  # before the names of a map's parameters
 
@@ -37,7 +38,7 @@ def fingerprint(weight: Tensor, bias: Tensor | None) -> str:
     return digest.hexdigest()
 
 
-def save_screen(screen: "ScreenedSoftmax", folder: Path, include_weight: bool) -> None:
+def save_screen(screen: "ScreenedSoftmax", folder: Path, include_weight: bool, format_name: str = SCREEN) -> None:
     """Writes both files; the JSON names the fingerprints of the weight and of the tensors' file."""
     from safetensors.torch import save
 
@@ -58,7 +59,7 @@ def save_screen(screen: "ScreenedSoftmax", folder: Path, include_weight: bool) -
     tensors |= parameters
     content = save({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()})
     described = {
-        "format": "lastlayer screen",
+        "format": format_name,
         "version": VERSION,
         "preview": settings,
         "candidates": screen.candidates,
@@ -72,10 +73,15 @@ def save_screen(screen: "ScreenedSoftmax", folder: Path, include_weight: bool) -
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(sealed(described), indent=1) + "\n"
     whole = {TENSORS: content, SETTINGS: text.encode()}
-    for name, data in whole.items():
-        (folder / f".{name}.partial").write_bytes(data)
-    for name in whole:  # a kill between the two leaves files that do not fit, which `load` says
-        (folder / f".{name}.partial").replace(folder / name)
+    partial = {name: folder / f".{name}.partial" for name in whole}
+    try:
+        for name, data in whole.items():
+            partial[name].write_bytes(data)
+        for name in whole:  # a kill between the two leaves files that do not fit, which `load` says
+            partial[name].replace(folder / name)
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
 
 
 def sealed(described: dict[str, Any]) -> dict[str, Any]:
@@ -104,14 +110,19 @@ def _described_map(logit_map: nn.Module | None) -> tuple[dict[str, Any] | None, 
 
 
 def load_screen(
-    folder: Path, weight: Tensor | None, bias: Tensor | None
+    folder: Path, weight: Tensor | None, bias: Tensor | None, format_name: str = SCREEN
 ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     """`(weight, bias, settings)` of a saved screen; everything is checked before anything is used."""
-    described, tensors = _read(folder)
+    for name, given in (("weight", weight), ("bias", bias)):
+        if given is not None and not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(given).__name__}")
+    described, tensors = _read(folder, format_name)
     saved = tensors.get("weight")
     if weight is None:
         if saved is None:
             raise ValueError(f"{folder} was saved without its weight: pass load(folder, weight=...)")
+        if bias is not None:
+            raise ValueError("bias was given without the weight that it belongs to: give both, or none")
         weight, bias = saved, tensors.get("bias")
     if fingerprint(weight, bias) != described["weight_sha256"]:
         raise ValueError(f"weight is not the one that {folder} was saved for: its fingerprint differs")
@@ -120,17 +131,21 @@ def load_screen(
     return weight, bias, settings | {"logit_map": _map(described["logit_map"], tensors, folder)}
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(folder: Path, format_name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
         described = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         content = (folder / TENSORS).read_bytes()
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # of both decoders, too
         raise ValueError(f"{folder} does not hold a saved screen: {error}") from None
     wanted = {"preview": dict, "candidates": int, "exact": bool, "weight_sha256": str, "tensors_sha256": str}
-    if not isinstance(described, dict) or described.get("format") != "lastlayer screen":
+    if not isinstance(described, dict) or described.get("format") not in (SCREEN, MIXTURE):
         raise ValueError(f"{folder / SETTINGS} does not describe a saved screen")
+    if described["format"] != format_name:
+        loader = "ScreenedMixture.load(folder, layer)" if format_name == SCREEN else "ScreenedSoftmax.load(folder)"
+        raise ValueError(f"{folder} holds a {described['format']}, which {loader} reads")
     if described.get("version") != VERSION:
         raise ValueError(
             f"{folder} has format version {described.get('version')!r}; this lastlayer reads {VERSION}"
@@ -144,7 +159,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{folder / SETTINGS}: logit_map must be a dict or null, got {described['logit_map']!r}")
     if hashlib.sha256(content).hexdigest() != described["tensors_sha256"]:
         raise ValueError(f"{folder / TENSORS} is truncated or was changed after it was saved")
-    return described, load(content)
+    try:
+        return described, load(content)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / TENSORS} does not hold tensors: {error}") from None
 
 
 def _preview(settings: dict[str, Any], moment: Tensor | None, folder: Path) -> Preview:
