@@ -243,7 +243,7 @@ def test_files_of_another_kind(tmp_path):
     screened.save(tmp_path)
     with pytest.raises(ValueError, match=r"holds a lastlayer screened mixture, which ScreenedMixture\.load"):
         ScreenedSoftmax.load(tmp_path, layer.weight, layer.bias)
-    with pytest.raises(TypeError, match="layer must be a mixture .*, got FullSoftmax"):
+    with pytest.raises(TypeError, match=r"layer must be a mixture .*, got FullSoftmax"):
         ScreenedMixture.load(tmp_path, FullSoftmax(WIDTH, CLASSES))
     other = mixture()
     with torch.no_grad():
