@@ -101,6 +101,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, story):
     [
         (["--layers", "full,fool"], 2, "no layer 'fool'; the layers are: full, hierarchical"),
         (["--steps", 5, "--seconds", 5], 2, "not both"),
+        (["--seconds", "inf"], 2, "--seconds must be a finite number of seconds, got inf"),
         (["--text", "missing.txt"], 2, "no text file missing.txt"),
         (["--min-count", 100_000], 1, "lower --min-count"),
         (["--out", "/dev/null/out"], 1, "cannot write to the folder /dev/null/out"),

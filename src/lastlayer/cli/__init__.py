@@ -41,7 +41,9 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def _lastlayer(
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """Output layers for very many classes: train them without computing every logit, query them without
     reading every weight."""

@@ -29,9 +29,11 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except Exception as problem:
+    except BaseException as problem:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if not isinstance(problem, Exception):  # Ctrl-C
+            raise
         reason = problem.strerror if isinstance(problem, OSError) and problem.strerror else str(problem)
         raise StudyError(f"cannot write {path}: {reason}") from problem
 

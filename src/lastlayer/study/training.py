@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lastlayer.study.batches import Streams
 from lastlayer.study.checkpoint import load_checkpoint, save_checkpoint
-from lastlayer.study.errors import StudyError
+from lastlayer.study.errors import StudyError, UsageError
 from lastlayer.study.evaluation import evaluate
 from lastlayer.study.language_model import LanguageModel, State, make_optimizers
 from lastlayer.study.measure import synchronise
@@ -30,6 +30,10 @@ class Budget:
 
     seconds: float | None = None
     steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.seconds is not None and not math.isfinite(self.seconds):
+            raise UsageError(f"--seconds must be a finite number of seconds, got {self.seconds}")
 
     def share_used(self, seconds: float, steps: int) -> float:
         """From 0 at the start to 1 at the end."""
