@@ -95,6 +95,7 @@ def test_transformers_folder(run, tmp_path):
     assert "1,024 hidden states from text.txt" in result.output
     saved = json.loads((tmp_path / "out" / "screen" / "screen.json").read_text())
     assert saved["num_classes"] == 700
+    assert "ScreenedSoftmax.load with weight=, the model's own in float32" in result.output
 
 
 def test_bare_head_needs_hidden_states(run, tmp_path):

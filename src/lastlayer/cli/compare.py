@@ -19,7 +19,7 @@ DEFAULTS = Plan([], Budget())
 
 def compare(
     common: Common,
-    more_text: Annotated[list[Path] | None, typer.Argument(metavar="[PATH]...", hidden=True)] = None,
+    more_text: Annotated[list[Path] | None, typer.Argument(metavar="PATH", hidden=True)] = None,
     text: Annotated[
         list[Path] | None,
         typer.Option(

@@ -15,6 +15,7 @@ from lastlayer.study.large_sparse_classifiers import measure_classifiers
 from lastlayer.study.large_sparse_exactness import measure_exactness
 from lastlayer.study.large_sparse_speed import measure_scaling, measure_speed, measure_whole_model, multiply_adds
 from lastlayer.study.large_sparse_words import EMBEDDING_METHODS, MODEL_METHODS, train_words
+from lastlayer.study.tables import print_table
 from lastlayer.study.text import load_corpus
 
 PARTS = ("speed", "scaling", "exactness", "embeddings", "classifiers", "models")
@@ -80,7 +81,7 @@ def large_sparse_targets(
                 f"arithmetic of a plain step over the factored one: {count['plain'] / count['factored']:.0f}"
             )
         for case in dict.fromkeys(record["case"] for record in found):
-            console.print(_table(case, [record for record in found if record["case"] == case]))
+            print_table(console, _table(case, [record for record in found if record["case"] == case]))
         records += found
     if "speed" in chosen:
         console.print("† as remembered; not verified against the paper")

@@ -125,7 +125,10 @@ def load_screen(
             raise ValueError("bias was given without the weight that it belongs to: give both, or none")
         weight, bias = saved, tensors.get("bias")
     if fingerprint(weight, bias) != described["weight_sha256"]:
-        raise ValueError(f"weight is not the one that {folder} was saved for: its fingerprint differs")
+        raise ValueError(
+            f"weight and bias are not those that {folder} was saved for, dtype and every number: "
+            "their fingerprint differs"
+        )
     preview = _preview(described["preview"], tensors.get("calibration"), folder)
     settings = {"preview": preview, "candidates": described["candidates"], "exact": described["exact"]}
     return weight, bias, settings | {"logit_map": _map(described["logit_map"], tensors, folder)}

@@ -22,6 +22,7 @@ from lastlayer.study.bench_peers import (
 from lastlayer.study.errors import UsageError
 from lastlayer.study.figures import figure
 from lastlayer.study.measure import interleaved, peak_bytes, synchronise
+from lastlayer.study.tables import print_table
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
 
@@ -71,7 +72,7 @@ def run_bench(
     for case in _cases(sizes, layers, device):
         with console.status(f"{case.name}: {case.meaning}"):
             rows = _measure(case, sizes, seconds)
-        console.print(_table(case, sizes, rows))
+        print_table(console, _table(case, sizes, rows))
         records += rows
     return records
 

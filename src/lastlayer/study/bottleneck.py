@@ -20,6 +20,7 @@ from lastlayer.study.bottleneck_synthetic import MODELS, STEPS, fit
 from lastlayer.study.cells import Cells, Record
 from lastlayer.study.figures import duration, figure
 from lastlayer.study.measure import interleaved, peak_bytes
+from lastlayer.study.tables import print_table
 from lastlayer.study.text import Corpus
 
 # A reference run of the same recipe, %: mean of five seeds at 300 contexts, one seed at 1,000.
@@ -208,7 +209,7 @@ def show_synthetic(records: list[Record], out: Path, console: Console) -> list[R
             kl = figure(mean(r["kl_nats"] for r in found))
             row.append(f"{_spread(r['mode_matched_percent'] for r in found)} ({kl}{beside})")
         table.add_row(name, *row)
-    console.print(table)
+    print_table(console, table)
     _plot(records, out / "synthetic.png")
     return records
 
@@ -262,7 +263,7 @@ def show_language(records: list[Record], times: list[Record], console: Console) 
             figure(mean(r["rank"] for r in found)),
             figure(mean(r["effective_rank"] for r in found)),
         )
-    console.print(table)
+    print_table(console, table)
     console.print(
         "Published: WikiText-2 test perplexity of an AWD-LSTM, 11 seeds, hundreds of epochs (Parthiban, Mao and "
         "Inkpen, AAAI 2021); ours is on held-out text. At this budget perplexities show how fast each learns at "
@@ -286,7 +287,7 @@ def show_cost(records: list[Record], console: Console) -> list[Record]:
             f"{r['ratio_to_full']:.2f}",
             figure(r["peak_bytes"] / 1e6),
         )
-    console.print(table)
+    print_table(console, table)
     return records
 
 

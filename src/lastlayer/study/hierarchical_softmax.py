@@ -17,6 +17,7 @@ from lastlayer.study.compare import Plan as ComparePlan
 from lastlayer.study.errors import UsageError
 from lastlayer.study.files import make_folder, write_json
 from lastlayer.study.measure import environment, interleaved
+from lastlayer.study.tables import print_table
 from lastlayer.study.text import Corpus
 from lastlayer.study.training import Budget
 
@@ -55,14 +56,14 @@ def reproduce(corpus: Corpus, plan: Plan, out: Path, console: Console, *, resume
     make_folder(out)
     with console.status("measuring training steps"):
         records = [record for V in sizes for rows in ROWS for record in speed(V, rows, plan)]
-    console.print(_speed_table(records))
+    print_table(console, _speed_table(records))
     budgets = {"equal-steps": Budget(steps=plan.steps), "equal-time": Budget(seconds=plan.seconds)}
     for case, budget in budgets.items():
         settings = ComparePlan(LAYERS, budget, width=plan.width, seed=plan.seed, device=plan.device)
         found = Comparison(corpus, settings, out / case, console).run(resume)
         full = next(record["perplexity"] for record in found if record["layer"] == "full")
         records += [_quality(case, record, full) for record in found]
-    console.print(_quality_table(records))
+    print_table(console, _quality_table(records))
     write_json(out / "reproduce.json", {"environment": environment(), "text": corpus.name, "records": records})
     return records
 

@@ -14,6 +14,7 @@ from lastlayer.study.figures import figure
 from lastlayer.study.files import write_json, write_text
 from lastlayer.study.measure import environment
 from lastlayer.study.page import render
+from lastlayer.study.tables import print_table
 from lastlayer.study.training import Point
 
 COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
@@ -65,5 +66,5 @@ def show(report: Report, out: Path, console: Console) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for record in report.records:
         table.add_row(record["layer"], *(shown(record) for _, shown in COLUMNS))
-    console.print(table)
+    print_table(console, table)
     console.print(f"The page: {out / 'index.html'}", highlight=False, markup=False, soft_wrap=True)

@@ -18,6 +18,7 @@ from lastlayer.study.files import make_folder, write_json, write_whole
 from lastlayer.study.heads import LoadedHead, load_hidden
 from lastlayer.study.measure import environment
 from lastlayer.study.sources import find_files, read_lines
+from lastlayer.study.tables import print_table
 
 WINDOW, BATCH = 256, 4  # tokens in a row, rows at a time
 WORTH_IT = 1.2  # a smaller gain is not worth a second copy of the weight
@@ -57,7 +58,8 @@ def speed_up(
     _show(records, console)
     chosen = next(record for record in records if record["chosen"])
     screen.save(out / "screen", include_weight=head.model is None)
-    loading = "" if head.model is None else " with weight=, the model's own"
+    given = "weight=" if head.bias is None else "weight= and bias="
+    loading = "" if head.model is None else f" with {given}, the model's own in float32"
     write_json(out / "results.json", {"environment": environment(), "source": source, "records": records})
     write_whole(out / "frontier.png", lambda path: _plot(records, agreement, path))
     saved = f"Saved: {out / 'screen'} (ScreenedSoftmax.load{loading}), {out / 'frontier.png'}"
@@ -133,7 +135,7 @@ def _show(records: list[Record], console: Console) -> None:
             figure(record["ms"]),
             figure(record["ratio"]),
         )
-    console.print(table)
+    print_table(console, table)
 
 
 def _plot(records: list[Record], agreement: float, path: Path) -> None:

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lastlayer.study.figures import figure
+from lastlayer.study.tables import print_table
 
 REMEMBERED = "† (as remembered; not verified against the paper)"
 Record = dict[str, Any]
@@ -48,10 +49,10 @@ def show(records: list[Record], console: Console) -> None:
         if r["case"] == "quality":
             shown = f"{r['operations']:.1%}", figure(r["perplexity"]), figure(r["kl"]), f"{r['coverage']:.1%}"
             table.add_row(f"{r['window']} {r['kind']}", f"{r['candidates_share']:.0%}", *shown)
-    console.print(table)
+    print_table(console, table)
     speeds = [r for r in records if r["case"] == "speed"]
     if speeds:
-        console.print(_speed_table(speeds))
+        print_table(console, _speed_table(speeds))
     for r in records:
         if r["case"] == "claim":
             said = f"claimed:  {r['claim']}\nmeasured: {r['measured']}\n          ({r['conditions']})\n"
