@@ -23,6 +23,29 @@ def head(num_classes=V, width=D, dtype=torch.float64, seed=0, decay=True):
     return weight.to(dtype), torch.randn(num_classes, generator=generator, dtype=torch.float64).to(dtype)
 
 
+def coarse_head(num_classes=700, width=48, dtype=torch.float64, seed=4):
+    """Hidden states of which one coordinate makes the steps of the others coarse."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(num_classes, width, generator=generator, dtype=torch.float64)
+    bias = torch.randn(num_classes, generator=generator, dtype=torch.float64)
+    hidden = 3 * torch.randn(200, width, generator=generator, dtype=torch.float64)
+    hidden[:, 5] *= 20
+    return weight.to(dtype), bias.to(dtype), hidden.to(dtype)
+
+
+def turned_head(num_classes=700, width=48, dtype=torch.float64, seed=4):
+    """Hidden states whose directions matter very unequally, in no coordinate's own direction."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    basis = torch.linalg.qr(normal(width, width)).Q
+    hidden = (3 * normal(400, width) / torch.arange(1, width + 1)) @ basis
+    hidden[:, 0] += 4
+    return normal(num_classes, width).to(dtype), normal(num_classes).to(dtype), hidden.to(dtype)
+
+
 def states(*shape, dtype=torch.float64, seed=1):
     return torch.randn(*shape, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 

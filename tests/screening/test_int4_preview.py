@@ -2,23 +2,11 @@
 
 import pytest
 import torch
+from screened_head import turned_head as head
 from torch import nn
 
 from lastlayer import Int4Preview, Int8Preview, ScreenedSoftmax
 from lastlayer.screening.int4_rows import FINER, MOST, codes_of, nearest, pack, unpack
-
-
-def head(num_classes=700, width=48, dtype=torch.float64, seed=4):
-    """Hidden states whose directions matter very unequally, in no coordinate's own direction."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    basis = torch.linalg.qr(normal(width, width)).Q
-    hidden = (3 * normal(400, width) / torch.arange(1, width + 1)) @ basis
-    hidden[:, 0] += 4
-    return normal(num_classes, width).to(dtype), normal(num_classes).to(dtype), hidden.to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -69,24 +57,6 @@ def test_codes_are_the_nearest_and_survive_packing(fine):
     assert torch.equal(unpack(pack(wide), wide.shape[1]), 2 * wide.to(torch.int8) - 15)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 3, 40])
-def test_exact_answers_are_the_full_layers(dtype, rows):
-    weight, bias, hidden = head(3000, dtype=dtype)
-    preview = Int4Preview(calibration=hidden[:200])
-    layer = ScreenedSoftmax(weight, bias, preview=preview, candidates=16, exact=True)
-    wide = torch.promote_types(dtype, torch.float32)
-    logits = nn.functional.linear(hidden.to(wide), weight.to(wide), bias.to(wide))
-    for part, truth in zip(hidden[200:].split(rows), logits[200:].split(rows), strict=True):
-        answer = layer.topk(part, 5)
-        assert torch.equal(answer.indices, truth.topk(5).indices)
-        assert answer.certified.all()
-        error = answer.log_prob - truth.log_softmax(-1).topk(5).values
-        rounding = 10 * torch.finfo(wide).eps * truth.abs().amax(-1)
-        assert (error.abs().amax(-1) <= layer.log_normalizer_error(part) + rounding).all()
-        assert error.abs().max() < 0.1
-
-
 def test_what_is_certified_is_true():
     weight, _, hidden = head(3000, dtype=torch.float32)
     layer = ScreenedSoftmax(weight, preview=Int4Preview(calibration=hidden[:200]), candidates=100)
@@ -110,18 +80,6 @@ def test_rows_of_zeros_have_no_score():
     assert layer.log_normalizer_error(hidden).max() <= without.log_normalizer_error(hidden).max() + 1e-4
 
 
-def test_zero_rows_zero_weight_and_zero_hidden():
-    weight = torch.zeros(300, 8)
-    weight[7] = 1.0
-    layer = ScreenedSoftmax(weight, preview=Int4Preview(), candidates=4, exact=True)
-    assert layer.topk(torch.ones(8), 1).indices.tolist() == [7]
-    answer = layer.topk(torch.zeros(1, 8), 3)
-    torch.testing.assert_close(answer.log_prob, torch.full((1, 3), 1 / 300).log())
-    assert answer.certified.all()
-    nothing = ScreenedSoftmax(torch.zeros(300, 8), preview=Int4Preview(), candidates=4, exact=True)
-    assert nothing.topk(torch.ones(2, 8), 3).certified.all()
-
-
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e25])
 def test_any_scale(scale):
     weight, _, hidden = head(1000, dtype=torch.float32)
@@ -140,18 +98,6 @@ def test_fewer_classes_than_width_and_few_hidden_states():
     other = torch.randn(30, 64, generator=generator)
     for row in (*hidden.split(1), *other.split(1)):
         assert torch.equal(layer.topk(row, 3).indices, (row @ weight.T).topk(3).indices)
-
-
-def test_gradient_is_the_full_layers():
-    weight, bias, hidden = head(60, 12)
-    layer = ScreenedSoftmax(nn.Parameter(weight), nn.Parameter(bias), preview=Int4Preview(), candidates=5)
-    leaf = hidden[:3].requires_grad_()
-    with torch.no_grad():
-        expected = layer(leaf)
-    torch.testing.assert_close(layer(leaf), expected)
-    upstream = torch.randn(3, 60, dtype=torch.float64)
-    (mine,) = torch.autograd.grad(layer(leaf), leaf, upstream)
-    torch.testing.assert_close(mine, upstream @ weight)
 
 
 def test_bytes_read():
