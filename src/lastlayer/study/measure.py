@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
@@ -37,6 +37,10 @@ class Timing:
         ordered = sorted(1e3 * second for second in seconds)
         low, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.25, 0.75))
         return cls(statistics.median(ordered), low, high, len(ordered))
+
+    def rounded(self) -> dict[str, Any]:
+        """The fields as a flat record has them, to a tenth of a millisecond."""
+        return {name: round(value, 1) for name, value in asdict(self).items()}
 
 
 def interleaved(
