@@ -72,3 +72,18 @@ def test_bad_input(message, change):
     settings = {"hidden": hidden, **change}
     with pytest.raises(ValueError, match=message):
         choose_screen(weight, bias, settings.pop("hidden"), **settings)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "weight", "bias"),
+    [
+        (TypeError, "weight must be a floating-point tensor, got list", [[1.0]], None),
+        (ValueError, "weight must have shape", torch.randn(32), None),
+        (ValueError, "weight must have shape", torch.randn(0, 32), None),
+        (ValueError, "bias must have shape", torch.randn(90, 32), torch.randn(3)),
+        (ValueError, "weight must be finite", torch.full((90, 32), float("inf")), None),
+    ],
+)
+def test_bad_layer(error, message, weight, bias):
+    with pytest.raises(error, match=message):
+        choose_screen(weight, bias, torch.randn(40, 32))

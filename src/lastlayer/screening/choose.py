@@ -16,7 +16,7 @@ from lastlayer.screening.exact import full_logits
 from lastlayer.screening.int4_preview import Int4Preview
 from lastlayer.screening.int8_preview import Int8Preview
 from lastlayer.screening.preview import Preview
-from lastlayer.screening.screened import ScreenedSoftmax
+from lastlayer.screening.screened import ScreenedSoftmax, _check_head
 from lastlayer.screening.svd_preview import SVDPreview
 
 LEAST_ROWS = 16  # hidden states below which halves say nothing
@@ -70,8 +70,8 @@ def choose_screen(
         When no preview agrees by itself, the certified one is chosen: it agrees by proof.
 
     Raises:
-        ValueError, TypeError: hidden states that do not fit, fewer than 16, or NaN; `agreement` outside (0, 1];
-            `k` above V.
+        ValueError, TypeError: a layer that `ScreenedSoftmax` does not take; hidden states that do not fit, fewer
+            than 16, or NaN; `agreement` outside (0, 1]; `k` above V.
 
     Cost: preparing each screen, and about `30 * n` queries of the full layer. When NOT to use it: within training.
 
@@ -81,6 +81,7 @@ def choose_screen(
     >>> sum(record["chosen"] for record in table)
     1
     """
+    _check_head(weight, bias)
     k = check_count("k", k, 1, len(weight))
     if not 0 < agreement <= 1:
         raise ValueError(f"agreement must be above 0 and at most 1, got {agreement}")
