@@ -94,6 +94,17 @@ def test_unwritable_records_fail_before_the_work(run):
     assert "ratio" not in result.stdout
 
 
+def test_finished_parts_outlive_an_interrupt(run, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lastlayer.cli.large_sparse_targets.measure_scaling", interrupted)
+    options = ["--parts", "exactness,scaling", "--steps", 3, "--json", tmp_path / "records.json"]
+    result = run("reproduce", "large-sparse-targets", *options)
+    assert (result.exit_code, result.stderr) == (1, "lastlayer: interrupted\n")
+    assert {r["case"] for r in json.loads((tmp_path / "records.json").read_text())} == {"exactness"}
+
+
 def test_command_runs_as_a_module():
     ended = subprocess.run([sys.executable, "-m", "lastlayer", "--version"], capture_output=True, text=True)
     assert (ended.returncode, ended.stdout[:10]) == (0, "lastlayer ")

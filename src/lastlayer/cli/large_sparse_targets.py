@@ -83,6 +83,7 @@ def large_sparse_targets(
         for case in dict.fromkeys(record["case"] for record in found):
             print_table(console, _table(case, [record for record in found if record["case"] == case]))
         records += found
+        common.keep(records)
     if "speed" in chosen:
         console.print("† as remembered; not verified against the paper")
     return records

@@ -25,6 +25,12 @@ class Common:
 
     seed: int
     device: torch.device
+    json: Path | None = None
+
+    def keep(self, records: Records) -> None:
+        """Writes --json; called before all is done, what was measured outlives a Ctrl-C."""
+        if self.json is not None:
+            write_json(self.json, records)
 
     def require_cpu(self) -> None:
         """A UsageError unless --device is a CPU: for what is about CPUs, and would not look at it."""
@@ -57,9 +63,7 @@ def verb(run: Callable[..., Records]) -> Callable[..., None]:
         options = {name: given.pop(name) for name in COMMON}
         try:
             common = _prepare(options)
-            records = run(common, **given)
-            if options["json"] is not None:
-                write_json(options["json"], records)
+            common.keep(run(common, **given))
         except (Exception, KeyboardInterrupt) as problem:
             if options["debug"]:
                 traceback.print_exc()
@@ -83,7 +87,7 @@ def _prepare(options: dict[str, Any]) -> Common:
     if options["seed"] >= 1 << 63:
         raise UsageError(f"--seed must be below 2^63, got {options['seed']}")
     torch.manual_seed(options["seed"])
-    return Common(options["seed"], _device(options["device"]))
+    return Common(options["seed"], _device(options["device"]), options["json"])
 
 
 def _device(name: str) -> torch.device:
