@@ -98,7 +98,8 @@ def test_finished_parts_outlive_an_interrupt(run, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lastlayer.cli.large_sparse_targets.measure_scaling", interrupted)
+    module = sys.modules["lastlayer.cli.large_sparse_targets"]  # the package has a function of that name
+    monkeypatch.setattr(module, "measure_scaling", interrupted)
     options = ["--parts", "exactness,scaling", "--steps", 3, "--json", tmp_path / "records.json"]
     result = run("reproduce", "large-sparse-targets", *options)
     assert (result.exit_code, result.stderr) == (1, "lastlayer: interrupted\n")
