@@ -1,6 +1,7 @@
 """What every verb shares: common options, exit codes, one line of error and no traceback."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,15 @@ def test_unwritable_records_fail_before_the_work(run):
     assert result.exit_code == 1
     assert "cannot write to the folder /dev/null" in result.stderr
     assert "ratio" not in result.stdout
+
+
+def test_a_terminal_without_the_signs():
+    """The dagger and the lines of a table, where the encoding has neither."""
+    options = ["--parts", "speed", "--num-classes", "400", "--in-features", "2", "--rounds", "1", "--threads", "1"]
+    command = [sys.executable, "-m", "lastlayer", "reproduce", "large-sparse-targets", *options]
+    ended = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert ended.returncode == 0, ended.stderr
+    assert b"as remembered" in ended.stdout
 
 
 def test_finished_parts_outlive_an_interrupt(run, tmp_path, monkeypatch):

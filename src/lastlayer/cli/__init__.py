@@ -3,6 +3,8 @@
 A new verb is its import and one line below; a sub-study of `reproduce` likewise.
 """
 
+import io
+import sys
 from typing import Annotated
 
 import typer
@@ -51,4 +53,6 @@ def _lastlayer(
 
 def main() -> None:
     """The `lastlayer` command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without a sign shows another in its place
     app()

@@ -12,7 +12,7 @@ import torch
 import typer
 
 from lastlayer.study.errors import StudyError, UsageError
-from lastlayer.study.files import make_folder, write_json
+from lastlayer.study.files import is_special, make_folder, write_json
 
 FAILED, BAD_USAGE = 1, 2
 
@@ -83,7 +83,8 @@ def _prepare(options: dict[str, Any]) -> Common:
     if options["json"] is not None:
         if options["json"].is_dir():
             raise UsageError(f"--json {options['json']} is a folder; give the path of a file")
-        make_folder(options["json"].parent)  # fails now rather than when the work is done
+        if not is_special(options["json"]):
+            make_folder(options["json"].parent)  # fails now rather than when the work is done
     if options["seed"] >= 1 << 63:
         raise UsageError(f"--seed must be below 2^63, got {options['seed']}")
     torch.manual_seed(options["seed"])

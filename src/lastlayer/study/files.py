@@ -21,17 +21,26 @@ def make_folder(path: Path) -> Path:
         raise StudyError(f"cannot write to the folder {path}: {problem.strerror}") from problem
 
 
+def is_special(path: Path) -> bool:
+    """Whether `path` is a device or a pipe, such as /dev/stdout: written to, never replaced."""
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write(temporary)` and moves what it wrote onto `path`; on failure `path` is as it was."""
-    temporary = path.with_name(f".{path.name}.partial")
+    special = is_special(path)
+    goal = path if special else path.resolve()  # what a link points to is replaced, not the link
+    temporary = goal if special else goal.with_name(f".{goal.name}.partial")
     try:
         write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        if not special:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(goal)
     except BaseException as problem:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            if not special:
+                temporary.unlink(missing_ok=True)
         if not isinstance(problem, Exception):  # Ctrl-C
             raise
         reason = problem.strerror if isinstance(problem, OSError) and problem.strerror else str(problem)
