@@ -123,6 +123,7 @@ def bad_files(folder):
     (folder / "broken.npy").write_bytes(b"\x93NUMPY")
     (folder / "executes.pt").write_bytes(pickle.dumps(Executes()))
     torch.save({"a": torch.ones(3, 3), "b": torch.ones(4, 4)}, folder / "several.pt")
+    torch.save({f"{part}.lm_head.weight": weight() for part in "ab"}, folder / "two-heads.pt")
     torch.save({"step": 1}, folder / "none.pt")
     torch.save({"weight": weight().to_sparse()}, folder / "sparse.pt")
     torch.save({"weight": weight().to("meta")}, folder / "meta.pt")
@@ -147,6 +148,7 @@ def bad_files(folder):
         "broken.npy": (1, "cannot read"),
         "executes.pt": (1, "nothing else is ever unpickled"),
         "several.pt": (1, "give --tensor, one of: a, b"),
+        "two-heads.pt": (1, "give --tensor, one of: a.lm_head.weight, b.lm_head.weight"),
         "none.pt": (1, "no matrix"),
         "broken.gguf": (1, "cannot read"),
         "empty": (1, "no config.json"),

@@ -145,10 +145,11 @@ def _pick(path: Path, shapes: dict[str, list[int]], wanted: str | None) -> str:
                 f"--tensor {wanted} is no matrix in {path}; there are: {', '.join(matrices) or 'none'}"
             )
         return wanted
+    known = [name for name in HEAD_NAMES if name in matrices]
     wrapped = [name for name in matrices if name.endswith(f".{HEAD_NAMES[0]}")]  # by a trainer, say
-    known = [name for name in HEAD_NAMES if name in matrices] or wrapped
-    if known or len(matrices) == 1:
-        return (known or matrices)[0]
+    for likely in (known[:1], wrapped, matrices):
+        if len(likely) == 1:
+            return likely[0]
     if not matrices:
         raise StudyError(f"{path} holds no matrix that could be a head")
     raise StudyError(f"{path} does not say which is the head; give --tensor, one of: {', '.join(matrices)}")
