@@ -118,6 +118,21 @@ def test_update(monkeypatch, threads, dtype, width, with_total):
     assert not torch.equal(both[0][2], factor)
 
 
+def test_add_columns(monkeypatch, threads, dtype):
+    """More rows than one piece holds, of which some are left alone, with and without any that are not."""
+    monkeypatch.setattr(kernels, "GATHERED", 7 * D)
+    factor, change = randoms((4000, D), (3, D), dtype=dtype)
+    columns, least = torch.tensor([4, 0, 69]), torch.tensor([1.0, 2.0, 0.5], dtype=dtype)
+    some = factor[:, columns]
+    expected = torch.where((some.abs() > least).any(1)[:, None], factor + some @ change, factor)
+    both = twins(monkeypatch, kernels.add_columns, factor, columns, change, least)
+    assert_same(both, dtype)
+    torch.testing.assert_close(both[0][1], expected, rtol=1e-4, atol=1e-4)
+    assert 0 < int((both[0][1] == factor).all(1).sum()) < 4000
+    kernels.add_columns(factor, columns, change, torch.full_like(least, torch.inf))
+    assert_same([[factor], [randoms((4000, D), dtype=dtype)[0]]], dtype)
+
+
 @pytest.mark.parametrize("loss", [SquaredError(), TaylorSoftmax()], ids=repr)
 def test_training_is_the_same_either_way(monkeypatch, threads, loss):
     weights = []

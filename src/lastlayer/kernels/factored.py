@@ -222,6 +222,22 @@ def move_targets(factor: Tensor, ids: Tensor, target: Tensor, rate: float, solut
         factor.index_add_(0, column, values[:, None] * solution, alpha=-rate)
 
 
+def add_columns(
+    factor: Tensor,  # (V, d)
+    columns: Tensor,  # (m,)
+    change: Tensor,  # (m, d)
+    least: Tensor,  # (m,)
+) -> None:
+    """`F <- F + F[:, columns] change`, for the rows in which one of the columns is larger than its `least`."""
+    if workers := _workers(factor):
+        _loop("add_columns", workers, factor, columns, change.contiguous(), least)
+        return
+    for rows in factor.split(max(1, GATHERED // factor.shape[1])):
+        some = rows[:, columns]
+        at = (some.abs() > least).any(1).nonzero().squeeze(1)
+        rows.index_add_(0, at, some[at] @ change)
+
+
 def _workers(like: Tensor) -> int:
     """Among how many threads the compiled form divides a batch; 0: the plain form serves."""
     rows, d = like.shape

@@ -15,6 +15,7 @@ from lastlayer.kernels.fast_math import compiled
 from lastlayer.kernels.screening.threads import apart
 
 TILE = 16  # of a matrix, so that rows and columns stay in cache
+PIECE = 1 << 17  # numbers of F that stay in cache between two products
 
 
 @compiled
@@ -264,3 +265,32 @@ def update(workers, stacked, factor, pair, products, ids, target, norm, total, r
     given = (workers, stacked, factor, pair, products, ids, target, norm, total, rate, inner, solution)
     apart(_update_share, workers, given)
     apart(_symmetric_share, workers, (workers, stacked[: solution.shape[1]]))
+
+
+@compiled
+def _add_columns_share(worker, workers, factor, columns, change, least):
+    first, last = _share(worker, workers, factor.shape[0])
+    most, width = max(1, PIECE // factor.shape[1]), len(columns)
+    places = np.empty(most, np.int64)
+    values, sums = np.empty((most, width), factor.dtype), np.empty((most, factor.shape[1]), factor.dtype)
+    start = first
+    while start < last:
+        count = 0
+        while start < last and count < most:
+            some, above = values[count], False
+            for k in range(width):
+                some[k] = factor[start, columns[k]]
+                above |= abs(some[k]) > least[k]
+            places[count] = start
+            count += above
+            start += 1
+        multiply(values[:count], False, change, False, sums[:count], 1.0, 0.0)
+        for n in range(count):
+            row, more = factor[places[n]], sums[n]
+            for i in range(len(row)):
+                row[i] += more[i]
+
+
+@compiled
+def add_columns(workers, factor, columns, change, least):
+    apart(_add_columns_share, workers, (workers, factor, columns, change, least))

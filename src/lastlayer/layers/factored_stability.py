@@ -1,17 +1,30 @@
 """Keeps the state of `FactoredOutput` well conditioned: measured, and paid for only when needed.
 
 Every step multiplies U from the right, so a direction that the hidden states favour shrinks in U step after step
-while its scale moves into F: left alone, U becomes singular. Three repairs, from cheap to dear:
+while its scale moves into F: left alone, U becomes singular.
+
+What does harm is not the scale of U's rows. Whatever is done to U, R or F is relative to a row of U, its row of R
+and its column of F: with `W = sum_i F_i U_i` and `F_i = W R_i`, an error of `eps ||U_i||` in the row i of U is one
+of `eps ||U_i|| ||R_i||` in W, whatever the scale of the row. So the measure is the norm of all
+`||U_i|| ||R_i||`, the norm of the inverse of U with rows of norm 1. It is sqrt(d) when the rows are orthogonal,
+and grows as they become dependent. A direction that shrinks is harmless once it is a row of its own.
+
+Repairs, from cheap to dear:
 
 - the inverse is polished by a Newton step, O(d^3), every 100 steps or more, and made anew when it drifted too far;
-- where a bound on the growth of U and R, summed over the steps, reaches the limit, both are measured; and when
-  they did grow, the singular directions of U outside [1/2, 2] are moved into F, O(V d) each;
+- where a bound on the growth of the measure, summed over the steps, reaches the limit, it is taken, O(d^2); and
+  when it did grow, the rows of U that depend on others are freed of them: O(V) for each, and O(d) for each row of F
+  that this changes by more than rounding. Those are all at first, and where a direction has shrunk to nothing, the
+  rows that were targets lately;
+- rows of U whose scale leaves the range of the numbers are brought back, exactly, O(V) for each; an offset that has
+  grown large beside W, which `F U` then nearly cancels, moves into F, O(V d);
 - Q is made anew from the weight, O(V d^2), once in so many steps that this costs one part in twenty of them.
 """
 
 import math
 
 import torch
+from torch import Tensor
 
 from lastlayer.layers.factored_state import FactoredState
 from lastlayer.layers.factored_step import StepPlan
@@ -20,6 +33,11 @@ POLISH_STEPS = 100
 POLISH_ROWS = 16  # times d: what keeps polishing below one part in fifty of the arithmetic
 DRIFT = 1e-2  # |U^T R - I| above which a Newton step is not enough
 REFRESH_SHARE = 1 / 20  # of the arithmetic of the steps
+DEPENDENT = 8.0  # `||U_i|| ||R_i||` from which a repair mends row i; 1 when it is orthogonal to the others
+SLACK = 2.0  # by which a repair leaves the measure below its limit
+ALIKE = 8.0  # the ratio of two such products that are taken for the same
+CANCELLING = 16.0  # norms of a row of W that the offset may have, which is more than F U loses in digits
+RANGE = 2.0**60  # of the rows' norms: far from the ends of float32
 
 
 class Stabilizer:
@@ -45,28 +63,60 @@ class Stabilizer:
         if not self.automatic:
             return
         if self.growth > growth_limit(state):
-            self.growth = math.log(max(float(state.map.norm()), float(state.inverse.norm())))
+            self._measure(state)
             if not self.growth <= growth_limit(state):
-                self.stabilize(state)
+                self.repair(state)
         if self.steps >= POLISH_STEPS and self.polish_rows >= POLISH_ROWS * state.features:
             self.polish(state)
         if 7 * REFRESH_SHARE * self.gram_rows >= state.num_classes:
             self.refresh_gram(state)
 
-    def stabilize(self, state: FactoredState) -> int:
-        """Brings every singular value of U into [1/2, 2], and makes R anew; how many it moved. W is unchanged."""
+    def repair(self, state: FactoredState) -> int:
+        """Frees the rows of U that depend on others, and makes R anew; how many rows. W is unchanged."""
         exact = state.map.double()
-        squares, directions = torch.linalg.eigh(exact @ exact.T)
-        scales = squares.clamp(min=torch.finfo(torch.float64).tiny).sqrt()
-        outside = (scales < 0.5) | (scales > 2)
-        moved = int(outside.sum())
-        if 3 * moved > state.features:
+        scale = exact.norm(dim=1, keepdim=True)
+        light = scale[:, 0] < torch.finfo(state.map.dtype).eps * scale.median()  # few rows of F notice
+        found = independent_rows(exact / scale, scale[:, 0], light, math.exp(growth_limit(state)) / SLACK)
+        if found is None:
             state.rebase()
-        elif moved:
-            state.absorb(directions[:, outside], scales[outside])
+            self._measure(state)
+            return state.features
+        rows, transform = found
+        changed = (transform != torch.eye(len(transform), device=exact.device)).any(1).nonzero().squeeze(1)
+        if len(changed):
+            state.change_rows(changed, rows * scale, scale * transform / scale.T)
         self._renew_inverse(state)
-        self.growth = math.log(max(float(state.map.norm()), float(state.inverse.norm())))
-        return moved
+        self._measure(state)
+        return len(changed)
+
+    def stabilize(self, state: FactoredState) -> int:
+        """Multiplies the product out where a singular value of U is outside [1/2, 2]; how many were."""
+        values = torch.linalg.svdvals(state.map.double())
+        outside = int(((values < 0.5) | (values > 2)).sum())
+        if outside:
+            state.rebase()
+        else:
+            self._renew_inverse(state)
+        self._measure(state)
+        return outside
+
+    def _measure(self, state: FactoredState) -> None:
+        """The growth as it is; the scale of the rows in its range, and the offset no larger than W deserves."""
+        scale = state.map.double().norm(dim=1)
+        amplification, least, most, offset, typical = torch.stack(
+            [
+                (scale * state.inverse.double().norm(dim=1)).norm(),
+                scale.min(),
+                scale.max(),
+                state.offset.double().norm(),
+                state.typical_norm(),
+            ]
+        ).tolist()
+        if least < 1 / RANGE or most > RANGE:
+            state.rescale(scale)
+        if offset > CANCELLING * typical:
+            state.fold_offset()
+        self.growth = math.log(amplification)
 
     def polish(self, state: FactoredState) -> None:
         """One Newton step towards `U^T R = I`, which squares what is left."""
@@ -77,6 +127,7 @@ class Stabilizer:
             self.steps = self.polish_rows = 0
         else:
             self._renew_inverse(state)
+        self._measure(state)
 
     def refresh_gram(self, state: FactoredState) -> None:
         """Q and the sum from the weight."""
@@ -84,11 +135,55 @@ class Stabilizer:
         self.gram_rows = 0
 
     def _renew_inverse(self, state: FactoredState) -> None:
-        state.inverse.copy_(torch.linalg.inv(state.map.double()).T)
+        exact = state.map.double()
+        scale = exact.norm(dim=1, keepdim=True)  # which would mislead the choice of pivots
+        state.inverse.copy_(torch.linalg.inv(exact / scale).T / scale)
         self.steps = self.polish_rows = 0
 
 
 def growth_limit(state: FactoredState) -> float:
-    """Log of the norm of U or R that calls for repair: in F, errors of rounding are larger by as much."""
-    most = 64.0 if state.factor.dtype == torch.float32 else 1e4
-    return math.log(max(most, 4 * math.sqrt(state.features)))
+    """Log of the amplification of rounding that calls for repair; some row is DEPENDENT then."""
+    most = 256.0 if state.factor.dtype == torch.float32 else 1e4
+    return math.log(max(most, 2 * DEPENDENT * math.sqrt(state.features)))
+
+
+def independent_rows(
+    rows: Tensor,  # (d, d), float64, of norm 1
+    scale: Tensor,  # (d,), what their norms are in U
+    light: Tensor,  # (d,), bool: rows that are cheap to change
+    enough: float,
+) -> tuple[Tensor, Tensor] | None:
+    """Rows of which at most `enough` dependence is left, and T with `rows = T new_rows`; None: not found.
+
+    Row i of the inverse is orthogonal to all other rows, so what row i must lose to be so, too, is
+
+        rows_i - dual_i / ||dual_i||^2 = sum_j c_j rows_j,    c = dual (that difference),
+
+    which makes `T <- T (I + e_i c^T)` and `dual <- dual + c dual_i^T`. Of rows about as dependent as the worst the
+    smallest in U is taken: it is the one whose direction shrinks, and most rows of F have next to nothing of it.
+    Once a row is changed that is not light, all that are DEPENDENT are: they cost little more.
+    """
+    rows, dual = rows.clone(), torch.linalg.inv(rows).T.clone()
+    transform = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+    all_of_them, last = False, -1
+    for _ in range(4 * len(rows)):
+        lengths = dual.norm(dim=1)
+        dependence = lengths * rows.norm(dim=1)
+        known = float(dependence.norm())
+        if known < enough and not all_of_them:
+            dependence = dependence * light
+        worst = float(dependence.max())
+        if worst < DEPENDENT:
+            return (rows, transform) if known < enough else None
+        score = torch.where(dependence >= max(DEPENDENT, worst / ALIKE), dependence / scale, 0)
+        row = int(score.argmax())
+        all_of_them |= not light[row]
+        coefficients = dual @ (rows[row] - dual[row] / lengths[row] ** 2)
+        coefficients[row] = 0
+        if row != last:  # far smaller rows are freed of this one, and not the other way: F need not grow for it
+            coefficients[scale < scale[row] / ALIKE] = 0
+        last = row
+        rows[row] -= coefficients @ rows  # not what it was made for, so that T is exact whatever dual's error
+        transform.addr_(transform[:, row].clone(), coefficients)
+        dual.addr_(coefficients, dual[row].clone())
+    return None

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from lastlayer.functional.gram import gram_matrix
-from lastlayer.kernels.factored import target_scores
+from lastlayer.kernels.factored import add_columns, target_scores
 
 CHUNK_NUMBERS = 1 << 22  # numbers of the (V, d) factor that one pass holds at once
 
+FAR = 20  # log2 of a scale
 
 VIEWS = {"gram", "map", "offset", "total", "inverse"}
 
@@ -20,7 +21,7 @@ class Consistency(NamedTuple):
     inverse: float  # the largest entry of |U^T R - I|
     gram: float  # ||Q - W^T W|| / ||W^T W||
     total: float  # ||W^T 1 - its kept value|| / (sqrt(V) ||W||)
-    condition: float  # the condition number of U
+    condition: float  # the condition number of U with its rows scaled to norm 1
 
 
 class FactoredState:
@@ -93,13 +94,14 @@ class FactoredState:
     def consistency(self) -> Consistency:
         """The drift, measured from scratch: O(V d^2)."""
         eye = torch.eye(self.features, dtype=torch.float64, device=self.factor.device)
-        drift = (self.map.double().T @ self.inverse.double() - eye).abs().max()
+        exact = self.map.double()
+        drift = (exact.T @ self.inverse.double() - eye).abs().max()
         gram, total = self._measured_gram()
         return Consistency(
             float(drift),
             float((self.gram - gram).norm() / gram.norm().clamp(min=1e-30)),
             float((self.total - total).norm() / _scale(gram, self.num_classes)),
-            float(torch.linalg.cond(self.map.double())),
+            float(torch.linalg.cond(exact / exact.norm(dim=1, keepdim=True))),
         )
 
     def refresh_gram(self) -> None:
@@ -114,22 +116,45 @@ class FactoredState:
             rows.copy_(torch.addmm(self.offset, rows, self.map))
         self._reset_maps()
 
-    def absorb(
+    def change_rows(
         self,
-        directions: Tensor,  # (d, m), orthonormal columns
-        scales: Tensor,  # (m,)
+        changed: Tensor,  # (m,)
+        rows: Tensor,  # (d, d), float64
+        transform: Tensor,  # (d, d), float64, T; rows of the identity but for those that change
     ) -> None:
-        """Moves the scale of U along a few left directions into F: `F P S P^T` for P, and `U` by its inverse.
+        """`rows` for U, given that `U = T rows`, and `F T` for F: W is unchanged; R is stale then.
 
-        W is unchanged; O(V d m). The inverse is stale afterwards.
+        A row of F that T changes by less than rounding of W is left alone: O(V m), and O(d m) for each other row.
         """
-        exact = self.map.double()
-        exact += directions @ ((1 / scales - 1)[:, None] * (directions.T @ exact))
-        self.map.copy_(exact)
-        left = (directions * (scales - 1)).to(self.factor.dtype)
-        right = directions.T.to(self.factor.dtype)
-        for rows in self._row_chunks():
-            rows.addmm_(rows @ left, right)
+        moved = (self.map[changed].double() - rows[changed]).norm(dim=1)
+        least = torch.finfo(self.factor.dtype).eps / 64 * self.typical_norm() / len(changed) / moved
+        change = transform[changed]
+        change[torch.arange(len(changed), device=change.device), changed] -= 1
+        kind = self.factor.dtype
+        add_columns(self.factor, changed, change.to(kind), least.to(kind))
+        self.map.copy_(rows)
+
+    def rescale(
+        self,
+        scale: Tensor,  # (d,), norms of the rows of U
+    ) -> None:
+        """Powers of 2 moved from the rows of U to F, so exactly, where they are far from 1; O(V) each."""
+        exponents = scale.log2().round()
+        exponents[exponents.abs() < FAR] = 0
+        for row in exponents.nonzero().squeeze(1).tolist():
+            power = 2.0 ** float(exponents[row])
+            self.map[row] /= power
+            self.inverse[row] *= power
+            self.factor[:, row] *= power
+
+    def fold_offset(self) -> None:
+        """`F + 1 (R offset)^T` for F, and no offset: W is unchanged, O(V d)."""
+        self.factor.add_((self.inverse.double() @ self.offset.double()).to(self.factor.dtype))
+        self.offset.zero_()
+
+    def typical_norm(self) -> Tensor:  # ()
+        """The root mean square of the norms of the rows of W."""
+        return (self.gram.double().trace().clamp(min=0) / self.num_classes).sqrt()
 
     def _reset_maps(self) -> None:
         eye = torch.eye(self.features, dtype=self.factor.dtype, device=self.factor.device)
