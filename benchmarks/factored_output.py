@@ -2,7 +2,7 @@
 
 python benchmarks/factored_output.py [--part PART] [--num-classes V] [--rounds R]
 
-Parts: output, whole, scaling, exactness, words, classifiers, rates.
+Parts: output, repairs, whole, scaling, exactness, words, classifiers, rates.
 """
 
 import argparse
@@ -20,7 +20,13 @@ from lastlayer.study.evaluation import evaluate
 from lastlayer.study.language_model import LanguageModel
 from lastlayer.study.large_sparse_classifiers import measure_classifiers
 from lastlayer.study.large_sparse_exactness import measure_exactness
-from lastlayer.study.large_sparse_speed import measure_scaling, measure_speed, measure_whole_model, multiply_adds
+from lastlayer.study.large_sparse_speed import (
+    measure_repairs,
+    measure_scaling,
+    measure_speed,
+    measure_whole_model,
+    multiply_adds,
+)
 from lastlayer.study.large_sparse_words import EMBEDDING_METHODS, MODEL_METHODS, train_words
 from lastlayer.study.measure import write_records
 from lastlayer.study.text import load_corpus
@@ -79,6 +85,7 @@ def main() -> None:
     count = multiply_adds(*size)
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "output": lambda: measure_speed(*size, given.rounds, losses=LOSSES),
+        "repairs": lambda: measure_repairs(*size, given.steps),
         "whole": lambda: measure_whole_model(*size, given.rounds),
         "scaling": lambda: measure_scaling(
             [1_000, 10_000, 100_000, 1_000_000], [64, 128, 256, 300], BATCH, given.rounds

@@ -17,6 +17,7 @@ from lastlayer.study.large_sparse_speed import (
     RATE,
     dense_step,
     fused_step,
+    measure_repairs,
     measure_scaling,
     measure_speed,
     measure_whole_model,
@@ -31,6 +32,7 @@ def test_speed_has_every_peer():
     assert {f"FactoredOutput, {loss}" for loss in LOSSES} < names
     for record in records:
         assert record["ms"] > 0
+        assert record["mean_ms"] > 0
         assert (record["times_faster_than_plain"] is None) == record["name"].startswith("Hierarchical")
     assert {r["name"] for r in measure_whole_model(400, 6, 4, rounds=1)} == {
         "nn.Linear",
@@ -39,6 +41,17 @@ def test_speed_has_every_peer():
     }
     sizes = {(r["num_classes"], r["in_features"]) for r in measure_scaling([50, 100], [4, 8], 4, rounds=1)}
     assert sizes == {(50, 8), (100, 8), (50, 4)}
+
+
+def test_repairs_are_counted(monkeypatch):
+    """At a rate that calls for some; of hidden states that are alike, fewer directions shrink."""
+    monkeypatch.setattr("lastlayer.study.large_sparse_speed.RATE", 0.02)
+    records = measure_repairs(200, 16, 8, steps=400)
+    assert [record["name"] for record in records] == ["one batch", "16 batches in turn", "a spectrum that decays"]
+    for record in records:
+        assert 0 < record["repairs"] < 100
+        assert 0 < record["stabilizing_share"] < 1
+        assert record["low_ms"] <= record["ms"] <= record["high_ms"] < 10 * record["mean_ms"]
 
 
 def test_peers_take_the_same_step():

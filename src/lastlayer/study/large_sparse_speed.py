@@ -1,7 +1,10 @@
 """Large sparse targets, the speed: a step of the factored layer against plain ones, and against V and d."""
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from lastlayer.functional.spherical import SphericalLoss, SphericalSoftmax, Squa
 from lastlayer.layers.factored import FactoredOutput
 from lastlayer.layers.factored_sgd import FactoredSGD
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
+from lastlayer.study.large_sparse_exactness import TimedStabilizer
 from lastlayer.study.measure import Timing
 
 Records = list[dict[str, Any]]
@@ -27,6 +31,19 @@ RATE = 1e-3
 BATCHES = 64  # different targets in turn, so that their rows are not all in the cache
 STEPS_A_RUN = 20  # of what takes about a millisecond
 RUNS_A_ROUND = 12  # of those: many short runs, so that neither a disturbance nor a repair reaches the median
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """The median of the runs, which has no repair in it, and their mean, which has them all."""
+
+    runs: Timing
+    mean_ms: float
+
+    @property
+    def ms(self) -> float:
+        """The median."""
+        return self.runs.ms
 
 
 def measure_speed(
@@ -61,12 +78,13 @@ def measure_speed(
     ]
 
 
-def _record(case: str, timing: Timing, **fields: Any) -> dict[str, Any]:
-    times = {"ms": timing.ms, "low_ms": timing.low_ms, "high_ms": timing.high_ms, "rounds": timing.runs}
-    return {"case": case, **fields, **times}
+def _record(case: str, timing: StepTiming, **fields: Any) -> dict[str, Any]:
+    runs = timing.runs
+    times = {"ms": runs.ms, "low_ms": runs.low_ms, "high_ms": runs.high_ms, "mean_ms": timing.mean_ms}
+    return {"case": case, **fields, **times, "rounds": runs.runs}
 
 
-def _ratios(name: str, timing: Timing, timings: dict[str, Timing]) -> dict[str, float | None]:
+def _ratios(name: str, timing: StepTiming, timings: dict[str, StepTiming]) -> dict[str, float | None]:
     """How many times faster than the plain step of the same loss, and than the hand-fused one."""
     loss = name.split(", ")[1] if ", " in name else ""
     plain = timings.get(f"nn.Linear, {loss}, SGD")
@@ -115,6 +133,47 @@ def measure_scaling(classes: list[int], widths: list[int], batch: int, rounds: i
         calls[num_classes, in_features] = layer_step(layer, torch.randn(batch, in_features), targets)
     timings = _timings({}, {f"{v} {d}": call for (v, d), call in calls.items()}, rounds)
     return [_record("scaling", timings[f"{v} {d}"], num_classes=v, in_features=d, batch=batch) for v, d in calls]
+
+
+def measure_repairs(num_classes: int, in_features: int, batch: int, steps: int, seed: int = 0) -> Records:
+    """What the repairs take, under the squared error, of a state that was just begun.
+
+    Hidden states: one batch over and over, 16 in turn, and fresh ones whose directions have variances that fall as
+    1 / k, with the same norm.
+    """
+    records = []
+    for name in ("one batch", "16 batches in turn", "a spectrum that decays"):
+        torch.manual_seed(seed)
+        layer = FactoredOutput(in_features, num_classes, loss=SquaredError())
+        stabilizer = layer._stabilizer = TimedStabilizer(automatic=True)
+        optimizer = FactoredSGD(layer, RATE)
+        hidden, seconds = _hidden_states(name, batch, in_features), []
+        for step in range(-STEPS_A_RUN, steps):
+            rows, targets = next(hidden).detach().requires_grad_(), torch.randint(num_classes, (batch,))
+            if step == 0:  # from here on it counts
+                stabilizer.seconds, stabilizer.repairs = 0.0, 0
+            start = time.perf_counter()
+            optimizer.zero_grad()
+            layer(rows, targets).backward()
+            optimizer.step()
+            if step >= 0:
+                seconds.append(time.perf_counter() - start)
+        sizes = {"num_classes": num_classes, "in_features": in_features, "batch": batch, "steps": steps}
+        found = {"repairs": stabilizer.repairs, "stabilizing_share": stabilizer.seconds / sum(seconds)}
+        timing = StepTiming(Timing.of(seconds), 1e3 * statistics.fmean(seconds))
+        records.append(_record("repairs", timing, name=name, **sizes, **found))
+    return records
+
+
+def _hidden_states(name: str, batch: int, in_features: int) -> Iterator[Tensor]:
+    if name == "a spectrum that decays":
+        scale = torch.arange(1, in_features + 1) ** -0.5
+        basis, _ = torch.linalg.qr(torch.randn(in_features, in_features))
+        directions = (in_features**0.5 * scale / scale.norm())[:, None] * basis
+        while True:
+            yield torch.randn(batch, in_features) @ directions
+    given = [torch.randn(batch, in_features) for _ in range(1 if name == "one batch" else 16)]
+    yield from cycle(given)
 
 
 def multiply_adds(num_classes: int, in_features: int, batch: int) -> dict[str, float]:
@@ -208,7 +267,7 @@ def on_one_thread(call: Call) -> Call:
     return alone
 
 
-def _timings(slow: dict[str, Call], quick: dict[str, Call], rounds: int) -> dict[str, Timing]:
+def _timings(slow: dict[str, Call], quick: dict[str, Call], rounds: int) -> dict[str, StepTiming]:
     """Turn by turn: after every slow peer all the quick ones, in short runs of which a step counts."""
     seconds: dict[str, list[float]] = {name: [] for name in slow | quick}
     names = list(slow) or [None]
@@ -222,7 +281,7 @@ def _timings(slow: dict[str, Call], quick: dict[str, Call], rounds: int) -> dict
                     seconds[call_name].append(
                         (time.perf_counter() - start) / (STEPS_A_RUN if call_name in quick else 1)
                     )
-    return {name: Timing.of(times) for name, times in seconds.items()}
+    return {name: StepTiming(Timing.of(times), 1e3 * statistics.fmean(times)) for name, times in seconds.items()}
 
 
 def _encoder(width: int) -> nn.Module:
