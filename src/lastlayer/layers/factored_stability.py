@@ -16,8 +16,8 @@ Repairs, from cheap to dear:
   when it did grow, the rows of U that depend on others are freed of them: O(V) for each, and O(d) for each row of F
   that this changes by more than rounding. Those are all at first, and where a direction has shrunk to nothing, the
   rows that were targets lately;
-- rows of U whose scale leaves the range of the numbers are brought back, exactly, O(V) for each; an offset that has
-  grown large beside W, which `F U` then nearly cancels, moves into F, O(V d);
+- rows of U whose scale leaves the range of the numbers are brought back, exactly, O(V) for each; an offset that
+  has grown large beside W, which `F U` then nearly cancels, moves into F, O(V d);
 - Q is made anew from the weight, O(V d^2), once in so many steps that this costs one part in twenty of them.
 """
 
@@ -34,6 +34,7 @@ POLISH_ROWS = 16  # times d: what keeps polishing below one part in fifty of the
 DRIFT = 1e-2  # |U^T R - I| above which a Newton step is not enough
 REFRESH_SHARE = 1 / 20  # of the arithmetic of the steps
 DEPENDENT = 8.0  # `||U_i|| ||R_i||` from which a repair mends row i; 1 when it is orthogonal to the others
+AMPLIFIED, AMPLIFIED_DOUBLE = 32.0, 1e3  # times sqrt(d): the measure that calls for a repair
 SLACK = 2.0  # by which a repair leaves the measure below its limit
 ALIKE = 8.0  # the ratio of two such products that are taken for the same
 CANCELLING = 16.0  # norms of a row of W that the offset may have, which is more than F U loses in digits
@@ -75,8 +76,9 @@ class Stabilizer:
         """Frees the rows of U that depend on others, and makes R anew; how many rows. W is unchanged."""
         exact = state.map.double()
         scale = exact.norm(dim=1, keepdim=True)
-        light = scale[:, 0] < torch.finfo(state.map.dtype).eps * scale.median()  # few rows of F notice
-        found = independent_rows(exact / scale, scale[:, 0], light, math.exp(growth_limit(state)) / SLACK)
+        presence = state.presence() * scale[:, 0]
+        light = presence < state.negligible()
+        found = independent_rows(exact / scale, presence, light, math.exp(growth_limit(state)) / SLACK)
         if found is None:
             state.rebase()
             self._measure(state)
@@ -142,14 +144,14 @@ class Stabilizer:
 
 
 def growth_limit(state: FactoredState) -> float:
-    """Log of the amplification of rounding that calls for repair; some row is DEPENDENT then."""
-    most = 256.0 if state.factor.dtype == torch.float32 else 1e4
-    return math.log(max(most, 2 * DEPENDENT * math.sqrt(state.features)))
+    """Log of the amplification of rounding that calls for repair."""
+    most = AMPLIFIED if state.factor.dtype == torch.float32 else AMPLIFIED_DOUBLE
+    return math.log(most * math.sqrt(state.features))
 
 
 def independent_rows(
     rows: Tensor,  # (d, d), float64, of norm 1
-    scale: Tensor,  # (d,), what their norms are in U
+    presence: Tensor,  # (d,), how much of W is theirs
     light: Tensor,  # (d,), bool: rows that are cheap to change
     enough: float,
 ) -> tuple[Tensor, Tensor] | None:
@@ -160,28 +162,38 @@ def independent_rows(
         rows_i - dual_i / ||dual_i||^2 = sum_j c_j rows_j,    c = dual (that difference),
 
     which makes `T <- T (I + e_i c^T)` and `dual <- dual + c dual_i^T`. Of rows about as dependent as the worst the
-    smallest in U is taken: it is the one whose direction shrinks, and most rows of F have next to nothing of it.
+    least present is taken: its direction is the one that shrinks, and most rows of F need not change for it.
     Once a row is changed that is not light, all that are DEPENDENT are: they cost little more.
     """
     rows, dual = rows.clone(), torch.linalg.inv(rows).T.clone()
     transform = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
     all_of_them, last = False, -1
-    for _ in range(4 * len(rows)):
+    left = torch.zeros(
+        len(rows), dtype=torch.bool, device=rows.device
+    )  # rows that only smaller ones make dependent
+    for _ in range(6 * len(rows)):
         lengths = dual.norm(dim=1)
         dependence = lengths * rows.norm(dim=1)
         known = float(dependence.norm())
         if known < enough and not all_of_them:
             dependence = dependence * light
+        if float((dependence * ~left).max()) >= DEPENDENT:
+            dependence, strict = dependence * ~left, True
+        elif known < enough:
+            return rows, transform
+        else:
+            strict = False
         worst = float(dependence.max())
         if worst < DEPENDENT:
-            return (rows, transform) if known < enough else None
-        score = torch.where(dependence >= max(DEPENDENT, worst / ALIKE), dependence / scale, 0)
+            return None
+        score = torch.where(dependence >= max(DEPENDENT, worst / ALIKE), dependence / presence, 0)
         row = int(score.argmax())
         all_of_them |= not light[row]
         coefficients = dual @ (rows[row] - dual[row] / lengths[row] ** 2)
         coefficients[row] = 0
-        if row != last:  # far smaller rows are freed of this one, and not the other way: F need not grow for it
-            coefficients[scale < scale[row] / ALIKE] = 0
+        if strict:  # far smaller rows are freed of this one, and not the other way: F need not grow for it
+            coefficients[presence < presence[row] / ALIKE] = 0
+            left[row] = row == last
         last = row
         rows[row] -= coefficients @ rows  # not what it was made for, so that T is exact whatever dual's error
         transform.addr_(transform[:, row].clone(), coefficients)

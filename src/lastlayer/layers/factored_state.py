@@ -10,6 +10,8 @@ from lastlayer.kernels.factored import add_columns, target_scores
 
 CHUNK_NUMBERS = 1 << 22  # numbers of the (V, d) factor that one pass holds at once
 
+SAMPLED = 512  # rows of F
+MOST = 7 / 8  # of them
 FAR = 20  # log2 of a scale
 
 VIEWS = {"gram", "map", "offset", "total", "inverse"}
@@ -127,12 +129,17 @@ class FactoredState:
         A row of F that T changes by less than rounding of W is left alone: O(V m), and O(d m) for each other row.
         """
         moved = (self.map[changed].double() - rows[changed]).norm(dim=1)
-        least = torch.finfo(self.factor.dtype).eps / 64 * self.typical_norm() / len(changed) / moved
+        least = self.negligible() / len(changed) / moved
         change = transform[changed]
         change[torch.arange(len(changed), device=change.device), changed] -= 1
         kind = self.factor.dtype
         add_columns(self.factor, changed, change.to(kind), least.to(kind))
         self.map.copy_(rows)
+
+    def presence(self) -> Tensor:  # (d,), float64
+        """What most rows of F do not exceed, column by column, judged by some of them."""
+        some = self.factor[:: max(1, self.num_classes // SAMPLED)].abs().double()
+        return some.kthvalue(1 + int(MOST * (len(some) - 1)), 0).values.clamp(min=1e-200)
 
     def rescale(
         self,
@@ -151,6 +158,10 @@ class FactoredState:
         """`F + 1 (R offset)^T` for F, and no offset: W is unchanged, O(V d)."""
         self.factor.add_((self.inverse.double() @ self.offset.double()).to(self.factor.dtype))
         self.offset.zero_()
+
+    def negligible(self) -> Tensor:  # ()
+        """Of the norm of a row of W, what is less than rounding."""
+        return torch.finfo(self.factor.dtype).eps / 64 * self.typical_norm()
 
     def typical_norm(self) -> Tensor:  # ()
         """The root mean square of the norms of the rows of W."""
