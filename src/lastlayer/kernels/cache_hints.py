@@ -42,6 +42,12 @@ def fetch_row(matrix, row):
 
 
 @compiled
+def fetch_number(matrix, row, column):
+    """Has the line of one number of a contiguous matrix brought into the cache; one not there does no harm."""
+    _fetch(matrix, row * matrix.shape[1] + column)
+
+
+@compiled
 def goes_past_cache(matrix):
     """Whether the rows of a contiguous matrix may be written with `store_past_cache`, and had better be."""
     row_bytes = matrix.shape[1] * matrix.itemsize

@@ -11,10 +11,12 @@ rows. Arguments are those of the functions there.
 import numpy as np
 
 from lastlayer.kernels.blas import multiply
+from lastlayer.kernels.cache_hints import fetch_number
 from lastlayer.kernels.fast_math import compiled
 from lastlayer.kernels.screening.threads import apart
 
 TILE = 16  # of a matrix, so that rows and columns stay in cache
+AHEAD = 16  # rows of F, of which a number each is wanted
 PIECE = 1 << 17  # numbers of F that stay in cache between two products
 
 
@@ -279,6 +281,7 @@ def _add_columns_share(worker, workers, factor, columns, change, least):
         while start < last and count < most:
             some, above = values[count], False
             for k in range(width):
+                fetch_number(factor, start + AHEAD, columns[k])
                 some[k] = factor[start, columns[k]]
                 above |= abs(some[k]) > least[k]
             places[count] = start
