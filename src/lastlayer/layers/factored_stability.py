@@ -33,7 +33,7 @@ POLISH_STEPS = 100
 POLISH_ROWS = 16  # times d: what keeps polishing below one part in fifty of the arithmetic
 DRIFT = 1e-2  # |U^T R - I| above which a Newton step is not enough
 REFRESH_SHARE = 1 / 20  # of the arithmetic of the steps
-DEPENDENT = 8.0  # `||U_i|| ||R_i||` from which a repair mends row i; 1 when it is orthogonal to the others
+DEPENDENT = 3.0  # `||U_i|| ||R_i||` from which a repair mends row i; 1 when it is orthogonal to the others
 AMPLIFIED, AMPLIFIED_DOUBLE = 32.0, 1e3  # times sqrt(d): the measure that calls for a repair
 SLACK = 2.0  # by which a repair leaves the measure below its limit
 ALIKE = 8.0  # the ratio of two such products that are taken for the same
@@ -171,7 +171,8 @@ def independent_rows(
     left = torch.zeros(
         len(rows), dtype=torch.bool, device=rows.device
     )  # rows that only smaller ones make dependent
-    for _ in range(6 * len(rows)):
+    known = math.inf
+    for _ in range(3 * len(rows)):
         lengths = dual.norm(dim=1)
         dependence = lengths * rows.norm(dim=1)
         known = float(dependence.norm())
@@ -180,12 +181,12 @@ def independent_rows(
         if float((dependence * ~left).max()) >= DEPENDENT:
             dependence, strict = dependence * ~left, True
         elif known < enough:
-            return rows, transform
+            break
         else:
             strict = False
         worst = float(dependence.max())
         if worst < DEPENDENT:
-            return None
+            break
         score = torch.where(dependence >= max(DEPENDENT, worst / ALIKE), dependence / presence, 0)
         row = int(score.argmax())
         all_of_them |= not light[row]
@@ -198,4 +199,4 @@ def independent_rows(
         rows[row] -= coefficients @ rows  # not what it was made for, so that T is exact whatever dual's error
         transform.addr_(transform[:, row].clone(), coefficients)
         dual.addr_(coefficients, dual[row].clone())
-    return None
+    return (rows, transform) if known < enough else None
