@@ -145,7 +145,10 @@ class FactoredState:
         self,
         scale: Tensor,  # (d,), norms of the rows of U
     ) -> None:
-        """Powers of 2 moved from the rows of U to F, so exactly, where they are far from 1; O(V) each."""
+        """Powers of 2 moved from the rows of U to F, so exactly, where they are far from 1; O(V) each.
+
+        What becomes too small for a number in F adds nothing to W either.
+        """
         exponents = scale.log2().round()
         exponents[exponents.abs() < FAR] = 0
         for row in exponents.nonzero().squeeze(1).tolist():
