@@ -99,8 +99,10 @@ def test_an_offset_that_cancels_moves_into_the_factor():
         state.offset += size * shared
         state.factor -= size * shared @ state.inverse.T
         assert state.consistency().gram < 1e-11
+        state.inverse *= 1.001  # as after drift
         Stabilizer()._measure(state)
         assert state.offset.any() == (size == 1)
+        state.inverse /= 1.001
         assert worst(state.weight(), weight) < 1e-11
 
 

@@ -229,7 +229,7 @@ def add_columns(
     least: Tensor,  # (m,)
 ) -> None:
     """`F <- F + F[:, columns] change`, for the rows in which one of the columns is larger than its `least`."""
-    if workers := _workers(factor):
+    if factor.numel() > GATHERED and (workers := _workers(factor)):
         _loop("add_columns", workers, factor, columns, change.contiguous(), least)
         return
     for rows in factor.split(max(1, GATHERED // factor.shape[1])):

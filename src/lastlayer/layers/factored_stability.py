@@ -13,9 +13,9 @@ Repairs, from cheap to dear:
 
 - the inverse is polished by a Newton step, O(d^3), every 100 steps or more, and made anew when it drifted too far;
 - where a bound on the growth of the measure, summed over the steps, reaches the limit, it is taken, O(d^2); and
-  when it did grow, the rows of U that depend on others are freed of them: O(V) for each, and O(d) for each row of F
-  that this changes by more than rounding. Those are all at first; where a direction has shrunk to nothing, they are
-  those that were targets lately;
+  when it did grow, the rows of U that depend on others are freed of them: O(V) for each, and O(d) for each row of
+  F that this changes by more than rounding. Those are all at first; where a direction has shrunk to nothing, they
+  are those that were targets lately;
 - rows of U whose scale leaves the range of the numbers are brought back, exactly, O(V) for each; an offset that
   has grown large beside W, which `F U` then nearly cancels, moves into F, O(V d);
 - Q is made anew from the weight, O(V d^2), once in so many steps that this costs one part in twenty of them.
@@ -168,9 +168,7 @@ def independent_rows(
     rows, dual = rows.clone(), torch.linalg.inv(rows).T.clone()
     transform = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
     all_of_them, last = False, -1
-    left = torch.zeros(
-        len(rows), dtype=torch.bool, device=rows.device
-    )  # rows that only smaller ones make dependent
+    left = torch.zeros_like(light)  # rows that only smaller ones make dependent
     known = math.inf
     for _ in range(3 * len(rows)):
         lengths = dual.norm(dim=1)

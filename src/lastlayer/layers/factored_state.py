@@ -158,8 +158,11 @@ class FactoredState:
             self.factor[:, row] *= power
 
     def fold_offset(self) -> None:
-        """`F + 1 (R offset)^T` for F, and no offset: W is unchanged, O(V d)."""
-        self.factor.add_((self.inverse.double() @ self.offset.double()).to(self.factor.dtype))
+        """`F + 1 a^T` for F with `a U = offset`, and no offset: W is unchanged, O(V d)."""
+        exact = self.map.double()
+        scale = exact.norm(dim=1)
+        shared = torch.linalg.solve((exact / scale[:, None]).T, self.offset.double()) / scale  # R may have drifted
+        self.factor.add_(shared.to(self.factor.dtype))
         self.offset.zero_()
 
     def negligible(self) -> Tensor:  # ()
