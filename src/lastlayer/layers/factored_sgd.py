@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from lastlayer.layers.factored import FactoredOutput
@@ -36,8 +36,9 @@ class FactoredSGD(torch.optim.Optimizer):
 
     Raises:
         TypeError: something that is not a `FactoredOutput`, or momentum and its kin.
-        ValueError: a negative number; in `step`, a rate at which the step is singular (the message has the largest
-            safe one), or a gradient that is not finite: no layer has changed, and the gradient is kept.
+        ValueError: no layer, or one twice; a negative number; in `step`, a rate at which the step is singular (the
+            message has the largest safe one), a gradient that is not finite, or a weight that would overflow: no
+            layer has changed, and the gradient is kept.
         RuntimeError: `step` without a backward before it.
 
     Warns:
@@ -73,7 +74,9 @@ class FactoredSGD(torch.optim.Optimizer):
             )
         self._layers: dict[Tensor, FactoredOutput] = {}
         self._warned = False
-        given: list[Any] = [layers] if isinstance(layers, FactoredOutput) else list(layers)
+        given: list[Any] = [layers] if isinstance(layers, nn.Module) else list(layers)
+        if not given:
+            raise ValueError("layers must be at least one FactoredOutput, got none")
         in_groups = bool(given) and isinstance(given[0], dict)
         super().__init__(
             given if in_groups else [{"params": given}],
@@ -83,10 +86,12 @@ class FactoredSGD(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group whose `"params"` are layers."""
         given = param_group["params"]
-        layers = [given] if isinstance(given, FactoredOutput) else list(given)
+        layers: list[Any] = [given] if isinstance(given, nn.Module) else list(given)
         for layer in layers:
             if not isinstance(layer, FactoredOutput):
                 raise TypeError(f"layers must be FactoredOutput layers, got {type(layer).__name__}")
+        if len(set(layers)) < len(layers):
+            raise ValueError("layers must differ: one occurs twice, and would make each step twice")
         super().add_param_group({**param_group, "params": [layer.anchor for layer in layers]})
         _check_settings(self.param_groups[-1])
         for layer in layers:

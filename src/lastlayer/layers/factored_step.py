@@ -79,6 +79,8 @@ def plan_step(
         shrinking, growing, probe = rows.shrinking, rows.growing, rows.probe
     if not math.isfinite(shrinking + growing + probe):
         raise ValueError("hidden, or the gradient of the loss, is not finite: the step is refused")
+    if growing > 0:
+        _check_size((1 + growing) ** 2 * state.gram.double(), state.gram.dtype)
     plan = None
     if rows is not None and shrinking <= EASY and growing <= 1:
         solve = partial(_solve_easy, rows)
@@ -197,6 +199,7 @@ def _by_features(state: FactoredState, g: FactoredGradient, rate: float, lr: flo
         shared = hidden.T @ g.total.double()
         either = hidden.T @ g.target.double().sum(1) + state.num_classes / 2 * shared
         gram += 2 * rate**2 * torch.outer(shared, either)
+    _check_size(gram, g.hidden.dtype)
     solution = (hidden @ inverse.T).to(g.hidden.dtype)
 
     def apply() -> None:
@@ -210,6 +213,15 @@ def _by_features(state: FactoredState, g: FactoredGradient, rate: float, lr: flo
         state.stacked[2 * d : 2 * d + 2].addmm_(pushed.T, g.hidden, alpha=-rate)
 
     return StepPlan(apply, len(hidden), math.log(growth), overshoot)
+
+
+def _check_size(gram: Tensor, dtype: torch.dtype) -> None:
+    """An error where the squares of the weight would leave the range of its dtype, as after steps that diverge."""
+    if not float(gram.diagonal().max()) < torch.finfo(dtype).max / 16:  # NaN as well
+        raise ValueError(
+            f"the weight has grown so large that its squares would leave the range of {dtype}, as steps at too "
+            "large a rate make it: the step is refused, the weight unchanged"
+        )
 
 
 def _row_sums(g: FactoredGradient, hidden: Tensor) -> Tensor:  # (J, d)

@@ -1,0 +1,49 @@
+"""What `FactoredSGD` refuses beside singular steps: no layers, a layer twice, a weight that would overflow."""
+
+import pytest
+import torch
+from torch import nn
+
+from lastlayer import FactoredOutput, FactoredSGD, SquaredError
+
+
+@pytest.mark.parametrize(
+    ("layers", "error", "message"),
+    [
+        (lambda layer: [], ValueError, "at least one FactoredOutput"),
+        (lambda layer: [layer, layer], ValueError, "one occurs twice"),
+        (lambda layer: [{"params": [layer, layer]}], ValueError, "one occurs twice"),
+        (lambda layer: nn.Linear(2, 3), TypeError, "got Linear"),
+        (lambda layer: [layer, nn.Linear(2, 3)], TypeError, "got Linear"),
+    ],
+)
+def test_layers(layers, error, message):
+    layer = FactoredOutput(12, 500)
+    with pytest.raises(error, match=message):
+        FactoredSGD(layers(layer), lr=0.1)
+    assert layer._owner is None
+
+
+@pytest.mark.parametrize(("classes", "features", "rows"), [(500, 12, 8), (5000, 64, 64), (300, 6, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.filterwarnings("ignore:lr turns a direction")
+def test_steps_that_diverge_end_in_a_refusal(classes, features, rows, dtype):
+    """As plain SGD would, the weight grows at every step; it never becomes NaN."""
+    generator = torch.Generator().manual_seed(1)
+    layer = FactoredOutput(features, classes, loss=SquaredError(), dtype=dtype)
+    optimizer = FactoredSGD(layer, lr=1e6)
+    message = None
+    for _ in range(60):
+        optimizer.zero_grad()
+        hidden = torch.randn(rows, features, generator=generator, dtype=dtype)
+        layer(hidden, torch.randint(classes, (rows,), generator=generator)).backward()
+        before = layer.weight
+        try:
+            optimizer.step()
+        except ValueError as error:
+            message = str(error)
+            break
+        assert layer.weight.isfinite().all()
+    assert message is not None
+    assert "range of torch.float" in message
+    assert torch.equal(layer.weight, before)
