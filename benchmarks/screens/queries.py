@@ -2,13 +2,16 @@
 
 import time
 from collections.abc import Callable
+from statistics import mean
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from lastlayer import ScreenedSoftmax
 from lastlayer.study.measure import peak_bytes
 from screens.common import (
     HELD_OUT,
+    K,
     Record,
     Truth,
     agreement,
@@ -20,6 +23,7 @@ from screens.common import (
     svd_screen,
 )
 
+PROVED = 128  # queries whose proof is looked at
 EXACT, FOUR = "int8, exact", "int4, exact"
 ROUNDS = {(1, 5): 41, (1, 60): 15, (8, 1): 21, (64, 1): 11}  # by batch and calls in a row
 
@@ -45,6 +49,7 @@ def queries(asked: int = HELD_OUT) -> list[Record]:
         screens[name] = make()  # a calibrated one sums up its calibration data here
         records.append({"case": "prepare", "name": name, "seconds": time.perf_counter() - start})
         records.append({"name": name, **agreement(screens[name], truth)})
+    records += [{"name": name, **proof(screens[name], truth)} for name in (EXACT, FOUR)]
     records += [{"name": name, **memory(screens[name], held_out[:1])} for name in (EXACT, FOUR)]
     del screens["SVD d/8, 1,024 candidates, plain"]  # takes the time of the calibrated one
     peers = full_layers(weight) | {
@@ -54,6 +59,19 @@ def queries(asked: int = HELD_OUT) -> list[Record]:
     for (batch, in_a_row), rounds in ROUNDS.items():
         records += measured(peers, held_out, batch, rounds, previews, in_a_row)
     return records
+
+
+def proof(screen: ScreenedSoftmax, truth: Truth) -> Record:
+    """Classes that the bound leaves in play for the top 10; errors of log-probabilities, real and proved."""
+    in_play, real, proved = [], [], []
+    for row, values in zip(truth.hidden[:PROVED].split(1), truth.values, strict=False):
+        upper = screen.preview_scores(row) + screen._prepared.error(row).all()
+        in_play.append(int((upper >= values[-1]).sum()))
+        answer, full = screen.topk(row, K), F.linear(row, truth.weight).log_softmax(-1)
+        real.append(float((answer.log_prob - full.gather(-1, answer.indices)).abs().max()))
+        proved.append(float(screen.log_normalizer_error(row)))
+    means = {"classes_in_play": mean(in_play), "log_prob_error": mean(real), "log_prob_error_proved": mean(proved)}
+    return {"case": "proof", "queries": len(real), **means, "log_prob_error_at_most": max(real)}
 
 
 def memory(screen: ScreenedSoftmax, row: Tensor) -> Record:
