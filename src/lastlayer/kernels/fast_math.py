@@ -12,6 +12,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
+import lastlayer.kernels.first_use  # noqa: F401  it listens from here on, as every kernel imports this module
+
 # Sums may be reordered and products fused; nan and infinity keep their meaning.
 FLAGS = {"reassoc", "contract", "arcp", "nsz"}
 
