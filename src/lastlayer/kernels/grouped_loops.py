@@ -1,6 +1,9 @@
 """The loops behind `kernels/grouped.py`, compiled by numba: importing this module imports numba.
 
 `groups` are a `GroupArrays`, or a plain tuple of its fields; a "residual" is `softmax - one_hot(target)`.
+
+A number written out where a kernel is called, such as 0, has a type of its own, for which the kernel is compiled
+once more: hence `start`. Rows are copied by loops, as `a[n] = b[m]` takes numba seconds to compile.
 """
 
 # pyright: reportCallIssue=false
@@ -193,14 +196,17 @@ def small_forward(
     places = numbers.cumsum() - numbers
     own, own_slots, own_clusters = np.empty_like(hidden), np.empty_like(slots), np.empty_like(clusters)
     for n in range(len(order)):
-        own[n], own_slots[n], own_clusters[n] = hidden[order[n]], slots[order[n]], clusters[order[n]]
+        own_slots[n], own_clusters[n] = slots[order[n]], clusters[order[n]]
+        for k in range(hidden.shape[1]):
+            own[n, k] = hidden[order[n], k]
     log_prob = np.zeros(len(order), dtype=hidden.dtype)
     slope = np.zeros((len(order) if with_slope else 0, hidden.shape[1]), dtype=hidden.dtype)
     head_residual = np.empty(len(order) * len(head_weight), dtype=hidden.dtype)
     residual = np.empty(numbers.sum(), dtype=hidden.dtype)
     head, inner = whole_batch(len(order), len(head_weight)), (rows, counts, starts, sizes, places, outs)
-    forward(0, 1, head, own, head_weight, head_bias, own_clusters, head_residual, log_prob, slope)
-    forward(0, len(rows), inner, own, weight, bias, own_slots, residual, log_prob, slope)
+    start = np.int64(0)
+    forward(start, len(head[0]), head, own, head_weight, head_bias, own_clusters, head_residual, log_prob, slope)
+    forward(start, len(rows), inner, own, weight, bias, own_slots, residual, log_prob, slope)
     answer = np.empty_like(log_prob)
     for n in range(len(order)):
         answer[order[n]] = log_prob[n]
@@ -215,14 +221,16 @@ def small_forward(
 def small_backward(state, grad, of_hidden, of_head_weight, of_head_bias, of_weight, of_bias):
     """All gradients of a small batch; those of length 0 are not wanted."""
     order, own, slope, head_residual, residual, inner = state
+    start = np.int64(0)
     scale = np.empty_like(grad)
     for n in range(len(order)):
         scale[n] = -grad[order[n]]
     if len(of_hidden):
         for n in range(len(order)):
-            of_hidden[order[n]] = scale[n] * slope[n]
+            for k in range(slope.shape[1]):
+                of_hidden[order[n], k] = scale[n] * slope[n, k]
     if len(of_head_weight):
         head = whole_batch(len(order), len(of_head_weight))
-        backward(0, 1, head, own, head_residual, scale, of_head_weight, of_head_bias)
+        backward(start, len(head[0]), head, own, head_residual, scale, of_head_weight, of_head_bias)
     if len(of_weight):
-        backward(0, len(inner[0]), inner, own, residual, scale, of_weight, of_bias)
+        backward(start, len(inner[0]), inner, own, residual, scale, of_weight, of_bias)

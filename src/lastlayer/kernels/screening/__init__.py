@@ -9,6 +9,9 @@ its exponentials relative to it (`blocks`, `scan`; `scan_rows` for several hidde
 matter. For one hidden state all of it is one call (`query`), by address (`bound`). `lanes`, `dots`, `nibbles` and
 `tiles` are the instructions that numba does not reach by itself.
 
+A number written out where a kernel is called has a type of its own, for which numba compiles the kernel once more:
+hence `np.int64(0)`. And it takes a second to compile `a[i:j] = b`, for which there are loops.
+
 Kernels hold the interpreter's lock, so that scratch that belongs to a screen is nobody else's while one runs.
 """
 

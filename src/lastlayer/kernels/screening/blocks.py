@@ -53,7 +53,7 @@ def _summarise_share(worker: int, workers: int, scores: Any, size: int, block_ma
 def summarise_one(scores: Any, size: int, block_max: Any, block_sum: Any, workers: int) -> None:
     """The summary of one row, `(V,)`."""
     if workers == 1:
-        summarise_part(scores, 0, scores.size, size, block_max, block_sum)
+        summarise_part(scores, np.int64(0), scores.size, size, block_max, block_sum)
     else:
         given = workers, scores, size, block_max, block_sum
         apart(_summarise_share, workers, given)  # pyright: ignore[reportCallIssue]
@@ -62,7 +62,7 @@ def summarise_one(scores: Any, size: int, block_max: Any, block_sum: Any, worker
 @njit(cache=True)
 def _summarise_some(worker: int, workers: int, scores: Any, size: int, block_max: Any, block_sum: Any) -> None:
     for row in range(worker, len(scores), workers):
-        summarise_part(scores[row], 0, scores.shape[1], size, block_max[row], block_sum[row])
+        summarise_part(scores[row], np.int64(0), scores.shape[1], size, block_max[row], block_sum[row])
 
 
 @njit(cache=True)

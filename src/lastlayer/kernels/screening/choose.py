@@ -116,7 +116,7 @@ def _sampled_threshold(scores: Any, count: int, low: Any, high: Any) -> Any:
 @njit(cache=True)
 def _append_blocks(scores: Any, block_max: Any, size: int, least: Any, found: Any) -> Any:
     """Which scores reach `least`, put into `found`; their number. Reads no block that has none."""
-    n = 0
+    n = np.int64(0)
     for block in range(block_max.size):
         if block_max[block] >= least:
             n = _append_all(scores, block * size, min((block + 1) * size, scores.size), least, found, n)
@@ -135,9 +135,9 @@ def choose(
     For few of them the threshold is about the count-th largest block maximum, which at least `count` scores reach,
     all in few blocks.
     """
-    few = 2 * count <= block_max.size
+    few, none = 2 * count <= block_max.size, np.int64(0)
     low, high = _ends(block_max)
-    least = _threshold(block_max, count, 0, low, high) if few else _sampled_threshold(scores, count, low, high)
+    least = _threshold(block_max, count, none, low, high) if few else _sampled_threshold(scores, count, low, high)
     found = np.empty(size * _count_above(block_max, least) if few else scores.size, dtype=np.int32)
     n = _append_blocks(scores, block_max, size, least, found)
     if not few and n < count:  # the sample was not like the rest
@@ -148,7 +148,7 @@ def choose(
     values = np.empty(n, dtype=np.float32)
     for j in range(n):
         values[j] = scores[found[j]]
-    least = _threshold(values, count, 0, least, high)
+    least = _threshold(values, count, none, least, high)
     ties = count - _count_above(values, np.nextafter(least, np.float32(np.inf)))  # room that is left for them
     kept = 0
     for j in range(n):

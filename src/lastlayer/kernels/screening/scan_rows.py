@@ -35,6 +35,14 @@ def _pack_some(
 
 
 @njit(cache=True)
+def _copy(given: Any, into: Any) -> None:
+    """`into[: len(given)] = given`, which takes numba seconds to compile."""
+    for row in range(len(given)):
+        for j in range(given.shape[1]):
+            into[row, j] = given[row, j]
+
+
+@njit(cache=True)
 def _scan_rows_part(
     worker: int,
     workers: int,
@@ -62,7 +70,7 @@ def _scan_rows_part(
             block = rows[start : start + size]
         else:
             block = last_rows
-            block[:count] = rows[start:last]
+            _copy(rows[start:last], block)
         for row in range(start + size, min(start + 2 * size, last)):
             fetch_row(rows, row)
         for group in range(len(right)):
@@ -79,7 +87,7 @@ def _scan_rows_part(
             else:
                 for part in range(0, count, SIDE):
                     transpose(beside, part, last_scores, 0, real, part)  # pyright: ignore[reportCallIssue]
-                scores[row : row + real, start:last] = last_scores[:real, :count]
+                _copy(last_scores[:real, :count], scores[row : row + real, start:last])
             sum_exponentials(beside, most, count, total)  # pyright: ignore[reportCallIssue]
             for n in range(real):
                 block_max[row + n, start // size] = most[n]
