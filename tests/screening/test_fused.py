@@ -1,5 +1,8 @@
 """The fused kernels against their plain twin: the same candidates, values, normalisers and certificates."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -165,3 +168,19 @@ def test_exponentials():
     truth = (blocks - blocks.amax(-1, keepdim=True)).exp().sum(-1)
     torch.testing.assert_close(torch.from_numpy(room.block_sum[0]).double(), truth, rtol=1e-6, atol=0)
     assert torch.equal(torch.from_numpy(room.block_max[0]), scores.view(10, 64).amax(-1))
+
+
+def test_where_numba_may_write_nowhere():
+    """As in a container whose user owns no folder: numba refuses to decorate, and the plain form answers."""
+    code = """
+from numba.core.caching import CompileResultCacheImpl
+CompileResultCacheImpl._locator_classes = []
+import torch
+from lastlayer import Int8Preview, ScreenedSoftmax
+weight, hidden = torch.randn(500, 8), torch.randn(1, 8)
+screen = ScreenedSoftmax(weight, preview=Int8Preview(), candidates=20, exact=True)
+assert torch.equal(screen.topk(hidden, 3).indices, (hidden @ weight.T).topk(3).indices)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("NUMBA_CACHE_DIR") == 1

@@ -1,6 +1,7 @@
 """What goes into the fused kernels: scores summarised by blocks of classes."""
 
 import functools
+import logging
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,5 +49,11 @@ def kernels() -> Any:
     try:
         from lastlayer.kernels import screening
     except ImportError:
+        return None
+    except RuntimeError as problem:  # numba may write neither beside this package nor into a user's own cache
+        logging.getLogger("lastlayer").warning(
+            f"lastlayer: queries run without compiled kernels, several times slower; setting NUMBA_CACHE_DIR to a "
+            f"folder that can be written helps ({problem})"
+        )
         return None
     return screening
