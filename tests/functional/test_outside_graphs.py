@@ -1,4 +1,4 @@
-"""Layers that group their batch run inside a compiled model, which breaks its graph there."""
+"""Layers that group their batch, and screens, run inside a compiled model, which breaks its graph there."""
 
 import copy
 import subprocess
@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from lastlayer import HierarchicalSoftmax, TreeSoftmax
+from lastlayer import HierarchicalSoftmax, Int4Preview, Int8Preview, ScreenedSoftmax, SVDPreview, TreeSoftmax
+from lastlayer.screening.fused import FusedScreen
+from lastlayer.screening.summary import kernels
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -33,6 +35,26 @@ def test_compiled_model_trains_as_the_eager_one(kind, sparse):
     torch.testing.assert_close(losses[1], losses[0])
     for p, q in zip(eager.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(q.grad.to_dense(), p.grad.to_dense())
+
+
+@pytest.mark.parametrize("preview", [Int8Preview(), Int4Preview(), SVDPreview(4)], ids=["int8", "int4", "svd"])
+def test_compiled_model_queries_its_screen_as_the_eager_one(preview, monkeypatch):
+    by_kernels, answer = [], FusedScreen.answer
+    monkeypatch.setattr(FusedScreen, "answer", lambda *asked: by_kernels.append(1) or answer(*asked))
+    linear, hidden = nn.Linear(16, 600), torch.randn(4, 16)
+    full = linear(hidden)
+    for rows, k in ((1, 3), (4, 1), (4, 5)):  # the first has the kernels prepared inside the compiled model
+        screen = ScreenedSoftmax.from_linear(linear, preview=preview, candidates=40, exact=True)
+        some = hidden[:rows]
+        found = torch.compile(lambda x, screen=screen, k=k: screen.topk(2 * x, k), backend="eager")(some / 2)
+        assert torch.equal(found.indices, full[:rows].topk(k).indices)
+        assert not kernels() or by_kernels.pop(), "the plain form ran"
+        logits = torch.compile(lambda x, screen=screen: screen(2 * x) + 1, backend="eager")(some / 2)
+        torch.testing.assert_close(logits, screen(some) + 1)
+        with torch.no_grad():
+            for call in (screen.log_prob, screen.preview_scores, screen.log_normalizer_error):
+                torch.testing.assert_close(torch.compile(call, backend="eager")(some), call(some))
+            assert torch.compile(screen.sample, backend="eager")(some, 2).shape == (rows, 2)
 
 
 def test_the_compiler_is_not_imported_before_it_is_used():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lastlayer.functional.answers import ScreenedTopK
 from lastlayer.functional.checks import check_count, check_hidden, check_positive
+from lastlayer.functional.outside_graphs import outside_graphs
 from lastlayer.screening.exact import full_logits, no_autocast
 from lastlayer.screening.fused import Fused, FusedScreen, serves
 from lastlayer.screening.preview import Preview
@@ -34,7 +35,8 @@ class ScreenedSoftmax(nn.Module):
     `refresh()` prepares the preview anew (a change through `.data` goes unnoticed, as PyTorch does not tell).
 
     `forward` and `log_prob` are differentiable, with the preview's rotation held fixed; they then cost at least
-    what the full layer does. `topk` and `sample` are queries and carry no gradient.
+    what the full layer does. `topk` and `sample` are queries and carry no gradient. Inside a model that
+    `torch.compile` compiles, all of them run as they do outside: the graph breaks there.
 
     Args:
         weight: `(V, d)`, float16, bfloat16, float32 or float64.
@@ -133,13 +135,18 @@ class ScreenedSoftmax(nn.Module):
         """Log-probabilities under the screen's own normaliser (float32, or float64)."""
         return self._each_row(hidden, lambda rows: self._logits(rows, True))
 
+    @outside_graphs
     def topk(
         self,
         hidden: Tensor,  # (..., d)
         k: int,
         exact: bool | None = None,
     ) -> ScreenedTopK:
-        """The k best of the rescored classes, best first; `1 <= k <= candidates`; `exact` as for the class."""
+        """The k best of the rescored classes, best first; `1 <= k <= candidates`; `exact` as for the class.
+
+        The more classes `exact` had to rescore, the closer the normaliser: for k > 1 log-probabilities may differ
+        from those of `log_prob`, which rescores for the best class alone, and be nearer to the full layer's.
+        """
         k = check_count("k", k, 1)
         if k > self.candidates:
             raise ValueError(
@@ -179,7 +186,11 @@ class ScreenedSoftmax(nn.Module):
         self,
         hidden: Tensor,  # (..., d)
     ) -> Tensor:  # (...)
-        """The most by which the screen's log-normaliser can differ from the full layer's, for every row."""
+        """The most by which the log-normaliser of `log_prob` can differ from the full layer's, for every row.
+
+        That of a `topk` that rescores more classes lies between the same two bounds: it is off by twice this at
+        the most.
+        """
 
         def answer(rows: Tensor) -> Tensor:
             screened = self._screened(rows, 1, self.exact)
@@ -191,6 +202,7 @@ class ScreenedSoftmax(nn.Module):
 
         return self._each_row(hidden, answer)
 
+    @outside_graphs
     @torch.no_grad()
     def preview_scores(
         self,
@@ -264,6 +276,7 @@ class ScreenedSoftmax(nn.Module):
         found = self._parameters.get(name)
         return self._buffers.get(name) if found is None else found
 
+    @outside_graphs
     def _each_row(self, hidden: Tensor, answer: Callable[[Tensor], Tensor]) -> Tensor:
         """`answer(rows)` of every chunk of rows, in hidden's leading shape."""
         parts = [answer(rows) for rows in self._chunks(hidden)]
@@ -294,7 +307,6 @@ class ScreenedSoftmax(nn.Module):
             and hidden.is_contiguous()
             and self.logit_map is None
             and self._prepared_for == self._stamp()
-            and not torch.compiler.is_compiling()
         ):
             return kernels
         return None
@@ -332,7 +344,7 @@ class ScreenedSoftmax(nn.Module):
         if kernels is None or (isinstance(kernels, FusedScreen) and kernels.candidates != self.candidates):
             kernels = self._prepared.normalizer_shift is None and serves(self.weight) and self._views()
             self._for_kernels = kernels
-        if isinstance(kernels, bool) or torch.compiler.is_compiling():
+        if isinstance(kernels, bool):
             return None
         return kernels.answer(rows.detach(), k, exact, with_logits)
 

@@ -25,7 +25,7 @@ def largest(values: Any) -> Any:
 
 
 @njit(cache=True, fastmath=FAST)
-def summarise_part(scores: Any, first: int, last: int, size: int, block_max: Any, block_sum: Any) -> None:
+def summarise_part(scores: Any, first: Any, last: int, size: int, block_max: Any, block_sum: Any) -> None:
     """The summary of the blocks of `size` that begin in [first, last)."""
     if size == SUMMARISED:
         while last - first >= LANES * SUMMARISED:

@@ -80,7 +80,7 @@ def _ends(values: Any) -> tuple[Any, Any]:
 
 
 @njit(cache=True)
-def _threshold(values: Any, count: int, spare: int, low: Any, high: Any) -> Any:
+def _threshold(values: Any, count: int, spare: Any, low: Any, high: Any) -> Any:
     """A number that from `count` to `count + spare` values reach (more, where they tie); near [low, high].
 
     By bisection: counting runs through vectors of numbers, where any sort or selection moves them one by one.
