@@ -1,14 +1,13 @@
 """A small head whose directions matter unequally, and screens of it, for the tests beside this file."""
 
 import torch
-from torch import nn
 
-from lastlayer import ScreenedSoftmax, ScreenedTopK, SVDPreview
+from lastlayer import LogitMap, ScreenedSoftmax, ScreenedTopK, SVDPreview
 
 V, D = 203, 12
 
 
-class Doubled(nn.Module):
+class Doubled(LogitMap):
     """An increasing map of one logit."""
 
     def forward(self, logits):

@@ -9,7 +9,14 @@ import torch
 from screened_head import D, Doubled, V, close, head, screened, states, topk
 from torch import nn
 
-from lastlayer import Int4Preview, Int8Preview, ScreenedSoftmax, SVDPreview
+from lastlayer import Int4Preview, Int8Preview, LogitMap, ScreenedSoftmax, SVDPreview
+
+
+class Falling(LogitMap):
+    """No map of a logit: the best classes would be the worst."""
+
+    def forward(self, logits):
+        return -logits
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3), (0,), (2, 0, 3)])
@@ -246,6 +253,10 @@ def test_inference_mode_and_shared_storage():
         (TypeError, "preview must be", lambda s: ScreenedSoftmax(*head(), preview=4, candidates=2)),
         (TypeError, "weight must be a dense floating", lambda s: screened(torch.zeros(3, 4, dtype=torch.int8))),
         (TypeError, "weight must be a dense floating", lambda s: screened([[1.0]])),
+        (TypeError, "weight must be a dense floating", lambda s: screened(None)),
+        (TypeError, "of 16 to 64 bits", lambda s: screened(torch.zeros(3, 4).to(torch.float8_e4m3fn))),
+        (TypeError, "logit_map must be a LogitMap", lambda s: screened(*head(), logit_map=nn.Softplus())),
+        (ValueError, "logit_map must be increasing", lambda s: screened(*head(), logit_map=Falling())),
         (TypeError, "torch.sparse_coo", lambda s: screened(torch.eye(30, 12).to_sparse())),
         (ValueError, "weight must have shape", lambda s: screened(torch.zeros(3))),
         (ValueError, "weight must have shape", lambda s: screened(torch.zeros(0, 4))),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lastlayer.functional.answers import ScreenedTopK
 from lastlayer.functional.checks import check_count, check_hidden, check_positive
+from lastlayer.functional.logit_map import LogitMap, check_logit_map
 from lastlayer.functional.outside_graphs import outside_graphs
 from lastlayer.screening.exact import full_logits, no_autocast
 from lastlayer.screening.fused import Fused, FusedScreen, serves
@@ -16,6 +17,7 @@ from lastlayer.screening.preview import Preview
 from lastlayer.screening.saved import load_screen, save_screen
 from lastlayer.screening.screen import Head, Screened, class_parts, screen
 
+DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
 CHUNK_NUMBERS = 1 << 25  # of a (rows, V) tensor held at once
 
 
@@ -43,14 +45,15 @@ class ScreenedSoftmax(nn.Module):
         bias: `(V,)` or None.
         preview: how all classes are scored: `SVDPreview(...)`, `Int8Preview()`, `Int4Preview(...)`.
         candidates: classes a row whose exact logits are computed, from 1 to V.
-        logit_map: an increasing function of one logit, before the softmax; candidates are chosen by raw logits.
+        logit_map: a `LogitMap`, an increasing function of one logit, before the softmax; candidates are chosen by
+            raw logits.
         exact: the default of `topk`'s `exact`; also makes the argmax of `forward` the full layer's.
         gram: `weight.T @ weight` where it is known: an `SVDPreview` then skips the `V d^2` multiply-adds of making
             it. A wrong one makes a worse preview, and no wrong certificate: any rotation keeps the bound.
 
     Raises:
         TypeError, ValueError: a weight that is not a finite floating `(V, d)` matrix, a bias that does not fit it,
-            `candidates` out of range, a preview that does not fit the weight.
+            `candidates` out of range, a preview that does not fit the weight, a map that decreases.
         RuntimeError: at a query, when the weight has changed since the last `refresh()`.
 
     Cost: a row reads the preview and `candidates * d` numbers of the weight. Memory: the preview, and a few
@@ -79,7 +82,7 @@ class ScreenedSoftmax(nn.Module):
         *,
         preview: Preview,
         candidates: int,
-        logit_map: nn.Module | None = None,
+        logit_map: LogitMap | None = None,
         exact: bool = False,
         gram: Tensor | None = None,  # (d, d)
     ) -> None:
@@ -90,7 +93,7 @@ class ScreenedSoftmax(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.candidates = check_count("candidates", candidates, 1, len(weight))
         self.preview = preview
-        self.logit_map = logit_map
+        self.logit_map = check_logit_map(logit_map)
         self.exact = bool(exact)
         for name, tensor in (("weight", weight), ("bias", bias)):
             if isinstance(tensor, nn.Parameter) or tensor is None:
@@ -388,11 +391,11 @@ def _version(tensor: Tensor) -> int:
 
 def _check_head(weight: Tensor, bias: Tensor | None) -> None:
     for name, tensor, dims in (("weight", weight, 2), ("bias", bias, 1)):
-        if tensor is None:
+        if name == "bias" and tensor is None:
             continue
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
+        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES or tensor.layout != torch.strided:
             what = f"{tensor.dtype}, {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a dense floating-point tensor, got {what}")
+            raise TypeError(f"{name} must be a dense floating-point tensor of 16 to 64 bits, got {what}")
         if tensor.dim() != dims or 0 in tensor.shape or len(tensor) != len(weight):
             expected = "(V, d)" if dims == 2 else f"({len(weight)},)"
             raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
