@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lastlayer import Int8Preview, ScreenedSoftmax, SVDPreview
+from lastlayer import FullSoftmax, Int8Preview, ScreenedSoftmax, SVDPreview
 
 transformers = pytest.importorskip("transformers")
 
@@ -167,6 +167,8 @@ def test_bad_input():
         replace_lm_head(model.transformer, screened(model))
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         replace_lm_head(model, lambda hidden: hidden)
+    with pytest.raises(TypeError, match="FullSoftmax takes targets"):
+        replace_lm_head(model, FullSoftmax(32, 600))
     with pytest.raises(ValueError, match="out_features=600, got 7"):
         replace_lm_head(model, nn.Linear(32, 7))
     assert isinstance(model.lm_head, nn.Linear)

@@ -5,6 +5,8 @@ from typing import Any, Self
 
 from torch import nn
 
+from lastlayer.layers.base import OutputLayer
+
 
 class ReplacedHead:
     """What `replace_lm_head` did to a model; `undo()`, or leaving its `with` block, restores it."""
@@ -52,7 +54,8 @@ def replace_lm_head(model: Any, head: nn.Module) -> ReplacedHead:
         a handle with `undo()`, also a context manager.
 
     Raises:
-        TypeError: a model without an output head to replace, or a head that is no module.
+        TypeError: a model without an output head to replace, a head that is no module, or an `OutputLayer`, which
+            takes targets.
         ValueError: a head whose `in_features` or `out_features` are not the model's.
 
     Cost: none. When NOT to use it: in training; a screen is for a weight that stays.
@@ -71,6 +74,11 @@ def replace_lm_head(model: Any, head: nn.Module) -> ReplacedHead:
         raise TypeError(f"model must have an output head to replace, which {type(model).__name__} does not")
     if not isinstance(head, nn.Module):
         raise TypeError(f"head must be a torch.nn.Module, got {type(head).__name__}")
+    if isinstance(head, OutputLayer):
+        raise TypeError(
+            f"head must give logits of hidden states alone, and {type(head).__name__} takes targets: give "
+            "ScreenedSoftmax.from_layer(layer, ...) of it"
+        )
     for name in ("in_features", "out_features"):
         wanted, given = getattr(original, name, None), getattr(head, name, None)
         if wanted is not None and given is not None and wanted != given:
