@@ -16,8 +16,9 @@ from lastlayer.screening.exact import full_logits
 from lastlayer.screening.int4_preview import Int4Preview
 from lastlayer.screening.int8_preview import Int8Preview
 from lastlayer.screening.preview import Preview
-from lastlayer.screening.screened import ScreenedSoftmax, _check_head
+from lastlayer.screening.screened import ScreenedSoftmax
 from lastlayer.screening.svd_preview import SVDPreview
+from lastlayer.screening.watched_head import check_head
 
 LEAST_ROWS = 16  # hidden states below which halves say nothing
 TUNING_ROWS, MEASURED_ROWS, KL_ROWS = 512, 2048, 128
@@ -81,7 +82,7 @@ def choose_screen(
     >>> sum(record["chosen"] for record in table)
     1
     """
-    _check_head(weight, bias)
+    check_head(weight, bias)
     k = check_count("k", k, 1, len(weight))
     if not 0 < agreement <= 1:
         raise ValueError(f"agreement must be above 0 and at most 1, got {agreement}")

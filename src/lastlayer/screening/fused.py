@@ -77,7 +77,20 @@ class FusedScreen:
         self.ask = one and run.Bound(
             one.kernel, (*one.kept, run.Room(*self.room, one.of_row), self.layer), run.ASKED
         )
+        self.one_row = (1, head.weight.shape[1])
         self.takes_one = bool(self.ask) and head.weight.dtype == torch.float32 and candidates < len(weight)
+
+    def takes(self, hidden: Tensor, candidates: int) -> bool:
+        """Whether `answer_one` serves: a row as most queries have it, which kernels take as it is."""
+        return (
+            self.takes_one
+            and self.candidates == candidates
+            and type(hidden) is Tensor
+            and hidden.dtype is torch.float32
+            and hidden.shape == self.one_row
+            and hidden.is_cpu
+            and hidden.is_contiguous()
+        )
 
     def answer(
         self,

@@ -16,12 +16,12 @@ from lastlayer.screening.fused import Fused, FusedScreen, serves
 from lastlayer.screening.preview import Preview
 from lastlayer.screening.saved import load_screen, save_screen
 from lastlayer.screening.screen import Head, Screened, class_parts, screen
+from lastlayer.screening.watched_head import WatchedHead, check_head
 
-DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
 CHUNK_NUMBERS = 1 << 25  # of a (rows, V) tensor held at once
 
 
-class ScreenedSoftmax(nn.Module):
+class ScreenedSoftmax(WatchedHead):
     """Answers as `nn.Linear(d, V)` followed by a softmax would, reading a preview and a few rows of the weight.
 
     A preview scores every class approximately; the `candidates` best get their exact logits, from the weight's own
@@ -72,9 +72,6 @@ class ScreenedSoftmax(nn.Module):
     True
     """
 
-    weight: Tensor
-    bias: Tensor | None
-
     def __init__(
         self,
         weight: Tensor,  # (V, d)
@@ -86,20 +83,13 @@ class ScreenedSoftmax(nn.Module):
         exact: bool = False,
         gram: Tensor | None = None,  # (d, d)
     ) -> None:
-        super().__init__()
-        _check_head(weight, bias)
+        super().__init__(weight, bias)
         if not isinstance(preview, Preview):
             raise TypeError(f"preview must be a Preview such as SVDPreview(64), got {type(preview).__name__}")
-        self.out_features, self.in_features = weight.shape
         self.candidates = check_count("candidates", candidates, 1, len(weight))
         self.preview = preview
         self.logit_map = check_logit_map(logit_map)
         self.exact = bool(exact)
-        for name, tensor in (("weight", weight), ("bias", bias)):
-            if isinstance(tensor, nn.Parameter) or tensor is None:
-                self.register_parameter(name, tensor)
-            else:
-                self.register_buffer(name, tensor)
         self._prepare(gram)
 
     @classmethod
@@ -228,10 +218,10 @@ class ScreenedSoftmax(nn.Module):
 
     @torch.no_grad()
     def _prepare(self, gram: Tensor | None) -> None:
-        _check_head(self.weight, self.bias)
+        check_head(self.weight, self.bias)
         known = {"gram": gram} if gram is not None and self.preview.uses_gram else {}
         self._prepared = self.preview.prepare(self.weight, self.bias, **known)
-        self._prepared_for = self._stamp()
+        self._mark_fresh()
         # the layer as the kernels take it; None: not asked for yet, False: they do not serve
         self._for_kernels: FusedScreen | bool | None = None
 
@@ -260,24 +250,7 @@ class ScreenedSoftmax(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_prepared_for": self._prepared_for == self._stamp(), "_for_kernels": None}  # None: views of memory
-        return {**super().__getstate__(), **own}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # a copy has memory of its own, and is as fresh or stale as its original
-        self._prepared_for = self._stamp() if state["_prepared_for"] else None
-
-    def _stamp(self) -> tuple[int, ...]:
-        """Changes whenever the weight or bias is written or moved (except through `.data`)."""
-        weight, bias = self._own("weight"), self._own("bias")
-        assert weight is not None
-        of_weight = weight.data_ptr(), _version(weight)
-        return of_weight if bias is None else (*of_weight, bias.data_ptr(), _version(bias))
-
-    def _own(self, name: str) -> Tensor | None:
-        """A parameter or buffer, without the detour that `nn.Module` takes: a fortieth of a query's time."""
-        found = self._parameters.get(name)
-        return self._buffers.get(name) if found is None else found
+        return {**super().__getstate__(), "_for_kernels": None}  # they hold views of memory
 
     @outside_graphs
     def _each_row(self, hidden: Tensor, answer: Callable[[Tensor], Tensor]) -> Tensor:
@@ -288,10 +261,7 @@ class ScreenedSoftmax(nn.Module):
 
     def _chunks(self, hidden: Tensor) -> tuple[Tensor, ...]:
         check_hidden(hidden, self.in_features, self.weight.dtype)
-        if self._prepared_for != self._stamp():
-            raise RuntimeError(
-                "the weight has changed or moved since the preview was prepared: call refresh() first"
-            )
+        self._check_fresh()
         rows = (hidden if hidden.dim() == 2 else hidden.reshape(-1, self.in_features)).contiguous()
         most = max(1, CHUNK_NUMBERS // self.out_features)
         return rows.split(most) if len(rows) > most else (rows,)
@@ -301,13 +271,7 @@ class ScreenedSoftmax(nn.Module):
         kernels = self._for_kernels
         if (
             isinstance(kernels, FusedScreen)
-            and kernels.takes_one
-            and kernels.candidates == self.candidates
-            and type(hidden) is Tensor
-            and hidden.dtype is torch.float32
-            and hidden.shape == (1, self.in_features)
-            and hidden.is_cpu
-            and hidden.is_contiguous()
+            and kernels.takes(hidden, self.candidates)
             and self.logit_map is None
             and self._prepared_for == self._stamp()
         ):
@@ -383,21 +347,3 @@ class ScreenedSoftmax(nn.Module):
                 logits = torch.where(screened.rescored[:, at], logits, logits + shift[at])
             of_parts.append(self._mapped(logits).logsumexp(-1, keepdim=True))
         return torch.cat(of_parts, dim=-1).logsumexp(-1, keepdim=True)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _check_head(weight: Tensor, bias: Tensor | None) -> None:
-    for name, tensor, dims in (("weight", weight, 2), ("bias", bias, 1)):
-        if name == "bias" and tensor is None:
-            continue
-        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES or tensor.layout != torch.strided:
-            what = f"{tensor.dtype}, {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a dense floating-point tensor of 16 to 64 bits, got {what}")
-        if tensor.dim() != dims or 0 in tensor.shape or len(tensor) != len(weight):
-            expected = "(V, d)" if dims == 2 else f"({len(weight)},)"
-            raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name} must be finite, got NaN or infinity")
