@@ -20,6 +20,8 @@ from lastlayer.study.text import load_corpus
 
 PARTS = ("speed", "scaling", "exactness", "embeddings", "classifiers", "models")
 BATCH = 128
+NEIGHBOURS = "neighbours"
+NOT_IN_TABLES = ("case", "low_ms", "high_ms", "mean_ms", "rounds", NEIGHBOURS)
 CLAIMS = {  # at V=793,471, d=300, batch 128, on a CPU, against a plain update; as remembered
     "output layer": "763 times faster †",
     "whole model": "501 times faster †",
@@ -78,10 +80,10 @@ def large_sparse_targets(
         if part == "speed":
             count = multiply_adds(num_classes, in_features, BATCH)
             console.print(
-                f"arithmetic of a plain step over the factored one: {count['plain'] / count['factored']:.0f}"
+                f"arithmetic of a plain step over the factored one: {figure(count['plain'] / count['factored'])}"
             )
         for case in dict.fromkeys(record["case"] for record in found):
-            print_table(console, _table(case, [record for record in found if record["case"] == case]))
+            _show(console, case, [record for record in found if record["case"] == case])
         records += found
         common.keep(records)
     if "speed" in chosen:
@@ -89,15 +91,29 @@ def large_sparse_targets(
     return records
 
 
-def _table(case: str, records: Records) -> Table:
-    """A case with a column for each of its fields."""
-    claim = f"; the paper, V=793,471, d=300: {CLAIMS[case]}" if case in CLAIMS else ""
-    table = Table(title=case + claim, title_justify="left")
-    names = [name for name in records[0] if name != "case"]
-    for name in names:
-        table.add_column(name.replace("_", " "), overflow="fold")
+def _show(console: Console, case: str, records: Records) -> None:
+    """A case as a table, and below it which words came out near to each other."""
+    print_table(console, _table(case, records))
     for record in records:
-        table.add_row(*(_cell(record[name]) for name in names))
+        if NEIGHBOURS in record:
+            console.print(f"{record['name']}: {record[NEIGHBOURS]}", highlight=False, markup=False)
+
+
+def _table(case: str, records: Records) -> Table:
+    """A case with a column for each of its fields that differs; what is the same in all rows is in the title."""
+    first, *others = records
+    shown = [name for name in first if name not in NOT_IN_TABLES and any(r[name] is not None for r in records)]
+    same = [name for name in shown if others and all(record[name] == first[name] for record in others)]
+    said = "".join(f", {name.replace('_', ' ')} {_cell(first[name])}" for name in same)
+    claim = f"; the paper, V=793,471, d=300: {CLAIMS[case]}" if case in CLAIMS else ""
+    table = Table(title=case + said + claim, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for name in (name for name in shown if name not in same):
+        cells = [_cell(record[name]) for record in records]
+        text = any(isinstance(record[name], str) for record in records)
+        widest = None if text else max(map(len, cells))  # a figure is never cut
+        table.add_column(name.replace("_", " "), justify="left" if text else "right", min_width=widest)
+    for record in records:
+        table.add_row(*(_cell(record[name]) for name in shown if name not in same))
     return table
 
 
