@@ -13,6 +13,7 @@ from lastlayer.functional.best_first import best_first_topk, sample_two_level
 from lastlayer.functional.checks import check_hidden
 from lastlayer.functional.clusters import check_clusters, even
 from lastlayer.functional.linear_chunks import as_exact
+from lastlayer.functional.one_level import one_level, two_levels
 from lastlayer.functional.row_sparse import GradientMemory, keep_coalesced
 from lastlayer.functional.theano_layout import TheanoParameters, block_ids, blocks_of, check_theano, class_rows
 from lastlayer.functional.two_level import TwoLevel, two_level_log_prob
@@ -133,26 +134,20 @@ class HierarchicalSoftmax(OutputLayer):
         """
         if not isinstance(layer, FullSoftmax) or layer.logit_map is not None:
             raise TypeError("layer must be a FullSoftmax without a logit map")
-        weight = layer.weight.detach()
-        options: dict[str, Any] = {"reduction": layer.reduction, "ignore_index": layer.ignore_index}
         made = cls(
             layer.in_features,
             layer.num_classes,
             clusters=clusters,
             sparse=sparse,
-            device=weight.device,
-            dtype=weight.dtype,
-            **options,
+            reduction=layer.reduction,
+            ignore_index=layer.ignore_index,
+            device=layer.weight.device,
+            dtype=layer.weight.dtype,
         )
-        assert made.bias is not None
-        assert made.head_bias is not None
-        sizes = made.offsets.diff()
         with torch.no_grad():
-            made.weight.copy_(weight[made.order])
-            made.bias.zero_() if layer.bias is None else made.bias.copy_(layer.bias[made.order])
-            sums = torch.zeros_like(made.head_weight).index_add_(0, made._clusters, weight)
-            made.head_weight.copy_(sums / sizes[:, None])
-            made.head_bias.copy_(torch.stack([own.logsumexp(0) for own in made.bias.split(sizes.tolist())]))
+            bias = None if layer.bias is None else layer.bias[made.order]
+            found = two_levels(layer.weight[made.order], bias, made.offsets)
+        made.load_state_dict(found._asdict(), strict=False)
         return made
 
     @torch.no_grad()
@@ -169,14 +164,7 @@ class HierarchicalSoftmax(OutputLayer):
         """
         at = self.weight.new_zeros(self.in_features) if at is None else at
         check_hidden(at, self.in_features, self.weight.dtype)
-        logits = F.linear(at, self.weight, self.bias)
-        sizes = self.offsets.diff().tolist()
-        shift_weight, shift_bias = self.head_weight.clone(), F.linear(at, self.head_weight, self.head_bias)
-        for c, (own, rows) in enumerate(zip(logits.split(sizes), self.weight.split(sizes), strict=True)):
-            shift_weight[c] -= own.softmax(0) @ rows
-            shift_bias[c] -= own.logsumexp(0)
-        weight = self.class_weight() + shift_weight[self._clusters]
-        bias = (logits[self._slots] + shift_bias[self._clusters]) - weight @ at
+        weight, bias = one_level(self._levels(), self.offsets, at)
         full = FullSoftmax(
             self.in_features,
             self.num_classes,
@@ -186,8 +174,8 @@ class HierarchicalSoftmax(OutputLayer):
             dtype=weight.dtype,
         )
         assert full.bias is not None
-        full.weight.copy_(weight)
-        full.bias.copy_(bias)
+        full.weight.copy_(weight[self._slots])
+        full.bias.copy_(bias[self._slots])
         return full
 
     @classmethod
@@ -214,9 +202,8 @@ class HierarchicalSoftmax(OutputLayer):
         given = TheanoParameters(W1, b1, W2, b2)
         ids = block_ids(num_classes, check_theano(given, num_classes))
         layer = cls(len(W1), num_classes, clusters=ids, sparse=sparse, device=W2.device, dtype=W2.dtype)
-        own = (W1.T, b1, class_rows(W2, num_classes), class_rows(b2, num_classes))
-        names = ("head_weight", "head_bias", "weight", "bias")
-        layer.load_state_dict(dict(zip(names, own, strict=True)), strict=False)
+        own = TwoLevel(W1.T, b1, class_rows(W2, num_classes), class_rows(b2, num_classes))
+        layer.load_state_dict(own._asdict(), strict=False)
         return layer
 
     @torch.no_grad()
@@ -243,6 +230,9 @@ class HierarchicalSoftmax(OutputLayer):
             return []
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
+    def _levels(self) -> TwoLevel:
+        return TwoLevel(self.head_weight, self.head_bias, self.weight, self.bias)
+
     def _log_prob(self, hidden: Tensor) -> Tensor:
         sizes = self.offsets.diff()
         logits = as_exact(F.linear(hidden, self.weight, self.bias))
@@ -253,7 +243,7 @@ class HierarchicalSoftmax(OutputLayer):
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return two_level_log_prob(
             hidden,
-            TwoLevel(self.head_weight, self.head_bias, self.weight, self.bias),
+            self._levels(),
             self._clusters.index_select(0, targets),
             self._slots.index_select(0, targets),
             self.offsets,
