@@ -276,3 +276,6 @@ def test_full_layer_touches_it_where_asked(bias):
     torch.testing.assert_close(of_full, of_layer)
     origin = torch.zeros_like(at)
     torch.testing.assert_close(layer.to_full().log_prob(origin), layer.log_prob(origin))
+    for wrong, error in ((at[None], ValueError), (at.long(), TypeError), (at.tolist(), TypeError)):
+        with pytest.raises(error, match="at must"):
+            layer.to_full(wrong)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lastlayer.functional.best_first import best_first_topk, sample_two_level
-from lastlayer.functional.checks import check_hidden
+from lastlayer.functional.checks import check_vector
 from lastlayer.functional.clusters import check_clusters, even
 from lastlayer.functional.linear_chunks import as_exact
 from lastlayer.functional.one_level import one_level, two_levels
@@ -161,10 +161,13 @@ class HierarchicalSoftmax(OutputLayer):
         The clusters' normalisers are not linear in the hidden state; they are expanded to first order, so
         log-probabilities and their slopes are exact at `at`, and drift away from it. Not for evaluating this
         layer: `log_prob` is exact everywhere.
+
+        Raises:
+            TypeError, ValueError: `at` is not a floating `(d,)`.
         """
         at = self.weight.new_zeros(self.in_features) if at is None else at
-        check_hidden(at, self.in_features, self.weight.dtype)
-        weight, bias = one_level(self._levels(), self.offsets, at)
+        check_vector("at", at, self.in_features)
+        weight, bias = one_level(self._levels(), self.offsets, at.to(self.weight))
         full = FullSoftmax(
             self.in_features,
             self.num_classes,
