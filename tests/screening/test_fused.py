@@ -170,6 +170,24 @@ def test_exponentials():
     assert torch.equal(torch.from_numpy(room.block_max[0]), scores.view(10, 64).amax(-1))
 
 
+@pytest.mark.parametrize("logit_map", [None, SoftCap(60.0)])
+def test_normalizer_error_is_of_the_normalizer_in_use(logit_map):
+    """Where preview scores tie, the plain form may have other candidates than the kernels, and another normaliser."""
+    generator = torch.Generator().manual_seed(0)
+    excess = []
+    for _ in range(60):
+        weight = (10 * torch.randn(500, 3, generator=generator)).bfloat16()
+        hidden = (3 * torch.randn(17, 3, generator=generator)).bfloat16()
+        preview = SVDPreview(1, storage="bfloat16")
+        layer = ScreenedSoftmax(weight, preview=preview, candidates=14, logit_map=logit_map)
+        logits = hidden.double() @ weight.double().T
+        true = (logits if logit_map is None else logit_map(logits)).log_softmax(-1)
+        best = layer.topk(hidden, 1).indices
+        off = (layer.log_prob(hidden).double() - true).gather(-1, best).abs().squeeze(-1)
+        excess.append(float((off - layer.log_normalizer_error(hidden)).max()))
+    assert max(excess) < 1e-4  # of rounding
+
+
 def test_where_numba_may_write_nowhere():
     """As in a container whose user owns no folder: numba refuses to decorate, and the plain form answers."""
     code = """

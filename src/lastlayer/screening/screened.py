@@ -181,14 +181,15 @@ class ScreenedSoftmax(WatchedHead):
     ) -> Tensor:  # (...)
         """The most by which the log-normaliser of `log_prob` can differ from the full layer's, for every row.
 
-        That of a `topk` that rescores more classes lies between the same two bounds: it is off by twice this at
-        the most.
+        A `topk` that rescores more classes has another normaliser, as a rule a nearer one.
         """
 
         def answer(rows: Tensor) -> Tensor:
             screened = self._screened(rows, 1, self.exact)
             error = self._prepared.error(rows).all().masked_fill(screened.rescored, 0.0)
-            used = self._log_normalizer(screened)
+            fused = self._by_kernels(rows, 1, self.exact, with_logits=self.logit_map is not None)
+            # the kernels' scores are rounded in another way, so where they tie other classes may be candidates
+            used = self._log_normalizer(screened) if fused is None else self._normalizer_used(fused)
             above = self._mapped(screened.logits + error).logsumexp(-1, keepdim=True) - used
             below = used - self._mapped(screened.logits - error).logsumexp(-1, keepdim=True)
             return torch.maximum(above, below).clamp(min=0.0).squeeze(-1)
@@ -285,9 +286,8 @@ class ScreenedSoftmax(WatchedHead):
             return fused[:3]
         with torch.no_grad():
             if fused is not None:
-                logits = self._mapped(fused.logits)
-                log_prob = logits.gather(-1, fused.indices) - logits.logsumexp(-1, keepdim=True)
-                return log_prob, fused.indices, fused.certified
+                values = self._mapped(fused.logits.gather(-1, fused.indices))
+                return values - self._normalizer_used(fused), fused.indices, fused.certified
             screened = self._screened(rows, k, exact)
             log_prob = self._mapped(screened.values) - self._log_normalizer(screened)
         return log_prob, screened.indices, screened.certified
@@ -335,6 +335,12 @@ class ScreenedSoftmax(WatchedHead):
                 approximate = self._prepared.follow(rows, *head)
                 screened = screened._replace(logits=torch.where(screened.rescored, full, approximate))
         return screened
+
+    def _normalizer_used(self, fused: Fused) -> Tensor:  # (N, 1)
+        """That of the kernels, who do not know the logit map."""
+        if self.logit_map is None:
+            return fused.log_normalizer
+        return self._mapped(fused.logits).logsumexp(-1, keepdim=True)
 
     def _mapped(self, logits: Tensor) -> Tensor:
         return logits if self.logit_map is None else self.logit_map(logits)
