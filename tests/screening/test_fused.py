@@ -172,7 +172,7 @@ def test_exponentials():
 
 @pytest.mark.parametrize("logit_map", [None, SoftCap(60.0)])
 def test_normalizer_error_is_of_the_normalizer_in_use(logit_map):
-    """Where preview scores tie, the plain form may have other candidates than the kernels, and another normaliser."""
+    """Where preview scores tie, the plain form may have other candidates than the kernels have."""
     generator = torch.Generator().manual_seed(0)
     excess = []
     for _ in range(60):
