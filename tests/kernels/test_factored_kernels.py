@@ -1,10 +1,14 @@
 """The compiled form of a factored step is its plain twin: every function, and whole training."""
 
+import copy
+
 import pytest
 import torch
 
 from lastlayer import FactoredOutput, FactoredSGD, SquaredError, TaylorSoftmax
 from lastlayer.kernels import factored as kernels
+from lastlayer.kernels import factored_update as update
+from lastlayer.kernels.factored_gradient import FactoredGradient
 
 pytest.importorskip("numba")
 if kernels.gemm() is None:
@@ -39,16 +43,20 @@ def batch(dtype, width, with_total):
     return stacked / 8, factor, pair, products, ids, target, norm, total if with_total else None
 
 
+def gradient_of(pair, products, ids, target, norm, total):
+    return FactoredGradient(pair / 4, ids, target, norm, total, products)
+
+
 def twins(monkeypatch, function, *arguments):
     """What both forms answer, with what they wrote into their arguments."""
     answers = []
     for compiled in (True, False):
-        own = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+        own = [copy.deepcopy(a) for a in arguments]
         with monkeypatch.context() as patch:
             if not compiled:
                 patch.setattr(kernels, "gemm", lambda: None)
             found = function(*own)
-        found = list(found) if isinstance(found, tuple) else [found]
+        found = list(found) if isinstance(found, tuple) else [found] if found is not None else [None]
         answers.append([*found, *own])
     return answers
 
@@ -57,6 +65,12 @@ def assert_same(both, dtype, skip=()):
     tolerance = 1e-4 if dtype == torch.float32 else 1e-11
     for place, (ours, theirs) in enumerate(zip(*both, strict=True)):
         if place not in skip and ours is not None:
+            if isinstance(ours, tuple | FactoredGradient):
+                ours, theirs = (
+                    tuple(vars(a).values()) if isinstance(a, FactoredGradient) else a for a in (ours, theirs)
+                )
+                assert_same((ours, theirs), dtype)
+                continue
             torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
@@ -86,50 +100,57 @@ def test_hidden_gradient(monkeypatch, threads, dtype, width, with_total, records
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("with_total", [True, False])
 def test_row_matrices(monkeypatch, threads, dtype, width, with_total):
-    _, _, pair, _, ids, target, norm, total = batch(dtype, width, with_total)
-    given = pair / 4, ids, target, total, RATE * norm, RATE, V
-    assert_same(twins(monkeypatch, kernels.row_matrices, *given), dtype)
-    target[5] = torch.inf
-    assert not torch.tensor(kernels.row_matrices(*given)[-1]).isfinite()
-    pair[2, 3] = torch.nan
-    assert not torch.tensor(kernels.row_matrices(pair, *given[1:])[2:4]).isfinite().all()
-
-
-@pytest.mark.parametrize("size", [0.0, 1e-5, 0.05, 0.5])
-def test_solve_by_series(monkeypatch, threads, dtype, size):
-    """Of a matrix that is not symmetric, whatever number of terms its size needs."""
-    system, products = randoms((N, N), (N, 3 * D + 2), dtype=dtype)
-    system *= size / system.norm()
-    both = twins(monkeypatch, kernels.solve_by_series, system, products, float(system.norm()))
+    gradient = gradient_of(*batch(dtype, width, with_total)[2:])
+    both = twins(monkeypatch, update.row_matrices, gradient, RATE, V)
     assert_same(both, dtype)
-    exact = torch.linalg.solve(torch.eye(N) - system.double(), products[:, 2 * D + 2 :].double())
-    assert float((both[0][0] - exact).abs().max()) < 32 * torch.finfo(dtype).eps
+    gradient.target[5] = torch.inf
+    assert not torch.tensor(update.row_matrices(gradient, RATE, V)[-1]).isfinite()
+    gradient.pair[2, 3] = torch.nan
+    assert not torch.tensor(update.row_matrices(gradient, RATE, V)[2:4]).isfinite().all()
 
 
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("with_total", [True, False])
-def test_update(monkeypatch, threads, dtype, width, with_total):
+@pytest.mark.parametrize("size", [None, 0.0, 1e-5, 0.05, 0.5])
+def test_update(monkeypatch, threads, dtype, width, with_total, size):
+    """With a solution that is given, or by a series of whatever length a system that is not symmetric needs."""
     stacked, factor, *rest = batch(dtype, width, with_total)
-    inner, solution = randoms((N, N), (N, D), dtype=dtype)
-    both = twins(monkeypatch, kernels.update, stacked, factor, *rest, RATE, inner, solution)
-    assert_same(both, dtype, skip={4})  # the products are used up
+    system, inner, solution = randoms((N, N), (N, N), (N, D), dtype=dtype)
+    if size is not None:
+        system *= size / system.norm()
+        solution = None
+    rows = update.RowMatrices(system, inner, 0.0, 0.0, float(system.norm()), 0.0)
+    both = twins(monkeypatch, update.update, stacked, factor, gradient_of(*rest), RATE, rows, solution)
+    for found in both:
+        found[3] = None  # the products are used up
+    assert_same(both, dtype)
     gram = both[0][1][:D]
     assert torch.equal(gram, gram.T)
     assert not torch.equal(both[0][2], factor)
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-5, 0.05, 0.5])
+def test_solve_by_series(dtype, size):
+    system, right = randoms((N, N), (N, D), dtype=dtype)
+    system *= size / system.norm()
+    rows = update.RowMatrices(system, system, 0.0, 0.0, float(system.norm()), 0.0)
+    exact = torch.linalg.solve(torch.eye(N) - system.double(), right.double())
+    found = update.solve_by_series(rows, right)
+    assert float((found - exact).abs().max()) < 32 * torch.finfo(dtype).eps
+
+
 def test_add_columns(monkeypatch, threads, dtype):
     """More rows than one piece holds, of which some are left alone, with and without any that are not."""
-    monkeypatch.setattr(kernels, "GATHERED", 7 * D)
+    monkeypatch.setattr(update, "GATHERED", 7 * D)
     factor, change = randoms((4000, D), (3, D), dtype=dtype)
     columns, least = torch.tensor([4, 0, 69]), torch.tensor([1.0, 2.0, 0.5], dtype=dtype)
     some = factor[:, columns]
     expected = torch.where((some.abs() > least).any(1)[:, None], factor + some @ change, factor)
-    both = twins(monkeypatch, kernels.add_columns, factor, columns, change, least)
+    both = twins(monkeypatch, update.add_columns, factor, columns, change, least)
     assert_same(both, dtype)
     torch.testing.assert_close(both[0][1], expected, rtol=1e-4, atol=1e-4)
     assert 0 < int((both[0][1] == factor).all(1).sum()) < 4000
-    kernels.add_columns(factor, columns, change, torch.full_like(least, torch.inf))
+    update.add_columns(factor, columns, change, torch.full_like(least, torch.inf))
     assert_same([[factor], [randoms((4000, D), dtype=dtype)[0]]], dtype)
 
 

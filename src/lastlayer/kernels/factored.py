@@ -1,4 +1,4 @@
-"""The step of `FactoredOutput` between its loss and its checks: a few products, and passes over their rows.
+"""A pass of `FactoredOutput` up to the gradient of the hidden states: a few products, and passes over their rows.
 
 Each function has two forms: PyTorch's operations, for any device, and `kernels/factored_loops.py`, compiled by
 numba, which is one call where the other is ten, and makes use of each row while it is in the cache. That module is
@@ -9,7 +9,6 @@ Notation: N rows, d features, K targets a row; `W = F U + 1 offset^T`, `Q = W^T 
 with `stacked`; of a large batch, (N, 2 d + 2), without R. `D = diag(2 norm)`.
 """
 
-import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -17,12 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lastlayer.kernels.factored_gradient import GradientInRoom, Sizes
 from lastlayer.kernels.softmax_rows import numba_is_there
 from lastlayer.kernels.threads import gemm
 
 LEAST_NUMBERS = 1 << 12  # of the hidden states: below, the plain form is as quick, and numba need not be imported
 FEATURES_A_WORKER = 32  # at least
 GATHERED = 1 << 22  # numbers of gathered rows that the plain form holds at once
+SQUARED_ERROR, SPHERICAL_SOFTMAX, TAYLOR_SOFTMAX, Z_LOSS = range(4)  # the kinds of built-in losses
+REALS = {torch.float32: "float32", torch.float64: "float64"}
 
 
 class Answer(NamedTuple):
@@ -44,10 +46,10 @@ def answer(
     """The statistics of the outputs; `hidden` is copied, for the caller may refill its buffer."""
     rows, d = hidden.shape
     pair = hidden.new_empty(2 * rows, d)
-    if workers := _workers(hidden):
+    if workers := workers_for(hidden, rows, d):
         wide = hidden.new_empty(rows, stacked.shape[0])
         found = Answer(pair, wide, *(torch.empty(s, dtype=torch.float64) for s in ((rows,), ids.shape, (rows,))))
-        _loop("answer", workers, hidden.detach().contiguous(), stacked, factor, ids, *found)
+        loop("answer", workers, hidden.detach().contiguous(), stacked, factor, ids, *found)
         return found
     own = pair[:rows].copy_(hidden)
     products = own @ stacked.T
@@ -83,10 +85,10 @@ def hidden_gradient(
 ) -> Tensor:  # (N, d)
     """`D H Q + sparse`, with `sparse = Y W + g_s total^T` and `Y W = (Y F) U + y offset^T`."""
     rows, d = ids.shape[0], factor.shape[1]
-    if workers := _workers(pair):
+    if workers := workers_for(pair, rows, d):
         gradient, none = pair.new_empty(rows, d), norm[:0]
         some = none if total is None else total
-        _loop(
+        loop(
             "hidden_gradient", workers, pair, products, stacked, factor, ids, target, norm, some, gradient, records
         )
         return gradient
@@ -100,151 +102,62 @@ def hidden_gradient(
     return gradient
 
 
-class RowMatrices(NamedTuple):
-    """The (N, N) matrices of a step, and what tells whether it is easy."""
+class BuiltIn(NamedTuple):
+    """A loss that `kernels/factored_losses.py` has, and its settings."""
 
-    system: Tensor  # S = lr H H^T D
-    inner: Tensor  # lr (Y + g_s 1^T)(Y + g_s 1^T)^T + lr^2 D H both^T: twice the half of lr G G^T
-    shrinking: float  # the positive part of the trace of S
-    growing: float  # and the negative
-    size: float  # the norm of S, at least its largest eigenvalue
-    probe: float  # not finite where some target's derivative is not
+    kind: int
+    one: float = 0.0
+    two: float = 0.0
+    uses_sum: bool = False
 
 
-def row_matrices(
-    pair: Tensor,  # (2 N, d), H over `both`, the gradient of hidden + its sparse part
-    ids: Tensor,
-    target: Tensor,
-    total: Tensor | None,
-    pull: Tensor,  # (N,), lr D
-    rate: float,
-    num_classes: int,
-) -> RowMatrices:
-    """All of a step that its size and its safety depend on."""
-    rows = ids.shape[0]
-    if workers := _workers(pair):
-        system, inner = pair.new_empty(rows, rows), pair.new_empty(rows, rows)
-        some = pull[:0] if total is None else total
-        shrinking, growing, squares, probe = _loop(
-            "row_matrices", workers, pair, ids, target, some, pull, rate, num_classes, system, inner
-        )
-        return RowMatrices(system, inner, shrinking, growing, math.sqrt(squares), probe)
-    cross = pair[:rows] @ pair.T
-    inner = sparse_overlap(ids, target, total, num_classes)
-    inner.mul_(rate).addcmul_(cross[:, rows:], pull[:, None])
-    system = cross[:, :rows] * pull
-    own = system.diagonal()
-    found = torch.stack(
-        [own.clamp(min=0).sum(), -own.clamp(max=0).sum(), system.norm(), target.sum()]
-        + ([] if total is None else [total.sum()])
-    ).tolist()
-    shrinking, growing, size, *probes = found
-    return RowMatrices(system, inner, shrinking, growing, size, sum(probes))
+class WholePass(NamedTuple):
+    """A reduced loss, and what it changes by."""
+
+    loss: Tensor  # ()
+    gradient: Tensor  # of the hidden states, in their shape
+    record: GradientInRoom
 
 
-def sparse_overlap(ids: Tensor, target: Tensor, total: Tensor | None, num_classes: int) -> Tensor:  # (N, N)
-    """`(Y + g_s 1^T) (Y + g_s 1^T)^T`: the part of `G G^T` in which the outputs do not occur."""
-    classes, place = ids.unique(return_inverse=True)
-    compact = target.new_zeros(ids.shape[0], classes.shape[0]).scatter_add_(1, place, target)
-    overlap = compact @ compact.T
-    if total is not None:
-        rank_one = torch.outer(total, target.sum(1) + num_classes / 2 * total)
-        overlap += rank_one + rank_one.T
-    return overlap
-
-
-def solve_by_series(
-    system: Tensor,  # (N, N), S
-    products: Tensor,
-    size: float,  # the norm of S
-) -> Tensor:  # (N, d)
-    """`(I - S)^-1 H R^T`, by `I + S + S^2 + ...` in few products, for a small S."""
-    d = (products.shape[1] - 2) // 3
-    right, eps = products[:, 2 * d + 2 :], torch.finfo(system.dtype).eps / 4
-    if size**2 <= eps:
-        return torch.addmm(right, system, right)
-    if workers := _workers(right):
-        solution = right.new_empty(right.shape)
-        _loop("solve_by_series", workers, system, products, solution, size, eps)
-        return solution
-    series, power = system, system @ system  # S + ... + S^(m - 1) and S^m
-    while float(power.norm()) ** 2 * size > eps:  # what is left out below, from S^(2 m + 1) on
-        series = torch.addmm(series + power, power, series)
-        power = power @ power
-    series = series + power
-    return torch.addmm(right, torch.addmm(series, power, series), right)
-
-
-def update(
+def whole_pass(
+    hidden: Tensor,  # (..., d)
+    targets: Tensor,  # (..., K), or (...) of one target a row
+    weights: Tensor | None,  # (N, K), float64; None: 1 each
     stacked: Tensor,  # (3 d + 2, d)
     factor: Tensor,  # (V, d)
-    pair: Tensor,  # (2 N, d), H over `both`
-    products: Tensor,  # (N, 3 d + 2), used up
-    ids: Tensor,
-    target: Tensor,
-    norm: Tensor,
-    total: Tensor | None,
-    rate: float,
-    inner: Tensor,  # (N, N)
-    solution: Tensor,  # (N, d), X
-) -> None:
-    """The step by rows: `F -= lr Y^T X`, and one product of rank N for all the rest.
+    loss: BuiltIn,
+    mean: bool,  # or the sum of the rows
+    columns: int,  # of the products with `stacked` that are wanted: 3 d + 2, or 2 d + 2
+) -> WholePass | None:
+    """`answer`, the loss's derivatives and `hidden_gradient` in one compiled call.
 
-    With its left factors in place of the products that they are made of,
-
-        Q, U, offset, total, R  +=  [2 P | -lr D T | -lr D t - lr g_s | ... | lr D X]^T H,
-        2 P = inner H - 2 lr (gradient of hidden),
-
-    and then Q is made symmetric: the mean of `Q + 2 P^T H` and its transpose is `Q + P^T H + H^T P`.
+    None where only the other form serves, or where a target is no class; then nothing was done.
     """
-    rows, d = solution.shape
-    if workers := _workers(solution):
-        some = norm[:0] if total is None else total
-        _loop("update", workers, stacked, factor, pair, products, ids, target, norm, some, rate, inner, solution)
-        return
-    hidden, pull = pair[:rows], (2 * rate * norm)[:, None]
-    products[:, : 2 * d + 2].mul_(-pull)
-    products[:, :d].sub_(pair[rows:], alpha=rate).addmm_(inner, hidden, alpha=rate)
-    products[:, 2 * d + 1].sub_(target.sum(1), alpha=rate)
-    if total is not None:
-        products[:, 2 * d].sub_(total, alpha=rate)
-        products[:, 2 * d + 1].sub_(total, alpha=rate * factor.shape[0])
-    torch.mul(solution, pull, out=products[:, 2 * d + 2 :])
-    move_targets(factor, ids, target, rate, solution)
-    stacked.addmm_(products.T, hidden)
-    gram = stacked[:d]
-    gram.add_(gram.T.clone()).div_(2)
+    num_classes, d = factor.shape
+    rows = hidden.numel() // d
+    if not (workers := workers_for(hidden, rows, d)) or hidden.dtype != factor.dtype or targets.is_cuda:
+        return None
+    sizes = Sizes(rows, targets.numel() // rows, d, columns, loss.uses_sum)
+    hidden, targets = hidden.contiguous().resolve_neg(), targets.contiguous()
+    record = GradientInRoom(sizes, hidden.dtype)
+    pair, products, ids, target, norm, total = record.place()
+    gradient, value = torch.empty(hidden.shape, dtype=hidden.dtype), torch.empty((), dtype=hidden.dtype)
+    counts = targets if weights is None else weights.contiguous()
+    done = by_address("factored_loops", "whole_pass", "PASS_KINDS", hidden.dtype)(
+        workers, rows, sizes.width, d, columns, num_classes, loss.kind, loss.one, loss.two,
+        1 / rows if mean else 1.0, loss.uses_sum, stacked.data_ptr(), factor.data_ptr(), hidden.data_ptr(),
+        targets.data_ptr(), counts.data_ptr(), weights is not None, ids, pair, products, target, norm, total,
+        gradient.data_ptr(), value.data_ptr(),
+    )  # fmt: skip
+    return WholePass(value, gradient, record) if done else None
 
 
-def move_targets(factor: Tensor, ids: Tensor, target: Tensor, rate: float, solution: Tensor) -> None:
-    """`F <- F - lr Y^T X`, one target of every row at a time."""
-    for column, values in zip(ids.T, target.T, strict=True):
-        factor.index_add_(0, column, values[:, None] * solution, alpha=-rate)
-
-
-def add_columns(
-    factor: Tensor,  # (V, d)
-    columns: Tensor,  # (m,)
-    change: Tensor,  # (m, d)
-    least: Tensor,  # (m,)
-) -> None:
-    """`F <- F + F[:, columns] change`, for the rows in which one of the columns is larger than its `least`."""
-    if factor.numel() > GATHERED and (workers := _workers(factor)):
-        _loop("add_columns", workers, factor, columns, change.contiguous(), least)
-        return
-    for rows in factor.split(max(1, GATHERED // factor.shape[1])):
-        some = rows[:, columns]
-        at = (some.abs() > least).any(1).nonzero().squeeze(1)
-        rows.index_add_(0, at, some[at] @ change)
-
-
-def _workers(like: Tensor) -> int:
+def workers_for(like: Tensor, rows: int, d: int) -> int:
     """Among how many threads the compiled form divides a batch; 0: the plain form serves."""
-    rows, d = like.shape
     if (
-        like.device.type != "cpu"
-        or like.dtype not in (torch.float32, torch.float64)
-        or rows * d < LEAST_NUMBERS
+        rows * d < LEAST_NUMBERS
+        or like.dtype not in REALS
+        or like.device.type != "cpu"
         or not numba_is_there()
         or gemm() is None
     ):
@@ -259,5 +172,17 @@ def _compiled(name: str) -> Any:
     return getattr(factored_loops, name)
 
 
-def _loop(name: str, *arguments: Any) -> Any:
+def loop(name: str, *arguments: Any) -> Any:
+    """A function of `factored_loops.py`."""
     return _compiled(name)(*[a.numpy() if isinstance(a, Tensor) else a for a in arguments])
+
+
+@cache
+def by_address(module: str, name: str, kinds: str, dtype: torch.dtype) -> Any:
+    """A function of one of the modules of loops, called by address."""
+    from importlib import import_module
+
+    from lastlayer.kernels.by_address import ByAddress
+
+    loops = import_module(f"lastlayer.kernels.{module}")
+    return ByAddress(getattr(loops, name), getattr(loops, kinds), REALS[dtype])

@@ -19,9 +19,12 @@ from lastlayer.functional.reduce import reduce_loss
 from lastlayer.functional.sparse_targets import sparse_targets
 from lastlayer.functional.spherical import NormalizedLoss, SphericalLoss, SphericalSoftmax
 from lastlayer.layers.base import OutputLayer
+from lastlayer.layers.factored_pass import whole_loss
 from lastlayer.layers.factored_record import Ledger, Record, full_precision, recorded_loss
 from lastlayer.layers.factored_stability import Stabilizer
 from lastlayer.layers.factored_state import Consistency, FactoredState
+
+PLAIN = (Tensor, nn.Parameter)
 
 
 class FactoredOutput(OutputLayer):
@@ -111,6 +114,11 @@ class FactoredOutput(OutputLayer):
         `ignore_index`; or a sparse `(N, V)` matrix of values. Duplicates add. A row of nothing but
         `ignore_index` is ignored, an empty row of a matrix is a target of zeros.
         """
+        if target_weights is None and self._is_usual(hidden, targets):
+            rows = self._featured(hidden.reshape(-1, self.in_features)) if self.has_bias else hidden
+            loss = whole_loss(rows, targets, None, self.loss, self._record(), self.reduction)
+            if loss is not None:
+                return loss
         rows, shape = self._rows(hidden), hidden.shape[:-1]
         ids, weights, kept = sparse_targets(targets, target_weights, shape, self.num_classes, self.ignore_index)
         if kept is None:
@@ -232,15 +240,37 @@ class FactoredOutput(OutputLayer):
         self, rows: Tensor, ids: Tensor, weights: Tensor, reduction: str = "none"
     ) -> Tensor:  # (), or (N,) in float64 for "none"
         hidden = self._featured(rows)
-        if self.training and torch.is_grad_enabled() and self.anchor.requires_grad:
+        if self._trains():
             if self.anchor.dtype == torch.float16:
                 raise TypeError("a float16 FactoredOutput does not train: use layer.float() or layer.bfloat16()")
-            record = Record(self.state, self._ledger, self.anchor, self._check_owner)
-            return recorded_loss(hidden, ids, weights, self.loss, record, reduction)
+            given = hidden, ids, weights, self.loss, self._record(), reduction
+            whole = whole_loss(*given)
+            return recorded_loss(*given) if whole is None else whole
         with full_precision(self.anchor.device.type):
             scores, squared_norm, total = self.state.statistics(hidden, ids)
         row_loss = self.loss.row_loss(scores, weights, squared_norm, total, self.num_classes)
         return reduce_loss(row_loss, None, reduction)
+
+    def _is_usual(self, hidden: Tensor, targets: Tensor) -> bool:
+        """Whether all is well, but for the ids, which `whole_loss` looks at: the quick way through `forward`."""
+        return (
+            type(hidden) in PLAIN
+            and type(targets) in PLAIN
+            and hidden.dtype == self.anchor.dtype
+            and targets.dtype == torch.int64
+            and targets.shape == hidden.shape[:-1]
+            and hidden.shape[-1:] == (self.in_features,)
+            and hidden.layout == targets.layout == torch.strided
+            and hidden.device == targets.device
+            and not 0 <= self.ignore_index < self.num_classes
+            and self._trains()
+        )
+
+    def _trains(self) -> bool:
+        return self.training and torch.is_grad_enabled() and self.anchor.requires_grad
+
+    def _record(self) -> Record:
+        return Record(self.state, self._ledger, self.anchor, self._check_owner)
 
     def _featured(self, rows: Tensor) -> Tensor:  # (N, d), or (N, d + 1) with the constant feature of the bias
         rows = rows.to(self.state.factor.dtype)

@@ -1,6 +1,6 @@
 """What a training-mode pass of `FactoredOutput` leaves for `FactoredSGD`, and how autograd carries it there.
 
-One node, `_Loss`: the loss and, backwards, the gradient of the hidden states and the record of the step. The
+One node, `_Loss` (or, usually, the one of `factored_pass.py`): the loss and, backwards, the gradient of the hidden states and the record of the step. The
 record is made only when the engine goes on to the layer's anchor, that is, when the gradient of the layer itself
 is wanted: `torch.autograd.grad(loss, hidden)` records nothing, `loss.backward()` does.
 
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from lastlayer.functional.reduce import reduce_loss
 from lastlayer.functional.spherical import RowDerivatives, SphericalLoss
 from lastlayer.kernels.factored import Answer, answer, hidden_gradient
-from lastlayer.layers.factored_gradient import FactoredGradient
+from lastlayer.kernels.factored_gradient import FactoredGradient
 from lastlayer.layers.factored_state import FactoredState
 from lastlayer.layers.factored_step import prefers_features
 
@@ -94,6 +94,12 @@ class Record:
                 "computed; run forward again"
             )
 
+    def commit(self, gradient: FactoredGradient) -> None:
+        """Records it, or an error when this backward pass cannot train the layer."""
+        self.check_first()
+        self.ledger.add(self.anchor, gradient)
+        self.committed = True
+
     def check_first(self) -> None:
         """An error when this backward pass cannot train the layer."""
         self.check_owner()
@@ -163,8 +169,7 @@ class _Loss(torch.autograd.Function):
             )
         if not commits:
             return gradient, *[None] * 6
-        record.ledger.add(record.anchor, FactoredGradient(pair, ids, target, norm, total, products))
-        record.committed = True
+        record.commit(FactoredGradient(pair, ids, target, norm, total, products))
         return gradient, torch.full_like(record.anchor, MARK), *[None] * 5
 
 

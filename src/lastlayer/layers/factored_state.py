@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lastlayer.functional.gram import gram_matrix
-from lastlayer.kernels.factored import add_columns, target_scores
+from lastlayer.kernels.factored import target_scores
+from lastlayer.kernels.factored_update import add_columns
 
 CHUNK_NUMBERS = 1 << 22  # numbers of the (V, d) factor that one pass holds at once
 

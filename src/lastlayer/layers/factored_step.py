@@ -18,7 +18,7 @@ On the state `W = F U + 1 offset^T`, `R = U^-T`, `Q = W^T W`:
 
 For N below d these are updates of rank N (`_by_rows`); otherwise A itself is made and factored (`_by_features`).
 By rows an example costs 7 d^2 multiply-adds in the products with and into U, R and Q, and about 4 N d in those
-with the (N, N) matrices; `kernels/factored.py` holds them.
+with the (N, N) matrices; `kernels/factored_update.py` holds them.
 """
 
 import math
@@ -29,11 +29,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lastlayer.kernels.factored import RowMatrices, move_targets, row_matrices, solve_by_series, update
-from lastlayer.layers.factored_gradient import FactoredGradient, gradient_norm
+from lastlayer.kernels.factored_gradient import FactoredGradient
+from lastlayer.kernels.factored_update import RowMatrices, move_targets, row_matrices, update
+from lastlayer.layers.factored_gradient import gradient_norm
 from lastlayer.layers.factored_state import FactoredState
 
 EASY = 0.9  # lr tr(H^T D H) up to which a step is far from singular whatever the eigenvalues
+SHORT = {dtype: torch.finfo(dtype).eps / 4 for dtype in (torch.float32, torch.float64)}  # for `size ** 8`
 
 
 @dataclass
@@ -62,20 +64,19 @@ def plan_step(
     shrink = 1 - lr * weight_decay
     if not shrink > 0:
         raise ValueError(f"lr * weight_decay must be below 1, got {lr} * {weight_decay}")
-    if lr == 0 or len(gradient.hidden) == 0:
+    count, _, features, _, _ = gradient.sizes()
+    if lr == 0 or count == 0:
         return _decay_only(state, shrink) if shrink != 1 and lr != 0 else None
     if max_norm is not None:
         lr *= min(1.0, max_norm / (gradient_norm(gradient, state.num_classes) + 1e-6))  # as clip_grad_norm_ does
     rate = lr / shrink
-    pull = 2 * rate * gradient.norm  # lr D
     rows = None
-    if prefers_features(*gradient.hidden.shape):
-        spread = pull * gradient.hidden.square().sum(1)  # the diagonal of lr H H^T D
+    if prefers_features(count, features):
+        spread = 2 * rate * gradient.norm * gradient.hidden.square().sum(1)  # the diagonal of lr H H^T D
         shrinking, growing = float(spread.clamp(min=0).sum()), -float(spread.clamp(max=0).sum())
         probe = float(gradient.target.sum() + (0.0 if gradient.total is None else gradient.total.sum()))
     else:
-        g = gradient
-        rows = row_matrices(g.pair, g.ids, g.target, g.total, pull, rate, state.num_classes)
+        rows = row_matrices(gradient, rate, state.num_classes)
         shrinking, growing, probe = rows.shrinking, rows.growing, rows.probe
     if not math.isfinite(shrinking + growing + probe):
         raise ValueError("hidden, or the gradient of the loss, is not finite: the step is refused")
@@ -83,11 +84,11 @@ def plan_step(
         _check_size((1 + growing) ** 2 * state.gram.double(), state.gram.dtype)
     plan = None
     if rows is not None and shrinking <= EASY and growing <= 1:
-        solve = partial(_solve_easy, rows)
+        solve = None if rows.size**8 <= SHORT[state.factor.dtype] else partial(_solve_easy, rows)
         plan = _by_rows(state, gradient, rate, rows, solve, -math.log1p(-min(shrinking, rows.size)))
         growing = min(growing, rows.size)
     elif rows is not None and growing <= 1e-3 * shrinking:
-        plan = _by_rows_checked(state, gradient, rate, rows, pull)
+        plan = _by_rows_checked(state, gradient, rate, rows)
     if plan is None:
         plan = _by_features(state, gradient, rate, lr, growing)
     plan.growth += growing
@@ -103,12 +104,9 @@ def prefers_features(rows: int, features: int) -> bool:
 
 
 def _solve_easy(rows: RowMatrices, products: Tensor) -> Tensor:  # (N, d), X
-    """`(I - S)^-1 H R^T`, where the trace proves the matrix well conditioned: by a short series, or by LU."""
-    system = rows.system
-    if rows.size**8 <= torch.finfo(system.dtype).eps / 4:
-        return solve_by_series(system, products, rows.size)
+    """`(I - S)^-1 H R^T`, where the trace proves the matrix well conditioned, and a series would be long."""
     right = products[:, _right_of(products) :]
-    return torch.linalg.inv_ex(_identity(right.shape[0], right) - system).inverse @ right
+    return torch.linalg.inv_ex(_identity(right.shape[0], right) - rows.system).inverse @ right
 
 
 def _right_of(products: Tensor) -> int:
@@ -117,10 +115,10 @@ def _right_of(products: Tensor) -> int:
 
 
 def _by_rows_checked(
-    state: FactoredState, gradient: FactoredGradient, rate: float, rows: RowMatrices, pull: Tensor
+    state: FactoredState, gradient: FactoredGradient, rate: float, rows: RowMatrices
 ) -> StepPlan | None:
     """The step by rows for D > 0, by Cholesky in float64; None unless A is positive, well away from singular."""
-    root = pull.double().sqrt()[:, None]
+    root = (2 * rate * gradient.norm).double().sqrt()[:, None]
     scaled = root * gradient.hidden
     inverse, growth = _inverse_factor(_identity(len(root), root) - scaled @ scaled.T, 0.0)
     if growth > _most_growth(gradient.hidden.dtype) or not bool((root > 0).all()):
@@ -155,17 +153,15 @@ def _by_rows(
     g: FactoredGradient,
     rate: float,
     rows: RowMatrices,
-    solve: Callable[[Tensor], Tensor],  # of the products, (N, d), X
+    solve: Callable[[Tensor], Tensor] | None,  # of the products, (N, d), X; None: a short series will do
     growth: float,
 ) -> StepPlan:
     """The step as one update of rank N of all but F."""
 
     def apply() -> None:
-        solution = solve(g.products)
-        given = g.pair, g.products, g.ids, g.target, g.norm, g.total
-        update(state.stacked, state.factor, *given, rate, rows.inner, solution)
+        update(state.stacked, state.factor, g, rate, rows, None if solve is None else solve(g.products))
 
-    return StepPlan(apply, g.ids.shape[0], growth)
+    return StepPlan(apply, g.sizes().rows, growth)
 
 
 # N above d, or a step that is not easy: A itself, (d, d), in float64.

@@ -1,0 +1,69 @@
+"""The usual training pass of `FactoredOutput`: a built-in loss, reduced, on a CPU.
+
+All of it is linear in the gradient that backward is given, one number. So one compiled call makes, in the forward
+pass already, the loss, the gradient of the hidden states and the record of the step for a 1; backward multiplies
+where it is another number. `factored_record.py` has every other pass.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lastlayer.functional.checks import eager_on_cpu
+from lastlayer.functional.spherical import SphericalLoss, built_in
+from lastlayer.kernels.factored import WholePass, hidden_gradient, whole_pass
+from lastlayer.layers.factored_record import MARK, Record
+from lastlayer.layers.factored_step import prefers_features
+
+
+def whole_loss(
+    hidden: Tensor,  # (..., d)
+    targets: Tensor,  # (..., K) or (...)
+    weights: Tensor | None,  # (N, K), float64; None: 1 each
+    loss: SphericalLoss,
+    record: Record,
+    reduction: str,
+) -> Tensor | None:  # ()
+    """The loss, whose backward records the step; None where this form does not serve, or a target is no class."""
+    kernel = None if reduction == "none" or not eager_on_cpu(hidden) else built_in(loss)
+    if kernel is None:
+        return None
+    state = record.state
+    d = state.features
+    columns = (2 if prefers_features(hidden.numel() // d, d) else 3) * d + 2
+    made = whole_pass(hidden, targets, weights, state.stacked, state.factor, kernel, reduction == "mean", columns)
+    return None if made is None else _WholePass.apply(hidden, record.anchor, made, record)  # pyright: ignore[reportReturnType]
+
+
+class _WholePass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, anchor: Tensor, made: WholePass, record: Record) -> Tensor:
+        ctx.record, ctx.left, ctx.gradient, ctx.shape = record, made.record, made.gradient, hidden.shape
+        return made.loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, upstream: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        record: Record = ctx.record
+        record.check_weight()
+        factor = upstream.item()
+        if not torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
+            kept = _made_again(ctx) if ctx.gradient is None else ctx.gradient
+            return kept * factor, None, None, None
+        record.commit(ctx.left)
+        gradient, ctx.gradient = ctx.gradient, None  # nobody else's, so that it becomes `hidden.grad` uncopied
+        if factor != 1:
+            gradient.mul_(factor)
+            ctx.left.scale(factor)
+        return gradient, torch.full_like(record.anchor, MARK), None, None
+
+
+def _made_again(ctx: Any) -> Tensor:
+    """The gradient that was given away, for `torch.autograd.grad` after `backward`."""
+    state, left = ctx.record.state, ctx.left.parts()
+    given = left.ids, left.target, left.norm, left.total
+    return hidden_gradient(left.pair, left.products, state.stacked, state.factor, *given, False).view(ctx.shape)
