@@ -8,13 +8,14 @@ import torch
 from lastlayer import FactoredOutput, FactoredSGD, SquaredError, TaylorSoftmax
 from lastlayer.kernels import factored as kernels
 from lastlayer.kernels import factored_update as update
-from lastlayer.kernels.factored_gradient import FactoredGradient
+from lastlayer.kernels.factored_gradient import Columns, FactoredGradient, padded
 
 pytest.importorskip("numba")
 if kernels.gemm() is None:
     pytest.skip("PyTorch's BLAS was not found", allow_module_level=True)
 
 N, D, V, RATE = 24, 70, 50, 0.02
+AT = Columns.of(D)
 
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=str)
@@ -38,13 +39,17 @@ def batch(dtype, width, with_total):
     ids = torch.randint(V, (N, width), generator=torch.Generator().manual_seed(4))
     ids[1:4] = ids[0, 0]
     stacked, factor, pair, products, target, norm, total = randoms(
-        (3 * D + 2, D), (V, D), (2 * N, D), (N, 3 * D + 2), (N, width), (N,), (N,), dtype=dtype
+        (AT.end, D), (V, D), (2 * N, padded(D)), (N, AT.end), (N, width), (N,), (N,), dtype=dtype
     )
-    return stacked / 8, factor, pair, products, ids, target, norm, total if with_total else None
+    used = torch.zeros(AT.end, dtype=dtype)
+    for start, count in ((AT.gram, D), (AT.map, D), (AT.shared, 2), (AT.inverse, D)):
+        used[start : start + count] = 1
+    pair[:, D:] = 0
+    return stacked * used[:, None] / 8, factor, pair, products * used, ids, target, norm, total if with_total else None
 
 
 def gradient_of(pair, products, ids, target, norm, total):
-    return FactoredGradient(pair / 4, ids, target, norm, total, products)
+    return FactoredGradient(pair / 4, ids, target, norm, total, products, D, scaled=0.7)
 
 
 def twins(monkeypatch, function, *arguments):
@@ -78,13 +83,14 @@ def assert_same(both, dtype, skip=()):
 @pytest.mark.parametrize("with_inverse", [True, False])
 def test_answer(monkeypatch, threads, dtype, width, with_inverse):
     stacked, factor, pair, _, ids, *_ = batch(dtype, width, False)
-    hidden = pair[:N].T.contiguous().T  # not contiguous
-    needed = stacked if with_inverse else stacked[: 2 * D + 2]
-    both = twins(monkeypatch, kernels.answer, hidden, needed, factor, ids)
+    hidden = pair[:N, :D].T.contiguous().T  # not contiguous
+    columns = AT.end if with_inverse else AT.inverse
+    both = twins(monkeypatch, kernels.answer, hidden, stacked, factor, ids, columns)
+    used = stacked.any(1)[:columns]
     for found in both:
-        found[0] = found[0][:N]  # the rest is room, not yet written
+        assert found[1].shape == (N, columns)
+        found[0], found[1] = found[0][:N, :D], found[1][:, used]  # the rest is room, not yet written
     assert_same(both, dtype)
-    assert both[0][1].shape == (N, len(needed))
 
 
 @pytest.mark.parametrize("width", [1, 3])

@@ -5,8 +5,8 @@ numba, which is one call where the other is ten, and makes use of each row while
 imported when a loop first runs.
 
 Notation: N rows, d features, K targets a row; `W = F U + 1 offset^T`, `Q = W^T W`, `total = W^T 1`, `R = U^-T`;
-`stacked (3 d + 2, d)` is Q over U, offset, total and R. `products (N, 3 d + 2)` are those of the hidden states
-with `stacked`; of a large batch, (N, 2 d + 2), without R. `D = diag(2 norm)`.
+`stacked` is Q over U, offset, total and R, with rows of zeros between, as `Columns` says. `products` are those of
+the hidden states with `stacked`; of a large batch without R. `D = diag(2 norm)`.
 """
 
 from functools import cache
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lastlayer.kernels.factored_gradient import GradientInRoom, Sizes
+from lastlayer.kernels.factored_gradient import Columns, GradientInRoom, Sizes, padded
 from lastlayer.kernels.softmax_rows import numba_is_there
 from lastlayer.kernels.threads import gemm
 
@@ -30,8 +30,8 @@ REALS = {torch.float32: "float32", torch.float64: "float64"}
 class Answer(NamedTuple):
     """What the loss reads of a batch, float64, and what the gradient and the step make use of again."""
 
-    pair: Tensor  # (2 N, d), the hidden states over room for as much
-    products: Tensor  # (N, 3 d + 2), or (N, 2 d + 2)
+    pair: Tensor  # (2 N, padded d), the hidden states over room for as much
+    products: Tensor  # (N, columns)
     squared_norm: Tensor  # (N,), h^T Q h
     scores: Tensor  # (N, K), F_t (U h) + offset^T h
     total: Tensor  # (N,), total^T h
@@ -39,23 +39,25 @@ class Answer(NamedTuple):
 
 def answer(
     hidden: Tensor,  # (N, d)
-    stacked: Tensor,  # (3 d + 2, d), or without its last d
+    stacked: Tensor,
     factor: Tensor,  # (V, d), F
     ids: Tensor,  # (N, K)
+    columns: int,  # of the products that are wanted
 ) -> Answer:
     """The statistics of the outputs; `hidden` is copied, for the caller may refill its buffer."""
     rows, d = hidden.shape
-    pair = hidden.new_empty(2 * rows, d)
+    pair = hidden.new_empty(2 * rows, padded(d))
     if workers := workers_for(hidden, rows, d):
-        wide = hidden.new_empty(rows, stacked.shape[0])
+        wide = hidden.new_empty(rows, columns)
         found = Answer(pair, wide, *(torch.empty(s, dtype=torch.float64) for s in ((rows,), ids.shape, (rows,))))
         loop("answer", workers, hidden.detach().contiguous(), stacked, factor, ids, *found)
         return found
-    own = pair[:rows].copy_(hidden)
-    products = own @ stacked.T
+    at = Columns.of(d)
+    own = pair[:rows, :d].copy_(hidden)
+    products = own @ stacked[:columns].T
     squared_norm = (products[:, :d] * own).sum(1).double().clamp_(min=0)
-    scores = target_scores(products[:, d : 2 * d], factor, ids) + products[:, 2 * d, None]
-    return Answer(pair, products, squared_norm, scores.double(), products[:, 2 * d + 1].double())
+    scores = target_scores(products[:, at.map : at.map + d], factor, ids) + products[:, at.shared, None]
+    return Answer(pair, products, squared_norm, scores.double(), products[:, at.shared + 1].double())
 
 
 def target_scores(
@@ -73,8 +75,8 @@ def target_scores(
 
 
 def hidden_gradient(
-    pair: Tensor,  # (2 N, d); if `records`, the second half becomes the gradient + sparse
-    products: Tensor,
+    pair: Tensor,  # (2 N, padded d); if `records`, the second half becomes the gradient + sparse
+    products: Tensor,  # if `records`, the gradient takes the place of those with Q
     stacked: Tensor,
     factor: Tensor,
     ids: Tensor,  # (N, K)
@@ -92,13 +94,15 @@ def hidden_gradient(
             "hidden_gradient", workers, pair, products, stacked, factor, ids, target, norm, some, gradient, records
         )
         return gradient
+    at = Columns.of(d)
     sums = F.embedding_bag(ids, factor, per_sample_weights=target, mode="sum")
-    sparse = sums @ stacked[d : 2 * d]
+    sparse = sums @ stacked[at.map : at.map + d]
     if total is not None:
-        sparse.addr_(target.sum(1), stacked[2 * d]).addr_(total, stacked[2 * d + 1])
+        sparse.addr_(target.sum(1), stacked[at.shared]).addr_(total, stacked[at.shared + 1])
     gradient = torch.addcmul(sparse, norm[:, None], products[:, :d], value=2)
     if records:
-        torch.add(gradient, sparse, out=pair[rows:])
+        products[:, :d] = gradient
+        pair[rows:, :d] = gradient + sparse
     return gradient
 
 
@@ -123,11 +127,11 @@ def whole_pass(
     hidden: Tensor,  # (..., d)
     targets: Tensor,  # (..., K), or (...) of one target a row
     weights: Tensor | None,  # (N, K), float64; None: 1 each
-    stacked: Tensor,  # (3 d + 2, d)
+    stacked: Tensor,
     factor: Tensor,  # (V, d)
     loss: BuiltIn,
     mean: bool,  # or the sum of the rows
-    columns: int,  # of the products with `stacked` that are wanted: 3 d + 2, or 2 d + 2
+    columns: int,  # of the products that are wanted
 ) -> WholePass | None:
     """`answer`, the loss's derivatives and `hidden_gradient` in one compiled call.
 

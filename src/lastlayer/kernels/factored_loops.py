@@ -15,34 +15,47 @@ from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 
 from lastlayer.kernels.blas import multiply
 from lastlayer.kernels.cache_hints import LINE_BYTES, fetch_number
+from lastlayer.kernels.factored_gradient import ALIGNED
 from lastlayer.kernels.factored_losses import row_derivatives
 from lastlayer.kernels.fast_math import compiled
 from lastlayer.kernels.screening.threads import apart
+from lastlayer.kernels.tiles import share
 
 
 @compiled
-def share(worker, workers, count):
-    """Which of `count` are a worker's: from the first to before the last."""
-    return count * worker // workers, count * (worker + 1) // workers
+def columns_of(d):
+    """As `Columns.of`: where U, offset and total, and R begin in `stacked`."""
+    width = -(-d // ALIGNED) * ALIGNED
+    return width, 2 * width, 2 * width + ALIGNED
+
+
+@compiled
+def fetch_targets(worker, workers, factor, ids):
+    """Has a worker's features of all target rows brought into the cache."""
+    first, last = share(worker, workers, factor.shape[1])
+    for n in range(ids.shape[0]):
+        for k in range(ids.shape[1]):
+            for i in range(first, last, LINE_BYTES // factor.itemsize):
+                fetch_number(factor, ids[n, k], i)
+            fetch_number(factor, ids[n, k], last - 1)
 
 
 @compiled
 def _answer_share(worker, workers, hidden, stacked, factor, ids, pair, products, parts):
     (rows, d), zero = hidden.shape, products.dtype.type(0)
     first, last = share(worker, workers, d)
-    for n in range(rows):
-        for k in range(ids.shape[1]):
-            for i in range(first, last, LINE_BYTES // factor.itemsize):
-                fetch_number(factor, ids[n, k], i)
-    for at in (0, d, 2 * d + 2):
-        if at + d <= stacked.shape[0]:
+    at_map, at_shared, at_inverse = columns_of(d)
+    fetch_targets(worker, workers, factor, ids)
+    for at in (0, at_map, at_inverse):
+        if at < products.shape[1]:
             own = slice(at + first, at + last)
             multiply(hidden, False, stacked[own], True, products[:, own], 1.0, 0.0)
     if worker == 0:
-        multiply(hidden, False, stacked[2 * d : 2 * d + 2], True, products[:, 2 * d : 2 * d + 2], 1.0, 0.0)
+        shared = slice(at_shared, at_shared + 2)
+        multiply(hidden, False, stacked[shared], True, products[:, shared], 1.0, 0.0)
     for n in range(rows):
         h, copy = hidden[n, first:last], pair[n, first:last]
-        p, mapped = products[n, first:last], products[n, d + first : d + last]
+        p, mapped = products[n, first:last], products[n, at_map + first : at_map + last]
         found = zero
         for i in range(len(h)):
             found += h[i] * p[i]
@@ -61,58 +74,70 @@ def answer(workers, hidden, stacked, factor, ids, pair, products, squared_norm, 
     (rows, d), width = hidden.shape, ids.shape[1]
     parts = np.empty((workers, rows, 1 + width), hidden.dtype)
     apart(_answer_share, workers, (workers, hidden, stacked, factor, ids, pair, products, parts))
+    _, shared, _ = columns_of(d)
     for n in range(rows):
-        total[n] = products[n, 2 * d + 1]
-        found = parts[:, n, 0].sum()
+        total[n], found = products[n, shared + 1], parts[0, n, 0]
+        for worker in range(1, workers):
+            found += parts[worker, n, 0]
         squared_norm[n] = 0.0 if found < 0 else found  # nan stays nan
         for k in range(width):
-            scores[n, k] = products[n, 2 * d] + parts[:, n, 1 + k].sum()
+            found = products[n, shared]
+            for worker in range(workers):
+                found += parts[worker, n, 1 + k]
+            scores[n, k] = found
 
 
 @compiled
-def _sparse_share(worker, workers, stacked, factor, ids, target, sums, parts):
-    rows, d = sums.shape
-    first, last = share(worker, workers, d)
+def _sums_share(worker, workers, factor, ids, target, sums):
+    """`Y F`."""
+    first, last = share(worker, workers, factor.shape[1])
     zero = sums.dtype.type(0)
-    for n in range(rows):
+    for n in range(ids.shape[0]):
         into = sums[n, first:last]
-        into[:] = zero
         for k in range(ids.shape[1]):
             row, value = factor[ids[n, k], first:last], target[n, k]
-            for i in range(len(into)):
-                into[i] += value * row[i]
-    multiply(sums[:, first:last], False, stacked[d + first : d + last], False, parts[worker], 1.0, 0.0)
+            if k == 0:
+                for i in range(len(into)):
+                    into[i] = value * row[i]
+            else:
+                for i in range(len(into)):
+                    into[i] += value * row[i]
+        if ids.shape[1] == 0:
+            into[:] = zero
 
 
 @compiled
-def _gradient_share(worker, workers, pair, products, stacked, target, norm, total, parts, gradient, records):
+def _gradient_share(worker, workers, sums, pair, products, stacked, target, norm, total, gradient, records):
     rows, d = gradient.shape
     first, last = share(worker, workers, d)
-    offset, whole = stacked[2 * d, first:last], stacked[2 * d + 1, first:last]
+    at_map, shared, _ = columns_of(d)
+    into = pair[rows:, first:last] if records else gradient[:, first:last]
+    multiply(sums[:, :d], False, stacked[at_map : at_map + d, first:last], False, into, 1.0, 0.0)
+    offset, whole = stacked[shared, first:last], stacked[shared + 1, first:last]
     for n in range(rows):
-        s, p, g = parts[0, n, first:last], products[n, first:last], gradient[n, first:last]
-        for other in range(1, workers):
-            more = parts[other, n, first:last]
-            for i in range(len(s)):
-                s[i] += more[i]
+        s, p, g = into[n], products[n, first:last], gradient[n, first:last]
         if total.shape[0]:
             by_score, by_total = target[n].sum(), total[n]
             for i in range(len(s)):
                 s[i] += by_score * offset[i] + by_total * whole[i]
         scale = norm[n] + norm[n]
-        for i in range(len(s)):
-            g[i] = scale * p[i] + s[i]
         if records:
-            both = pair[rows + n, first:last]
-            for i in range(len(s)):
-                both[i] = g[i] + s[i]
+            for i in range(len(p)):
+                change = scale * p[i]
+                own = change + s[i]
+                g[i] = own
+                p[i] = own
+                s[i] += own
+        else:
+            for i in range(len(p)):
+                g[i] += scale * p[i]
 
 
 @compiled
 def hidden_gradient(workers, pair, products, stacked, factor, ids, target, norm, total, gradient, records):
-    sums, parts = np.empty_like(gradient), np.empty((workers, *gradient.shape), gradient.dtype)
-    apart(_sparse_share, workers, (workers, stacked, factor, ids, target, sums, parts))
-    given = (workers, pair, products, stacked, target, norm, total, parts, gradient, records)
+    sums = np.empty((gradient.shape[0], pair.shape[1]), gradient.dtype)
+    apart(_sums_share, workers, (workers, factor, ids, target, sums))
+    given = (workers, sums, pair, products, stacked, target, norm, total, gradient, records)
     apart(_gradient_share, workers, given)
 
 
@@ -162,7 +187,7 @@ def whole_pass(asked: Any) -> int:
     if not _take_classes(carray(targets, shape), num_classes, ids):
         return 0
     stacked, factor = carray(stacked, (columns, d)), carray(factor, (num_classes, d))
-    pair, products = carray(pair, (2 * rows, d)), carray(products, (rows, columns))
+    pair, products = carray(pair, (2 * rows, columns_of(d)[0])), carray(products, (rows, columns))
     target, norm, total = carray(target, shape), carray(norm, (rows,)), carray(total, (rows * uses_sum,))
     counts = carray(weights, shape) if weighted else np.ones(shape)
     squared_norm, scores, sums = np.empty(rows), np.empty(shape), np.empty(rows)

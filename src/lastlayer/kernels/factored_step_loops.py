@@ -13,18 +13,23 @@ from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 
 from lastlayer.kernels.blas import multiply
 from lastlayer.kernels.cache_hints import fetch_number
-from lastlayer.kernels.factored_loops import share
+from lastlayer.kernels.factored_loops import columns_of, fetch_targets
 from lastlayer.kernels.fast_math import compiled
 from lastlayer.kernels.screening.threads import apart
+from lastlayer.kernels.tiles import share, symmetric_share
 
-TILE = 16  # of a matrix, so that rows and columns stay in cache
 AHEAD = 16  # rows of F, of which a number each is wanted
 PIECE = 1 << 17  # numbers of F that stay in cache between two products
 
 
 @compiled
-def _add_overlap(ids, target, overlap):
-    """Every pair of equal ids, found by sorting them."""
+def _rows_of(worker, workers, rows):
+    return rows * worker // workers, rows * (worker + 1) // workers
+
+
+@compiled
+def _add_overlap(ids, target, rate, overlap):
+    """`lr Y Y^T`: every pair of equal ids, found by sorting them."""
     width = ids.shape[1]
     flat = ids.ravel()
     order = np.argsort(flat)
@@ -32,27 +37,32 @@ def _add_overlap(ids, target, overlap):
     for last in range(1, len(order) + 1):
         if last == len(order) or flat[order[last]] != flat[order[first]]:
             for a in order[first:last]:
+                own = rate * target[a // width, a % width]
                 for b in order[first:last]:
-                    overlap[a // width, b // width] += (
-                        target[a // width, a % width] * target[b // width, b % width]
-                    )
+                    overlap[a // width, b // width] += own * target[b // width, b % width]
             first = last
 
 
 @compiled
-def _row_matrices_share(worker, workers, pair, norm, total, either, rate, cross, system, inner, found):
-    rows, zero, rate = system.shape[0], norm.dtype.type(0), norm.dtype.type(rate)
+def _row_matrices_share(worker, workers, d, pair, ids, target, norm, total, either, rate, system, inner, found):
+    rows, zero = system.shape[0], norm.dtype.type(0)
     twice = rate + rate
-    first, last = share(worker, workers, rows)
-    multiply(pair[first:last], False, pair, True, cross[first:last], 1.0, 0.0)
+    first, last = _rows_of(worker, workers, rows)
+    own_rows = pair[first:last, :d]
+    multiply(own_rows, False, pair[:rows, :d], True, system[first:last], 1.0, 0.0)
+    multiply(own_rows, False, pair[rows:, :d], True, inner[first:last], 1.0, 0.0)
     shrinking, growing, squares = 0.0, 0.0, 0.0
     for n in range(first, last):
-        c, s, o, own, square = cross[n], system[n], inner[n], twice * norm[n], zero
+        s, o, own, square = system[n], inner[n], twice * norm[n], zero
         for m in range(rows):
-            s[m] = twice * norm[m] * c[m]
+            s[m] *= twice * norm[m]
             square += s[m] * s[m]
         for m in range(rows):
-            o[m] = rate * o[m] + own * c[rows + m]
+            o[m] *= own
+        if ids.shape[1] == 1:
+            one, value, same, values = ids[n, 0], rate * target[n, 0], ids[:, 0], target[:, 0]
+            for m in range(rows):
+                o[m] += value * values[m] if same[m] == one else zero
         if total.shape[0]:
             left, right = rate * total[n], rate * either[n]
             for m in range(rows):
@@ -74,146 +84,158 @@ def row_matrices(asked: Any) -> int:
     (
         workers, rows, width, d, num_classes, rate, uses_sum, pair, ids, target, norm, total, system, inner, found,
     ) = asked[0]  # fmt: skip
-    pair, ids, target = carray(pair, (2 * rows, d)), carray(ids, (rows, width)), carray(target, (rows, width))
-    norm, total = carray(norm, (rows,)), carray(total, (rows * uses_sum,))
+    pair, ids = carray(pair, (2 * rows, columns_of(d)[0])), carray(ids, (rows, width))
+    target, norm, total = carray(target, (rows, width)), carray(norm, (rows,)), carray(total, (rows * uses_sum,))
     system, inner, found = carray(system, (rows, rows)), carray(inner, (rows, rows)), carray(found, (4,))
-    inner[:] = 0
-    _add_overlap(ids, target, inner)
     either = target.sum(1)
     probe = float(either.sum())
     if uses_sum:
         probe += float(total.sum())
         either += total.dtype.type(num_classes / 2) * total
-    cross, parts = np.empty((rows, 2 * rows), pair.dtype), np.empty((workers, 3))
-    given = (workers, pair, norm, total, either, rate, cross, system, inner, parts)
+    parts, step = np.empty((workers, 3)), pair.dtype.type(rate)
+    given = (workers, d, pair, ids, target, norm, total, either, step, system, inner, parts)
     apart(_row_matrices_share, workers, given)
+    if width != 1:
+        _add_overlap(ids, target, step, inner)
     found[0], found[1], found[2], found[3] = parts[:, 0].sum(), parts[:, 1].sum(), parts[:, 2].sum(), probe
     return 0
 
 
 @compiled
-def _square_share(worker, workers, power, series, square, either, found):
-    first, last = share(worker, workers, power.shape[0])
+def _square_share(worker, workers, power, series, square, either, longer, found):
+    first, last = _rows_of(worker, workers, power.shape[0])
     multiply(power[first:last], False, power, False, square[first:last], 1.0, 0.0)
     total = 0.0
     for n in range(first, last):
-        p, s, e, part = square[n], series[n], either[n], square.dtype.type(0)
+        p, s, e, l, part = square[n], series[n], either[n], longer[n], square.dtype.type(0)
         for m in range(len(p)):
             e[m] = s[m] + p[m]
+            l[m] = s[m] + p[m]
             part += p[m] * p[m]
         total += part
     found[worker] = total
 
 
 @compiled
-def _extend_share(worker, workers, power, series, longer):
-    first, last = share(worker, workers, power.shape[0])
+def _extend_share(worker, workers, power, series, longer, one):
+    """`longer + power series`, and `one` along the diagonal."""
+    first, last = _rows_of(worker, workers, power.shape[0])
     multiply(power[first:last], False, series, False, longer[first:last], 1.0, 1.0)
+    for n in range(first, last):
+        longer[n, n] += one
 
 
 @compiled
 def _series(workers, system, size, eps):
-    """`S + S^2 + ...` of a small S."""
-    found = np.empty(workers)
-    power, series = system, system
-    square, either = np.empty_like(system), np.empty_like(system)
+    """`I + S + S^2 + ...` of a small S."""
+    one, zero = system.dtype.type(1), system.dtype.type(0)
     if size * size <= eps:
-        return system
-    apart(_square_share, workers, (workers, power, series, square, either, found))
-    while found.sum() * size > eps:
-        longer = either.copy()
-        apart(_extend_share, workers, (workers, square, series, longer))
+        series = system.copy()
+        for n in range(len(series)):
+            series[n, n] += one
+        return series
+    found, power, series = np.empty(workers), system, system
+    while True:
+        square, either, longer = np.empty_like(system), np.empty_like(system), np.empty_like(system)
+        apart(_square_share, workers, (workers, power, series, square, either, longer, found))
+        if not found.sum() * size > eps:
+            apart(_extend_share, workers, (workers, square, either, longer, one))
+            return longer
+        apart(_extend_share, workers, (workers, square, series, longer, zero))
         power, series = square, longer
-        square, either = np.empty_like(system), np.empty_like(system)
-        apart(_square_share, workers, (workers, power, series, square, either, found))
-    longer = either.copy()
-    apart(_extend_share, workers, (workers, square, either, longer))
-    return longer
 
 
 @compiled
 def _update_share(
-    worker, workers, stacked, factor, pair, products, ids, target, norm, total, rate, inner, series, solution
+    worker,
+    workers,
+    stacked,
+    factor,
+    pair,
+    products,
+    ids,
+    target,
+    norm,
+    total,
+    rate,
+    scaled,
+    inner,
+    series,
+    solution,
 ):
-    """`series` is empty where the solution is there already."""
-    rows, d = solution.shape
-    hidden, rate, num_classes = pair[:rows], norm.dtype.type(rate), norm.dtype.type(factor.shape[0])
+    """`series` is empty where the solution is there already; it is used up."""
+    rows, d, num_classes = ids.shape[0], factor.shape[1], norm.dtype.type(factor.shape[0])
+    hidden, zero = pair[:rows, :d], norm.dtype.type(0)
     first, last = share(worker, workers, d)
+    at_map, at_shared, at_inverse = columns_of(d)
+    fetch_targets(worker, workers, factor, ids)
     if series.shape[0]:
-        right, into = products[:, 2 * d + 2 + first : 2 * d + 2 + last], solution[:, first:last]
-        for n in range(rows):
-            into[n] = right[n]
-        multiply(series, False, right, False, into, 1.0, 1.0)
+        right = products[:, at_inverse + first : at_inverse + last]
+        multiply(series, False, right, False, solution[:, first:last], 1.0, 0.0)
     for n in range(rows):
-        p, mapped = products[n, first:last], products[n, d + first : d + last]
-        both, x, y = pair[rows + n, first:last], solution[n, first:last], products[n, 2 * d + 2 + first :]
-        own = rate * (norm[n] + norm[n])
-        for i in range(len(p)):
-            p[i] = -own * p[i] - rate * both[i]
-        for i in range(len(p)):
-            mapped[i] *= -own
-        for i in range(len(x)):
-            y[i] = own * x[i]
+        x, mapped, own = (
+            solution[n, first:last],
+            products[n, at_map + first : at_map + last],
+            rate * (norm[n] + norm[n]),
+        )
         for k in range(ids.shape[1]):
             row, value = factor[ids[n, k], first:last], -rate * target[n, k]
             for i in range(len(x)):
                 row[i] += value * x[i]
+        for i in range(len(x)):
+            x[i] *= own
+        for i in range(len(mapped)):
+            mapped[i] *= -own
         if worker == 0:
-            more = total[n] if total.shape[0] else norm.dtype.type(0)
-            products[n, 2 * d] = -own * products[n, 2 * d] - rate * more
-            more = num_classes * more + target[n].sum()
-            products[n, 2 * d + 1] = -own * products[n, 2 * d + 1] - rate * more
-    multiply(inner, False, hidden[:, first:last], False, products[:, first:last], rate, 1.0)
-    for at in (0, d, 2 * d + 2):
-        own_rows = slice(at + first, at + last)
-        multiply(products[:, own_rows], True, hidden, False, stacked[own_rows], 1.0, 1.0)
+            p, more = products[n, at_shared : at_shared + 2], total[n] if total.shape[0] else zero
+            p[0] = -own * p[0] - rate * more
+            p[1] = -own * p[1] - rate * (num_classes * more + target[n].sum())
+    by_gram, by_map = products[:, first:last], products[:, at_map + first : at_map + last]
+    multiply(inner, False, hidden[:, first:last], False, by_gram, rate, -(rate + rate) * scaled)
+    multiply(by_gram, True, hidden, False, stacked[first:last], 1.0, 1.0)
+    multiply(by_map, True, hidden, False, stacked[at_map + first : at_map + last], 1.0, 1.0)
+    multiply(
+        solution[:, first:last], True, hidden, False, stacked[at_inverse + first : at_inverse + last], 1.0, 1.0
+    )
     if worker == 0:
-        shared = slice(2 * d, 2 * d + 2)
+        shared = slice(at_shared, at_shared + 2)
         multiply(products[:, shared], True, hidden, False, stacked[shared], 1.0, 1.0)
 
 
-@compiled
-def _symmetric_share(worker, workers, matrix):
-    size, half = matrix.shape[0], matrix.dtype.type(0.5)
-    for i0 in range(worker * TILE, size, workers * TILE):
-        for j0 in range(0, i0 + 1, TILE):
-            for i in range(i0, min(i0 + TILE, size)):
-                for j in range(j0, min(j0 + TILE, i)):
-                    mean = half * (matrix[i, j] + matrix[j, i])
-                    matrix[i, j] = mean
-                    matrix[j, i] = mean
-
-
-# workers, rows, K, d, V, rate, whether the loss reads the sum; pair, products, ids, target, norm, total; system and
-# inner; norm of system and eps, or the solution and whether it is there; stacked, F
-UPDATE_KINDS = "nnnnnxnaaiaaaaaxxanaa"
+# workers, rows, K, d, V, rate, what Z is still to be multiplied by, whether the loss reads the sum; pair, products,
+# ids, target, norm, total; system and inner; norm of system and eps, or the solution and whether it is there;
+# stacked, F
+UPDATE_KINDS = "nnnnnxxnaaiaaaaaxxanaa"
 
 
 def update(asked: Any) -> int:
     (
-        workers, rows, width, d, num_classes, rate, uses_sum, pair, products, ids, target, norm, total, system,
-        inner, size, eps, solution, solved, stacked, factor,
+        workers, rows, width, d, num_classes, rate, scaled, uses_sum, pair, products, ids, target, norm, total,
+        system, inner, size, eps, solution, solved, stacked, factor,
     ) = asked[0]  # fmt: skip
-    pair, products = carray(pair, (2 * rows, d)), carray(products, (rows, 3 * d + 2))
+    padded, _, at_inverse = columns_of(d)
+    pair, products = carray(pair, (2 * rows, padded)), carray(products, (rows, at_inverse + padded))
     ids, target = carray(ids, (rows, width)), carray(target, (rows, width))
     norm, total = carray(norm, (rows,)), carray(total, (rows * uses_sum,))
-    stacked, factor = carray(stacked, (3 * d + 2, d)), carray(factor, (num_classes, d))
+    stacked, factor = carray(stacked, (at_inverse + padded, d)), carray(factor, (num_classes, d))
     system, inner = carray(system, (rows, rows)), carray(inner, (rows, rows))
+    found, step = np.empty((rows, padded), pair.dtype), pair.dtype.type(rate)
     if solved:
-        series, found = system[:0], carray(solution, (rows, d))
+        series = np.empty((0, rows), pair.dtype)
+        found[:, :d] = carray(solution, (rows, d))
     else:
-        series, found = _series(workers, system, size, eps), np.empty((rows, d), pair.dtype)
+        series = _series(workers, system, size, eps)
     given = (
-        workers, stacked, factor, pair, products, ids, target, norm, total, rate, inner, series, found,
+        workers, stacked, factor, pair, products, ids, target, norm, total, step, scaled, inner, series, found,
     )  # fmt: skip
     apart(_update_share, workers, given)
-    apart(_symmetric_share, workers, (workers, stacked[:d]))
+    apart(symmetric_share, workers, (workers, stacked[:d]))
     return 0
 
 
 @compiled
 def _add_columns_share(worker, workers, factor, columns, change, least):
-    first, last = share(worker, workers, factor.shape[0])
+    first, last = _rows_of(worker, workers, factor.shape[0])
     most, width = max(1, PIECE // factor.shape[1]), len(columns)
     places = np.empty(most, np.int64)
     values, sums = np.empty((most, width), factor.dtype), np.empty((most, factor.shape[1]), factor.dtype)

@@ -42,10 +42,9 @@ def row_matrices(g: FactoredGradient, rate: float, num_classes: int) -> RowMatri
         shrinking, growing, squares, probe = found
         return RowMatrices(system, inner, shrinking, growing, math.sqrt(squares), probe)
     pull = 2 * rate * g.norm
-    cross = g.hidden @ g.pair.T
     inner = sparse_overlap(g.ids, g.target, g.total, num_classes)
-    inner.mul_(rate).addcmul_(cross[:, rows:], pull[:, None])
-    system = cross[:, :rows] * pull
+    inner.mul_(rate).addcmul_(g.hidden @ g.both.T, pull[:, None])
+    system = (g.hidden @ g.hidden.T) * pull
     own = system.diagonal()
     found = torch.stack(
         [own.clamp(min=0).sum(), -own.clamp(max=0).sum(), system.norm(), g.target.sum()]
@@ -83,7 +82,7 @@ def solve_by_series(
 
 
 def update(
-    stacked: Tensor,  # (3 d + 2, d)
+    stacked: Tensor,
     factor: Tensor,  # (V, d)
     g: FactoredGradient,  # its products are used up
     rate: float,
@@ -101,24 +100,24 @@ def update(
     """
     count, width, d, _, uses_sum = g.sizes()
     if workers := workers_for(factor, count, d):
-        place = g.place()
         given = rows.system if solution is None else solution.contiguous()
         by_address("factored_step_loops", "update", "UPDATE_KINDS", factor.dtype)(
-            workers, count, width, d, factor.shape[0], rate, uses_sum, *place, rows.system.data_ptr(),
+            workers, count, width, d, factor.shape[0], rate, g.scaled, uses_sum, *g.place(), rows.system.data_ptr(),
             rows.inner.data_ptr(), rows.size, _rounding(factor.dtype), given.data_ptr(), solution is not None,
             stacked.data_ptr(), factor.data_ptr(),
         )  # fmt: skip
         return
     hidden, products, pull = g.hidden, g.products, (2 * rate * g.norm)[:, None]
     if solution is None:
-        solution = solve_by_series(rows, products[:, 2 * d + 2 :])
-    products[:, : 2 * d + 2].mul_(-pull)
-    products[:, :d].sub_(g.both, alpha=rate).addmm_(rows.inner, hidden, alpha=rate)
-    products[:, 2 * d + 1].sub_(g.target.sum(1), alpha=rate)
+        solution = solve_by_series(rows, g.right)
+    products[:, :d].mul_(-2 * rate * g.scaled).addmm_(rows.inner, hidden, alpha=rate)
+    g.mapped.mul_(-pull)
+    g.shared.mul_(-pull)
+    g.shared[:, 1].sub_(g.target.sum(1), alpha=rate)
     if g.total is not None:
-        products[:, 2 * d].sub_(g.total, alpha=rate)
-        products[:, 2 * d + 1].sub_(g.total, alpha=rate * factor.shape[0])
-    torch.mul(solution, pull, out=products[:, 2 * d + 2 :])
+        g.shared[:, 0].sub_(g.total, alpha=rate)
+        g.shared[:, 1].sub_(g.total, alpha=rate * factor.shape[0])
+    g.right.copy_(solution * pull)
     move_targets(factor, g.ids, g.target, rate, solution)
     stacked.addmm_(products.T, hidden)
     gram = stacked[:d]

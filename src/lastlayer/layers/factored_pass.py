@@ -13,9 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from lastlayer.functional.checks import eager_on_cpu
 from lastlayer.functional.spherical import SphericalLoss, built_in
-from lastlayer.kernels.factored import WholePass, hidden_gradient, whole_pass
-from lastlayer.layers.factored_record import MARK, Record
-from lastlayer.layers.factored_step import prefers_features
+from lastlayer.kernels.factored import WholePass, whole_pass
+from lastlayer.layers.factored_record import MARK, Record, needed_columns
 
 
 def whole_loss(
@@ -31,9 +30,9 @@ def whole_loss(
     if kernel is None:
         return None
     state = record.state
-    d = state.features
-    columns = (2 if prefers_features(hidden.numel() // d, d) else 3) * d + 2
-    made = whole_pass(hidden, targets, weights, state.stacked, state.factor, kernel, reduction == "mean", columns)
+    columns = needed_columns(hidden.numel() // state.features, state.features)
+    mean = reduction == "mean"
+    made = whole_pass(hidden, targets, weights, state.stacked, state.factor, kernel, mean, columns)
     return None if made is None else _WholePass.apply(hidden, record.anchor, made, record)  # pyright: ignore[reportReturnType]
 
 
@@ -52,8 +51,8 @@ class _WholePass(torch.autograd.Function):
         record.check_weight()
         factor = upstream.item()
         if not torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
-            kept = _made_again(ctx) if ctx.gradient is None else ctx.gradient
-            return kept * factor, None, None, None
+            kept = ctx.left.parts()["products"][:, : record.state.features] if record.committed else ctx.gradient
+            return kept.reshape(ctx.shape) * factor, None, None, None
         record.commit(ctx.left)
         gradient, ctx.gradient = ctx.gradient, None  # nobody else's, so that it becomes `hidden.grad` uncopied
         if factor != 1:
@@ -61,9 +60,3 @@ class _WholePass(torch.autograd.Function):
             ctx.left.scale(factor)
         return gradient, torch.full_like(record.anchor, MARK), None, None
 
-
-def _made_again(ctx: Any) -> Tensor:
-    """The gradient that was given away, for `torch.autograd.grad` after `backward`."""
-    state, left = ctx.record.state, ctx.left.parts()
-    given = left.ids, left.target, left.norm, left.total
-    return hidden_gradient(left.pair, left.products, state.stacked, state.factor, *given, False).view(ctx.shape)

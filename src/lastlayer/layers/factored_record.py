@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from lastlayer.functional.reduce import reduce_loss
 from lastlayer.functional.spherical import RowDerivatives, SphericalLoss
 from lastlayer.kernels.factored import Answer, answer, hidden_gradient
-from lastlayer.kernels.factored_gradient import FactoredGradient
+from lastlayer.kernels.factored_gradient import Columns, FactoredGradient
 from lastlayer.layers.factored_state import FactoredState
 from lastlayer.layers.factored_step import prefers_features
 
@@ -137,11 +137,10 @@ class _Loss(torch.autograd.Function):
         reduction: str,
     ) -> Tensor:
         state, (rows, d), ids = record.state, hidden.shape, ids.contiguous()
-        needed = state.stacked[: 2 * d + 2] if prefers_features(rows, d) else state.stacked
         with full_precision(hidden.device.type):
-            read: Answer = answer(hidden, needed, state.factor, ids)
+            read: Answer = answer(hidden, state.stacked, state.factor, ids, needed_columns(rows, d))
         found = loss.derivatives(read.scores, weights, read.squared_norm, read.total, state.num_classes)
-        ctx.record, ctx.ids, ctx.read, ctx.found = record, ids, read, found
+        ctx.record, ctx.ids, ctx.read, ctx.found, ctx.written = record, ids, read, found, False
         ctx.share = max(rows, 1) if reduction == "mean" else 1
         reduced = reduce_loss(found.row_loss, None, reduction)
         return reduced if reduction == "none" else reduced.to(state.factor.dtype)
@@ -157,6 +156,10 @@ class _Loss(torch.autograd.Function):
         if commits:
             record.check_first()
         state, ids, read = record.state, ctx.ids, ctx.read
+        if ctx.written:  # the gradient has taken the place of some products
+            hidden = read.pair[: len(ids), : state.features]
+            read = answer(hidden, state.stacked, state.factor, ids, read.products.shape[1])
+        ctx.written |= commits
         pair, products, *_ = read
         found: RowDerivatives = ctx.found
         by_row, dtype = upstream / ctx.share, pair.dtype  # (), or (N,) in float64
@@ -169,8 +172,14 @@ class _Loss(torch.autograd.Function):
             )
         if not commits:
             return gradient, *[None] * 6
-        record.commit(FactoredGradient(pair, ids, target, norm, total, products))
+        record.commit(FactoredGradient(pair, ids, target, norm, total, products, state.features))
         return gradient, torch.full_like(record.anchor, MARK), *[None] * 5
+
+
+def needed_columns(rows: int, features: int) -> int:
+    """Of the products with `stacked`: those with R serve a step by rows."""
+    at = Columns.of(features)
+    return at.inverse if prefers_features(rows, features) else at.end
 
 
 def full_precision(kind: str) -> Any:

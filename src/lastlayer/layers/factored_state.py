@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lastlayer.functional.gram import gram_matrix
 from lastlayer.kernels.factored import target_scores
+from lastlayer.kernels.factored_gradient import Columns
 from lastlayer.kernels.factored_update import add_columns
 
 CHUNK_NUMBERS = 1 << 22  # numbers of the (V, d) factor that one pass holds at once
@@ -41,8 +42,8 @@ class FactoredState:
     def __init__(self, weight: Tensor) -> None:
         features = weight.shape[1]
         self.factor = weight.to(torch.promote_types(weight.dtype, torch.float32)).contiguous()  # F (V, d)
-        # All the rest in one matrix, (3 d + 2, d): one product answers a batch, and one updates it.
-        self.stacked = self.factor.new_zeros(3 * features + 2, features)
+        # All the rest in one matrix: one product answers a batch, and one updates it.
+        self.stacked = self.factor.new_zeros(Columns.of(features).end, features)
         self._view()
         self._reset_maps()
         self.refresh_gram()
@@ -57,9 +58,11 @@ class FactoredState:
 
     def _view(self) -> None:
         """The parts of `stacked` by name."""
-        d = self.features
-        self.gram, self.map, shared, self.inverse = self.stacked.split([d, d, 2, d])  # Q, U, two rows, R
-        self.offset, self.total = shared  # (d,) each: the part that all rows of W share, and W^T 1
+        d, at = self.features, Columns.of(self.features)
+        starts = at.gram, at.map, at.inverse
+        self.gram, self.map, self.inverse = (self.stacked[start : start + d] for start in starts)  # Q, U, R
+        self.offset, self.total = self.stacked[at.shared : at.shared + 2]  # (d,) each: the part that all rows of
+        # W share, and W^T 1
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: part for name, part in self.__dict__.items() if name not in VIEWS}

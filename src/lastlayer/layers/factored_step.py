@@ -29,7 +29,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lastlayer.kernels.factored_gradient import FactoredGradient
+from lastlayer.kernels.factored_gradient import Columns, FactoredGradient
 from lastlayer.kernels.factored_update import RowMatrices, move_targets, row_matrices, update
 from lastlayer.layers.factored_gradient import gradient_norm
 from lastlayer.layers.factored_state import FactoredState
@@ -103,15 +103,9 @@ def prefers_features(rows: int, features: int) -> bool:
 # N below d: updates of rank N. The solve is with I - lr H H^T D, whose determinant is that of A.
 
 
-def _solve_easy(rows: RowMatrices, products: Tensor) -> Tensor:  # (N, d), X
+def _solve_easy(rows: RowMatrices, right: Tensor) -> Tensor:  # (N, d), X
     """`(I - S)^-1 H R^T`, where the trace proves the matrix well conditioned, and a series would be long."""
-    right = products[:, _right_of(products) :]
     return torch.linalg.inv_ex(_identity(right.shape[0], right) - rows.system).inverse @ right
-
-
-def _right_of(products: Tensor) -> int:
-    """Where H R^T begins in the products of a step by rows."""
-    return 2 * (products.shape[1] - 2) // 3 + 2
 
 
 def _by_rows_checked(
@@ -124,8 +118,7 @@ def _by_rows_checked(
     if growth > _most_growth(gradient.hidden.dtype) or not bool((root > 0).all()):
         return None
 
-    def solve(products: Tensor) -> Tensor:
-        right = products[:, _right_of(products) :]
+    def solve(right: Tensor) -> Tensor:
         return (inverse.T @ (inverse @ (root * right)) / root).to(right.dtype)
 
     return _by_rows(state, gradient, rate, rows, solve, math.log(growth))
@@ -153,13 +146,13 @@ def _by_rows(
     g: FactoredGradient,
     rate: float,
     rows: RowMatrices,
-    solve: Callable[[Tensor], Tensor] | None,  # of the products, (N, d), X; None: a short series will do
+    solve: Callable[[Tensor], Tensor] | None,  # of H R^T, (N, d), X; None: a short series will do
     growth: float,
 ) -> StepPlan:
     """The step as one update of rank N of all but F."""
 
     def apply() -> None:
-        update(state.stacked, state.factor, g, rate, rows, None if solve is None else solve(g.products))
+        update(state.stacked, state.factor, g, rate, rows, None if solve is None else solve(g.right))
 
     return StepPlan(apply, g.sizes().rows, growth)
 
@@ -203,10 +196,11 @@ def _by_features(state: FactoredState, g: FactoredGradient, rate: float, lr: flo
         state.map.copy_(state.map.double() @ step)
         state.inverse.copy_(inverse)
         move_targets(state.factor, g.ids, g.target, rate, solution)
-        d, total = state.features, torch.zeros_like(g.norm) if g.total is None else g.total
-        pushed = 2 * g.norm[:, None] * g.products[:, 2 * d : 2 * d + 2]  # by the offset and by the sum
+        total = torch.zeros_like(g.norm) if g.total is None else g.total
+        pushed = 2 * g.norm[:, None] * g.shared  # by the offset and by the sum
         pushed += torch.stack([total, g.target.sum(1) + state.num_classes * total], 1)
-        state.stacked[2 * d : 2 * d + 2].addmm_(pushed.T, g.hidden, alpha=-rate)
+        at = Columns.of(state.features).shared
+        state.stacked[at : at + 2].addmm_(pushed.T, g.hidden, alpha=-rate)
 
     return StepPlan(apply, len(hidden), math.log(growth), overshoot)
 
