@@ -125,7 +125,7 @@ def test_update(monkeypatch, threads, dtype, width, with_total, size):
     if size is not None:
         system *= size / system.norm()
         solution = None
-    rows = update.RowMatrices(system, inner, 0.0, 0.0, float(system.norm()), 0.0)
+    rows = update.RowMatrices(torch.stack([system, inner]), 0.0, 0.0, float(system.norm()), 0.0)
     both = twins(monkeypatch, update.update, stacked, factor, gradient_of(*rest), RATE, rows, solution)
     for found in both:
         found[3] = None  # the products are used up
@@ -139,7 +139,7 @@ def test_update(monkeypatch, threads, dtype, width, with_total, size):
 def test_solve_by_series(dtype, size):
     system, right = randoms((N, N), (N, D), dtype=dtype)
     system *= size / system.norm()
-    rows = update.RowMatrices(system, system, 0.0, 0.0, float(system.norm()), 0.0)
+    rows = update.RowMatrices(torch.stack([system, system]), 0.0, 0.0, float(system.norm()), 0.0)
     exact = torch.linalg.solve(torch.eye(N) - system.double(), right.double())
     found = update.solve_by_series(rows, right)
     assert float((found - exact).abs().max()) < 32 * torch.finfo(dtype).eps

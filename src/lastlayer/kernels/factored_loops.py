@@ -41,11 +41,19 @@ def fetch_targets(worker, workers, factor, ids):
 
 
 @compiled
-def _answer_share(worker, workers, hidden, stacked, factor, ids, pair, products, parts):
-    (rows, d), zero = hidden.shape, products.dtype.type(0)
+def _copy_share(worker, workers, hidden, factor, ids, pair):
+    (rows, d) = hidden.shape
+    fetch_targets(worker, workers, factor, ids)
+    for n in range(rows * worker // workers, rows * (worker + 1) // workers):
+        pair[n, :d] = hidden[n]
+
+
+@compiled
+def _answer_share(worker, workers, stacked, factor, ids, pair, products, parts):
+    rows, d, zero = ids.shape[0], factor.shape[1], products.dtype.type(0)
+    hidden = pair[:rows, :d]
     first, last = share(worker, workers, d)
     at_map, at_shared, at_inverse = columns_of(d)
-    fetch_targets(worker, workers, factor, ids)
     for at in (0, at_map, at_inverse):
         if at < products.shape[1]:
             own = slice(at + first, at + last)
@@ -54,12 +62,10 @@ def _answer_share(worker, workers, hidden, stacked, factor, ids, pair, products,
         shared = slice(at_shared, at_shared + 2)
         multiply(hidden, False, stacked[shared], True, products[:, shared], 1.0, 0.0)
     for n in range(rows):
-        h, copy = hidden[n, first:last], pair[n, first:last]
-        p, mapped = products[n, first:last], products[n, at_map + first : at_map + last]
+        h, p, mapped = pair[n, first:last], products[n, first:last], products[n, at_map + first : at_map + last]
         found = zero
         for i in range(len(h)):
             found += h[i] * p[i]
-            copy[i] = h[i]
         parts[worker, n, 0] = found
         for k in range(ids.shape[1]):
             row = factor[ids[n, k], first:last]
@@ -73,7 +79,8 @@ def _answer_share(worker, workers, hidden, stacked, factor, ids, pair, products,
 def answer(workers, hidden, stacked, factor, ids, pair, products, squared_norm, scores, total):
     (rows, d), width = hidden.shape, ids.shape[1]
     parts = np.empty((workers, rows, 1 + width), hidden.dtype)
-    apart(_answer_share, workers, (workers, hidden, stacked, factor, ids, pair, products, parts))
+    apart(_copy_share, workers, (workers, hidden, factor, ids, pair))
+    apart(_answer_share, workers, (workers, stacked, factor, ids, pair, products, parts))
     _, shared, _ = columns_of(d)
     for n in range(rows):
         total[n], found = products[n, shared + 1], parts[0, n, 0]
@@ -115,7 +122,8 @@ def _gradient_share(worker, workers, sums, pair, products, stacked, target, norm
     multiply(sums[:, :d], False, stacked[at_map : at_map + d, first:last], False, into, 1.0, 0.0)
     offset, whole = stacked[shared, first:last], stacked[shared + 1, first:last]
     for n in range(rows):
-        s, p, g = into[n], products[n, first:last], gradient[n, first:last]
+        p, g = products[n, first:last], gradient[n, first:last]
+        s = pair[rows + n, first:last] if records else g
         if total.shape[0]:
             by_score, by_total = target[n].sum(), total[n]
             for i in range(len(s)):
@@ -123,8 +131,7 @@ def _gradient_share(worker, workers, sums, pair, products, stacked, target, norm
         scale = norm[n] + norm[n]
         if records:
             for i in range(len(p)):
-                change = scale * p[i]
-                own = change + s[i]
+                own = scale * p[i] + s[i]
                 g[i] = own
                 p[i] = own
                 s[i] += own

@@ -60,7 +60,7 @@ def _row_matrices_share(worker, workers, d, pair, ids, target, norm, total, eith
         for m in range(rows):
             o[m] *= own
         if ids.shape[1] == 1:
-            one, value, same, values = ids[n, 0], rate * target[n, 0], ids[:, 0], target[:, 0]
+            one, value, same, values = ids[n, 0], rate * target[n, 0], ids.ravel(), target.ravel()
             for m in range(rows):
                 o[m] += value * values[m] if same[m] == one else zero
         if total.shape[0]:
@@ -75,18 +75,19 @@ def _row_matrices_share(worker, workers, d, pair, ids, target, norm, total, eith
     found[worker, 0], found[worker, 1], found[worker, 2] = shrinking, growing, squares
 
 
-# workers, rows, K, d, V, rate, whether the loss reads the sum; pair, ids, target, norm, total; system, inner; what
-# is found
-MATRICES_KINDS = "nnnnnxnaiaaaaad"
+# workers, rows, K, d, V, rate, whether the loss reads the sum; pair, ids, target, norm, total; system and inner, one
+# after the other; what is found
+MATRICES_KINDS = "nnnnnxnaiaaaad"
 
 
 def row_matrices(asked: Any) -> int:
     (
-        workers, rows, width, d, num_classes, rate, uses_sum, pair, ids, target, norm, total, system, inner, found,
+        workers, rows, width, d, num_classes, rate, uses_sum, pair, ids, target, norm, total, both, found,
     ) = asked[0]  # fmt: skip
     pair, ids = carray(pair, (2 * rows, columns_of(d)[0])), carray(ids, (rows, width))
     target, norm, total = carray(target, (rows, width)), carray(norm, (rows,)), carray(total, (rows * uses_sum,))
-    system, inner, found = carray(system, (rows, rows)), carray(inner, (rows, rows)), carray(found, (4,))
+    both, found = carray(both, (2, rows, rows)), carray(found, (4,))
+    system, inner = both[0], both[1]
     either = target.sum(1)
     probe = float(either.sum())
     if uses_sum:
@@ -205,20 +206,21 @@ def _update_share(
 # workers, rows, K, d, V, rate, what Z is still to be multiplied by, whether the loss reads the sum; pair, products,
 # ids, target, norm, total; system and inner; norm of system and eps, or the solution and whether it is there;
 # stacked, F
-UPDATE_KINDS = "nnnnnxxnaaiaaaaaxxanaa"
+UPDATE_KINDS = "nnnnnxxnaaiaaaaxxanaa"
 
 
 def update(asked: Any) -> int:
     (
         workers, rows, width, d, num_classes, rate, scaled, uses_sum, pair, products, ids, target, norm, total,
-        system, inner, size, eps, solution, solved, stacked, factor,
+        both, size, eps, solution, solved, stacked, factor,
     ) = asked[0]  # fmt: skip
     padded, _, at_inverse = columns_of(d)
     pair, products = carray(pair, (2 * rows, padded)), carray(products, (rows, at_inverse + padded))
     ids, target = carray(ids, (rows, width)), carray(target, (rows, width))
     norm, total = carray(norm, (rows,)), carray(total, (rows * uses_sum,))
     stacked, factor = carray(stacked, (at_inverse + padded, d)), carray(factor, (num_classes, d))
-    system, inner = carray(system, (rows, rows)), carray(inner, (rows, rows))
+    both = carray(both, (2, rows, rows))
+    system, inner = both[0], both[1]
     found, step = np.empty((rows, padded), pair.dtype), pair.dtype.type(rate)
     if solved:
         series = np.empty((0, rows), pair.dtype)

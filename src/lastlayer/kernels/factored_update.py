@@ -20,12 +20,21 @@ FOUR = ctypes.c_double * 4
 class RowMatrices(NamedTuple):
     """The (N, N) matrices of a step, and what tells whether it is easy."""
 
-    system: Tensor  # S = lr H H^T D
-    inner: Tensor  # lr (Y + g_s 1^T)(Y + g_s 1^T)^T + lr^2 D H both^T: twice the half of lr G G^T
+    both: Tensor  # (2, N, N), `system` and `inner`
     shrinking: float  # the positive part of the trace of S
     growing: float  # and the negative
     size: float  # the norm of S, at least its largest eigenvalue
     probe: float  # not finite where some target's derivative is not
+
+    @property
+    def system(self) -> Tensor:
+        """`S = lr H H^T D`."""
+        return self.both[0]
+
+    @property
+    def inner(self) -> Tensor:
+        """`lr (Y + g_s 1^T)(Y + g_s 1^T)^T + lr^2 D H both^T`: twice the half of `lr G G^T`."""
+        return self.both[1]
 
 
 def row_matrices(g: FactoredGradient, rate: float, num_classes: int) -> RowMatrices:
@@ -33,14 +42,14 @@ def row_matrices(g: FactoredGradient, rate: float, num_classes: int) -> RowMatri
     rows, width, d, _, uses_sum = g.sizes()
     if workers := workers_for(g.like, rows, d):
         place, dtype = g.place(), g.like.dtype
-        system, inner = (torch.empty(rows, rows, dtype=dtype) for _ in range(2))
+        both = torch.empty(2, rows, rows, dtype=dtype)
         found = FOUR()
         by_address("factored_step_loops", "row_matrices", "MATRICES_KINDS", dtype)(
             workers, rows, width, d, num_classes, rate, uses_sum, place.pair, place.ids, place.target, place.norm,
-            place.total, system.data_ptr(), inner.data_ptr(), ctypes.addressof(found),
+            place.total, both.data_ptr(), ctypes.addressof(found),
         )  # fmt: skip
         shrinking, growing, squares, probe = found
-        return RowMatrices(system, inner, shrinking, growing, math.sqrt(squares), probe)
+        return RowMatrices(both, shrinking, growing, math.sqrt(squares), probe)
     pull = 2 * rate * g.norm
     inner = sparse_overlap(g.ids, g.target, g.total, num_classes)
     inner.mul_(rate).addcmul_(g.hidden @ g.both.T, pull[:, None])
@@ -51,7 +60,7 @@ def row_matrices(g: FactoredGradient, rate: float, num_classes: int) -> RowMatri
         + ([] if g.total is None else [g.total.sum()])
     ).tolist()
     shrinking, growing, size, *probes = found
-    return RowMatrices(system, inner, shrinking, growing, size, sum(probes))
+    return RowMatrices(torch.stack([system, inner]), shrinking, growing, size, sum(probes))
 
 
 def sparse_overlap(ids: Tensor, target: Tensor, total: Tensor | None, num_classes: int) -> Tensor:  # (N, N)
@@ -100,10 +109,10 @@ def update(
     """
     count, width, d, _, uses_sum = g.sizes()
     if workers := workers_for(factor, count, d):
-        given = rows.system if solution is None else solution.contiguous()
+        given = rows.both if solution is None else solution.contiguous()
         by_address("factored_step_loops", "update", "UPDATE_KINDS", factor.dtype)(
-            workers, count, width, d, factor.shape[0], rate, g.scaled, uses_sum, *g.place(), rows.system.data_ptr(),
-            rows.inner.data_ptr(), rows.size, _rounding(factor.dtype), given.data_ptr(), solution is not None,
+            workers, count, width, d, factor.shape[0], rate, g.scaled, uses_sum, *g.place(), rows.both.data_ptr(),
+            rows.size, _rounding(factor.dtype), given.data_ptr(), solution is not None,
             stacked.data_ptr(), factor.data_ptr(),
         )  # fmt: skip
         return

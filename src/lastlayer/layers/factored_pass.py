@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from lastlayer.functional.checks import eager_on_cpu
 from lastlayer.functional.spherical import SphericalLoss, built_in
 from lastlayer.kernels.factored import WholePass, whole_pass
-from lastlayer.layers.factored_record import MARK, Record, needed_columns
+from lastlayer.layers.factored_record import Record, mark_of, needed_columns
 
 
 def whole_loss(
@@ -33,7 +33,7 @@ def whole_loss(
     columns = needed_columns(hidden.numel() // state.features, state.features)
     mean = reduction == "mean"
     made = whole_pass(hidden, targets, weights, state.stacked, state.factor, kernel, mean, columns)
-    return None if made is None else _WholePass.apply(hidden, record.anchor, made, record)  # pyright: ignore[reportReturnType]
+    return None if made is None else _applied(hidden, record.anchor, made, record)
 
 
 class _WholePass(torch.autograd.Function):
@@ -43,20 +43,26 @@ class _WholePass(torch.autograd.Function):
         return made.loss
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, upstream: Tensor
     ) -> tuple[Tensor | None, ...]:
-        record: Record = ctx.record
-        record.check_weight()
-        factor = upstream.item()
-        if not torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
-            kept = ctx.left.parts()["products"][:, : record.state.features] if record.committed else ctx.gradient
-            return kept.reshape(ctx.shape) * factor, None, None, None
-        record.commit(ctx.left)
-        gradient, ctx.gradient = ctx.gradient, None  # nobody else's, so that it becomes `hidden.grad` uncopied
-        if factor != 1:
-            gradient.mul_(factor)
-            ctx.left.scale(factor)
-        return gradient, torch.full_like(record.anchor, MARK), None, None
+        return (_backward_once if torch.is_grad_enabled() else _backward)(ctx, upstream)
 
+
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    record: Record = ctx.record
+    record.check_weight()
+    factor = upstream.item()
+    if not torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
+        kept = ctx.left.parts()["products"][:, : record.state.features] if record.committed else ctx.gradient
+        return kept.reshape(ctx.shape) * factor, None, None, None
+    record.commit(ctx.left)
+    gradient, ctx.gradient = ctx.gradient, None  # nobody else's, so that it becomes `hidden.grad` uncopied
+    if factor != 1:
+        gradient.mul_(factor)
+        ctx.left.scale(factor)
+    return gradient, mark_of(record.anchor), None, None
+
+
+_backward_once = once_differentiable(_backward)
+_applied: Any = super(torch.autograd.Function, _WholePass).apply  # without the look for transforms of functions

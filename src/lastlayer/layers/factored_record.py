@@ -10,6 +10,7 @@ of any kind) removes the records, and whoever multiplies it (`clip_grad_norm_`, 
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -173,9 +174,20 @@ class _Loss(torch.autograd.Function):
         if not commits:
             return gradient, *[None] * 6
         record.commit(FactoredGradient(pair, ids, target, norm, total, products, state.features))
-        return gradient, torch.full_like(record.anchor, MARK), *[None] * 5
+        return gradient, mark_of(record.anchor), *[None] * 5
 
 
+def mark_of(anchor: Tensor) -> Tensor:
+    """The gradient of an anchor; autograd copies it, as it is kept here."""
+    return _mark(anchor.dtype, anchor.device)
+
+
+@cache
+def _mark(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), MARK, dtype=dtype, device=device)
+
+
+@cache
 def needed_columns(rows: int, features: int) -> int:
     """Of the products with `stacked`: those with R serve a step by rows."""
     at = Columns.of(features)

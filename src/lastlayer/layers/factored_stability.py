@@ -22,6 +22,7 @@ Repairs, from cheap to dear:
 """
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -145,8 +146,12 @@ class Stabilizer:
 
 def growth_limit(state: FactoredState) -> float:
     """Log of the amplification of rounding that calls for repair."""
-    most = AMPLIFIED if state.factor.dtype == torch.float32 else AMPLIFIED_DOUBLE
-    return math.log(most * math.sqrt(state.features))
+    return _growth_limit(state.factor.dtype, state.features)
+
+
+@cache
+def _growth_limit(dtype: torch.dtype, features: int) -> float:
+    return math.log((AMPLIFIED if dtype == torch.float32 else AMPLIFIED_DOUBLE) * math.sqrt(features))
 
 
 def independent_rows(
