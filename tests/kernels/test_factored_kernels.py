@@ -45,7 +45,16 @@ def batch(dtype, width, with_total):
     for start, count in ((AT.gram, D), (AT.map, D), (AT.shared, 2), (AT.inverse, D)):
         used[start : start + count] = 1
     pair[:, D:] = 0
-    return stacked * used[:, None] / 8, factor, pair, products * used, ids, target, norm, total if with_total else None
+    return (
+        stacked * used[:, None] / 8,
+        factor,
+        pair,
+        products * used,
+        ids,
+        target,
+        norm,
+        total if with_total else None,
+    )
 
 
 def gradient_of(pair, products, ids, target, norm, total):

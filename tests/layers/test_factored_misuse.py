@@ -121,6 +121,24 @@ def test_copies_start_afresh():
     assert not layer.weight.any()
 
 
+def test_stabilizing_between_backward_and_step():
+    """The step's record is of the state before the repairs."""
+    layer = FactoredOutput(4, 20)
+    optimizer = FactoredSGD(layer, 0.1)
+    layer(torch.ones(3, 4), torch.arange(3)).backward()
+    before = snapshot(layer)
+    with pytest.raises(RuntimeError, match="between backward and step"):
+        layer.stabilize()
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(layer), strict=True))
+    optimizer.step()
+    layer.stabilize()
+    layer(torch.ones(3, 4), torch.arange(3))
+    optimizer.zero_grad()
+    layer(torch.ones(3, 4), torch.arange(3)).backward()
+    optimizer.zero_grad()
+    layer.stabilize()
+
+
 def test_frozen_layers_record_nothing():
     layer = FactoredOutput(4, 20).requires_grad_(False)
     hidden = torch.ones(3, 4, requires_grad=True)

@@ -205,7 +205,14 @@ class FactoredOutput(OutputLayer):
         return self.state.consistency()
 
     def stabilize(self) -> int:
-        """All repairs at once, which otherwise happen when needed; how many directions were rescaled."""
+        """All repairs at once, which otherwise happen when needed; how many directions were rescaled.
+
+        Raises:
+            RuntimeError: between backward and `step()`, whose record is of the state as it was.
+        """
+        self._ledger.settle(self.anchor)
+        if self._ledger.gradients:
+            raise RuntimeError("stabilize() between backward and step(): call step() or zero_grad() before it")
         moved = self._stabilizer.stabilize(self.state)
         self._stabilizer.refresh_gram(self.state)
         self._ledger.version += 1
