@@ -115,13 +115,53 @@ def test_hidden_gradient(monkeypatch, threads, dtype, width, with_total, records
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("with_total", [True, False])
 def test_row_matrices(monkeypatch, threads, dtype, width, with_total):
-    gradient = gradient_of(*batch(dtype, width, with_total)[2:])
-    both = twins(monkeypatch, update.row_matrices, gradient, RATE, V)
+    stacked, factor, *rest = batch(dtype, width, with_total)
+    gradient = gradient_of(*rest)
+    both = twins(monkeypatch, update.row_matrices, stacked, factor, gradient, RATE)
     assert_same(both, dtype)
     gradient.target[5] = torch.inf
-    assert not torch.tensor(update.row_matrices(gradient, RATE, V)[-1]).isfinite()
+    assert not torch.tensor(update.row_matrices(stacked, factor, gradient, RATE).probe).isfinite()
     gradient.pair[2, 3] = torch.nan
-    assert not torch.tensor(update.row_matrices(gradient, RATE, V)[2:4]).isfinite().all()
+    assert not torch.tensor(update.row_matrices(stacked, factor, gradient, RATE)[1:4]).isfinite().all()
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("with_total", [True, False])
+def test_easy_steps_are_made_at_once(threads, dtype, width, with_total):
+    """As `update` makes them; and no other is."""
+    rate, easy = 1e-5, update.Easy(0.9, 0.1)
+    results = []
+    for at_once in (easy, None):
+        stacked, factor, *rest = batch(dtype, width, with_total)
+        gradient = gradient_of(*rest)
+        gradient.norm.abs_()
+        rows = update.row_matrices(stacked, factor, gradient, rate, at_once)
+        assert rows.applied == (at_once is not None)
+        if not rows.applied:
+            update.update(stacked, factor, gradient, rate, rows, None)
+        results.append((stacked, factor))
+    assert_same(results, dtype)
+
+    stacked, factor, *rest = batch(dtype, width, with_total)
+    before = stacked.clone(), factor.clone()
+
+    def refused(name=None, value=0.0, easy=easy, rate=rate):
+        gradient = gradient_of(*rest)
+        gradient.norm = gradient.norm.abs()
+        if name is not None:
+            part = getattr(gradient, name).clone()
+            part.view(-1)[5] = value
+            setattr(gradient, name, part)
+        assert not update.row_matrices(stacked, factor, gradient, rate, easy).applied
+        assert all(torch.equal(a, b) for a, b in zip(before, (stacked, factor), strict=True))
+
+    refused("norm", -1.0)  # a direction that grows
+    refused("norm", torch.nan)
+    refused("target", torch.inf)
+    refused("pair", torch.nan)
+    refused(easy=update.Easy(0.9, 1e-9))  # a long series
+    refused(easy=update.Easy(1e-9, 0.1))  # a large trace
+    refused(rate=1.0)
 
 
 @pytest.mark.parametrize("width", [1, 3])

@@ -75,31 +75,20 @@ def _row_matrices_share(worker, workers, d, pair, ids, target, norm, total, eith
     found[worker, 0], found[worker, 1], found[worker, 2] = shrinking, growing, squares
 
 
-# workers, rows, K, d, V, rate, whether the loss reads the sum; pair, ids, target, norm, total; system and inner, one
-# after the other; what is found
-MATRICES_KINDS = "nnnnnxnaiaaaad"
-
-
-def row_matrices(asked: Any) -> int:
-    (
-        workers, rows, width, d, num_classes, rate, uses_sum, pair, ids, target, norm, total, both, found,
-    ) = asked[0]  # fmt: skip
-    pair, ids = carray(pair, (2 * rows, columns_of(d)[0])), carray(ids, (rows, width))
-    target, norm, total = carray(target, (rows, width)), carray(norm, (rows,)), carray(total, (rows * uses_sum,))
-    both, found = carray(both, (2, rows, rows)), carray(found, (4,))
-    system, inner = both[0], both[1]
+@compiled
+def _row_matrices(workers, d, pair, ids, target, norm, total, num_classes, rate, system, inner):
+    """Positive and negative part of the trace of S, its norm, and what is not finite where a derivative is not."""
     either = target.sum(1)
     probe = float(either.sum())
-    if uses_sum:
+    if total.shape[0]:
         probe += float(total.sum())
         either += total.dtype.type(num_classes / 2) * total
-    parts, step = np.empty((workers, 3)), pair.dtype.type(rate)
-    given = (workers, d, pair, ids, target, norm, total, either, step, system, inner, parts)
+    parts = np.empty((workers, 3))
+    given = (workers, d, pair, ids, target, norm, total, either, rate, system, inner, parts)
     apart(_row_matrices_share, workers, given)
-    if width != 1:
-        _add_overlap(ids, target, step, inner)
-    found[0], found[1], found[2], found[3] = parts[:, 0].sum(), parts[:, 1].sum(), parts[:, 2].sum(), probe
-    return 0
+    if ids.shape[1] != 1:
+        _add_overlap(ids, target, rate, inner)
+    return parts[:, 0].sum(), parts[:, 1].sum(), np.sqrt(parts[:, 2].sum()), probe
 
 
 @compiled
@@ -203,35 +192,69 @@ def _update_share(
         multiply(products[:, shared], True, hidden, False, stacked[shared], 1.0, 1.0)
 
 
-# workers, rows, K, d, V, rate, what Z is still to be multiplied by, whether the loss reads the sum; pair, products,
-# ids, target, norm, total; system and inner; norm of system and eps, or the solution and whether it is there;
-# stacked, F
-UPDATE_KINDS = "nnnnnxxnaaiaaaaxxanaa"
+@compiled
+def _arrays(sizes, place):
+    """The parts of a gradient."""
+    rows, width, d, columns, uses_sum = sizes
+    pair, products, ids, target, norm, total = place
+    pair, products = carray(pair, (2 * rows, columns_of(d)[0])), carray(products, (rows, columns))
+    ids, target = carray(ids, (rows, width)), carray(target, (rows, width))
+    return pair, products, ids, target, carray(norm, (rows,)), carray(total, (rows * uses_sum,))
+
+
+@compiled
+def _update(workers, stacked, factor, given, rate, scaled, inner, series, solution):
+    rate = inner.dtype.type(rate)
+    given = (workers, stacked, factor, *given, rate, scaled, inner, series, solution)
+    apart(_update_share, workers, given)
+    apart(symmetric_share, workers, (workers, stacked[: factor.shape[1]]))
+
+
+# workers; N, K, d, columns of products, whether the loss reads the sum; pair, products, ids, target, norm, total; V,
+# rate, what Z is still to be multiplied by; stacked, F, system and inner one after the other, what is found; whether
+# to make an easy step at once, up to what trace and norm it is one, eps
+EASY_KINDS = "nnnnnnaaiaaanxxaaadnxxx"
+
+
+def easy_step(asked: Any) -> int:
+    (
+        workers, rows, width, d, columns, uses_sum, pair, products, ids, target, norm, total, num_classes, rate,
+        scaled, stacked, factor, both, found, at_once, most, short, eps,
+    ) = asked[0]  # fmt: skip
+    given = _arrays((rows, width, d, columns, uses_sum), (pair, products, ids, target, norm, total))
+    pair, products, ids, target, norm, total = given
+    both, found, step = carray(both, (2, rows, rows)), carray(found, (4,)), pair.dtype.type(rate)
+    stacked, factor = carray(stacked, (columns, d)), carray(factor, (num_classes, d))
+    system, inner = both[0], both[1]
+    shrinking, growing, size, probe = _row_matrices(
+        workers, d, pair, ids, target, norm, total, num_classes, step, system, inner
+    )
+    found[0], found[1], found[2], found[3] = shrinking, growing, size, probe
+    if at_once and shrinking <= most and growing == 0 and size <= short and np.isfinite(probe):  # none with nan
+        series, solution = _series(workers, system, size, eps), np.empty((rows, pair.shape[1]), pair.dtype)
+        _update(workers, stacked, factor, given, rate, scaled, inner, series, solution)
+        return 1
+    return 0
+
+
+# as above up to F; system and inner; the norm of system and eps, or the solution and whether it is there
+UPDATE_KINDS = "nnnnnnaaiaaanxxaaaxxan"
 
 
 def update(asked: Any) -> int:
     (
-        workers, rows, width, d, num_classes, rate, scaled, uses_sum, pair, products, ids, target, norm, total,
-        both, size, eps, solution, solved, stacked, factor,
+        workers, rows, width, d, columns, uses_sum, pair, products, ids, target, norm, total, num_classes, rate,
+        scaled, stacked, factor, both, size, eps, solution, solved,
     ) = asked[0]  # fmt: skip
-    padded, _, at_inverse = columns_of(d)
-    pair, products = carray(pair, (2 * rows, padded)), carray(products, (rows, at_inverse + padded))
-    ids, target = carray(ids, (rows, width)), carray(target, (rows, width))
-    norm, total = carray(norm, (rows,)), carray(total, (rows * uses_sum,))
-    stacked, factor = carray(stacked, (at_inverse + padded, d)), carray(factor, (num_classes, d))
-    both = carray(both, (2, rows, rows))
-    system, inner = both[0], both[1]
-    found, step = np.empty((rows, padded), pair.dtype), pair.dtype.type(rate)
+    given = _arrays((rows, width, d, columns, uses_sum), (pair, products, ids, target, norm, total))
+    both, found = carray(both, (2, rows, rows)), np.empty((rows, given[0].shape[1]), given[0].dtype)
     if solved:
-        series = np.empty((0, rows), pair.dtype)
+        series = np.empty((0, rows), found.dtype)
         found[:, :d] = carray(solution, (rows, d))
     else:
-        series = _series(workers, system, size, eps)
-    given = (
-        workers, stacked, factor, pair, products, ids, target, norm, total, step, scaled, inner, series, found,
-    )  # fmt: skip
-    apart(_update_share, workers, given)
-    apart(symmetric_share, workers, (workers, stacked[:d]))
+        series = _series(workers, both[0], size, eps)
+    stacked, factor = carray(stacked, (columns, d)), carray(factor, (num_classes, d))
+    _update(workers, stacked, factor, given, rate, scaled, both[1], series, found)
     return 0
 
 

@@ -4,7 +4,6 @@ Each function has two forms: PyTorch's operations, and `kernels/factored_step_lo
 """
 
 import ctypes
-import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ class RowMatrices(NamedTuple):
     growing: float  # and the negative
     size: float  # the norm of S, at least its largest eigenvalue
     probe: float  # not finite where some target's derivative is not
+    applied: bool = False  # the step was made
 
     @property
     def system(self) -> Tensor:
@@ -37,19 +37,33 @@ class RowMatrices(NamedTuple):
         return self.both[1]
 
 
-def row_matrices(g: FactoredGradient, rate: float, num_classes: int) -> RowMatrices:
-    """All of a step that its size and its safety depend on."""
-    rows, width, d, _, uses_sum = g.sizes()
-    if workers := workers_for(g.like, rows, d):
-        place, dtype = g.place(), g.like.dtype
-        both = torch.empty(2, rows, rows, dtype=dtype)
-        found = FOUR()
-        by_address("factored_step_loops", "row_matrices", "MATRICES_KINDS", dtype)(
-            workers, rows, width, d, num_classes, rate, uses_sum, place.pair, place.ids, place.target, place.norm,
-            place.total, both.data_ptr(), ctypes.addressof(found),
+class Easy(NamedTuple):
+    """Up to where a step is easy, that is, far from singular and solved by a short series."""
+
+    trace: float
+    size: float
+
+
+def row_matrices(
+    stacked: Tensor,
+    factor: Tensor,  # (V, d)
+    g: FactoredGradient,
+    rate: float,
+    at_once: Easy | None = None,
+) -> RowMatrices:
+    """All of a step that its size and its safety depend on; the step itself too, where it is that easy.
+
+    That saves a call in the midst of a step, 40 microseconds. The plain form leaves it to `update`.
+    """
+    sizes, num_classes = g.sizes(), factor.shape[0]
+    rows = sizes.rows
+    if workers := workers_for(factor, rows, sizes.features):
+        both, found, easy = torch.empty(2, rows, rows, dtype=factor.dtype), FOUR(), at_once or Easy(0, 0)
+        applied = by_address("factored_step_loops", "easy_step", "EASY_KINDS", factor.dtype)(
+            workers, *sizes, *g.place(), num_classes, rate, g.scaled, stacked.data_ptr(), factor.data_ptr(),
+            both.data_ptr(), ctypes.addressof(found), at_once is not None, *easy, _rounding(factor.dtype),
         )  # fmt: skip
-        shrinking, growing, squares, probe = found
-        return RowMatrices(both, shrinking, growing, math.sqrt(squares), probe)
+        return RowMatrices(both, *found, bool(applied))
     pull = 2 * rate * g.norm
     inner = sparse_overlap(g.ids, g.target, g.total, num_classes)
     inner.mul_(rate).addcmul_(g.hidden @ g.both.T, pull[:, None])
@@ -107,13 +121,13 @@ def update(
 
     and then Q is made symmetric: the mean of `Q + 2 P^T H` and its transpose is `Q + P^T H + H^T P`.
     """
-    count, width, d, _, uses_sum = g.sizes()
-    if workers := workers_for(factor, count, d):
+    sizes = g.sizes()
+    d = sizes.features
+    if workers := workers_for(factor, sizes.rows, d):
         given = rows.both if solution is None else solution.contiguous()
         by_address("factored_step_loops", "update", "UPDATE_KINDS", factor.dtype)(
-            workers, count, width, d, factor.shape[0], rate, g.scaled, uses_sum, *g.place(), rows.both.data_ptr(),
-            rows.size, _rounding(factor.dtype), given.data_ptr(), solution is not None,
-            stacked.data_ptr(), factor.data_ptr(),
+            workers, *sizes, *g.place(), factor.shape[0], rate, g.scaled, stacked.data_ptr(), factor.data_ptr(),
+            rows.both.data_ptr(), rows.size, _rounding(factor.dtype), given.data_ptr(), solution is not None,
         )  # fmt: skip
         return
     hidden, products, pull = g.hidden, g.products, (2 * rate * g.norm)[:, None]

@@ -128,6 +128,7 @@ class FactoredSGD(torch.optim.Optimizer):
                     float(group["lr"]),
                     weight_decay=group["weight_decay"],
                     max_norm=group["max_norm"],
+                    alone=len(self._layers) == 1,
                 )
                 if plan is not None:
                     plans.append((layer, plan))

@@ -30,12 +30,12 @@ import torch
 from torch import Tensor
 
 from lastlayer.kernels.factored_gradient import Columns, FactoredGradient
-from lastlayer.kernels.factored_update import RowMatrices, move_targets, row_matrices, update
+from lastlayer.kernels.factored_update import Easy, RowMatrices, move_targets, row_matrices, update
 from lastlayer.layers.factored_gradient import gradient_norm
 from lastlayer.layers.factored_state import FactoredState
 
 EASY = 0.9  # lr tr(H^T D H) up to which a step is far from singular whatever the eigenvalues
-SHORT = {dtype: torch.finfo(dtype).eps / 4 for dtype in (torch.float32, torch.float64)}  # for `size ** 8`
+EASY_STEPS = {dtype: Easy(EASY, (torch.finfo(dtype).eps / 4) ** (1 / 8)) for dtype in (torch.float32, torch.float64)}
 
 
 @dataclass
@@ -55,8 +55,11 @@ def plan_step(
     *,
     weight_decay: float = 0.0,
     max_norm: float | None = None,
+    alone: bool = False,
 ) -> StepPlan | None:
     """The exact step `W <- W - lr (min(1, max_norm / ||g||) g + weight_decay W)`; None when nothing changes.
+
+    An easy one is made at once where it is `alone`, not one of several of which all or none are to be made.
 
     Raises:
         ValueError: the step is singular or not finite, or the decay takes away all of the weight.
@@ -70,21 +73,23 @@ def plan_step(
     if max_norm is not None:
         lr *= min(1.0, max_norm / (gradient_norm(gradient, state.num_classes) + 1e-6))  # as clip_grad_norm_ does
     rate = lr / shrink
-    rows = None
+    rows, at_once = None, EASY_STEPS[state.factor.dtype] if alone and shrink == 1 else None
     if prefers_features(count, features):
         spread = 2 * rate * gradient.norm * gradient.hidden.square().sum(1)  # the diagonal of lr H H^T D
         shrinking, growing = float(spread.clamp(min=0).sum()), -float(spread.clamp(max=0).sum())
         probe = float(gradient.target.sum() + (0.0 if gradient.total is None else gradient.total.sum()))
     else:
-        rows = row_matrices(gradient, rate, state.num_classes)
+        rows = row_matrices(state.stacked, state.factor, gradient, rate, at_once)
         shrinking, growing, probe = rows.shrinking, rows.growing, rows.probe
     if not math.isfinite(shrinking + growing + probe):
         raise ValueError("hidden, or the gradient of the loss, is not finite: the step is refused")
     if growing > 0:
         _check_size((1 + growing) ** 2 * state.gram.double(), state.gram.dtype)
     plan = None
-    if rows is not None and shrinking <= EASY and growing <= 1:
-        solve = None if rows.size**8 <= SHORT[state.factor.dtype] else partial(_solve_easy, rows)
+    if rows is not None and rows.applied:
+        plan = StepPlan(_nothing, count, -math.log1p(-min(shrinking, rows.size)))
+    elif rows is not None and shrinking <= EASY and growing <= 1:
+        solve = None if rows.size <= EASY_STEPS[state.factor.dtype].size else partial(_solve_easy, rows)
         plan = _by_rows(state, gradient, rate, rows, solve, -math.log1p(-min(shrinking, rows.size)))
         growing = min(growing, rows.size)
     elif rows is not None and growing <= 1e-3 * shrinking:
@@ -93,6 +98,10 @@ def plan_step(
         plan = _by_features(state, gradient, rate, lr, growing)
     plan.growth += growing
     return plan if shrink == 1 else _with_decay(state, plan, shrink)
+
+
+def _nothing() -> None:
+    """What is left to apply of a step that was made at once."""
 
 
 def prefers_features(rows: int, features: int) -> bool:
@@ -229,7 +238,7 @@ def _most_growth(dtype: torch.dtype) -> float:
 
 
 def _decay_only(state: FactoredState, shrink: float) -> StepPlan:
-    return _with_decay(state, StepPlan(lambda: None, 0, 0.0), shrink)
+    return _with_decay(state, StepPlan(_nothing, 0, 0.0), shrink)
 
 
 def _with_decay(state: FactoredState, plan: StepPlan, shrink: float) -> StepPlan:
