@@ -1,4 +1,4 @@
-"""The compiled training pass is what the plain functions make one after the other, and what it leaves is their record."""
+"""The compiled training pass makes what the plain functions do one after the other, and leaves their record."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def a_batch(dtype=torch.float64, seed=0):
 
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
 def test_losses(loss):
-    """Compiled and plain derivatives, outputs that are all alike, padding and numbers that are not finite among them."""
+    """Compiled and plain derivatives; of outputs all alike, padding, and numbers that are not finite, too."""
     from lastlayer.kernels.factored_losses import row_derivatives
 
     generator = torch.Generator().manual_seed(2)

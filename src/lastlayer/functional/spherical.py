@@ -237,13 +237,12 @@ def _moments(squared_norm: Tensor, total: Tensor, num_classes: int) -> tuple[Ten
 
 def built_in(loss: SphericalLoss) -> BuiltIn | None:
     """Which of the compiled losses this is; None: the user's own, classes derived from the ones above included."""
-    kind = type(loss)
-    if kind is SquaredError:
+    if type(loss) is SquaredError:
         return BuiltIn(SQUARED_ERROR)
-    if kind is SphericalSoftmax:
+    if type(loss) is SphericalSoftmax:
         return BuiltIn(SPHERICAL_SOFTMAX, loss.epsilon)
-    if kind is TaylorSoftmax:
+    if type(loss) is TaylorSoftmax:
         return BuiltIn(TAYLOR_SOFTMAX, uses_sum=True)
-    if kind is ZLoss:
+    if type(loss) is ZLoss:
         return BuiltIn(Z_LOSS, loss.alpha, loss.beta, uses_sum=True)
     return None

@@ -32,7 +32,8 @@ class ByAddress:
             self._compiled = cfunc(signature, cache=True)(body)
         except RuntimeError:  # no folder that can be written
             self._compiled = cfunc(signature)(body)
-        self._call = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)(self._compiled.address)  # pyright: ignore[reportArgumentType]
+        native: Any = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)
+        self._call = native(self._compiled.address)
         self._pack = Struct("".join("d" if letter == "x" else "q" for letter in kinds)).pack
 
     def __call__(self, *asked: float) -> int:

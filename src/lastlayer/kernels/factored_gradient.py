@@ -104,14 +104,14 @@ class FactoredGradient:
 
     def sizes(self) -> Sizes:
         """N, K, d, the columns of the products, and whether there is a `total`."""
-        return Sizes(*self.ids.shape, self.features, self.products.shape[1], self.total is not None)
+        rows, width = self.ids.shape
+        return Sizes(rows, width, self.features, self.products.shape[1], self.total is not None)
 
     def place(self) -> Place:
         """Where the parts are in memory."""
+        pair, products, ids, target = (p.data_ptr() for p in (self.pair, self.products, self.ids, self.target))
         norm = self.norm.data_ptr()
-        total = norm if self.total is None else self.total.data_ptr()
-        own = (self.pair, self.products, self.ids, self.target)
-        return Place(*(part.data_ptr() for part in own), norm, total)
+        return Place(pair, products, ids, target, norm, norm if self.total is None else self.total.data_ptr())
 
     def scale(self, factor: float) -> None:
         """Multiplies the gradient of the loss."""

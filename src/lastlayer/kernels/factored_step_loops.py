@@ -210,9 +210,9 @@ def _update(workers, stacked, factor, given, rate, scaled, inner, series, soluti
     apart(symmetric_share, workers, (workers, stacked[: factor.shape[1]]))
 
 
-# workers; N, K, d, columns of products, whether the loss reads the sum; pair, products, ids, target, norm, total; V,
-# rate, what Z is still to be multiplied by; stacked, F, system and inner one after the other, what is found; whether
-# to make an easy step at once, up to what trace and norm it is one, eps
+# workers; N, K, d, columns of products, whether the loss reads the sum; pair, products, ids, target, norm, total;
+# V, rate, what Z is still to be multiplied by; stacked, F, system and inner one after the other, what is found;
+# whether to make an easy step at once, up to what trace and norm it is one, eps
 EASY_KINDS = "nnnnnnaaiaaanxxaaadnxxx"
 
 
@@ -226,9 +226,8 @@ def easy_step(asked: Any) -> int:
     both, found, step = carray(both, (2, rows, rows)), carray(found, (4,)), pair.dtype.type(rate)
     stacked, factor = carray(stacked, (columns, d)), carray(factor, (num_classes, d))
     system, inner = both[0], both[1]
-    shrinking, growing, size, probe = _row_matrices(
-        workers, d, pair, ids, target, norm, total, num_classes, step, system, inner
-    )
+    traces: Any = _row_matrices(workers, d, pair, ids, target, norm, total, num_classes, step, system, inner)
+    shrinking, growing, size, probe = traces
     found[0], found[1], found[2], found[3] = shrinking, growing, size, probe
     if at_once and shrinking <= most and growing == 0 and size <= short and np.isfinite(probe):  # none with nan
         series, solution = _series(workers, system, size, eps), np.empty((rows, pair.shape[1]), pair.dtype)

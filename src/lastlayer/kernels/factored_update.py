@@ -63,7 +63,8 @@ def row_matrices(
             workers, *sizes, *g.place(), num_classes, rate, g.scaled, stacked.data_ptr(), factor.data_ptr(),
             both.data_ptr(), ctypes.addressof(found), at_once is not None, *easy, _rounding(factor.dtype),
         )  # fmt: skip
-        return RowMatrices(both, *found, bool(applied))
+        shrinking, growing, size, probe = found
+        return RowMatrices(both, shrinking, growing, size, probe, bool(applied))
     pull = 2 * rate * g.norm
     inner = sparse_overlap(g.ids, g.target, g.total, num_classes)
     inner.mul_(rate).addcmul_(g.hidden @ g.both.T, pull[:, None])

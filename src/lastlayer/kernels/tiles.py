@@ -37,9 +37,7 @@ def _average(typingctx: Any, matrix: Any, row: Any, column: Any) -> Any:
         vector = ir.VectorType(context.get_value_type(kind.dtype), TILE)
 
         def places(row: Any, column: Any) -> list[Any]:
-            starts = [
-                builder.add(builder.mul(builder.add(row, row.type(r)), width), column) for r in range(TILE)
-            ]
+            starts = [builder.add(builder.mul(builder.add(row, row.type(r)), width), column) for r in range(TILE)]
             return [builder.bitcast(builder.gep(array.data, [at]), vector.as_pointer()) for at in starts]
 
         def loaded(at: Any) -> Any:

@@ -19,12 +19,10 @@ from lastlayer.functional.reduce import reduce_loss
 from lastlayer.functional.sparse_targets import sparse_targets
 from lastlayer.functional.spherical import NormalizedLoss, SphericalLoss, SphericalSoftmax
 from lastlayer.layers.base import OutputLayer
-from lastlayer.layers.factored_pass import whole_loss
+from lastlayer.layers.factored_pass import is_usual, whole_loss
 from lastlayer.layers.factored_record import Ledger, Record, full_precision, recorded_loss
 from lastlayer.layers.factored_stability import Stabilizer
 from lastlayer.layers.factored_state import Consistency, FactoredState
-
-PLAIN = (Tensor, nn.Parameter)
 
 
 class FactoredOutput(OutputLayer):
@@ -114,7 +112,8 @@ class FactoredOutput(OutputLayer):
         `ignore_index`; or a sparse `(N, V)` matrix of values. Duplicates add. A row of nothing but
         `ignore_index` is ignored, an empty row of a matrix is a target of zeros.
         """
-        if target_weights is None and self._is_usual(hidden, targets):
+        usual = target_weights is None and not 0 <= self.ignore_index < self.num_classes and self._trains()
+        if usual and is_usual(hidden, targets, self.in_features, self.anchor.dtype):
             rows = self._featured(hidden.reshape(-1, self.in_features)) if self.has_bias else hidden
             loss = whole_loss(rows, targets, None, self.loss, self._record(), self.reduction)
             if loss is not None:
@@ -257,21 +256,6 @@ class FactoredOutput(OutputLayer):
             scores, squared_norm, total = self.state.statistics(hidden, ids)
         row_loss = self.loss.row_loss(scores, weights, squared_norm, total, self.num_classes)
         return reduce_loss(row_loss, None, reduction)
-
-    def _is_usual(self, hidden: Tensor, targets: Tensor) -> bool:
-        """Whether all is well, but for the ids, which `whole_loss` looks at: the quick way through `forward`."""
-        return (
-            type(hidden) in PLAIN
-            and type(targets) in PLAIN
-            and hidden.dtype == self.anchor.dtype
-            and targets.dtype == torch.int64
-            and targets.shape == hidden.shape[:-1]
-            and hidden.shape[-1:] == (self.in_features,)
-            and hidden.layout == targets.layout == torch.strided
-            and hidden.device == targets.device
-            and not 0 <= self.ignore_index < self.num_classes
-            and self._trains()
-        )
 
     def _trains(self) -> bool:
         return self.training and torch.is_grad_enabled() and self.anchor.requires_grad

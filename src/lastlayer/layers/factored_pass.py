@@ -8,13 +8,15 @@ where it is another number. `factored_record.py` has every other pass.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lastlayer.functional.checks import eager_on_cpu
 from lastlayer.functional.spherical import SphericalLoss, built_in
 from lastlayer.kernels.factored import WholePass, whole_pass
 from lastlayer.layers.factored_record import Record, mark_of, needed_columns
+
+PLAIN = (Tensor, nn.Parameter)
 
 
 def whole_loss(
@@ -34,6 +36,25 @@ def whole_loss(
     mean = reduction == "mean"
     made = whole_pass(hidden, targets, weights, state.stacked, state.factor, kernel, mean, columns)
     return None if made is None else _applied(hidden, record.anchor, made, record)
+
+
+def is_usual(
+    hidden: Any,  # (..., d)
+    targets: Any,  # (...)
+    features: int,
+    dtype: torch.dtype,
+) -> bool:
+    """Whether both are all that `whole_loss` wants, but for the ids, which it looks at itself."""
+    return (
+        type(hidden) in PLAIN
+        and type(targets) in PLAIN
+        and hidden.dtype == dtype
+        and targets.dtype == torch.int64
+        and targets.shape == hidden.shape[:-1]
+        and hidden.shape[-1:] == (features,)
+        and hidden.layout == targets.layout == torch.strided
+        and hidden.device == targets.device
+    )
 
 
 class _WholePass(torch.autograd.Function):
@@ -65,4 +86,5 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _backward_once = once_differentiable(_backward)
-_applied: Any = super(torch.autograd.Function, _WholePass).apply  # without the look for transforms of functions
+_above: Any = super(torch.autograd.Function, _WholePass)
+_applied = _above.apply  # without the look for transforms of functions

@@ -1,8 +1,9 @@
 """What a training-mode pass of `FactoredOutput` leaves for `FactoredSGD`, and how autograd carries it there.
 
-One node, `_Loss` (or, usually, the one of `factored_pass.py`): the loss and, backwards, the gradient of the hidden states and the record of the step. The
-record is made only when the engine goes on to the layer's anchor, that is, when the gradient of the layer itself
-is wanted: `torch.autograd.grad(loss, hidden)` records nothing, `loss.backward()` does.
+One node, `_Loss` (usually that of `factored_pass.py`): the loss and, backwards, the gradient of the hidden
+states and the record of the step. The record is made only when the engine goes on to the layer's anchor, that is,
+when the gradient of the layer itself is wanted: `torch.autograd.grad(loss, hidden)` records nothing,
+`loss.backward()` does.
 
 The anchor's gradient stands for the weight's: each pass adds a tiny mark to it. Whoever removes it (`zero_grad`
 of any kind) removes the records, and whoever multiplies it (`clip_grad_norm_`, a loss scaler) scales the step.

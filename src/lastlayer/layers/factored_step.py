@@ -35,7 +35,7 @@ from lastlayer.layers.factored_gradient import gradient_norm
 from lastlayer.layers.factored_state import FactoredState
 
 EASY = 0.9  # lr tr(H^T D H) up to which a step is far from singular whatever the eigenvalues
-EASY_STEPS = {dtype: Easy(EASY, (torch.finfo(dtype).eps / 4) ** (1 / 8)) for dtype in (torch.float32, torch.float64)}
+EASY_STEPS = {kind: Easy(EASY, (torch.finfo(kind).eps / 4) ** (1 / 8)) for kind in (torch.float32, torch.float64)}
 
 
 @dataclass
