@@ -50,7 +50,7 @@ def a_batch(dtype=torch.float64, seed=0):
 
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
 def test_losses(loss):
-    """Compiled and plain derivatives; of outputs all alike, padding, and numbers that are not finite, too."""
+    """Compiled and plain derivatives, where all outputs are alike or one is not finite, too."""
     from lastlayer.kernels.factored_losses import row_derivatives
 
     generator = torch.Generator().manual_seed(2)

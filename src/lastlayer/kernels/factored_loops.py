@@ -178,8 +178,8 @@ def _derive(loss, part, weights, squared_norm, scores, sums, num_classes, target
 
 
 # workers, rows, K, d, columns of products, V; which loss and its settings, what a row counts, whether it reads
-# the sum; stacked, F, hidden, targets; weights and whether there are any; ids, pair, products, target, norm, total,
-# the gradient of hidden, the loss
+# the sum; stacked, F, hidden, targets; weights and whether there are any; ids, pair, products, target, norm,
+# total, the gradient of hidden, the loss
 PASS_KINDS = "nnnnnnnxxxnaaaidniaaaaaaa"
 
 
