@@ -44,9 +44,9 @@ class FactoredOutput(OutputLayer):
     notices, at first all V, later those that were targets lately. Once in 3 V examples Q is made anew at O(V d^2).
 
     When not to use it: with the ordinary softmax (no `exp` is possible here), with momentum, Adam or elementwise
-    clipping, or for few classes (a plain step is 3 V d multiply-adds an example, this one 7 d^2 + 4 N d, and half
-    a millisecond of small operations). bfloat16 layers compute and keep their state in float32; float16 ones do
-    not train.
+    clipping, or for few classes (a plain step is 3 V d multiply-adds an example, this one 7 d^2 + 4 N d, and a
+    third of a millisecond of small operations). bfloat16 layers compute and keep their state in float32; float16
+    ones do not train.
 
     Args:
         in_features: d.
