@@ -1,5 +1,8 @@
 """The compiled training pass makes what the plain functions do one after the other, and leaves their record."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -228,3 +231,21 @@ def test_a_refused_step_leaves_all_layers_alone():
     optimizer.param_groups[1]["lr"] = 1e-3
     optimizer.step()
     torch.testing.assert_close(one.weight, two.weight, rtol=0, atol=0)
+
+
+def test_where_numba_may_write_nowhere():
+    """The kernels are compiled for this process only."""
+    code = """
+from numba.core.caching import CompileResultCacheImpl
+CompileResultCacheImpl._locator_classes = []
+import torch
+from lastlayer import FactoredOutput, FactoredSGD
+layer = FactoredOutput(64, 500)
+optimizer = FactoredSGD(layer, lr=0.1)
+before = layer.weight.clone()
+layer(torch.randn(64, 64), torch.arange(64)).backward()
+optimizer.step()
+assert not torch.equal(layer.weight, before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

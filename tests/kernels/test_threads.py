@@ -11,7 +11,7 @@ from lastlayer.kernels.threads import at_once, openmp
 pytest.importorskip("numba")
 from numba import njit
 
-from lastlayer.kernels.screening import threads
+from lastlayer.kernels import apart as threads
 
 
 @pytest.mark.parametrize("parts", [1, 2, 7, 40])

@@ -12,6 +12,20 @@ from torch import nn
 from lastlayer import FactoredOutput, FactoredSGD, SphericalSoftmax, ZLoss
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lr": "a"}, "lr must be a number, got 'a'"),
+        ({"lr": None}, "lr must be a number, got None"),
+        ({"lr": 0.1, "weight_decay": "b"}, "weight_decay must be a number, got 'b'"),
+        ({"lr": 0.1, "max_norm": "c"}, "max_norm must be a number, got 'c'"),
+    ],
+)
+def test_settings_that_are_no_numbers(settings, words):
+    with pytest.raises(TypeError, match=words):
+        FactoredSGD(FactoredOutput(4, 20), **settings)
+
+
 def test_misuse_of_the_optimizer():
     layer = FactoredOutput(4, 20)
     hidden, targets = torch.ones(3, 4), torch.arange(3)
@@ -103,6 +117,8 @@ def test_bad_targets():
         layer.set_weight(torch.ones(4, 20))
     with pytest.raises(ValueError, match="bias"):
         layer.set_weight(torch.ones(20, 4), torch.ones(20))
+    with pytest.raises(TypeError, match="weight must be a tensor, got list"):
+        layer.set_weight([[1.0] * 4] * 20)
 
 
 def test_copies_start_afresh():

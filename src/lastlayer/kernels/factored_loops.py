@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 
+from lastlayer.kernels.apart import apart
 from lastlayer.kernels.blas import multiply
 from lastlayer.kernels.cache_hints import LINE_BYTES, fetch_number
 from lastlayer.kernels.factored_gradient import ALIGNED
 from lastlayer.kernels.factored_losses import row_derivatives
 from lastlayer.kernels.fast_math import compiled
-from lastlayer.kernels.screening.threads import apart
 from lastlayer.kernels.tiles import share
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 
+from lastlayer.kernels.apart import apart
 from lastlayer.kernels.blas import multiply
 from lastlayer.kernels.cache_hints import fetch_number
 from lastlayer.kernels.factored_loops import columns_of, fetch_targets
 from lastlayer.kernels.fast_math import compiled
-from lastlayer.kernels.screening.threads import apart
 from lastlayer.kernels.tiles import share, symmetric_share
 
 AHEAD = 16  # rows of F, of which a number each is wanted

@@ -170,6 +170,9 @@ class FactoredOutput(OutputLayer):
     ) -> None:
         """Replaces weight and bias (None: leaves the bias), and forgets recorded steps."""
         expected = (self.num_classes, self.in_features)
+        for name, given in (("weight", weight), ("bias", bias)):
+            if given is not None and not isinstance(given, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(given).__name__}")
         if weight.shape != expected:
             raise ValueError(f"weight must have shape (V, d) = {expected}, got {tuple(weight.shape)}")
         if bias is not None and (not self.has_bias or bias.shape != expected[:1]):

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -173,6 +174,12 @@ _hooked_step = torch.optim.Optimizer.profile_hook_step(FactoredSGD._step)
 
 
 def _check_settings(group: dict[str, Any]) -> None:
+    numbers = {name: group[name] for name in ("lr", "weight_decay", "max_norm")}
+    if numbers["max_norm"] is None:
+        del numbers["max_norm"]
+    for name, value in numbers.items():
+        if not isinstance(value, Real | Tensor):
+            raise TypeError(f"{name} must be a number, got {value!r}")
     for name in ("lr", "weight_decay"):
         if not float(group[name]) >= 0:
             raise ValueError(f"{name} must be at least 0, got {group[name]}")

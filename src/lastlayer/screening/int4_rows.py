@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lastlayer.screening.exact import CAST_ROWS
 from lastlayer.screening.quantised import IntegerRows, rounded_up, split_in_two
 from lastlayer.screening.summary import BLOCK, Summary, kernels
 
+AT_ONCE = 2048  # rows rounded at once: few enough that their memory is used again, not asked for anew
 BESIDE, CHUNK, GROUPS = 16, 8, 2  # of kernels/screening/nibbles.py
 FINER = 16  # 8-bit steps in a 4-bit one
 MOST = 7.5  # steps from zero to the last 4-bit code; codes stand for -7.5, -6.5, ..., 7.5
@@ -44,8 +44,8 @@ class Int4Rows(IntegerRows):
         self.packed = torch.zeros(packed, dtype=torch.int8, device=weight.device).view(-1)
         self.scale = torch.empty(classes, dtype=torch.float32, device=weight.device)  # of half a step
         norms = torch.empty(2, classes, dtype=torch.float64, device=weight.device)
-        for start in range(0, classes, CAST_ROWS):
-            at = slice(start, min(start + CAST_ROWS, classes))
+        for start in range(0, classes, AT_ONCE):
+            at = slice(start, min(start + AT_ONCE, classes))
             rows = weight[at].double() @ to_rows
             levels, steps = nearest(rows, balance, fine)
             norms[0, at] = torch.linalg.vector_norm((levels * steps - rows) * balance, dim=-1)

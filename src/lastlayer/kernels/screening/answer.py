@@ -1,14 +1,17 @@
 """From summarised scores to an answer: exact logits of candidates, certificate, widening, normaliser."""
 
+# pyright: reportArgumentType=false
+# (a number written out is a type of its own to numba: `np.int64(0)` saves another compilation)
+
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 
+from lastlayer.kernels.apart import apart
 from lastlayer.kernels.fast_math import exp, load
 from lastlayer.kernels.screening.blocks import FAST, MINUS_INFINITY, largest, summarise_one, summarise_part
 from lastlayer.kernels.screening.choose import choose
-from lastlayer.kernels.screening.threads import apart
 
 FEW = 1 << 17  # numbers that one thread reads before others are asked to help
 WIDENED = 64  # blocks that one thread looks through before others are asked to help
@@ -38,7 +41,7 @@ def _rescore(weight: Any, bias: Any, hidden: Any, classes: Any, workers: int) ->
     if workers > 1 and logits.size * hidden.size > FEW:
         apart(_rescore_part, workers, (workers, weight, bias, hidden, classes, logits))  # pyright: ignore
     else:
-        _rescore_part(0, 1, weight, bias, hidden, classes, logits)
+        _rescore_part(np.int64(0), np.int64(1), weight, bias, hidden, classes, logits)
     return logits
 
 
@@ -94,7 +97,9 @@ def _set_aside(
 def _upper_bounds(of_row: Any, of_classes: Any, scores: Any, first: int, upper: Any) -> None:
     """What the logits of the `scores` from `first` on can be at most, as many as `upper` has room for."""
     last = first + upper.size
-    upper[:] = scores[first:last]
+    of_part = scores[first:last]
+    for i in range(upper.size):
+        upper[i] = of_part[i]
     for m in range(of_row.size):
         of_part, share = of_classes[m, first:last], of_row[m]
         for i in range(upper.size):
@@ -117,7 +122,7 @@ def _in_play(
     scores, block_max, _, of_row = room
     size, n = layer.size, 0
     of_blocks, room_of_block = np.empty(block_max.size, dtype=np.float32), np.empty(size, dtype=np.float32)
-    _upper_bounds(of_row, layer.of_blocks, block_max, 0, of_blocks)
+    _upper_bounds(of_row, layer.of_blocks, block_max, np.int64(0), of_blocks)
     for block in range(worker, block_max.size, workers):
         if of_blocks[block] < kth:
             continue
@@ -165,7 +170,7 @@ def _widen(room: Any, layer: Any, hidden: Any, kth: Any, workers: int) -> Any:
     classes, logits = np.empty(share * workers, dtype=np.int32), np.empty(share * workers, dtype=np.float32)
     counts = np.zeros(workers, dtype=np.int64)
     if workers == 1:
-        _widen_part(0, 1, room, layer, hidden, kth, classes, logits, counts)
+        _widen_part(np.int64(0), np.int64(1), room, layer, hidden, kth, classes, logits, counts)
     else:
         given = workers, room, layer, hidden, kth, classes, logits, counts
         apart(_widen_part, workers, given)  # pyright: ignore[reportCallIssue]
@@ -248,11 +253,12 @@ def answer(
     size, candidates, _, _, weight, bias = layer
     hidden, exact, log_prob, indices, certified, log_normalizer, final = asked
     if final.size:
-        final[:] = scores
+        for i in range(final.size):
+            final[i] = scores[i]
     chosen = choose(scores, block_max, size, candidates)
     logits = _rescore(weight, bias, hidden, chosen, workers)
     _put(final, chosen, logits)
-    filled = _insert(logits, chosen, log_prob, indices, 0)
+    filled = _insert(logits, chosen, log_prob, indices, np.int64(0))
     best, kth = log_prob[0], log_prob[-1]
     total = _sum_exp(logits, best)
     _set_aside(scores, chosen, size, block_max, block_sum, not exact, workers)
@@ -265,10 +271,10 @@ def answer(
         total = total * np.exp(float(best - log_prob[0]))
         best = log_prob[0]
         total += _sum_exp(logits, best)
-        _set_aside(scores, more, size, block_max, block_sum, True, workers)
+        _set_aside(scores, more, size, block_max, block_sum, np.bool_(True), workers)
         certified[0] = True
     else:
-        certified[0] = _in_play(0, 1, room, layer, kth, np.empty(1, dtype=np.int32)) == 0
+        certified[0] = _in_play(np.int64(0), np.int64(1), room, layer, kth, np.empty(1, dtype=np.int32)) == 0
     log_normalizer[0] = _log_sum_exp(block_max, block_sum, best, total)
     for n in range(log_prob.size):
         log_prob[n] -= log_normalizer[0]
@@ -289,7 +295,7 @@ def _answer_some(worker: int, workers: int, helpers: int, rooms: Any, layer: Any
 def answer_rows(workers: int, rooms: Any, layer: Any, asked: Any, status: Any) -> None:
     """`answer` of every row, spread over workers: arrays with a leading N, but the layer's; `status (N,)`, out."""
     if len(status) == 1:
-        _answer_some(0, 1, workers, rooms, layer, asked, status)
+        _answer_some(np.int64(0), np.int64(1), workers, rooms, layer, asked, status)
     else:
         apart(_answer_some, workers, (workers, 1, rooms, layer, asked, status))  # pyright: ignore[reportCallIssue]
 
@@ -311,7 +317,7 @@ def _answer_some_dense(
         values = np.empty(chosen.size, dtype=np.float32)
         for n in range(chosen.size):
             values[n] = logits[row, chosen[n]]
-        _insert(values, chosen, log_prob[row], indices[row], 0)
+        _insert(values, chosen, log_prob[row], indices[row], np.int64(0))
         log_normalizer[row, 0] = _log_sum_exp(block_max[row], block_sum[row], log_prob[row, 0], 0.0)
         for n in range(log_prob.shape[1]):
             log_prob[row, n] -= log_normalizer[row, 0]

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from lastlayer.kernels.apart import apart
 from lastlayer.kernels.fast_math import exp, larger
 from lastlayer.kernels.screening.lanes import LANES, SUMMARISED, summarise_sixteen
-from lastlayer.kernels.screening.threads import apart
 
 MINUS_INFINITY = np.float32(-np.inf)
 

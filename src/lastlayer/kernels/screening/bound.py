@@ -17,7 +17,7 @@ import numpy as np
 from numba import cfunc, njit, typeof, types
 from numba.extending import intrinsic
 
-from lastlayer.kernels.screening.threads import lent
+from lastlayer.kernels.apart import lent
 
 
 @intrinsic

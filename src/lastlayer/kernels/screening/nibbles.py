@@ -8,12 +8,12 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from lastlayer.kernels.apart import apart
 from lastlayer.kernels.cache_hints import prefetch
 from lastlayer.kernels.screening.blocks import summarise_part
 from lastlayer.kernels.screening.dots import PREFETCH, pointer_at
 from lastlayer.kernels.screening.lanes import FLOATS, FREE
 from lastlayer.kernels.screening.scan import TILE, share_of, split_in_two
-from lastlayer.kernels.screening.threads import apart
 
 BESIDE = 16  # classes in one vector, each with CHUNK numbers
 CHUNK = 8  # numbers of a class in its four bytes: the first four in the low halves, the others in the high ones

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from lastlayer.kernels.apart import apart
 from lastlayer.kernels.fast_math import FLAGS, load
 from lastlayer.kernels.screening.blocks import FAST, summarise_part
 from lastlayer.kernels.screening.dots import ROWS, pointer_at, score_rows, unsigned_extra
-from lastlayer.kernels.screening.threads import apart
 
 TILE = 16  # blocks scored before they are summarised
 TURNED_AT_ONCE = 64  # products whose sum may lose digits

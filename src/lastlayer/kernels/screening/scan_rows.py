@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from lastlayer.kernels.apart import apart
 from lastlayer.kernels.cache_hints import fetch_row
 from lastlayer.kernels.screening.blocks import MINUS_INFINITY
 from lastlayer.kernels.screening.lanes import put_together, sum_exponentials, transpose, zero_lines
 from lastlayer.kernels.screening.scan import norm_of, share_of, split_in_two
-from lastlayer.kernels.screening.threads import apart
 from lastlayer.kernels.screening.tiles import DEPTH, PAIR, SIDE, begin_tiles, end_tiles, multiply_pairs
 
 
