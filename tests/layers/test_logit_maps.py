@@ -141,6 +141,18 @@ def test_plif_is_accurate_in_float32():
     assert (logit_map.float()(x).double() - exact).abs().max() < 5e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_plif_finds_its_segments_in_half_precision(dtype):
+    """Half precision does not count to 100,000: it rounds a segment's number to one that is none."""
+    torch.manual_seed(0)
+    logit_map = PLIF(100_000, 20.0, init_std=1.0)
+    x = torch.cat([8 * torch.randn(1000), torch.tensor([-25.0, -20.0, 20.0, 25.0])]).to(dtype)
+    exact = logit_map.double()(x.double())
+    found = logit_map.to(dtype)(x)
+    assert found.dtype == dtype
+    assert (found.double() - exact).abs().max() < 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+
 def test_flat_slope():
     """A slope that underflows is flat, not negative; its gradients are finite."""
     logit_map = PLIF(4, 1.0).double()

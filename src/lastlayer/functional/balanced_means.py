@@ -15,9 +15,10 @@ def balanced_means(
     seed: int,
 ) -> Tensor:  # (V,), cluster ids
     """Lloyd's iterations with bounded sizes: where a cluster overflows, its nearest vectors stay, others go on."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = vectors[torch.randperm(len(vectors), generator=generator)[:num_clusters]].clone()
-    ids = torch.zeros(len(vectors), dtype=torch.int64)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    order = torch.randperm(len(vectors), generator=generator, device="cpu")
+    centres = vectors[order[:num_clusters]].clone()
+    ids = torch.zeros_like(order)
     for _ in range(iterations):
         ids = _fill_empty(_assign(vectors, centres, max_size), num_clusters)
         sums = torch.zeros_like(centres).index_add_(0, ids, vectors)
@@ -35,20 +36,20 @@ def _assign(vectors: Tensor, centres: Tensor, max_size: int) -> Tensor:
     ]
     distance, nearest = torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
     distance += vectors.square().sum(1, keepdim=True) / 2
-    ids = torch.full((len(vectors),), -1, dtype=torch.int64)
-    room = torch.full((len(centres),), max_size)
+    ids = torch.full_like(nearest[:, 0], -1)
+    room = torch.full_like(ids[: len(centres)], max_size)
     for choice in range(choices):
         waiting = (ids < 0).nonzero()[:, 0]
         wanted = nearest[waiting, choice]
         order = distance[waiting, choice].argsort()
         order = order[wanted[order].argsort(stable=True)]  # by centre, then by distance
         counts = torch.bincount(wanted, minlength=len(centres))
-        place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[wanted[order]]
+        place = torch.arange(len(order), device="cpu") - (counts.cumsum(0) - counts)[wanted[order]]
         taken = order[place < room[wanted[order]]]
         ids[waiting[taken]] = wanted[taken]
         room = room - torch.bincount(wanted[taken], minlength=len(centres))
     left = (ids < 0).nonzero()[:, 0]
-    ids[left] = torch.arange(len(centres)).repeat_interleave(room)[: len(left)]
+    ids[left] = torch.arange(len(centres), device="cpu").repeat_interleave(room)[: len(left)]
     return ids
 
 

@@ -37,7 +37,7 @@ def even(
         [0, 0, 0, 1, 1, 2, 2]
     """
     num_classes, num_clusters = _sizes(num_classes, num_clusters)
-    return torch.arange(num_classes).mul_(num_clusters).div_(num_classes, rounding_mode="floor")
+    return torch.arange(num_classes, device="cpu").mul_(num_clusters).div_(num_classes, rounding_mode="floor")
 
 
 def by_frequency(
@@ -77,7 +77,7 @@ def by_frequency(
         mass = torch.ones_like(mass)
     middle = mass.cumsum(0) - mass / 2  # a class belongs where the middle of its mass falls
     bins = (middle * (num_clusters / mass.sum())).long().clamp_(max=num_clusters - 1)
-    ids = torch.empty(num_classes, dtype=torch.int64)
+    ids = torch.empty_like(order)
     ids[order] = _without_gaps(bins, num_clusters)
     return ids
 
@@ -199,7 +199,7 @@ def _without_gaps(
     Place i may hold at most bin i (each bin before it needs a place) and at least bin `num_bins - (V - i)`; within
     these bounds each id may exceed the one before it by one at most.
     """
-    place = torch.arange(len(bins))
+    place = torch.arange(len(bins), device=bins.device)
     # ids[i] = min over j <= i of bins[j] + (i - j): the largest sequence below `bins` that rises by single steps.
     ids = (bins - place).cummin(0).values + place
     ids = torch.minimum(ids - ids[0], place)

@@ -52,11 +52,14 @@ def group_by_cluster(
     return Groups(order, rows, bounds[1:] - rows, starts, edges[touched + 1] - starts)
 
 
-def whole_batch(num_rows: int, num_classes: int) -> Groups:
+def whole_batch(
+    rows: Tensor,  # (N, d)
+    num_classes: int,
+) -> Groups:
     """One group: all rows over all classes; none where there are no rows."""
-    order = torch.arange(num_rows)
-    zero, rows, classes = (np.full(min(num_rows, 1), n) for n in (0, num_rows, num_classes))
-    return Groups(order, zero, rows, zero, classes)
+    order = torch.arange(len(rows), device=rows.device)
+    zero, counts, classes = (np.full(min(len(rows), 1), n) for n in (0, len(rows), num_classes))
+    return Groups(order, zero, counts, zero, classes)
 
 
 def touched_rows(groups: Groups) -> Tensor:

@@ -152,7 +152,9 @@ def check_logit_map(logit_map: LogitMap | None) -> LogitMap | None:
         raise TypeError(f"logit_map must be a LogitMap (subclass lastlayer.LogitMap), got {name}")
     if logit_map.increases:
         return logit_map
-    first = next(logit_map.parameters(), torch.empty(0))
+    first = next(logit_map.parameters(), torch.empty(0, device="cpu"))
+    if first.is_meta:  # has no values yet
+        return logit_map
     with torch.no_grad():
         grid = torch.linspace(-GRID, GRID, 2001, dtype=torch.float64, device=first.device).to(first.dtype)
         values = logit_map(grid)

@@ -51,4 +51,4 @@ def blocks_of(rows: Tensor, num_blocks: int, size: int) -> Tensor:  # (V, ...) t
 
 def block_ids(num_classes: int, size: int) -> Tensor:  # (V,)
     """Theano's class of each output, `y // nO`."""
-    return torch.arange(num_classes).div_(size, rounding_mode="floor")
+    return torch.arange(num_classes, device="cpu").div_(size, rounding_mode="floor")

@@ -26,16 +26,13 @@ def huffman(
     weights = check_counts("counts", counts).clamp(min=1).tolist()
     heap = [(weight, leaf) for leaf, weight in enumerate(weights)]
     heapq.heapify(heap)
-    children = torch.empty(len(weights) - 1, 2, dtype=torch.int64)
     pairs = []
     for node in range(len(weights), 2 * len(weights) - 1):
         light, one = heapq.heappop(heap)
         heavy, other = heap[0]
         heapq.heapreplace(heap, (light + heavy, node))
         pairs.append((one, other))
-    if pairs:
-        children.copy_(torch.tensor(pairs))
-    return children
+    return torch.tensor(pairs, dtype=torch.int64, device="cpu").view(-1, 2)
 
 
 class Tree(NamedTuple):

@@ -85,7 +85,7 @@ class _TwoLevelLogProb(torch.autograd.Function):
         groups = group_by_cluster(targets.clusters, targets.offsets)
         order = groups.order
         rows, slots, clusters = (t.index_select(0, order) for t in (hidden, targets.slots, targets.clusters))
-        head = Softmaxes.of(whole_batch(len(rows), len(head_weight)), rows, head_weight)
+        head = Softmaxes.of(whole_batch(rows, len(head_weight)), rows, head_weight)
         inner = Softmaxes.of(groups, rows, weight, compact=targets.sparse)
         log_prob = rows.new_zeros(len(rows), dtype=exact_dtype(rows.dtype))
         slope = torch.zeros_like(rows) if ctx.needs_input_grad[1] else rows[:0]

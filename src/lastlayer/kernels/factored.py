@@ -49,7 +49,9 @@ def answer(
     pair = hidden.new_empty(2 * rows, padded(d))
     if workers := workers_for(hidden, rows, d):
         wide = hidden.new_empty(rows, columns)
-        found = Answer(pair, wide, *(torch.empty(s, dtype=torch.float64) for s in ((rows,), ids.shape, (rows,))))
+        found = Answer(
+            pair, wide, *(hidden.new_empty(s, dtype=torch.float64) for s in ((rows,), ids.shape, (rows,)))
+        )
         loop("answer", workers, hidden.detach().contiguous(), stacked, factor, ids, *found)
         return found
     at = Columns.of(d)
@@ -143,9 +145,9 @@ def whole_pass(
         return None
     sizes = Sizes(rows, targets.numel() // rows, d, columns, loss.uses_sum)
     hidden, targets = hidden.contiguous().resolve_neg(), targets.contiguous()
-    record = GradientInRoom(sizes, hidden.dtype)
+    record = GradientInRoom(sizes, hidden)
     pair, products, ids, target, norm, total = record.place()
-    gradient, value = torch.empty(hidden.shape, dtype=hidden.dtype), torch.empty((), dtype=hidden.dtype)
+    gradient, value = hidden.new_empty(hidden.shape), hidden.new_empty(())
     counts = targets if weights is None else weights.contiguous()
     done = by_address("factored_loops", "whole_pass", "PASS_KINDS", hidden.dtype)(
         workers, rows, sizes.width, d, columns, num_classes, loss.kind, loss.one, loss.two,

@@ -160,11 +160,11 @@ class GradientInRoom(FactoredGradient):
     none.
     """
 
-    def __init__(self, sizes: Sizes, dtype: torch.dtype) -> None:
+    def __init__(self, sizes: Sizes, like: Tensor) -> None:
         self._sizes = sizes
         self.features, self.scaled = sizes.features, 1.0
-        self._starts = _starts(sizes, dtype.itemsize)
-        self._room = torch.empty(self._starts[-1], dtype=dtype)
+        self._starts = _starts(sizes, like.itemsize)
+        self._room = like.new_empty(self._starts[-1])
 
     @property
     def like(self) -> Tensor:

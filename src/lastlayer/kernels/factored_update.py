@@ -58,7 +58,7 @@ def row_matrices(
     sizes, num_classes = g.sizes(), factor.shape[0]
     rows = sizes.rows
     if workers := workers_for(factor, rows, sizes.features):
-        both, found, easy = torch.empty(2, rows, rows, dtype=factor.dtype), FOUR(), at_once or Easy(0, 0)
+        both, found, easy = factor.new_empty(2, rows, rows), FOUR(), at_once or Easy(0, 0)
         applied = by_address("factored_step_loops", "easy_step", "EASY_KINDS", factor.dtype)(
             workers, *sizes, *g.place(), num_classes, rate, g.scaled, stacked.data_ptr(), factor.data_ptr(),
             both.data_ptr(), ctypes.addressof(found), at_once is not None, *easy, _rounding(factor.dtype),

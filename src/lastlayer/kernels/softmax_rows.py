@@ -116,7 +116,7 @@ def fused(
 
     kernel = getattr(softmax_rows_numba, logit_map.kernel)
     count, num_classes = logits.shape
-    bias = torch.zeros(num_classes) if bias is None else bias
+    bias = terms.hard.new_zeros(num_classes, dtype=torch.float32) if bias is None else bias
     square = torch.zeros_like(terms.hard) if terms.square is None else terms.square
     loss = torch.empty_like(terms.hard)
     stored = logits.view(torch.int16) if logits.dtype == torch.bfloat16 else logits

@@ -109,12 +109,14 @@ class AdaptiveSoftmax(OutputLayer):
             _check_tied(weight, (self.num_classes, self.in_features))
             device, dtype = weight.device, weight.dtype
         self.register_parameter("weight", weight)
-        order = None if counts is None else by_falling_count(counts, self.num_classes).to(device)
-        self.register_buffer("order", order)
-        self.register_buffer("_ranks", None if order is None else order.argsort(), persistent=False)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         head_size = self.cutoffs[0] + len(widths)
         self.head = nn.Linear(self.in_features, head_size, bias=head_bias, **factory)
+        order = None
+        if counts is not None:
+            order = by_falling_count(counts, self.num_classes).to(self.head.weight.device)
+        self.register_buffer("order", order)
+        self.register_buffer("_ranks", None if order is None else order.argsort(), persistent=False)
         if weight is not None:
             self.head.weight = nn.Parameter(self.head.weight.detach()[self.cutoffs[0] :].clone())
         self.tail = nn.ModuleList(

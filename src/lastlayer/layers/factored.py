@@ -300,6 +300,8 @@ class FactoredOutput(OutputLayer):
             with torch.no_grad():
                 columns = self.state.weight().to(self.anchor)
             self._rebuild(columns)
+        elif self.state.factor.is_meta and not self.anchor.is_meta:  # by `to_empty`: zeros until a state is loaded
+            self._rebuild(torch.zeros_like(self.state.factor, device=self.anchor.device))
         else:
             self.state.to(self.anchor.device)
         return self

@@ -99,16 +99,16 @@ class HierarchicalSoftmax(OutputLayer):
         sizes = torch.bincount(ids)
         self.sparse = sparse
         self.num_clusters = len(sizes)
-        self.register_buffer("order", ids.argsort(stable=True).to(device))
-        self.register_buffer("offsets", F.pad(sizes.cumsum(0), (1, 0)).to(device))
-        self.register_buffer("_slots", None, persistent=False)
-        self.register_buffer("_clusters", None, persistent=False)
-        self._derive()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.head_weight = nn.Parameter(torch.empty(self.num_clusters, self.in_features, **factory))
         self.weight = nn.Parameter(torch.empty(self.num_classes, self.in_features, **factory))
         self.head_bias = nn.Parameter(torch.empty(self.num_clusters, **factory)) if bias else None
         self.bias = nn.Parameter(torch.empty(self.num_classes, **factory)) if bias else None
+        self.register_buffer("order", ids.argsort(stable=True).to(self.weight.device))
+        self.register_buffer("offsets", F.pad(sizes.cumsum(0), (1, 0)).to(self.weight.device))
+        self.register_buffer("_slots", None, persistent=False)
+        self.register_buffer("_clusters", None, persistent=False)
+        self._derive()
         self._memory = GradientMemory()
         self._mark_sparse()
         self.reset_parameters()
@@ -294,7 +294,7 @@ class HierarchicalSoftmax(OutputLayer):
         """Takes over the clusters of the saved layer too, of which there must be as many."""
         last = self.num_classes - 1
         order, offsets = state_dict.get(f"{prefix}order"), state_dict.get(f"{prefix}offsets")
-        if order is not None and not torch.equal(order.sort().values.cpu(), torch.arange(last + 1)):
+        if order is not None and not torch.equal(order.sort().values.cpu(), torch.arange(last + 1, device="cpu")):
             raise ValueError(f"{prefix}order in the state dict must hold each class from 0 to {last} once")
         if offsets is not None and not _is_partition(offsets, self.num_classes):
             raise ValueError(f"{prefix}offsets in the state dict must rise from 0 to {self.num_classes}")
@@ -303,7 +303,9 @@ class HierarchicalSoftmax(OutputLayer):
 
     def _derive(self) -> None:
         """Sets what follows from `order` and `offsets`: the row and the cluster of each class."""
-        of_rows = torch.arange(self.num_clusters, device=self.order.device).repeat_interleave(self.offsets.diff())
+        of_rows = torch.arange(self.num_clusters, device=self.order.device).repeat_interleave(
+            self.offsets.diff(), output_size=self.num_classes
+        )
         self._slots = self.order.argsort()
         self._clusters = of_rows.index_select(0, self._slots)
 

@@ -135,8 +135,9 @@ class PLIF(LogitMap):
         return torch.stack([slopes, before.mul_(self.width).sub_(self._left_ends().mul_(slopes))], 1)
 
     def knots(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """The segments of some logits, int32; and where on the grid they are, a new tensor in their dtype."""
-        at = (flat + self.bound).mul_(1 / self.width)
+        """The segments of some logits, int32; and where on the grid they are, a new tensor, at least float32."""
+        wide = torch.promote_types(flat.dtype, torch.float32)  # half precision counts to 256 or 2048 only
+        at = (flat.to(wide) + self.bound).mul_(1 / self.width)
         # nan must not become an index; it is still in the logit that the line is taken at.
         return at.nan_to_num(0.0).clamp_(0, self.num_knots - 1).int(), at
 

@@ -81,8 +81,8 @@ class TreeSoftmax(OutputLayer):
         if len(table) != self.num_classes - 1:
             raise ValueError(f"tree must have shape ({self.num_classes - 1}, 2), got {tuple(table.shape)}")
         self.sparse = sparse
-        self.register_buffer("nodes", table.detach().to(device, copy=True))
         self.weight = nn.Parameter(torch.zeros(len(table), self.in_features, device=device, dtype=dtype))
+        self.register_buffer("nodes", table.detach().to(self.weight.device, copy=True))
         self._mark_sparse()
 
     @property

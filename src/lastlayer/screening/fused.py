@@ -50,7 +50,9 @@ class Outputs(NamedTuple):
         """Room for the answers to some rows."""
         values = np.empty((rows, k), dtype=np.float32), np.empty((rows, k), dtype=np.int64)
         certified, normalizer = np.ones(rows, dtype=np.bool_), np.empty((rows, 1), dtype=np.float32)
-        return cls(*values, certified, normalizer, torch.empty(rows, classes).numpy())
+        return cls(
+            *values, certified, normalizer, torch.empty(rows, classes, dtype=torch.float32, device="cpu").numpy()
+        )
 
     def fused(self) -> Fused:
         """The same as tensors."""
@@ -68,12 +70,12 @@ class FusedScreen:
         of_classes = preview.of_classes.contiguous()
         blocks = F.pad(of_classes, (0, -of_classes.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK)).amax(-1)
         weight = head.weight.view(BITS.get(head.weight.dtype, torch.float32))
-        bias = torch.zeros(len(weight)) if head.bias is None else head.bias.float()
+        bias = head.weight.new_zeros(len(weight), dtype=torch.float32) if head.bias is None else head.bias.float()
         arrays = (t.detach().contiguous().numpy() for t in (of_classes, blocks, weight, bias))
         self.layer, self.room = run.Layer(BLOCK, candidates, *arrays), Summary.empty(1, len(weight)).row()
         self.small = preview.bytes_read <= SMALL
         self.bad, self.dense = run.BAD, run.DENSE
-        self.no_logits, one = torch.empty(1, 0), preview.one_call()
+        self.no_logits, one = bias.new_empty(1, 0), preview.one_call()
         self.ask = one and run.Bound(
             one.kernel, (*one.kept, run.Room(*self.room, one.of_row), self.layer), run.ASKED
         )
@@ -134,9 +136,9 @@ class FusedScreen:
 
         What Python does here is paid for with cold caches: the rows that were read have displaced it.
         """
-        log_prob, indices = torch.empty(1, k), torch.empty(1, k, dtype=torch.int64)
-        certified, log_normalizer = torch.empty(1, dtype=torch.bool), torch.empty(1, 1)
-        logits = torch.empty(1, len(self.head.weight)) if with_logits else self.no_logits
+        log_prob, indices = hidden.new_empty(1, k), hidden.new_empty(1, k, dtype=torch.int64)
+        certified, log_normalizer = hidden.new_empty(1, dtype=torch.bool), hidden.new_empty(1, 1)
+        logits = hidden.new_empty(1, len(self.head.weight)) if with_logits else self.no_logits
         fused = Fused(log_prob, indices, certified, log_normalizer, logits)
         workers = 1 if self.small else torch.get_num_threads()
         into = [tensor.data_ptr() for tensor in fused]

@@ -94,7 +94,9 @@ class PreparedInt4(PreparedPreview):
             self.bias = bias.to(self.dtype)
         norms = row_norms(weight) + self.bias.abs()
         both = float(inverse.norm() * exact.norm()) * rounding_share(width, torch.float64)
-        inverted = float((inverse @ exact - torch.eye(width).to(exact)).norm()) + both
+        inverted = (
+            float((inverse @ exact - torch.eye(width, dtype=exact.dtype, device=exact.device)).norm()) + both
+        )
         self.of_classes = torch.cat(
             [self.rows.of_classes, (rounding_share(width, self.dtype) + inverted) * norms[None]]
         )
@@ -109,6 +111,7 @@ class PreparedInt4(PreparedPreview):
                 rounding_share(8, torch.float32),  # of scores, which are put together in float32
             ],
             dtype=torch.float64,
+            device="cpu",
         )
 
     def scores(self, hidden: Tensor) -> Tensor:
@@ -158,7 +161,8 @@ def _rounded(rotation: Tensor) -> tuple[Tensor, Tensor]:  # (d, d) float64
     for storage in (torch.bfloat16, torch.float32):
         kept = rotation.to(storage).contiguous()
         inverse, singular = torch.linalg.inv_ex(kept.double())
-        changed = (inverse @ rotation - torch.eye(len(rotation)).to(rotation)).norm() / len(rotation) ** 0.5
+        unit = torch.eye(len(rotation), dtype=rotation.dtype, device=rotation.device)
+        changed = (inverse @ rotation - unit).norm() / len(rotation) ** 0.5
         if not singular and changed < CHANGED:
             break
     return kept, inverse

@@ -24,7 +24,7 @@ class Summary(NamedTuple):
         blocks = -(-classes // BLOCK)
         # PyTorch's allocator hands the same pages out again, which numpy's would fault in anew
         shapes = ((rows, classes), (rows, blocks), (rows, blocks))
-        return cls(*(torch.empty(shape, dtype=torch.float32).numpy() for shape in shapes))
+        return cls(*(torch.empty(shape, dtype=torch.float32, device="cpu").numpy() for shape in shapes))
 
     @classmethod
     def of(cls, scores: Tensor) -> "Summary":  # (N, V)
