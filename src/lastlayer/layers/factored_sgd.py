@@ -44,7 +44,8 @@ class FactoredSGD(torch.optim.Optimizer):
 
     Warns:
         UserWarning: once, when a step overshoots (turns a direction of the weight around), which is exact but a
-            sign of too large a rate.
+            sign of too large a rate; when made in a group of several processes, whose layers would drift apart
+            where each steps on its own part of a batch.
 
     Example:
         >>> import torch
@@ -75,6 +76,7 @@ class FactoredSGD(torch.optim.Optimizer):
             )
         self._layers: dict[Tensor, FactoredOutput] = {}
         self._warned = False
+        _warn_of_processes()
         given: list[Any] = [layers] if isinstance(layers, nn.Module) else list(layers)
         if not given:
             raise ValueError("layers must be at least one FactoredOutput, got none")
@@ -171,6 +173,17 @@ class FactoredSGD(torch.optim.Optimizer):
 
 
 _hooked_step = torch.optim.Optimizer.profile_hook_step(FactoredSGD._step)
+
+
+def _warn_of_processes() -> None:
+    group = torch.distributed
+    if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
+        warnings.warn(
+            "FactoredSGD steps on the rows that its own process has seen, and nobody averages the steps of these "
+            f"{group.get_world_size()} processes: gather hidden states and targets first, as the page on "
+            "FactoredOutput shows",
+            stacklevel=3,
+        )
 
 
 def _check_settings(group: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ class HierarchicalSoftmax(OutputLayer):
     With `sparse=True` the gradients of `weight` and `bias` hold the touched clusters' rows only (coalesced), and a
     whole training step costs what those rows cost. `torch.optim.SGD` (no weight decay) and `Adagrad` take them,
     also beside dense parameters; `SparseAdam` takes them alone: `sparse_parameters()` splits the groups. AdamW,
-    weight decay and `clip_grad_norm_` do not take them.
+    weight decay, `clip_grad_norm_` and `DistributedDataParallel` (knows only those of `nn.Embedding`) do not.
 
     When *not* to use it: below a few thousand classes, where the full softmax costs no more; and where the last
     few percent of perplexity count more than training time.
