@@ -18,7 +18,7 @@ def two_levels(
     """
     sizes = offsets.diff()
     bias = weight.new_zeros(len(weight)) if bias is None else bias
-    sums = weight.new_zeros(len(sizes), weight.shape[1]).index_add_(0, _clusters(sizes), weight)
+    sums = weight.new_zeros(len(sizes), weight.shape[1]).index_add_(0, row_clusters(offsets, len(weight)), weight)
     head_bias = torch.stack([own.logsumexp(0) for own in bias.split(sizes.tolist())])
     return TwoLevel(sums / sizes[:, None], head_bias, weight, bias)
 
@@ -40,11 +40,12 @@ def one_level(
     for c, (own, rows) in enumerate(zip(*by_cluster, strict=True)):
         shift[c] -= own.softmax(0) @ rows
         shift_at[c] -= own.logsumexp(0)
-    clusters = _clusters(sizes)
+    clusters = row_clusters(offsets, len(logits))
     weight = parameters.weight + shift[clusters]
     return weight, logits + shift_at[clusters] - weight @ at
 
 
-def _clusters(sizes: Tensor) -> Tensor:  # (C,) to (V,)
-    """The cluster of each row."""
-    return torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+def row_clusters(offsets: Tensor, num_classes: int) -> Tensor:  # (C + 1,) to (V,)
+    """The cluster of each row; their number is not in the offsets of a layer on "meta"."""
+    sizes = offsets.diff()
+    return torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes, output_size=num_classes)

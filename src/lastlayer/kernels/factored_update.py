@@ -89,6 +89,16 @@ def sparse_overlap(ids: Tensor, target: Tensor, total: Tensor | None, num_classe
     return overlap
 
 
+def gradient_norm(g: FactoredGradient, num_classes: int) -> float:
+    """`||dL/dW||_F`, exact: the sum of `(G G^T) o (H H^T)`, in float64."""
+    hidden = g.hidden.double()
+    overlap = hidden @ hidden.T
+    weighted = overlap @ (2 * g.norm.double()[:, None] * hidden)
+    targets = sparse_overlap(g.ids, g.target, g.total, num_classes).double()
+    square = (weighted * g.both.double()).sum() + (targets * overlap).sum()
+    return float(square.clamp(min=0).sqrt())
+
+
 def solve_by_series(
     rows: RowMatrices,
     right: Tensor,  # (N, d), H R^T

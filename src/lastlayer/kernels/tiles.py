@@ -47,9 +47,9 @@ def _average(typingctx: Any, matrix: Any, row: Any, column: Any) -> Any:
 
         one, other = places(args[1], args[2]), places(args[2], args[1])
         half = ir.Constant(vector, [0.5] * TILE)
-        pairs = zip([loaded(at) for at in one], _transposed(builder, [loaded(at) for at in other]), strict=True)
+        pairs = zip([loaded(at) for at in one], transposed(builder, [loaded(at) for at in other]), strict=True)
         mean = [builder.fmul(half, builder.fadd(a, b)) for a, b in pairs]
-        for rows, into in ((mean, one), (_transposed(builder, mean), other)):
+        for rows, into in ((mean, one), (transposed(builder, mean), other)):
             for value, at in zip(rows, into, strict=True):
                 builder.store(value, at).align = kind.dtype.bitwidth // 8
         return context.get_dummy_value()
@@ -57,18 +57,23 @@ def _average(typingctx: Any, matrix: Any, row: Any, column: Any) -> Any:
     return types.none(matrix, types.int64, types.int64), generate
 
 
-def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
-    """Rows as vectors: blocks of 1, 2, 4 and 8 change places across the diagonal."""
-    rows, i32 = list(rows), ir.IntType(32)
+def transposed(builder: Any, vectors: list[Any]) -> list[Any]:
+    """The transpose of 16 vectors: four rounds, each of which swaps pieces that are twice as large."""
+    vectors = list(vectors)
     for step in (1, 2, 4, 8):
-        lower = [lane if not lane & step else TILE + lane - step for lane in range(TILE)]
-        upper = [lane + step if not lane & step else TILE + lane for lane in range(TILE)]
-        masks = [ir.Constant(ir.VectorType(i32, TILE), lanes) for lanes in (lower, upper)]
-        for r in range(TILE):
-            if not r & step:
-                a, b = rows[r], rows[r + step]
-                rows[r], rows[r + step] = (builder.shuffle_vector(a, b, mask) for mask in masks)
-    return rows
+        for n in range(TILE):
+            if not n & step:
+                vectors[n], vectors[n + step] = halves(builder, vectors[n], vectors[n + step], step)
+    return vectors
+
+
+def halves(builder: Any, left: Any, right: Any, step: int) -> tuple[Any, Any]:
+    """Of two vectors in pieces of `step` lanes: every even piece of both, by turns; every odd one."""
+    even = [lane if not lane & step else TILE + lane - step for lane in range(TILE)]
+    odd = [lane + step if not lane & step else TILE + lane for lane in range(TILE)]
+    masks = (ir.Constant(ir.VectorType(ir.IntType(32), TILE), lanes) for lanes in (even, odd))
+    first, second = (builder.shuffle_vector(left, right, mask) for mask in masks)
+    return first, second
 
 
 @compiled

@@ -30,8 +30,7 @@ import torch
 from torch import Tensor
 
 from lastlayer.kernels.factored_gradient import Columns, FactoredGradient
-from lastlayer.kernels.factored_update import Easy, RowMatrices, move_targets, row_matrices, update
-from lastlayer.layers.factored_gradient import gradient_norm
+from lastlayer.kernels.factored_update import Easy, RowMatrices, gradient_norm, move_targets, row_matrices, update
 from lastlayer.layers.factored_state import FactoredState
 
 EASY = 0.9  # lr tr(H^T D H) up to which a step is far from singular whatever the eigenvalues

@@ -13,7 +13,7 @@ from lastlayer.functional.best_first import best_first_topk, sample_two_level
 from lastlayer.functional.checks import check_vector
 from lastlayer.functional.clusters import check_clusters, even
 from lastlayer.functional.linear_chunks import as_exact
-from lastlayer.functional.one_level import one_level, two_levels
+from lastlayer.functional.one_level import one_level, row_clusters, two_levels
 from lastlayer.functional.row_sparse import GradientMemory, keep_coalesced
 from lastlayer.functional.theano_layout import TheanoParameters, block_ids, blocks_of, check_theano, class_rows
 from lastlayer.functional.two_level import TwoLevel, two_level_log_prob
@@ -303,11 +303,8 @@ class HierarchicalSoftmax(OutputLayer):
 
     def _derive(self) -> None:
         """Sets what follows from `order` and `offsets`: the row and the cluster of each class."""
-        of_rows = torch.arange(self.num_clusters, device=self.order.device).repeat_interleave(
-            self.offsets.diff(), output_size=self.num_classes
-        )
         self._slots = self.order.argsort()
-        self._clusters = of_rows.index_select(0, self._slots)
+        self._clusters = row_clusters(self.offsets, self.num_classes).index_select(0, self._slots)
 
 
 def _is_partition(offsets: Tensor, num_classes: int) -> bool:

@@ -94,9 +94,7 @@ class PreparedInt4(PreparedPreview):
             self.bias = bias.to(self.dtype)
         norms = row_norms(weight) + self.bias.abs()
         both = float(inverse.norm() * exact.norm()) * rounding_share(width, torch.float64)
-        inverted = (
-            float((inverse @ exact - torch.eye(width, dtype=exact.dtype, device=exact.device)).norm()) + both
-        )
+        inverted = float(_from_identity(inverse @ exact)) + both
         self.of_classes = torch.cat(
             [self.rows.of_classes, (rounding_share(width, self.dtype) + inverted) * norms[None]]
         )
@@ -161,8 +159,13 @@ def _rounded(rotation: Tensor) -> tuple[Tensor, Tensor]:  # (d, d) float64
     for storage in (torch.bfloat16, torch.float32):
         kept = rotation.to(storage).contiguous()
         inverse, singular = torch.linalg.inv_ex(kept.double())
-        unit = torch.eye(len(rotation), dtype=rotation.dtype, device=rotation.device)
-        changed = (inverse @ rotation - unit).norm() / len(rotation) ** 0.5
+        changed = _from_identity(inverse @ rotation) / len(rotation) ** 0.5
         if not singular and changed < CHANGED:
             break
     return kept, inverse
+
+
+def _from_identity(product: Tensor) -> Tensor:  # (d, d), a new one
+    """The norm of what the product of a matrix and its inverse is beside the identity."""
+    product.diagonal().sub_(1)
+    return product.norm()

@@ -215,11 +215,11 @@ class ScreenedSoftmax(WatchedHead):
     @torch.no_grad()
     def refresh(self) -> None:
         """Prepares the preview of the weight as it is now; needed after the weight was changed or moved."""
+        check_head(self.weight, self.bias)
         self._prepare(None)
 
     @torch.no_grad()
     def _prepare(self, gram: Tensor | None) -> None:
-        check_head(self.weight, self.bias)
         known = {"gram": gram} if gram is not None and self.preview.uses_gram else {}
         self._prepared = self.preview.prepare(self.weight, self.bias, **known)
         self._mark_fresh()

@@ -14,6 +14,7 @@ from numba.extending import intrinsic
 
 from lastlayer.kernels.cache_hints import LINE_BYTES
 from lastlayer.kernels.fast_math import EXP2, LOG2_E
+from lastlayer.kernels.tiles import halves, transposed
 
 LANES = 16
 SUMMARISED = 64  # scores that `summarise_sixteen` takes for a block
@@ -190,31 +191,11 @@ def _tree(vectors: list[Any], combine: Callable[[Any, Any], Any]) -> Any:
     return vectors[0]
 
 
-def _halves(builder: Any, left: Any, right: Any, step: int) -> tuple[Any, Any]:
-    """Of two vectors in pieces of `step` lanes: every even piece of both, by turns; every odd one."""
-    even = [lane if not lane & step else LANES + lane - step for lane in range(LANES)]
-    odd = [lane + step if not lane & step else LANES + lane for lane in range(LANES)]
-    masks = (ir.Constant(_INTEGERS, lanes) for lanes in (even, odd))
-    first, second = (builder.shuffle_vector(left, right, mask) for mask in masks)
-    return first, second
-
-
-def transposed(builder: Any, vectors: list[Any]) -> list[Any]:
-    """The transpose of 16 vectors: four rounds, each of which swaps pieces that are twice as large."""
-    vectors = list(vectors)
-    for step in (1, 2, 4, 8):
-        for n in range(LANES):
-            if not n & step:
-                pair = vectors[n], vectors[n + step]
-                vectors[n], vectors[n + step] = _halves(builder, *pair, step)
-    return vectors
-
-
 def across(builder: Any, vectors: list[Any], combine: Callable[[tuple[Any, Any]], Any]) -> Any:
     """The lanes of each of 16 vectors combined, as one vector: rounds like those of the transpose."""
     for step in (1, 2, 4, 8):
         pairs = zip(vectors[::2], vectors[1::2], strict=True)
-        vectors = [combine(_halves(builder, *pair, step)) for pair in pairs]
+        vectors = [combine(halves(builder, *pair, step)) for pair in pairs]
     return vectors[0]
 
 
