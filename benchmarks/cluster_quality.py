@@ -17,13 +17,13 @@ import torch
 
 from lastlayer import AdaptiveSoftmax, FullSoftmax, HierarchicalSoftmax, TreeSoftmax, clusters
 from lastlayer.layers.base import OutputLayer
-from lastlayer.study.batches import Streams
-from lastlayer.study.evaluation import evaluate
-from lastlayer.study.language_model import LanguageModel
-from lastlayer.study.measure import write_records
-from lastlayer.study.text import Corpus, load_corpus
-from lastlayer.study.training import Budget, Trainer
-from lastlayer.study.word_vectors import word_vectors
+from lastlayer.study.measuring.measure import write_records
+from lastlayer.study.text.batches import Streams
+from lastlayer.study.text.corpus import Corpus, load_corpus
+from lastlayer.study.text.word_vectors import word_vectors
+from lastlayer.study.training.evaluation import evaluate
+from lastlayer.study.training.language_model import LanguageModel
+from lastlayer.study.training.trainer import Budget, Trainer
 
 RESULTS = Path(__file__).parent / "results"
 Build = Callable[[Corpus, int], OutputLayer]

@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lastlayer import AdaptiveSoftmax, HierarchicalSoftmax, TreeSoftmax, clusters
-from lastlayer.study.batches import Streams
-from lastlayer.study.bench_peers import sgd_step, zipf_counts
-from lastlayer.study.language_model import LanguageModel
-from lastlayer.study.measure import Timing, interleaved, peak_bytes, write_records
-from lastlayer.study.text import load_corpus
-from lastlayer.study.training import Budget, Trainer
+from lastlayer.study.measuring.measure import Timing, interleaved, peak_bytes, write_records
+from lastlayer.study.measuring.peers import sgd_step, zipf_counts
+from lastlayer.study.text.batches import Streams
+from lastlayer.study.text.corpus import load_corpus
+from lastlayer.study.training.language_model import LanguageModel
+from lastlayer.study.training.trainer import Budget, Trainer
 
 RESULTS = Path(__file__).parent / "results" / "clusters.json"
 ROWS, WIDTH = 1024, 512

@@ -15,22 +15,22 @@ from typing import Any
 import torch
 
 from lastlayer.layers.factored import FactoredOutput
-from lastlayer.study.batches import Streams
-from lastlayer.study.evaluation import evaluate
-from lastlayer.study.language_model import LanguageModel
-from lastlayer.study.large_sparse_classifiers import measure_classifiers
-from lastlayer.study.large_sparse_exactness import measure_exactness
-from lastlayer.study.large_sparse_speed import (
+from lastlayer.reproduce.large_sparse_targets.classifiers import measure_classifiers
+from lastlayer.reproduce.large_sparse_targets.exactness import measure_exactness
+from lastlayer.reproduce.large_sparse_targets.speed import (
     measure_repairs,
     measure_scaling,
     measure_speed,
     measure_whole_model,
     multiply_adds,
 )
-from lastlayer.study.large_sparse_words import EMBEDDING_METHODS, MODEL_METHODS, train_words
-from lastlayer.study.measure import write_records
-from lastlayer.study.text import load_corpus
-from lastlayer.study.training import Budget, Trainer
+from lastlayer.reproduce.large_sparse_targets.words import EMBEDDING_METHODS, MODEL_METHODS, train_words
+from lastlayer.study.measuring.measure import write_records
+from lastlayer.study.text.batches import Streams
+from lastlayer.study.text.corpus import load_corpus
+from lastlayer.study.training.evaluation import evaluate
+from lastlayer.study.training.language_model import LanguageModel
+from lastlayer.study.training.trainer import Budget, Trainer
 
 RESULTS = Path(__file__).parent / "results"
 IN_FEATURES, BATCH = 300, 128

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lastlayer import FullSoftmax
-from lastlayer.study.measure import interleaved, peak_bytes, write_records
+from lastlayer.study.measuring.measure import interleaved, peak_bytes, write_records
 
 RESULTS = Path(__file__).parent / "results" / "full_softmax.json"
 IN_FEATURES = 512

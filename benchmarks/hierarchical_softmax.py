@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lastlayer import HierarchicalSoftmax
-from lastlayer.study.measure import interleaved, peak_bytes, write_records
+from lastlayer.study.measuring.measure import interleaved, peak_bytes, write_records
 
 RESULTS = Path(__file__).parent / "results" / "hierarchical_softmax.json"
 IN_FEATURES = 500

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lastlayer.study.measure import write_records
+from lastlayer.study.measuring.measure import write_records
 
 RESULTS = Path(__file__).parent / "results" / "import_time.json"
 ROUNDS = 15

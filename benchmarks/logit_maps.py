@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lastlayer import PLIF, FullSoftmax, LogitMap, MonotoneNetwork, Sigsoftmax, SoftCap
 from lastlayer.kernels import softmax_rows
-from lastlayer.study.measure import Timing, interleaved, peak_bytes, write_records
+from lastlayer.study.measuring.measure import Timing, interleaved, peak_bytes, write_records
 
 RESULTS = Path(__file__).parent / "results"
 IN_FEATURES = 512

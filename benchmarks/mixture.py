@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lastlayer import FullSoftmax, MixtureOfSoftmaxes, OutputLayer
 from lastlayer.functional.linear_chunks import CHUNK_BYTES
-from lastlayer.study.measure import interleaved, peak_bytes, write_records
+from lastlayer.study.measuring.measure import interleaved, peak_bytes, write_records
 
 RESULTS = Path(__file__).parent / "results"
 WIDTH, COMPONENTS = 512, 15

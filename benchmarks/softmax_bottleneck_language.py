@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from lastlayer.study.bottleneck import SIZES, run
-from lastlayer.study.measure import write_records
-from lastlayer.study.text import load_corpus
+from lastlayer.reproduce.softmax_bottleneck.study import SIZES, run
+from lastlayer.study.measuring.measure import write_records
+from lastlayer.study.text.corpus import load_corpus
 
 RESULTS = Path(__file__).parent / "results" / "softmax_bottleneck_language.json"
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from lastlayer import SVDSoftmax
 from lastlayer.screening.calibration import rotation_of
-from lastlayer.study.measure import interleaved, write_records
+from lastlayer.study.measuring.measure import interleaved, write_records
 
 NUM_CLASSES, IN_FEATURES, CANDIDATES, K = 30_000, 256, 2_048, 10
 RESULTS = Path(__file__).parent / "results" / "svd_softmax.json"

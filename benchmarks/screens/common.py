@@ -19,7 +19,7 @@ from torch import Tensor
 from lastlayer import Int4Preview, Int8Preview, ScreenedSoftmax, ScreenedTopK, SVDPreview
 from lastlayer.kernels.threads import at_once
 from lastlayer.study.heads import LoadedHead, load_head
-from lastlayer.study.measure import interleaved
+from lastlayer.study.measuring.measure import interleaved
 
 STORE = Path(os.environ.get("LASTLAYER_STATES", Path(tempfile.gettempdir()) / "lastlayer-screens"))
 K, CALIBRATION, HELD_OUT = 10, 12_288, 4_096

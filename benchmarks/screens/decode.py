@@ -5,7 +5,7 @@ from statistics import median
 
 import torch
 
-from lastlayer.study.measure import Timing, interleaved
+from lastlayer.study.measuring.measure import Timing, interleaved
 from lastlayer.transformers import replace_lm_head
 from screens.common import Record, exact_screen_in_four, real_head, smollm2
 

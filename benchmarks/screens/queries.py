@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lastlayer import ScreenedSoftmax
-from lastlayer.study.measure import peak_bytes
+from lastlayer.study.measuring.measure import peak_bytes
 from screens.common import (
     HELD_OUT,
     K,

@@ -19,7 +19,7 @@ from lastlayer.layers.sigsoftmax import Sigsoftmax
 from lastlayer.layers.soft_cap import SoftCap
 from lastlayer.layers.tree import TreeSoftmax
 from lastlayer.screening import Int4Preview, Int8Preview, ScreenedSoftmax, SVDPreview, SVDSoftmax, choose_screen
-from lastlayer.study.rank import Rank, rank
+from lastlayer.study.measuring.rank import Rank, rank
 
 __version__ = "0.1.0"
 

@@ -150,7 +150,7 @@ def test_full_disk_loses_nothing(compared, story, monkeypatch):
     def disk_is_full(tensors, file, metadata):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lastlayer.study.checkpoint.save_file", disk_is_full)
+    monkeypatch.setattr("lastlayer.study.training.checkpoint.save_file", disk_is_full)
     result = run("--text", story, *TINY, "--steps", 25, "--out", out)
     assert result.exit_code == 1
     assert "No space left on device" in result.stderr

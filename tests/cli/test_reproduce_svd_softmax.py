@@ -66,7 +66,7 @@ def test_settings_and_claims(done):
 def test_resume_measures_only_what_is_missing(done, folder, monkeypatch):
     cells = json.loads((folder / "results.json").read_text())
     (folder / "results.json").write_text(json.dumps([r for r in cells if r["case"] == "quality"]))
-    monkeypatch.setattr("lastlayer.study.svd_softmax._trained", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("lastlayer.reproduce.svd_softmax.study._trained", lambda *_: pytest.fail("trained again"))
     refused = run(*done[2], "--out", folder)
     assert refused.exit_code == 2
     assert "--resume goes on" in refused.stderr
@@ -79,9 +79,9 @@ def test_resume_measures_only_what_is_missing(done, folder, monkeypatch):
 
 def test_trained_model_is_kept(done, folder, monkeypatch):
     (folder / "results.json").unlink()
-    monkeypatch.setattr("lastlayer.study.training.Trainer.run", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr("lastlayer.study.svd_softmax.WINDOW_PARTS", (8,))
-    monkeypatch.setattr("lastlayer.study.svd_softmax.CANDIDATE_SHARES", (0.05,))
+    monkeypatch.setattr("lastlayer.study.training.trainer.Trainer.run", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("lastlayer.reproduce.svd_softmax.study.WINDOW_PARTS", (8,))
+    monkeypatch.setattr("lastlayer.reproduce.svd_softmax.study.CANDIDATE_SHARES", (0.05,))
     result = run(*done[2], "--largest", 0, "--out", folder, "--resume")
     assert result.exit_code == 0, result.output
     (folder / "results.json").unlink()

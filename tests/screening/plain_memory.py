@@ -6,7 +6,7 @@ import json
 import torch
 
 from lastlayer import Int4Preview, Int8Preview, ScreenedSoftmax, SVDPreview
-from lastlayer.study.measure import peak_bytes
+from lastlayer.study.measuring.measure import peak_bytes
 
 V, D, ROWS = 400_000, 8, 4
 MMAP_THRESHOLD, SMALL = -3, 1 << 16  # mallopt's name for it, and bytes

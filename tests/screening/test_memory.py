@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lastlayer import Int4Preview, Int8Preview, ScreenedSoftmax, SVDPreview
-from lastlayer.study.measure import peak_bytes
+from lastlayer.study.measuring.measure import peak_bytes
 
 pytestmark = pytest.mark.skipif(not peak_bytes(lambda: torch.ones(1 << 22)), reason="the system does not tell")
 V, D = 400_000, 8

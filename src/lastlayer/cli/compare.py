@@ -10,8 +10,8 @@ from lastlayer.cli.options import Common, Records
 from lastlayer.study.choices import DEFAULT_LAYERS, choose
 from lastlayer.study.compare import Comparison, Plan
 from lastlayer.study.errors import UsageError
-from lastlayer.study.text import load_corpus
-from lastlayer.study.training import Budget
+from lastlayer.study.text.corpus import load_corpus
+from lastlayer.study.training.trainer import Budget
 
 SECONDS = 60.0
 DEFAULTS = Plan([], Budget())

@@ -7,8 +7,8 @@ import typer
 from rich.console import Console
 
 from lastlayer.cli.options import Common, Records
-from lastlayer.study.hierarchical_softmax import CLASSES, Plan, reproduce
-from lastlayer.study.text import load_corpus
+from lastlayer.reproduce.hierarchical_softmax.study import CLASSES, Plan, reproduce
+from lastlayer.study.text.corpus import load_corpus
 
 
 def hierarchical_softmax(

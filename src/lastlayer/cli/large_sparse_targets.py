@@ -9,14 +9,19 @@ from rich.console import Console
 from rich.table import Table
 
 from lastlayer.cli.options import Common, Records
+from lastlayer.reproduce.large_sparse_targets.classifiers import measure_classifiers
+from lastlayer.reproduce.large_sparse_targets.exactness import measure_exactness
+from lastlayer.reproduce.large_sparse_targets.speed import (
+    measure_scaling,
+    measure_speed,
+    measure_whole_model,
+    multiply_adds,
+)
+from lastlayer.reproduce.large_sparse_targets.words import EMBEDDING_METHODS, MODEL_METHODS, train_words
 from lastlayer.study.errors import UsageError
-from lastlayer.study.figures import figure
-from lastlayer.study.large_sparse_classifiers import measure_classifiers
-from lastlayer.study.large_sparse_exactness import measure_exactness
-from lastlayer.study.large_sparse_speed import measure_scaling, measure_speed, measure_whole_model, multiply_adds
-from lastlayer.study.large_sparse_words import EMBEDDING_METHODS, MODEL_METHODS, train_words
-from lastlayer.study.tables import print_table
-from lastlayer.study.text import load_corpus
+from lastlayer.study.report.figures import figure
+from lastlayer.study.report.tables import print_table
+from lastlayer.study.text.corpus import load_corpus
 
 PARTS = ("speed", "scaling", "exactness", "embeddings", "classifiers", "models")
 BATCH = 128

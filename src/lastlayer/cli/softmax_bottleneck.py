@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from lastlayer.cli.options import Common, Records
-from lastlayer.study.bottleneck import SIZES, run
+from lastlayer.reproduce.softmax_bottleneck.study import SIZES, run
 from lastlayer.study.errors import UsageError
-from lastlayer.study.text import Corpus, load_corpus
+from lastlayer.study.text.corpus import Corpus, load_corpus
 
 PARTS = "abc"
 

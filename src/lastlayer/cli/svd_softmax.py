@@ -7,8 +7,8 @@ import typer
 from rich.console import Console
 
 from lastlayer.cli.options import Common, Records
-from lastlayer.study.svd_softmax import CLASSES, Plan, reproduce
-from lastlayer.study.text import load_corpus
+from lastlayer.reproduce.svd_softmax.study import CLASSES, Plan, reproduce
+from lastlayer.study.text.corpus import load_corpus
 
 
 def svd_softmax(

@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from lastlayer.study.bench_peers import (
+from lastlayer.study.errors import UsageError
+from lastlayer.study.measuring.measure import interleaved, peak_bytes, synchronise
+from lastlayer.study.measuring.peers import (
     QUERY_BASELINE,
     TRAINING_BASELINE,
     Call,
@@ -19,10 +21,8 @@ from lastlayer.study.bench_peers import (
     training_peers,
     zipf_counts,
 )
-from lastlayer.study.errors import UsageError
-from lastlayer.study.figures import figure
-from lastlayer.study.measure import interleaved, peak_bytes, synchronise
-from lastlayer.study.tables import print_table
+from lastlayer.study.report.figures import figure
+from lastlayer.study.report.tables import print_table
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
 

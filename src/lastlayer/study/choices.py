@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lastlayer import clusters
+from lastlayer.functional import clusters
 from lastlayer.functional.spherical import SphericalSoftmax
 from lastlayer.layers.adaptive import AdaptiveSoftmax
 from lastlayer.layers.base import OutputLayer

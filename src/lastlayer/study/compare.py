@@ -11,20 +11,20 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lastlayer.study.batches import Streams
-from lastlayer.study.checkpoint import load_checkpoint
 from lastlayer.study.choices import build_layer
-from lastlayer.study.cost import Sample, count_parameters, measure_costs, rehearse_costs
 from lastlayer.study.errors import StudyError, UsageError
-from lastlayer.study.evaluation import evaluate, topk_accuracy
-from lastlayer.study.figures import counted, duration, figure
 from lastlayer.study.files import make_folder, write_text
-from lastlayer.study.forecast import Rehearsal, forecast
-from lastlayer.study.language_model import LanguageModel
-from lastlayer.study.measure import seconds_of
-from lastlayer.study.report import Report, show, write_report
-from lastlayer.study.text import Corpus
-from lastlayer.study.training import Budget, Trainer
+from lastlayer.study.measuring.cost import Sample, count_parameters, measure_costs, rehearse_costs
+from lastlayer.study.measuring.measure import seconds_of
+from lastlayer.study.report.comparison import Report, show, write_report
+from lastlayer.study.report.figures import counted, duration, figure
+from lastlayer.study.text.batches import Streams
+from lastlayer.study.text.corpus import Corpus
+from lastlayer.study.training.checkpoint import load_checkpoint
+from lastlayer.study.training.evaluation import evaluate, topk_accuracy
+from lastlayer.study.training.forecast import Rehearsal, forecast
+from lastlayer.study.training.language_model import LanguageModel
+from lastlayer.study.training.trainer import Budget, Trainer
 
 TOP = 10
 TOP_TOKENS = 2_000  # held-out tokens whose top-10 is asked for

@@ -11,14 +11,14 @@ from rich.table import Table
 from torch import Tensor
 
 from lastlayer.screening import choose_screen
-from lastlayer.study.embedded import library_lines
 from lastlayer.study.errors import StudyError, UsageError
-from lastlayer.study.figures import figure
 from lastlayer.study.files import make_folder, write_json, write_whole
 from lastlayer.study.heads import LoadedHead, load_hidden
-from lastlayer.study.measure import environment
-from lastlayer.study.sources import find_files, read_lines
-from lastlayer.study.tables import print_table
+from lastlayer.study.measuring.measure import environment
+from lastlayer.study.report.figures import figure
+from lastlayer.study.report.tables import print_table
+from lastlayer.study.text.embedded import library_lines
+from lastlayer.study.text.sources import find_files, read_lines
 
 WINDOW, BATCH = 256, 4  # tokens in a row, rows at a time
 WORTH_IT = 1.2  # a smaller gain is not worth a second copy of the weight

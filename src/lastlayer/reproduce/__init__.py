@@ -1,0 +1,1 @@
+"""The papers' claims measured here: one subpackage a paper."""

@@ -1,0 +1,1 @@
+"""Large sparse targets (Vincent et al., 2015): exact steps at a cost without V."""

@@ -1,0 +1,175 @@
+"""Large sparse targets, the losses as classifiers: which word was meant, from the letters of a misspelt one.
+
+Any text gives the task, with as many classes as wanted, all equally frequent, and an answer that is right or
+wrong. Every loss has the same encoder, an ordinary dense weight and the same optimizer: only the losses differ.
+"""
+
+import random
+import string
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lastlayer.functional import spherical_loss
+from lastlayer.functional.spherical import (
+    NormalizedLoss,
+    SphericalLoss,
+    SphericalSoftmax,
+    SquaredError,
+    TaylorSoftmax,
+    ZLoss,
+)
+from lastlayer.study.errors import StudyError
+from lastlayer.study.text.corpus import Corpus
+
+Records = list[dict[str, Any]]
+LOSSES: dict[str, SphericalLoss | None] = {
+    "softmax": None,
+    "spherical softmax": SphericalSoftmax(),
+    "Taylor softmax": TaylorSoftmax(),
+    "Z-loss": ZLoss(),
+    "squared error": SquaredError(),
+}
+SIZES = (10, 100, 1000)  # classes
+STEPS = 600  # of each run
+RATES = (1e-3, 3e-3, 1e-2)  # of Adam; each loss is judged at the one that is best on misspellings kept for that
+BUCKETS, WIDTH, BATCH = 4096, 128, 128
+MISSPELT = 40  # different ones of each word, where it has as many letters
+CHOOSE_ON, JUDGE_ON = 4, 10  # of them
+LEAST_LETTERS = 5
+
+Part = tuple[Tensor, Tensor]  # (n, length) pieces of misspelt words, (n,) the words
+
+
+def measure_classifiers(
+    corpus: Corpus,
+    steps: int = STEPS,
+    sizes: tuple[int, ...] = SIZES,
+    names: tuple[str, ...] = tuple(LOSSES),
+    seed: int = 0,
+) -> Records:
+    """Trains each loss for `steps` and reports its error on misspellings never seen.
+
+    Raises:
+        StudyError: a text with fewer than two words that are long enough.
+    """
+    words = [word for word in corpus.words if len(word) >= LEAST_LETTERS and word.isalpha()]
+    if len(words) < 2:
+        raise StudyError(f"{corpus.name} has too few words of {LEAST_LETTERS} letters to tell apart")
+    records = []
+    for num_classes in sorted({min(size, len(words)) for size in sizes}):
+        train, choose, judge = misspellings(words[:num_classes], seed)
+        for name in names:
+            runs = [_train(LOSSES[name], num_classes, train, rate, steps, seed) for rate in RATES]
+            scores = [error_rate(model, choose) for model in runs]
+            best = min(range(len(RATES)), key=scores.__getitem__)
+            records.append(
+                {
+                    "case": "classifiers",
+                    "name": name,
+                    "num_classes": num_classes,
+                    "error": error_rate(runs[best], judge),
+                    "top10_error": error_rate(runs[best], judge, min(10, num_classes)),
+                    "learning_rate": RATES[best],
+                    "steps": steps,
+                    "judged_on": len(judge[1]),
+                }
+            )
+    return records
+
+
+class Classifier(nn.Module):
+    """The pieces of a misspelt word added up, one hidden layer, and a score for every word."""
+
+    def __init__(self, num_classes: int, loss: SphericalLoss | None) -> None:
+        super().__init__()
+        self.pieces = nn.EmbeddingBag(BUCKETS, WIDTH, mode="sum", padding_idx=0)
+        self.mix = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU())
+        self.output = nn.Linear(WIDTH, num_classes)
+        self.loss = loss
+
+    def forward(
+        self,
+        pieces: Tensor,  # (N, length)
+        targets: Tensor,  # (N,)
+    ) -> Tensor:  # ()
+        """The training loss; None is the softmax's cross-entropy."""
+        hidden = self.mix(self.pieces(pieces))
+        if self.loss is None:
+            return F.cross_entropy(self.output(hidden), targets)
+        return spherical_loss(hidden, self.output.weight, targets, self.output.bias, loss=self.loss)
+
+    def ranking(
+        self,
+        pieces: Tensor,  # (N, length)
+    ) -> Tensor:  # (N, V)
+        """What classes are ranked by: log-probabilities where the loss has them, else scores."""
+        scores = self.output(self.mix(self.pieces(pieces)))
+        return self.loss.log_prob(scores) if isinstance(self.loss, NormalizedLoss) else scores
+
+
+def _train(
+    loss: SphericalLoss | None, num_classes: int, train: Part, rate: float, steps: int, seed: int
+) -> Classifier:
+    torch.manual_seed(seed)
+    model = Classifier(num_classes, loss)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
+    for _ in range(steps):
+        rows = torch.randint(len(train[1]), (BATCH,))
+        optimizer.zero_grad()
+        model(train[0][rows], train[1][rows]).backward()
+        optimizer.step()
+        schedule.step()
+    return model
+
+
+@torch.no_grad()
+def error_rate(model: Classifier, part: Part, k: int = 1) -> float:
+    """The share of words that are not among the `k` best; 1 for scores that are no numbers."""
+    ranking = model.ranking(part[0])
+    if not bool(ranking.isfinite().all()):
+        return 1.0
+    return 1 - float((ranking.topk(k).indices == part[1][:, None]).any(1).double().mean())
+
+
+def misspellings(words: list[str], seed: int) -> tuple[Part, Part, Part]:
+    """Different misspellings of each word: to train on, to choose the rate on, to judge on."""
+    generator = random.Random(seed)
+    parts: list[list[tuple[str, int]]] = [[], [], []]
+    for label, word in enumerate(words):
+        found = list(dict.fromkeys(misspelt(word, generator) for _ in range(4 * MISSPELT)))
+        found = [wrong for wrong in found if wrong != word][:MISSPELT]
+        at = (CHOOSE_ON, CHOOSE_ON + JUDGE_ON)
+        for part, some in zip(parts, (found[at[1] :], found[: at[0]], found[at[0] : at[1]]), strict=True):
+            part += [(wrong, label) for wrong in some]
+    train, choose, judge = (_as_tensors(part) for part in parts)
+    return train, choose, judge
+
+
+def misspelt(word: str, generator: random.Random) -> str:
+    """Two mistakes: a letter left out, doubled, exchanged with the next, or replaced."""
+    mistakes: list[Callable[[str, int], str]] = [
+        lambda w, i: w[:i] + w[i + 1 :],
+        lambda w, i: w[:i] + w[i] + w[i:],
+        lambda w, i: w[:i] + w[i + 1 : i + 2] + w[i] + w[i + 2 :],
+        lambda w, i: w[:i] + generator.choice(string.ascii_lowercase) + w[i + 1 :],
+    ]
+    for _ in range(2):
+        word = generator.choice(mistakes)(word, generator.randrange(len(word)))
+    return word
+
+
+def pieces_of(word: str) -> list[int]:
+    """The letters of a word by twos and threes, as numbers of buckets; 0 is padding."""
+    marked = f"<{word}>"
+    pieces = [marked[i : i + size] for size in (2, 3) for i in range(len(marked) - size + 1)]
+    return [1 + sum(ord(letter) * 131**i for i, letter in enumerate(piece)) % (BUCKETS - 1) for piece in pieces]
+
+
+def _as_tensors(pairs: list[tuple[str, int]]) -> Part:
+    rows = [torch.tensor(pieces_of(word)) for word, _ in pairs]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([label for _, label in pairs])

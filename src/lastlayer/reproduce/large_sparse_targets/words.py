@@ -1,0 +1,194 @@
+"""Large sparse targets, on text: words from their context, under each loss for the same time."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lastlayer.functional import clusters
+from lastlayer.functional.spherical import SphericalLoss, SphericalSoftmax, SquaredError, TaylorSoftmax, ZLoss
+from lastlayer.layers.base import OutputLayer
+from lastlayer.layers.factored import FactoredOutput
+from lastlayer.layers.factored_sgd import FactoredSGD
+from lastlayer.layers.full import FullSoftmax
+from lastlayer.layers.hierarchical import HierarchicalSoftmax
+from lastlayer.study.text.corpus import Corpus
+from lastlayer.study.training.language_model import adagrad
+
+Records = list[dict[str, Any]]
+CONTEXT = 4  # words: two on each side, or the last four
+BATCH, WIDTH = 128, 128
+RATE = 0.1  # of Adagrad
+NEGATIVES, NOISE_POWER = 8, 0.75
+EVALUATED = 2000  # held-out positions
+QUERIES = (50, 100, 200, 400)  # ids of frequent words whose neighbours are shown
+
+
+class NegativeSampling(nn.Module):
+    """The loss of word2vec: the target against a few words drawn by frequency."""
+
+    def __init__(self, in_features: int, counts: Tensor) -> None:
+        super().__init__()
+        self.table = nn.Embedding(len(counts), in_features, sparse=True)
+        nn.init.zeros_(self.table.weight)
+        self.noise = counts.double().clamp(min=1).pow(NOISE_POWER).cumsum(0)
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """One draw of `NEGATIVES` words for each row."""
+        draws = torch.rand(len(targets), NEGATIVES, dtype=torch.float64) * self.noise[-1]
+        ids = torch.cat([targets[:, None], torch.searchsorted(self.noise, draws)], 1)
+        scores = torch.einsum("nd,nkd->nk", hidden, self.table(ids))
+        return -(F.logsigmoid(scores[:, 0]) + F.logsigmoid(-scores[:, 1:]).sum(1)).mean()
+
+    def topk(self, hidden: Tensor, k: int) -> Any:
+        """The `k` words of the highest scores."""
+        return (hidden @ self.table.weight.T).topk(k)
+
+
+@dataclass(frozen=True)
+class Method:
+    """An output layer and how its rate is set."""
+
+    layer: Callable[[int, Tensor], nn.Module]
+    rate: Callable[[Tensor], float] | None = None  # of FactoredSGD, from the hidden states of the batch
+
+
+def _factored(loss: SphericalLoss, share: float) -> Method:
+    """Squared error: a share of the largest rate without overshooting; else a rate for unit hidden states."""
+    scale = 4.0 if isinstance(loss, SquaredError) else 1.0
+
+    def rate(hidden: Tensor) -> float:
+        return share / max(scale * float(hidden.square().sum(1).mean()), 1e-6)
+
+    return Method(lambda d, counts: FactoredOutput(d, len(counts), loss=loss), rate)
+
+
+METHODS: dict[str, Method] = {
+    "squared error, factored": _factored(SquaredError(), 0.5),
+    "Z-loss, factored": _factored(ZLoss(), 20.0),
+    "spherical softmax, factored": _factored(SphericalSoftmax(), 20.0),
+    "Taylor softmax, factored": _factored(TaylorSoftmax(), 20.0),
+    "negative sampling": Method(NegativeSampling),
+    "hierarchical softmax": Method(
+        lambda d, counts: HierarchicalSoftmax(d, len(counts), clusters=clusters.by_frequency(counts), sparse=True)
+    ),
+    "softmax": Method(lambda d, counts: FullSoftmax(d, len(counts))),
+}
+EMBEDDING_METHODS = ("squared error, factored", "Z-loss, factored", "negative sampling", "hierarchical softmax")
+MODEL_METHODS = ("spherical softmax, factored", "Taylor softmax, factored", "Z-loss, factored", "softmax")
+
+
+class ContextModel(nn.Module):
+    """Hidden states from a few words: their mean (embeddings), or a layer over all of them (language model)."""
+
+    def __init__(self, num_classes: int, width: int, deep: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(num_classes, width, sparse=True)
+        nn.init.normal_(self.embedding.weight, std=0.3)
+        self.mix = nn.Sequential(nn.Linear(CONTEXT * width, width), nn.ReLU()) if deep else None
+
+    def forward(
+        self,
+        contexts: Tensor,  # (N, CONTEXT)
+    ) -> Tensor:  # (N, d)
+        """The hidden states."""
+        words = self.embedding(contexts)
+        return words.mean(1) if self.mix is None else self.mix(words.flatten(1))
+
+
+def train_words(
+    corpus: Corpus, names: tuple[str, ...], *, deep: bool, seconds: float | None, steps: int | None, seed: int
+) -> Records:
+    """Trains each method for `seconds` of training, or `steps`, and judges it on held-out text."""
+    train, held_out = examples(corpus.train, deep), examples(corpus.held_out, deep)
+    records = []
+    for name in names:
+        torch.manual_seed(seed)
+        method = METHODS[name]
+        model = ContextModel(corpus.num_classes, WIDTH, deep)
+        layer = method.layer(WIDTH, corpus.counts)
+        spent, done = _train(model, layer, method, train, seconds, steps)
+        records.append(
+            {
+                "case": "language model" if deep else "embeddings",
+                "name": name,
+                "num_classes": corpus.num_classes,
+                "seconds": spent,
+                "steps": done,
+                "examples": done * BATCH,
+                **_judge(model, layer, held_out),
+                "neighbours": "" if deep else neighbours(model, corpus.words),
+            }
+        )
+    return records
+
+
+def examples(ids: Tensor, deep: bool) -> tuple[Tensor, Tensor]:  # (n, CONTEXT), (n,)
+    """Every position with its context: the words before it, or on both sides of it."""
+    windows = ids.unfold(0, CONTEXT + 1, 1)
+    target = CONTEXT if deep else CONTEXT // 2
+    around = [place for place in range(CONTEXT + 1) if place != target]
+    return windows[:, around], windows[:, target]
+
+
+def _train(
+    model: ContextModel,
+    layer: nn.Module,
+    method: Method,
+    data: tuple[Tensor, Tensor],
+    seconds: float | None,
+    steps: int | None,
+) -> tuple[float, int]:
+    """`(seconds, steps)` of training."""
+    optimizers: list[torch.optim.Optimizer] = [adagrad(model.parameters(), RATE)]
+    factored = FactoredSGD(layer, 0.0) if isinstance(layer, FactoredOutput) else None
+    optimizers.append(factored or adagrad(layer.parameters(), RATE))
+    contexts, targets = data
+    spent, done = 0.0, 0
+    while done < (steps or math.inf) and spent < (seconds or math.inf):
+        start = time.perf_counter()
+        rows = torch.randint(len(targets), (BATCH,))
+        hidden = model(contexts[rows])
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        if factored is not None and method.rate is not None:
+            factored.param_groups[0]["lr"] = method.rate(hidden.detach())
+        layer(hidden, targets[rows]).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        done += 1
+        spent += time.perf_counter() - start
+    return spent, done
+
+
+@torch.no_grad()
+def _judge(model: ContextModel, layer: nn.Module, data: tuple[Tensor, Tensor]) -> dict[str, float | None]:
+    """Top-10 accuracy, and perplexity where the layer has probabilities, on evenly spread held-out positions."""
+    layer.eval()
+    contexts, targets = data
+    rows = torch.linspace(0, len(targets) - 1, min(EVALUATED, len(targets))).long()
+    hidden, wanted = model(contexts[rows]), targets[rows]
+    best: Any = torch.cat([layer.topk(part, 10).indices for part in hidden.split(BATCH)])  # pyright: ignore
+    perplexity = None
+    if isinstance(layer, OutputLayer):
+        try:
+            perplexity = math.exp(-float(layer.target_log_prob(hidden, wanted).double().mean()))
+        except TypeError:  # a loss without probabilities
+            perplexity = None
+    return {"top10_accuracy": float((best == wanted[:, None]).any(1).double().mean()), "perplexity": perplexity}
+
+
+def neighbours(model: ContextModel, words: list[str], k: int = 4) -> str:
+    """The nearest words, by cosine, of a few frequent ones."""
+    table = F.normalize(model.embedding.weight.detach(), dim=1)
+    lines = []
+    for query in QUERIES:
+        if query < len(words):
+            near = (table @ table[query]).topk(min(k + 1, len(words))).indices[1:]
+            lines.append(f"{words[query]}: {' '.join(words[i] for i in near.tolist())}")
+    return "; ".join(lines)

@@ -1,0 +1,1 @@
+"""The softmax bottleneck: mixtures and logit maps against the plain softmax."""

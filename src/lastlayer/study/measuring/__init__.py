@@ -1,0 +1,1 @@
+"""What layers and models cost and what they can express: time, memory, rank."""

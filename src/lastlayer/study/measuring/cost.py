@@ -1,0 +1,143 @@
+"""What trained output layers cost, all of them side by side: a training step, its memory, a query."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from lastlayer.layers.base import OutputLayer
+from lastlayer.layers.factored import FactoredOutput
+from lastlayer.screening import Int8Preview, ScreenedSoftmax
+from lastlayer.study.measuring.measure import interleaved, peak_bytes, seconds_of
+from lastlayer.study.training.language_model import adagrad
+
+ROUNDS, QUERY_ROUNDS, QUERY_REPEATS = 7, 15, 8
+CANDIDATES = 64  # rescored at first; an exact screen widens them where it must
+SCREEN_FROM = 4096  # classes; below, a query of all of them is as quick
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Hidden states of one model, with the words that came next."""
+
+    hidden: Tensor  # (N, d)
+    targets: Tensor  # (N,)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Medians, in milliseconds and bytes."""
+
+    step_ms: float  # forward, backward and the optimizer's update, of the output layer alone
+    step_bytes: int  # the most that such a step holds beyond parameters and optimizer state
+    query_ms: float  # the top-k of one hidden state
+    screened_ms: float | None  # the same through a screen, where the layer ends in one matrix
+    screened_agreement: float | None  # share of hidden states whose top-k is the layer's own
+
+
+def measure_costs(layers: dict[str, OutputLayer], samples: dict[str, Sample], k: int) -> dict[str, Cost]:
+    """Measures every layer on its own sample, interleaved; the layers stay as they are."""
+    steps = {name: _harmless_step(layer, samples[name]) for name, layer in layers.items()}
+    step_times = interleaved(steps, rounds=ROUNDS, warmup=1)
+    peaks = {name: peak_bytes(step) for name, step in steps.items()}
+    steps.clear()  # frees the optimizers' states
+    for layer in layers.values():
+        layer.eval()
+
+    screens = {name: screen for name, layer in layers.items() if (screen := screen_of(layer)) is not None}
+    queries = {name: one_by_one(layer.topk, samples[name].hidden, k) for name, layer in layers.items()}
+    for name, screen in screens.items():
+        queries[f"{name}, screened"] = one_by_one(screen.topk, samples[name].hidden, k)
+    query_times = interleaved(queries, rounds=QUERY_ROUNDS, repeats=QUERY_REPEATS)
+
+    costs = {}
+    for name, layer in layers.items():
+        screened, agreement = None, None
+        if name in screens:
+            screened = query_times[f"{name}, screened"].ms
+            agreement = _agreement(layer, screens[name], samples[name].hidden, k)
+        costs[name] = Cost(step_times[name].ms, peaks[name], query_times[name].ms, screened, agreement)
+    return costs
+
+
+def rehearse_costs(layer: OutputLayer, sample: Sample, k: int) -> float:
+    """Seconds that `measure_costs` will take for this layer; kernels it needs are compiled on the way."""
+    step = _harmless_step(layer, sample)
+    step()
+    total = (ROUNDS + 2) * seconds_of(step)
+    layer.eval()
+    screens = []
+    total += seconds_of(lambda: screens.append(screen_of(layer)))
+    asked = [layer.topk] if screens[0] is None else [layer.topk, screens[0].topk]
+    for topk in asked:
+        query = one_by_one(topk, sample.hidden, k)
+        query()
+        times = (QUERY_ROUNDS + 2) * QUERY_REPEATS + (len(sample.hidden) if len(asked) > 1 else 0)
+        total += times * seconds_of(query)
+    return total
+
+
+def _harmless_step(layer: OutputLayer, sample: Sample) -> Callable[[], None]:
+    """A training step too small to change anything, which costs what any other does."""
+    optimizer = layer.own_optimizer(1e-20) or adagrad(layer.parameters(), 0.0)
+    layer.train()
+    return training_step(layer, optimizer, sample.hidden, sample.targets)
+
+
+def training_step(
+    loss: Callable[[Tensor, Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    hidden: Tensor,  # (N, d)
+    targets: Tensor,  # (N,)
+) -> Callable[[], None]:
+    """Forward, backward and update of an output layer, the gradient of the hidden states included."""
+    optimizer.zero_grad()  # training leaves its last gradients
+    inputs = hidden.detach().clone().requires_grad_()  # the rest of the network wants its gradient
+
+    def step() -> None:
+        loss(inputs, targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        inputs.grad = None
+
+    return step
+
+
+def count_parameters(layer: OutputLayer) -> int:
+    """The trained numbers of a layer; the weight of a `FactoredOutput` is state, not a parameter."""
+    if isinstance(layer, FactoredOutput):
+        return sum(part.numel() for part in layer.state_dict().values())
+    return sum(parameter.numel() for parameter in layer.parameters())
+
+
+def screen_of(layer: OutputLayer) -> ScreenedSoftmax | None:
+    """A screen whose every answer is proved to be the layer's own; None for a layer without one matrix."""
+    if layer.num_classes < SCREEN_FROM:
+        return None
+    try:
+        return ScreenedSoftmax.from_layer(layer, preview=Int8Preview(), candidates=CANDIDATES, exact=True)
+    except TypeError:
+        return None
+
+
+def one_by_one(topk: Callable[[Tensor, int], object], hidden: Tensor, k: int) -> Callable[[], None]:
+    """The query of one hidden state, the next one at each call."""
+    rows = cycle(hidden.split(1))
+
+    @torch.no_grad()
+    def query() -> None:
+        topk(next(rows), k)
+
+    return query
+
+
+@torch.no_grad()
+def _agreement(layer: OutputLayer, screen: ScreenedSoftmax, hidden: Tensor, k: int) -> float:
+    """Asked one by one, as the queries are timed: a large batch would be answered by the full layer."""
+    same = [
+        set(screen.topk(row, k).indices[0].tolist()) == set(layer.topk(row, k).indices[0].tolist())
+        for row in hidden.split(1)
+    ]
+    return sum(same) / len(same)

@@ -1,0 +1,1 @@
+"""How results reach a reader: figures, tables, charts, a page."""

@@ -1,0 +1,70 @@
+"""What a comparison found: a table in the terminal, results.json, and a page."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lastlayer.study.choices import CHOICES
+from lastlayer.study.files import write_json, write_text
+from lastlayer.study.measuring.measure import environment
+from lastlayer.study.report.figures import figure
+from lastlayer.study.report.page import render
+from lastlayer.study.report.tables import print_table
+from lastlayer.study.training.trainer import Point
+
+COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+    ("perplexity", lambda r: figure(r["perplexity"])),
+    ("top-10", lambda r: f"{r['top10_accuracy']:.1%}"),
+    ("words/s", lambda r: figure(r["tokens_per_second"])),
+    ("layer\nms/step", lambda r: figure(r["output_layer_ms"])),
+    ("query\nms", lambda r: figure(r["query_ms"])),
+    ("screen\nms", lambda r: "-" if r["screened_query_ms"] is None else figure(r["screened_query_ms"])),
+    ("step\nMB", lambda r: figure(r["peak_bytes"] / 1e6)),
+    ("params\nM", lambda r: figure(r["parameters"] / 1e6)),
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is shown of a comparison; records are sorted, the best first."""
+
+    text: dict[str, Any]
+    settings: dict[str, Any]
+    records: list[dict[str, Any]]
+    curves: dict[str, list[Point]]
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of results.json, from which the page is made."""
+        return {
+            "environment": environment(),
+            "text": self.text,
+            "settings": self.settings,
+            "layers": {name: CHOICES[name].description for name in self.curves},
+            "records": self.records,
+            "curves": {name: [asdict(point) for point in curve] for name, curve in self.curves.items()},
+        }
+
+
+def write_report(out: Path, report: Report) -> None:
+    """Writes `results.json` and `index.html` into `out`."""
+    content = report.as_json()
+    write_json(out / "results.json", content)
+    write_text(out / "index.html", render(content))
+
+
+def show(report: Report, out: Path, console: Console) -> None:
+    """Prints the table, and where the page is."""
+    title = f"{report.text['name']}, {report.text['num_classes']:,} different words"
+    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("layer", no_wrap=True)
+    for heading, _ in COLUMNS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for record in report.records:
+        table.add_row(record["layer"], *(shown(record) for _, shown in COLUMNS))
+    print_table(console, table)
+    console.print(f"The page: {out / 'index.html'}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""From text to class ids: files, tokens, a vocabulary, batches."""

@@ -1,0 +1,1 @@
+"""Training a small language model under any output layer, within a budget, resumable."""
