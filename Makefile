@@ -4,9 +4,9 @@ BIN := .venv/bin
 # Options for `make demo`, such as DEMO="--seconds 5"
 DEMO ?=
 
-.PHONY: demo test lint types docs format
+.PHONY: demo test lint types docs format engine
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
@@ -30,3 +30,9 @@ docs: .venv/installed
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# While csrc/ is being worked on: builds what has changed, into src/lastlayer/kernels/engines/.
+engine:
+	cmake -S . -B build/engine
+	cmake --build build/engine --parallel
+	cmake --install build/engine --prefix src

@@ -6,6 +6,7 @@ from lastlayer.functional import clusters
 from lastlayer.functional.answers import ScoreTopK, ScreenedTopK, TopK
 from lastlayer.functional.logit_map import LogitMap
 from lastlayer.functional.spherical import SphericalSoftmax, SquaredError, TaylorSoftmax, ZLoss
+from lastlayer.kernels.config import show_config
 from lastlayer.layers.adaptive import AdaptiveSoftmax
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.factored import FactoredOutput
@@ -20,8 +21,7 @@ from lastlayer.layers.soft_cap import SoftCap
 from lastlayer.layers.tree import TreeSoftmax
 from lastlayer.screening import Int4Preview, Int8Preview, ScreenedSoftmax, SVDPreview, SVDSoftmax, choose_screen
 from lastlayer.study.measuring.rank import Rank, rank
-
-__version__ = "0.1.0"
+from lastlayer.version import __version__ as __version__
 
 __all__ = [
     "OutputLayer",
@@ -52,6 +52,7 @@ __all__ = [
     "SVDSoftmax",
     "clusters",
     "functional",
+    "show_config",
     "rank",
     "Rank",
 ]

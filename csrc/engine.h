@@ -1,0 +1,15 @@
+// What every source of the engine begins with.
+//
+// Each source is compiled once for every instruction set, into one shared library each, so the compiler's own macros
+// (__AVX2__, __AVX512VNNI__, __ARM_FEATURE_DOTPROD, ...) tell a primitive which instructions it may use.
+//
+// A kernel takes addresses of contiguous arrays and numbers, and allocates nothing that outlives it:
+//
+//     LASTLAYER_KERNEL(name)(const float* values, int64_t count, ...) { ...; return 0; }
+//
+// It returns an int64; `Kernel("name", "pn...")` in lastlayer/kernels calls it.
+#pragma once
+
+#include <cstdint>
+
+#define LASTLAYER_KERNEL(name) extern "C" __attribute__((visibility("default"))) int64_t lastlayer_##name

@@ -1,0 +1,122 @@
+"""The choice of an instruction set, what it says, and what serves where there is none."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lastlayer.kernels import engine
+from lastlayer.kernels.config import config, show_config
+from lastlayer.kernels.engine import Kernel
+
+needs_engine = pytest.mark.skipif(not engine.available(), reason=f"no compiled engine: {engine.reason()}")
+
+
+def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, **variables}
+    )
+
+
+@needs_engine
+@pytest.mark.parametrize("isa", engine.supported())
+def test_variable_lowers_the_instruction_set(isa):
+    out = run("from lastlayer.kernels import engine; print(engine.current().isa)", LASTLAYER_MAX_CPU_ISA=isa)
+    assert out.stdout.strip() == isa
+
+
+@pytest.mark.parametrize("name", ["nonsense", "AVX2 ", "neon_i8mm" if "neon" in engine.FOREIGN else "avx2"])
+def test_unknown_instruction_set_is_an_error_that_lists_the_known(name):
+    out = run("import lastlayer; lastlayer.show_config()", LASTLAYER_MAX_CPU_ISA=name)
+    assert out.returncode != 0
+    assert "LASTLAYER_MAX_CPU_ISA must be one of portable" in out.stderr
+    assert repr(name) in out.stderr
+
+
+@needs_engine
+def test_instruction_set_that_the_processor_lacks_is_an_error_that_lists_those_it_has():
+    lacking = [isa for isa in engine.ISAS if not isa.startswith(engine.FOREIGN) and isa not in engine.supported()]
+    if not lacking:
+        pytest.skip("this processor has them all")
+    with (
+        pytest.raises(ValueError, match=f"{lacking[-1]}.*this processor lacks.*portable"),
+        engine.forced(lacking[-1]),
+    ):
+        pass
+
+
+def test_config_says_what_runs(capsys):
+    record = show_config()
+    assert record == config()
+    assert f"isa: {record['isa']}" in capsys.readouterr().out
+    assert record["engine"] == ("compiled" if engine.available() else "plain")
+
+
+BROKEN = """
+import warnings, pathlib, shutil, tempfile, torch
+from lastlayer.kernels import engine
+folder = pathlib.Path(tempfile.mkdtemp()) / "engines"
+folder.mkdir()
+{prepare}
+engine._file = lambda isa: next((p for p in [folder / f"engine_{{isa}}.so"] if p.is_file()), None)
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    assert not engine.available() and not engine.available()
+assert len(seen) == 1, seen
+import lastlayer
+layer = lastlayer.FullSoftmax(8, 70000)
+layer(torch.randn(9, 8), torch.arange(9)).backward()
+print(seen[0].message)
+"""
+
+
+@pytest.mark.parametrize(
+    ("prepare", "says"),
+    [
+        ("", "was not built"),
+        ("(folder / 'engine_portable.so').write_bytes(b'no library')", "could not be loaded"),
+        ("(folder / 'engine_portable.so').write_bytes(b'')", "could not be loaded"),
+        ("shutil.copy(torch._C.__file__, folder / 'engine_portable.so')", "could not be loaded"),
+    ],
+    ids=["missing", "broken", "empty", "foreign"],
+)
+def test_extension_that_does_not_load_leaves_the_plain_code_and_one_warning(prepare, says):
+    out = run(BROKEN.format(prepare=prepare))
+    assert out.returncode == 0, out.stderr
+    assert says in out.stdout
+
+
+@needs_engine
+def test_kernel_without_engine_names_itself():
+    with engine.forced(None), pytest.raises(RuntimeError, match="kernel cpu_features"):
+        Kernel("cpu_features", "")()
+
+
+FORKED = """
+import os
+import torch
+from lastlayer.kernels.engine import Kernel
+
+def loss():
+    torch.manual_seed(0)
+    rows, bias, ids, ones = torch.randn(64, 5000), torch.zeros(5000), torch.arange(64), torch.ones(64)
+    found = torch.empty(64)
+    kernel = Kernel("softmax_rows_plain", "ppppppnnnn")
+    kernel(rows, bias, ids, ones, torch.zeros(64), found, 64, 5000, False, False)
+    return found
+
+torch.set_num_threads(2)
+before = loss()
+child = os.fork()
+if not child:
+    os._exit(0 if torch.equal(loss(), before) else 1)
+print(os.waitpid(child, 0)[1])
+"""
+
+
+@needs_engine
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_forked_child_runs_kernels_on_its_own_thread():
+    out = run(FORKED)
+    assert out.stdout.strip() == "0", out.stderr
