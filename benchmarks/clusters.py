@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lastlayer import AdaptiveSoftmax, HierarchicalSoftmax, TreeSoftmax, clusters
+from lastlayer.functional.sampling import sample_classes
 from lastlayer.study.measuring.measure import Timing, interleaved, peak_bytes, write_records
 from lastlayer.study.measuring.peers import sgd_step, zipf_counts
 from lastlayer.study.text.batches import Streams
@@ -174,7 +175,7 @@ def trained(options: Any) -> tuple[HierarchicalSoftmax, Tensor]:
 
 def zipf_targets(num_classes: int) -> Tensor:  # (ROWS,)
     """Classes that occur as words do: class `i` as `1 / (i + 1)`."""
-    return torch.multinomial(1 / torch.arange(1.0, num_classes + 1), ROWS, replacement=True)
+    return sample_classes(-torch.arange(1.0, num_classes + 1).log()[None], ROWS)[0]
 
 
 def sizes(num_classes: int, name: str, timing: Timing) -> Record:

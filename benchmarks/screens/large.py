@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lastlayer.functional.sampling import sample_classes
 from screens.common import (
     Record,
     Truth,
@@ -52,7 +53,7 @@ def realistic(
     weight += common * direction / direction.norm()
     ranks = torch.arange(1, num_classes + 1)
     weight *= (1.2 - 0.4 * ranks.log() / ranks[-1].float().log())[:, None]
-    wanted = torch.multinomial(1 / ranks, rows, replacement=True, generator=generator)
+    wanted = sample_classes(-ranks.log()[None], rows, generator=generator)[0]
     shape = of_hidden / of_hidden.norm()
     towards = weight[wanted] - common * direction / direction.norm()
     hidden = pull * towards / towards.norm(dim=-1, keepdim=True) + normal(rows, width) * shape

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lastlayer.functional.groups import group_by_cluster
+from lastlayer.functional.sampling import sample_classes
 
 # (rows of the batch (n,), first weight row of the cluster, its size) to log-probabilities within it, (n, size)
 OpenCluster = Callable[[Tensor, int, int], Tensor]
@@ -81,7 +82,7 @@ def sample_two_level(
     num_rows = len(head)
     if not num_rows:
         return offsets.new_empty(0, num_samples)
-    clusters = torch.multinomial(head.exp(), num_samples, replacement=True)
+    clusters = sample_classes(head, num_samples)
     of_draw = torch.arange(num_rows, device=clusters.device).repeat_interleave(num_samples)
     pairs, draws = (clusters.reshape(-1) * num_rows + of_draw).sort(stable=True)
     pairs, counts = pairs.unique_consecutive(return_counts=True)
@@ -91,7 +92,7 @@ def sample_two_level(
     for own, start, size in groups.each():
         wanted = counts[own]
         most, total = int(wanted.max()), int(wanted.sum())
-        drawn = torch.multinomial(open_cluster(pairs[own] % num_rows, start, size).exp(), most, replacement=True)
+        drawn = sample_classes(open_cluster(pairs[own] % num_rows, start, size), most)
         used = torch.arange(most, device=drawn.device) < wanted[:, None]
         slots[draws[place : place + total]] = drawn[used] + start
         place += total

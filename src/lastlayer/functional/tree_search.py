@@ -80,7 +80,8 @@ def sample_tree(
     walking = torch.arange(len(rows), device=rows.device)[ids >= num_classes]
     while len(walking):
         nodes = ids[walking] - num_classes
-        first = node_scores(hidden, weight, rows[walking], nodes).sigmoid()
+        # in float32 no turn would have a probability between 0 and 6e-8
+        first = node_scores(hidden, weight, rows[walking], nodes).double().sigmoid()
         second = (torch.rand_like(first) >= first).long()
         ids[walking] = children[nodes, second]
         walking = walking[ids[walking] >= num_classes]

@@ -17,6 +17,7 @@ from lastlayer.functional.checks import (
     eager_on_cpu,
 )
 from lastlayer.functional.reduce import reduce_loss
+from lastlayer.functional.sampling import sample_classes
 
 # Rows of (rows, V) log-probabilities that `sample` and the default `topk` hold at once, in numbers.
 CHUNK_NUMBERS = 1 << 24
@@ -115,7 +116,10 @@ class OutputLayer(nn.Module, ABC):
         hidden: Tensor,  # (..., d)
         num_samples: int = 1,
     ) -> Tensor:  # (..., num_samples)
-        """Class ids drawn from the model, with replacement; seeded by `torch.manual_seed`."""
+        """Class ids drawn from the model, with replacement; seeded by `torch.manual_seed`.
+
+        Exact for any number of classes: cumulative sums are in float64. Raises ValueError where hidden gives NaN.
+        """
         rows = self._rows(hidden)
         num_samples = check_positive("num_samples", num_samples)
         return self._sample(rows, num_samples).reshape(*hidden.shape[:-1], num_samples)
@@ -169,13 +173,7 @@ class OutputLayer(nn.Module, ABC):
 
     def _sample(self, hidden: Tensor, num_samples: int) -> Tensor:
         """`(N, num_samples)` class ids."""
-        drawn = [
-            torch.multinomial(self._log_prob(rows).exp(), num_samples, replacement=True)
-            if len(rows)
-            else torch.empty(0, num_samples, dtype=torch.int64, device=rows.device)
-            for rows in self._row_chunks(hidden)
-        ]
-        return torch.cat(drawn)
+        return torch.cat([sample_classes(self._log_prob(rows), num_samples) for rows in self._row_chunks(hidden)])
 
     # Written once for every layer.
 

@@ -11,6 +11,7 @@ from lastlayer.functional.answers import ScreenedTopK
 from lastlayer.functional.checks import check_count, check_hidden, check_positive
 from lastlayer.functional.logit_map import LogitMap, check_logit_map
 from lastlayer.functional.outside_graphs import outside_graphs
+from lastlayer.functional.sampling import sample_classes
 from lastlayer.screening.exact import full_logits, no_autocast
 from lastlayer.screening.fused import Fused, FusedScreen, serves
 from lastlayer.screening.preview import Preview
@@ -166,13 +167,7 @@ class ScreenedSoftmax(WatchedHead):
     ) -> Tensor:  # (..., num_samples)
         """Class ids drawn from `log_prob`, with replacement; seeded by `torch.manual_seed`."""
         num_samples = check_positive("num_samples", num_samples)
-
-        def draw(rows: Tensor) -> Tensor:
-            if not len(rows):
-                return torch.empty(0, num_samples, dtype=torch.int64, device=rows.device)
-            return torch.multinomial(self._logits(rows, False).softmax(-1), num_samples, replacement=True)
-
-        return self._each_row(hidden, draw)
+        return self._each_row(hidden, lambda rows: sample_classes(self._logits(rows, False), num_samples))
 
     @torch.no_grad()
     def log_normalizer_error(

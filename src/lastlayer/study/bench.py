@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from lastlayer.functional.sampling import sample_classes
 from lastlayer.study.errors import UsageError
 from lastlayer.study.measuring.measure import interleaved, peak_bytes, synchronise
 from lastlayer.study.measuring.peers import (
@@ -81,7 +82,7 @@ def _cases(sizes: Sizes, layers: list[str], device: torch.device) -> Iterator[Ca
     """Each made when it is its turn, so that what one case holds is free before the next."""
     hidden = torch.randn(sizes.batch, sizes.in_features, device=device)
     counts = zipf_counts(sizes.num_classes).double()
-    targets = torch.multinomial(counts, sizes.batch, replacement=True).to(device)
+    targets = sample_classes(counts.log()[None], sizes.batch)[0].to(device)
     linear = nn.Linear(sizes.in_features, sizes.num_classes, device=device)
     made = make_layers(layers, sizes.in_features, sizes.num_classes, device)
     yield Case(
