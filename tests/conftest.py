@@ -7,3 +7,4 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
+pytest_plugins = ["engines"]

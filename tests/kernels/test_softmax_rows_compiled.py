@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from kernels.engines import isa  # noqa: F401
 from lastlayer.kernels.engine import Kernel
 from lastlayer.kernels.softmax_rows import RowTerms, plain
 
