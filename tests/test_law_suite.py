@@ -41,8 +41,8 @@ class WrongTarget(NaiveSoftmax):
 
 
 class UnsortedTopK(NaiveSoftmax):
-    def _topk(self, hidden, k):
-        values, indices = super()._topk(hidden, k)
+    def _topk(self, hidden, k, selection):
+        values, indices = super()._topk(hidden, k, selection)
         return values.flip(-1), indices.flip(-1)
 
 
@@ -68,8 +68,29 @@ class SamplesUniformly(NaiveSoftmax):
 
 
 class AcceptsAnything(NaiveSoftmax):
-    def topk(self, hidden, k):
-        return super().topk(hidden, min(max(int(k), 1), self.num_classes))
+    def topk(self, hidden, k, **selection):
+        return super().topk(hidden, min(max(int(k), 1), self.num_classes), **selection)
+
+
+class ForgetsExclusions(NaiveSoftmax):
+    def topk(self, hidden, k, *, exclude=None, allowed=None):
+        return super().topk(hidden, k, exclude=None, allowed=allowed)
+
+
+class ScoresOfTheSelection(NaiveSoftmax):
+    """Renormalises over the classes that are left."""
+
+    def _topk(self, hidden, k, selection):
+        values, indices = super()._topk(hidden, k, selection)
+        if selection is None:
+            return values, indices
+        left = selection.bar(self._log_prob(hidden)).logsumexp(-1, keepdim=True)
+        return values - left, indices
+
+
+class ScoresPadding(NaiveSoftmax):
+    def score(self, hidden, ids):
+        return super().score(hidden, ids.clamp(min=0))
 
 
 def case(layer_class, in_features=5, num_classes=11):
@@ -96,6 +117,9 @@ def test_right_layer_is_certified(num_classes):
         ForgetsItsOptions,
         SamplesUniformly,
         AcceptsAnything,
+        ForgetsExclusions,
+        ScoresOfTheSelection,
+        ScoresPadding,
     ],
 )
 def test_wrong_layer_is_refused(wrong):

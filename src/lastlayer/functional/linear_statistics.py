@@ -10,6 +10,7 @@ from lastlayer.functional.checks import check_count, check_linear, check_targets
 from lastlayer.functional.first_order import first_order
 from lastlayer.functional.linear_chunks import LinearChunks, Wanted, product_dtype
 from lastlayer.functional.logit_map import LogitMap, check_logit_map
+from lastlayer.functional.selection import Selection
 
 
 class LinearStatistics(NamedTuple):
@@ -29,6 +30,7 @@ def linear_statistics(
     bias: Tensor | None = None,  # (V,)
     logit_map: LogitMap | None = None,
     k: int | None = None,
+    selection: Selection | None = None,
 ) -> LinearStatistics:
     """What trainers ask of `logits = logit_map(hidden @ weight.T + bias)`, without `(N, V)` memory.
 
@@ -43,6 +45,9 @@ def linear_statistics(
     All four are differentiable, for hidden, weight, bias and the map's parameters; the backward pass computes the
     chunks again. Cost: one matrix product of `2 N V d` operations forward and three backward; memory one chunk of
     logits. For the loss alone `linear_cross_entropy` is cheaper by one product.
+
+    `selection` says which classes `topk` may return; the index is -1 and the log-probability -inf where fewer than
+    k are left. `FullSoftmax.topk` makes it of its `exclude` and `allowed`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape or range.
@@ -68,7 +73,7 @@ def linear_statistics(
     dtype = product_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         target, normalizer, entropy, best, indices = _LinearStatistics.apply(
-            hidden.reshape(-1, hidden.shape[-1]), weight, bias, ids, logit_map, k, dtype, *parameters
+            hidden.reshape(-1, hidden.shape[-1]), weight, bias, ids, logit_map, k, selection, dtype, *parameters
         )
     return LinearStatistics(
         None if ids is None else target.reshape(shape),
@@ -88,6 +93,7 @@ class _LinearStatistics(torch.autograd.Function):
         ids: Tensor | None,  # (N, 1)
         logit_map: LogitMap | None,
         k: int | None,
+        selection: Selection | None,
         dtype: torch.dtype,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -98,17 +104,18 @@ class _LinearStatistics(torch.autograd.Function):
         for rows in chunks.all_parts():
             logits = chunks.logits(rows)
             if k is not None:
-                indices[rows] = logits.topk(k).indices
+                found = (logits if selection is None else selection.rows(rows).bar(logits)).topk(k)
+                indices[rows] = found.indices.masked_fill(found.values == -torch.inf, -1)
             values = chunks.map(logits)
             at_target = None if ids is None else values.gather(1, ids[rows])[:, 0]
-            at_best = values.gather(1, indices[rows])
+            at_best = values.gather(1, indices[rows].clamp(min=0))
             peak = values.amax(1)
             # The shift is bounded so that a class of probability 0 adds 0 to the entropy, not nan.
             shifted = (values - peak[:, None]).clamp_(min=-1e4)
             mass = torch.exp(shifted, out=values).sum(1)
             normalizer[rows] = peak + mass.log()
             entropy[rows] = mass.log() - torch.einsum("nv,nv->n", values, shifted) / mass
-            best[rows] = at_best - normalizer[rows, None]
+            best[rows] = (at_best - normalizer[rows, None]).masked_fill_(indices[rows] < 0, -torch.inf)
             if at_target is not None:
                 target[rows] = at_target - normalizer[rows]
         ctx.settings = logit_map, dtype
@@ -130,13 +137,14 @@ class _LinearStatistics(torch.autograd.Function):
         needs = ctx.needs_input_grad
         with torch.no_grad():
             chunks = LinearChunks(hidden, weight, bias, logit_map, dtype)
-            chunks.want(Wanted(needs[0], needs[1], needs[2], any(needs[7:])))
+            chunks.want(Wanted(needs[0], needs[1], needs[2], any(needs[8:])))
             of_mass = torch.zeros_like(normalizer)  # what p_c is multiplied by
             if of_normalizer is not None:
                 of_mass += of_normalizer
             if of_target is not None:
                 of_mass -= of_target
             if of_best is not None:
+                of_best, indices = of_best.masked_fill(indices < 0, 0.0), indices.clamp(min=0)
                 of_mass -= of_best.sum(1)
             for rows in chunks:
                 for part in chunks.parts(rows):
@@ -155,5 +163,5 @@ class _LinearStatistics(torch.autograd.Function):
                     chunks.map_back(part, logits, gradient)
                 chunks.multiply_back(rows)
             formed = chunks.gradients()
-        gradients = (*formed[:3], None, None, None, None, *formed.logit_map)
+        gradients = (*formed[:3], None, None, None, None, None, *formed.logit_map)
         return first_order("linear_statistics", gradients)

@@ -14,6 +14,7 @@ from lastlayer.functional.clusters import by_falling_count
 from lastlayer.functional.cutoffs import best_cutoffs, check_cutoffs, measure_costs, tail_widths
 from lastlayer.functional.linear_chunks import as_exact, exact_dtype
 from lastlayer.functional.linear_cross_entropy import linear_cross_entropy, linear_nll
+from lastlayer.functional.selection import Selection
 from lastlayer.layers.base import OutputLayer
 
 
@@ -223,7 +224,9 @@ class AdaptiveSoftmax(OutputLayer):
         log_prob = torch.cat(parts, 1)
         return log_prob if self._ranks is None else log_prob.index_select(1, self._ranks)
 
-    def _topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _topk(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:
+        if selection is not None:
+            return super()._topk(hidden, k, selection)
         with torch.no_grad():
             found = [best_first_topk(*self._clusters(rows), k) for rows in self._row_chunks(hidden)]
         log_prob, ranks = (torch.cat(part) for part in zip(*found, strict=True))

@@ -1,6 +1,7 @@
 """The contract of every output layer: five calls, and the laws that tie them together."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from lastlayer.functional.checks import (
 )
 from lastlayer.functional.reduce import reduce_loss
 from lastlayer.functional.sampling import sample_classes
+from lastlayer.functional.selection import Selection, check_candidates, make_selection
 
 # Rows of (rows, V) log-probabilities that `sample` and the default `topk` hold at once, in numbers.
 CHUNK_NUMBERS = 1 << 24
@@ -33,14 +35,17 @@ class OutputLayer(nn.Module, ABC):
     | `layer(hidden, targets)` | the training loss: `()`, or `(...)` when `reduction="none"` |
     | `layer.log_prob(hidden)` | `(..., V)`: exact, normalised log-probabilities |
     | `layer.target_log_prob(hidden, targets)` | `(...)`: the same for one class each; 0 where ignored |
-    | `layer.topk(hidden, k)` | `TopK(log_prob, indices)`, both `(..., k)`, best first |
+    | `layer.topk(hidden, k, exclude=, allowed=)` | `TopK(log_prob, indices)`, both `(..., k)`, best first |
     | `layer.sample(hidden, num_samples)` | `(..., num_samples)` class ids drawn from the model |
+
+    Beside them `layer.score(hidden, ids (..., C))`, `(..., C)`: log-probabilities of given candidates.
 
     Laws (`lastlayer.testing` holds one test for each; any layer of your own can be certified with it):
 
     1. `log_prob(h).exp().sum(-1) == 1`
-    2. `target_log_prob(h, t) == log_prob(h).gather(-1, t)`
-    3. `topk(h, k)` equals `log_prob(h).topk(k)`, indices up to ties
+    2. `target_log_prob(h, t) == log_prob(h).gather(-1, t)`, and `score(h, ids) == log_prob(h).gather(-1, ids)`
+    3. `topk(h, k)` equals `log_prob(h).topk(k)`, indices up to ties; with `exclude` or `allowed` that of the
+       log-probabilities with -inf at every other class
     4. the loss of a likelihood layer is the reduced `-target_log_prob`
     5. any leading shape, no rows, every target ignored (as `F.cross_entropy` answers), non-contiguous input
     6. `gradcheck` in float64; bfloat16 and autocast no worse than PyTorch's own operations in that dtype
@@ -48,7 +53,7 @@ class OutputLayer(nn.Module, ABC):
     8. bad input is a `ValueError`, `TypeError` or `IndexError` that names the argument; the layer is unchanged
 
     A subclass writes hooks over plain rows, `hidden (N, d)` and valid `targets (N,)`: `_log_prob` and
-    `_target_log_prob`, and where it can do better than their defaults `_topk`, `_sample`, `_row_loss`
+    `_target_log_prob`, and where it can do better than their defaults `_topk`, `_score`, `_sample`, `_row_loss`
     (a training loss that is not the likelihood) or `_loss` (one that ignores and reduces by itself).
     Shapes, checks, ignored targets and reductions are written here, once.
 
@@ -94,21 +99,58 @@ class OutputLayer(nn.Module, ABC):
         hidden: Tensor,  # (..., d)
         targets: Tensor,  # (...)
     ) -> Tensor:  # (...), 0 where ignored
-        """The exact log-probability of one class a row."""
+        """The exact log-probability of one class a row; of several, `score` costs less."""
         rows, ids = self._flatten(hidden, targets)
         return self._at_kept(self._target_log_prob, rows, ids).reshape(targets.shape)
+
+    def score(
+        self,
+        hidden: Tensor,  # (..., d)
+        ids: Tensor,  # (..., C), class ids, padded with ignore_index
+    ) -> Tensor:  # (..., C), 0 where padded
+        """The exact log-probabilities of given candidates: `log_prob(hidden).gather(-1, ids)`.
+
+        A row's normaliser is computed once, however many candidates the row has. A padded place gives 0, as an
+        ignored target does in `target_log_prob`. Differentiable.
+
+        Raises:
+            TypeError, ValueError, IndexError: ids of another dtype or shape, or that are no classes.
+        """
+        rows = self._rows(hidden)
+        ids = check_candidates(ids, hidden.shape[:-1], self.num_classes, self.ignore_index)
+        padded = ids == self.ignore_index
+        values = self._score(rows, ids.masked_fill(padded, 0)).masked_fill(padded, 0)
+        return values.reshape(*hidden.shape[:-1], ids.shape[1])
 
     def topk(
         self,
         hidden: Tensor,  # (..., d)
         k: int,
+        *,
+        exclude: Tensor | None = None,  # (..., E)
+        allowed: Tensor | None = None,  # (V,) bool, or (A,) class ids
     ) -> TopK:
-        """The `k` most probable classes, best first; `1 <= k <= num_classes`."""
+        """The `k` most probable classes, best first.
+
+        Args:
+            k: from 1 to `num_classes`.
+            exclude: class ids that must not be returned for their row, padded with `ignore_index`.
+            allowed: the only classes that may be returned, for all rows alike: a mask, or ids.
+
+        The log-probabilities are those of the whole model. Where fewer than `k` classes are left (a class of
+        probability 0 is not), the last indices are -1 and their log-probabilities -inf.
+
+        Raises:
+            TypeError, ValueError, IndexError: an argument of another dtype or shape, out of range, or that allows
+                no class.
+        """
         rows = self._rows(hidden)
         k = check_count("k", k, 1, self.num_classes)
-        log_prob, indices = self._topk(rows, k)
-        shape = (*hidden.shape[:-1], k)
-        return TopK(log_prob.reshape(shape), indices.reshape(shape))
+        leading = hidden.shape[:-1]
+        selection = make_selection(exclude, allowed, leading, self.num_classes, self.ignore_index, hidden.device)
+        log_prob, indices = self._topk(rows, k, selection)
+        indices = indices.masked_fill(log_prob == -torch.inf, -1)
+        return TopK(log_prob.reshape(*leading, k), indices.reshape(*leading, k))
 
     @torch.no_grad()
     def sample(
@@ -166,16 +208,33 @@ class OutputLayer(nn.Module, ABC):
             return reduce_loss(self._row_loss(hidden, targets), None, self.reduction)
         return reduce_loss(self._at_kept(self._row_loss, hidden, targets), kept, self.reduction)
 
-    def _topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """`(log_prob, indices)`, both `(N, k)`, best first."""
-        answers = [self._log_prob(rows).topk(k) for rows in self._row_chunks(hidden)]
-        return torch.cat([a.values for a in answers]), torch.cat([a.indices for a in answers])
+    def _score(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """`hidden (N, d)`, valid `ids (N, C)` to `(N, C)`."""
+        parts = zip(self._row_chunks(hidden), self._row_chunks(ids), strict=True)
+        return torch.cat([self._log_prob(rows).gather(1, own) for rows, own in parts])
+
+    def _topk(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:
+        """`(log_prob, indices)`, both `(N, k)`, best first; -inf where fewer than k classes are left."""
+        return self._dense_topk(self._log_prob, hidden, k, selection)
 
     def _sample(self, hidden: Tensor, num_samples: int) -> Tensor:
         """`(N, num_samples)` class ids."""
         return torch.cat([sample_classes(self._log_prob(rows), num_samples) for rows in self._row_chunks(hidden)])
 
     # Written once for every layer.
+
+    def _dense_topk(
+        self, scores_of: Callable[[Tensor], Tensor], hidden: Tensor, k: int, selection: Selection | None
+    ) -> tuple[Tensor, Tensor]:
+        """The best of `scores_of(hidden)`, `(N, V)`, that the selection permits, a chunk of rows at a time."""
+        best, start = [], 0
+        for rows in self._row_chunks(hidden):
+            scores = scores_of(rows)
+            if selection is not None:
+                scores = selection.rows(slice(start, start + len(rows))).bar(scores)
+            best.append(scores.topk(k))
+            start += len(rows)
+        return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
 
     def _row_chunks(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """`hidden (N, d)` in pieces whose `(rows, V)` log-probabilities stay small; one empty piece if N = 0."""

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lastlayer.functional.answers import ScoreTopK, TopK
-from lastlayer.functional.checks import check_count, eager_on_cpu
+from lastlayer.functional.checks import eager_on_cpu
 from lastlayer.functional.reduce import reduce_loss
+from lastlayer.functional.selection import Selection
 from lastlayer.functional.sparse_targets import sparse_targets
 from lastlayer.functional.spherical import NormalizedLoss, SphericalLoss, SphericalSoftmax
 from lastlayer.layers.base import OutputLayer
@@ -141,16 +142,17 @@ class FactoredOutput(OutputLayer):
         with full_precision(self.anchor.device.type):
             return self.state.outputs(self._featured(rows)).reshape(*hidden.shape[:-1], self.num_classes)
 
-    def topk(self, hidden: Tensor, k: int) -> TopK | ScoreTopK:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def topk(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        hidden: Tensor,  # (..., d)
+        k: int,
+        *,
+        exclude: Tensor | None = None,  # (..., E)
+        allowed: Tensor | None = None,  # (V,) bool, or (A,) class ids
+    ) -> TopK | ScoreTopK:
         """The `k` most probable classes, or for a loss without probabilities those of the highest scores."""
-        if isinstance(self.loss, NormalizedLoss):
-            return super().topk(hidden, k)
-        rows = self._rows(hidden)
-        k = check_count("k", k, 1, self.num_classes)
-        found = [self.scores(part).topk(k) for part in self._row_chunks(rows)]
-        shape = (*hidden.shape[:-1], k)
-        values, indices = torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
-        return ScoreTopK(values.reshape(shape), indices.reshape(shape))
+        best = super().topk(hidden, k, exclude=exclude, allowed=allowed)
+        return best if isinstance(self.loss, NormalizedLoss) else ScoreTopK(*best)
 
     @property
     def weight(self) -> Tensor:  # (V, d)
@@ -236,6 +238,10 @@ class FactoredOutput(OutputLayer):
             scores, squared_norm, total = self.state.statistics(self._featured(hidden), targets[:, None])
             row_loss = loss.row_loss(scores, torch.ones_like(scores), squared_norm, total, self.num_classes)
             return -row_loss.to(self.state.factor.dtype)
+
+    def _topk(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:
+        call = self._log_prob if isinstance(self.loss, NormalizedLoss) else self.scores
+        return self._dense_topk(call, hidden, k, selection)
 
     def _normalized(self) -> NormalizedLoss:
         if not isinstance(self.loss, NormalizedLoss):

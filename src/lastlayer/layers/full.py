@@ -8,6 +8,7 @@ from lastlayer.functional.linear_cross_entropy import linear_cross_entropy
 from lastlayer.functional.linear_log_prob import linear_log_prob
 from lastlayer.functional.linear_statistics import linear_statistics
 from lastlayer.functional.logit_map import LogitMap
+from lastlayer.functional.selection import Selection
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.parts import map_beside, tied_or_new
 
@@ -116,7 +117,9 @@ class FullSoftmax(OutputLayer):
             hidden, self.weight, targets, bias=self.bias, logit_map=self.logit_map, reduction="none"
         )
 
-    def _topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        answer = linear_statistics(hidden, self.weight, bias=self.bias, logit_map=self.logit_map, k=k)
+    def _topk(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:
+        answer = linear_statistics(
+            hidden, self.weight, bias=self.bias, logit_map=self.logit_map, k=k, selection=selection
+        )
         assert answer.topk is not None  # k was given
         return answer.topk

@@ -15,6 +15,7 @@ from lastlayer.functional.clusters import check_clusters, even
 from lastlayer.functional.linear_chunks import as_exact
 from lastlayer.functional.one_level import one_level, row_clusters, two_levels
 from lastlayer.functional.row_sparse import GradientMemory, keep_coalesced
+from lastlayer.functional.selection import Selection
 from lastlayer.functional.theano_layout import TheanoParameters, block_ids, blocks_of, check_theano, class_rows
 from lastlayer.functional.two_level import TwoLevel, two_level_log_prob
 from lastlayer.layers.base import OutputLayer
@@ -254,7 +255,9 @@ class HierarchicalSoftmax(OutputLayer):
             memory=self._memory,
         )
 
-    def _topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _topk(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:
+        if selection is not None:
+            return super()._topk(hidden, k, selection)
         with torch.no_grad():
             head = self._head_log_prob(hidden)
             log_prob, slots = best_first_topk(head, self.offsets, partial(self._inner_log_prob, hidden), k)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from lastlayer.functional.linear_chunks import as_exact
 from lastlayer.functional.paths import path_log_prob
 from lastlayer.functional.row_sparse import keep_coalesced
+from lastlayer.functional.selection import Selection
 from lastlayer.functional.tree_search import sample_tree, topk_tree
 from lastlayer.functional.trees import Tree, huffman
 from lastlayer.layers.base import OutputLayer
@@ -111,7 +112,9 @@ class TreeSoftmax(OutputLayer):
             return above
         return torch.cat(leaves, 1).index_select(1, self._tree.leaves.to(hidden.device))
 
-    def _topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _topk(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:
+        if selection is not None:
+            return super()._topk(hidden, k, selection)
         with torch.no_grad():
             log_prob, indices = topk_tree(hidden, self.weight, self.nodes, self._tree.root, k)
         if torch.is_grad_enabled():  # the search is not differentiable, its answer is

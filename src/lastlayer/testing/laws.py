@@ -65,6 +65,68 @@ def law_topk_is_sorted(case: LayerCase) -> None:
             assert all(len(set(row)) == k for row in answer.indices.tolist()), "topk repeats a class"
 
 
+def law_score_is_gathered(case: LayerCase) -> None:
+    """2b. The scores of candidates are those entries of all log-probabilities; 0 where padded."""
+    layer = case.build()
+    V = layer.num_classes
+    generator = torch.Generator().manual_seed(11)
+    hidden, _ = rows_for(layer)
+    log_prob = case.oracle(layer, hidden)
+    for count in (0, 1, 3, 2 * V):
+        ids = torch.randint(V, (ROWS, count), generator=generator)
+        expected = log_prob.gather(-1, ids)
+        assert_equal(layer.score(hidden, ids), expected)
+        ids[:, ::2], expected[:, ::2] = layer.ignore_index, 0
+        assert_equal(layer.score(hidden, ids), expected)
+    assert_equal(layer.score(hidden, ids.int()), expected)
+    assert_equal(layer.score(hidden[0], ids[0]), expected[0])
+    assert layer.score(hidden[:0], ids[:0]).shape == (0, ids.shape[1])
+    weights = torch.linspace(-1, 2, ids.numel(), dtype=torch.float64).reshape(ids.shape)
+    leaf = hidden.clone().requires_grad_()
+    slopes = []
+    for values in (layer.score(leaf, ids), case.oracle(layer, leaf).gather(-1, ids.clamp(min=0))):
+        total = (values * weights)[:, 1::2].sum() + 0 * leaf.sum()  # one class: no logit depends on hidden
+        slopes.append(torch.autograd.grad(total, leaf)[0])
+    assert_equal(slopes[0], slopes[1])
+
+
+def law_topk_of_a_selection(case: LayerCase) -> None:
+    """3b. With `exclude` or `allowed`, top-k is that of the log-probabilities with -inf at all other classes."""
+    layer = case.build()
+    V = layer.num_classes
+    generator = torch.Generator().manual_seed(12)
+    mask = torch.rand(V, generator=generator) < 0.6
+    mask[V // 2] = True
+    everything = torch.arange(V).expand(ROWS, V)
+    for scale in (0.1, 3.0):
+        hidden, _ = rows_for(layer, scale=scale)
+        log_prob = case.oracle(layer, hidden)
+        some = torch.randint(V, (ROWS, max(1, V // 3)), generator=generator)
+        some[:, ::2] = log_prob.argsort(-1, descending=True)[:, : some.shape[1]][:, ::2]  # the very best
+        some[1] = layer.ignore_index
+        for exclude in (None, some, some[:, :0], everything):
+            for allowed in (None, mask, mask.nonzero()[:, 0]):
+                expected = log_prob.detach().clone()
+                if exclude is not None:
+                    for row, ids in zip(expected, exclude, strict=True):
+                        row[ids[ids != layer.ignore_index]] = -torch.inf
+                if allowed is not None:
+                    expected[:, ~mask] = -torch.inf
+                for k in {1, min(3, V), V}:
+                    best = layer.topk(hidden, k, exclude=exclude, allowed=allowed)
+                    values = expected.topk(k).values
+                    assert_equal(best.log_prob, values)
+                    assert torch.equal(best.indices == -1, values == -torch.inf)
+                    assert_equal(
+                        expected.gather(-1, best.indices.clamp(min=0))[values > -torch.inf],
+                        best.log_prob[values > -torch.inf],
+                    )
+    shaped = layer.topk(hidden.reshape(1, ROWS, -1), 1, exclude=some[None], allowed=mask)
+    assert_equal(shaped.log_prob[0], layer.topk(hidden, 1, exclude=some, allowed=mask).log_prob)
+    assert layer.topk(hidden[0], 1, exclude=some[0]).indices.shape == (1,)
+    assert layer.topk(hidden[:0], 1, exclude=some[:0]).indices.shape == (0, 1)
+
+
 def law_loss_is_likelihood(case: LayerCase) -> None:
     """4. The loss and all its gradients are the oracle's, for every reduction and a non-uniform upstream."""
     if not case.likelihood:
@@ -152,6 +214,10 @@ def law_gradcheck(case: LayerCase) -> None:
     _check_gradients(layer, hidden, lambda layer, h: layer.target_log_prob(h, targets))
     _check_gradients(layer, hidden, lambda layer, h: layer.log_prob(h))
     _check_gradients(layer, hidden, lambda layer, h: layer.topk(h, 1).log_prob)
+    best = layer.topk(hidden, 1).indices
+    _check_gradients(layer, hidden, lambda layer, h: layer.score(h, torch.cat([best, targets[:, None]], 1)))
+    if layer.num_classes > 1:
+        _check_gradients(layer, hidden, lambda layer, h: layer.topk(h, 1, exclude=best).log_prob)
 
 
 def _check_gradients(layer: OutputLayer, hidden: Tensor, call: Callable[[OutputLayer, Tensor], Tensor]) -> None:
@@ -257,6 +323,18 @@ def law_refuses_bad_input(case: LayerCase) -> None:
         (ValueError, "k", lambda: layer.topk(hidden, V + 1)),
         (TypeError, "k", lambda: layer.topk(hidden, 1.5)),  # pyright: ignore[reportArgumentType]
         (ValueError, "num_samples", lambda: layer.sample(hidden, 0)),
+        (TypeError, "ids", lambda: layer.score(hidden, targets[:, None].double())),
+        (ValueError, "ids", lambda: layer.score(hidden, targets)),
+        (IndexError, "ids", lambda: layer.score(hidden, targets[:, None] + V)),
+        (TypeError, "exclude", lambda: layer.topk(hidden, 1, exclude=targets[:, None] > 0)),
+        (ValueError, "exclude", lambda: layer.topk(hidden, 1, exclude=targets)),
+        (IndexError, "exclude", lambda: layer.topk(hidden, 1, exclude=targets[:, None] - V - 1)),
+        (TypeError, "allowed", lambda: layer.topk(hidden, 1, allowed=hidden[0])),
+        (TypeError, "allowed", lambda: layer.topk(hidden, 1, allowed=[0])),  # pyright: ignore[reportArgumentType]
+        (ValueError, "allowed", lambda: layer.topk(hidden, 1, allowed=targets[:0])),
+        (ValueError, "allowed", lambda: layer.topk(hidden, 1, allowed=torch.zeros(V, dtype=torch.bool))),
+        (ValueError, "allowed", lambda: layer.topk(hidden, 1, allowed=torch.ones(V + 1, dtype=torch.bool))),
+        (IndexError, "allowed", lambda: layer.topk(hidden, 1, allowed=targets + V)),
         (ValueError, "reduction", lambda: case.make(reduction="average")),
     ]
     for error, argument, call in refusals:
@@ -291,7 +369,9 @@ def law_samples_follow_the_model(case: LayerCase) -> None:
 LAWS: tuple[Callable[[LayerCase], None], ...] = (
     law_normalised,
     law_target_is_gathered,
+    law_score_is_gathered,
     law_topk_is_sorted,
+    law_topk_of_a_selection,
     law_loss_is_likelihood,
     law_any_shape,
     law_gradcheck,

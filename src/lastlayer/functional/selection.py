@@ -1,0 +1,138 @@
+"""Which classes a query may return: ids excluded for each row, and the classes allowed for all rows."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lastlayer.functional.checks import eager_on_cpu
+
+
+class Selection(NamedTuple):
+    """The classes that a top-k may return; their log-probabilities stay those of the whole model."""
+
+    exclude: Tensor | None  # (N, E), class ids, rising in each row; V in unused places
+    barred: Tensor | None  # (V,), whether no row may return the class
+
+    def rows(self, rows: slice | Tensor) -> "Selection":
+        """The selection of some rows."""
+        return self if self.exclude is None else self._replace(exclude=self.exclude[rows])
+
+    def bar(
+        self,
+        scores: Tensor,  # (N, V), in class order
+    ) -> Tensor:  # (N, V)
+        """`scores` with -inf at every class that must not be returned; a new tensor."""
+        barred = self.barred
+        if self.exclude is not None:
+            num_rows, num_classes = scores.shape
+            excluded = torch.zeros(num_rows, num_classes + 1, dtype=torch.bool, device=scores.device)
+            excluded = excluded.scatter_(1, self.exclude, True)[:, :num_classes]
+            barred = excluded if barred is None else excluded | barred
+        return scores if barred is None else scores.masked_fill(barred, -torch.inf)
+
+    def permits(
+        self,
+        rows: Tensor,  # (P,)
+        classes: Tensor,  # (P,), the class in question for each of these rows
+    ) -> Tensor:  # (P,), bool
+        """Whether the row may be answered with the class."""
+        permitted = torch.ones_like(classes, dtype=torch.bool)
+        if self.barred is not None:
+            permitted = ~self.barred[classes]
+        if self.exclude is not None and self.exclude.shape[1]:
+            num_rows, width = self.exclude.shape
+            bound = int(classes.max()) + 2 if len(classes) else 1
+            # One sorted list of (row, class) serves all rows: no (P, E) comparison.
+            shift = torch.arange(num_rows, device=classes.device)[:, None] * bound
+            keys = (self.exclude.clamp(max=bound - 1) + shift).flatten()
+            wanted = rows * bound + classes
+            place = torch.searchsorted(keys, wanted).clamp_(max=num_rows * width - 1)
+            permitted &= keys[place] != wanted
+        return permitted
+
+
+def make_selection(
+    exclude: Tensor | None,  # (..., E), class ids, ignore_index in unused places
+    allowed: Tensor | None,  # (V,) bool, or (A,) class ids
+    shape: torch.Size,  # of the leading dimensions
+    num_classes: int,
+    ignore_index: int | None,
+    device: torch.device,
+) -> Selection | None:
+    """The arguments of a query, checked; None where they exclude nothing.
+
+    Raises:
+        TypeError: ids that are not integers.
+        ValueError: another shape; no class allowed.
+        IndexError: an id that is no class.
+    """
+    if exclude is None and allowed is None:
+        return None
+    ids = None
+    if exclude is not None:
+        exclude = check_ids("exclude", exclude, num_classes, ignore_index)
+        rows = _as_rows("exclude", exclude, shape).to(device)
+        ids = rows.masked_fill(rows == ignore_index, num_classes).sort(1).values
+    return Selection(ids, None if allowed is None else _barred(allowed, num_classes, device))
+
+
+def _barred(allowed: Tensor, num_classes: int, device: torch.device) -> Tensor:  # (V,), bool
+    if isinstance(allowed, Tensor) and allowed.dtype == torch.bool:
+        if allowed.shape != (num_classes,):
+            raise ValueError(
+                f"allowed must have shape ({num_classes},) as a mask, or be class ids (A,); got a mask of shape "
+                f"{tuple(allowed.shape)}"
+            )
+        if eager_on_cpu(allowed) and not bool(allowed.any()):
+            raise ValueError("allowed must permit at least one class; the mask has no True")
+        return ~allowed.to(device)
+    allowed = check_ids("allowed", allowed, num_classes, None)
+    if allowed.dim() != 1 or not len(allowed):
+        raise ValueError(
+            f"allowed must be a bool mask ({num_classes},) or at least one class id, (A,); got shape "
+            f"{tuple(allowed.shape)}"
+        )
+    return torch.ones(num_classes, dtype=torch.bool, device=device).index_fill_(0, allowed.to(device), False)
+
+
+def check_candidates(
+    ids: Tensor,  # (..., C)
+    shape: torch.Size,
+    num_classes: int,
+    ignore_index: int,
+) -> Tensor:  # (N, C), int64
+    """The candidates of `score` as rows, or an error unless they are class ids, several for each hidden state."""
+    return _as_rows("ids", check_ids("ids", ids, num_classes, ignore_index), shape)
+
+
+def _as_rows(name: str, ids: Tensor, shape: torch.Size) -> Tensor:
+    """`ids` as `(N, count)`, or an error unless they are `(*shape, count)`."""
+    if ids.dim() != len(shape) + 1 or ids.shape[:-1] != shape:
+        expected = ", ".join([*map(str, shape), "count"])
+        raise ValueError(
+            f"{name} must have hidden's leading shape and one more dimension, ({expected}); got {tuple(ids.shape)}"
+        )
+    return ids.reshape(shape.numel(), ids.shape[-1])
+
+
+def check_ids(name: str, ids: Tensor, num_classes: int, ignore_index: int | None) -> Tensor:
+    """`ids` as int64, or an error unless they are class ids (or `ignore_index`) of an integer dtype.
+
+    Eager on a CPU an id out of range raises IndexError; on a GPU or compiled it is asserted on the device.
+    """
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a Tensor of class ids, got {type(ids).__name__}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"{name} must be class ids of an integer dtype, got {ids.dtype}")
+    ids = ids.long()
+    valid = (ids >= 0) & (ids < num_classes)
+    if ignore_index is not None:
+        valid |= ids == ignore_index
+    if not eager_on_cpu(ids):
+        torch.ops.aten._assert_async.msg(valid.all(), f"{name} must be class ids below num_classes")
+    elif not bool(valid.all()):
+        also = "" if ignore_index is None else f", or ignore_index={ignore_index} in unused places"
+        wrong = int(ids[~valid].reshape(-1)[0])
+        raise IndexError(f"{name} must be class ids from 0 to {num_classes - 1}{also}; got {wrong}")
+    return ids
