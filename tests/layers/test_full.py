@@ -148,3 +148,40 @@ def test_soft_cap():
 def test_bad_options(error, match, options):
     with pytest.raises(error, match=match):
         FullSoftmax(3, 5, **options)
+
+
+WEIGHTS = torch.linspace(0.1, 2.0, 11)
+
+
+def weighted(**options):
+    return FullSoftmax(4, 11, class_weights=WEIGHTS, **options)
+
+
+def weighted_loss(layer, hidden, targets):
+    return F.cross_entropy(F.linear(hidden, layer.weight, layer.bias), targets, weight=WEIGHTS.to(hidden))
+
+
+def test_class_weights_keep_their_values_when_the_layer_is_cast():
+    layer = weighted().to(torch.bfloat16)
+    assert torch.equal(layer.class_weights, WEIGHTS), "0.1 was rounded to half precision"
+    assert torch.equal(layer.double().class_weights, WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: weighted().to("meta"), lambda: weighted(device="meta")], ids=["to", "in"]
+)
+def test_class_weights_survive_meta(make):
+    source, layer = weighted(), make().to_empty(device="cpu")
+    assert torch.equal(layer.class_weights, WEIGHTS)
+    layer.load_state_dict(source.state_dict())
+    hidden, targets = torch.randn(9, 4), torch.randint(11, (9,))
+    torch.testing.assert_close(layer(hidden, targets), weighted_loss(layer, hidden, targets))
+
+
+def test_class_weights_are_in_the_state_dict():
+    layer = FullSoftmax(4, 11, class_weights=torch.ones(11))
+    layer.load_state_dict(weighted().state_dict())
+    assert torch.equal(layer.class_weights, WEIGHTS)
+    layer.load_state_dict(nn.Linear(4, 11).state_dict())
+    assert torch.equal(layer.class_weights, WEIGHTS), "a linear head has none, and cannot overwrite them"
+    assert "class_weights" not in FullSoftmax(4, 11).state_dict()

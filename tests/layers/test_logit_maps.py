@@ -259,3 +259,9 @@ def test_fused_kernel_in_bfloat16(monkeypatch, make):
         loss.backward()
         answers.append([loss.detach(), *(p.grad.clone() for p in layer.parameters() if p.grad is not None)])
     torch.testing.assert_close(*answers, rtol=1e-2, atol=1e-4)
+
+
+def test_a_scalar_slope_of_an_earlier_version_is_loaded():
+    network = MonotoneNetwork(3)
+    network.load_state_dict({**MonotoneNetwork(3).state_dict(), "raw_slope": torch.tensor(2.5)})
+    assert network.raw_slope.tolist() == [2.5]

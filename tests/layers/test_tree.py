@@ -89,7 +89,7 @@ def test_sparse_optimizers_train_it(optimizer):
     for _ in range(200):
         stepper.zero_grad()
         layer(hidden, targets).backward()
-        assert layer.weight.grad.is_coalesced()
+        assert (layer.weight.grad._indices()[0].diff() > 0).all()
         stepper.step()
     assert torch.equal(layer.topk(hidden, 1).indices[:, 0], targets)
 

@@ -8,8 +8,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lastlayer.functional.row_sparse import GradientMemory
-
 
 class Targets(NamedTuple):
     """The classes of a batch in a layer of two levels, and what the gradients of its second level are to be."""
@@ -18,7 +16,6 @@ class Targets(NamedTuple):
     slots: Tensor  # (N,), the row of each in the weight
     offsets: Tensor  # (C + 1,): cluster c holds the weight rows from offsets[c] up to offsets[c + 1]
     sparse: bool  # of the touched clusters' rows only
-    memory: GradientMemory | None  # lends the memory for the sparse gradient of the weight
 
 
 class Groups(NamedTuple):

@@ -131,7 +131,7 @@ def _terms(
     ids = ids.masked_fill(~kept, 0)
     of_target = counted
     if class_weights is not None:
-        class_weights = class_weights.detach().to(exact)
+        class_weights = class_weights.detach().to(device=ids.device, dtype=exact)
         of_target = class_weights[ids] * counted
     share, square_share, absent = 1.0, 1.0, 0.0
     if reduction == "mean":

@@ -14,6 +14,7 @@ from lastlayer.functional.row_sparse import row_sparse
 from lastlayer.functional.softmaxes import can_compile
 from lastlayer.functional.trees import Tree
 from lastlayer.kernels import paths as kernels
+from lastlayer.kernels.arrays import arrays_of
 
 
 @outside_graphs
@@ -54,7 +55,7 @@ class _PathLogProb(torch.autograd.Function):
         hidden = hidden.contiguous()
         log_prob, factors = hidden.new_empty(len(hidden)), hidden.new_empty(len(nodes))
         slope = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else hidden[:0]
-        arrays = (t.detach().numpy() for t in (hidden, weight, log_prob, factors, slope))
+        arrays = arrays_of(hidden, weight, log_prob, factors, slope)
         kernels.forward(starts, nodes, signs, *arrays, threads=torch.get_num_threads())
         ctx.save_for_backward(hidden, factors, slope)
         ctx.paths, ctx.sparse, ctx.num_nodes = (starts, nodes), sparse, len(weight)
@@ -72,7 +73,7 @@ class _PathLogProb(torch.autograd.Function):
             touched, begins = np.unique(nodes[pairs], return_index=True)
             rows = np.repeat(np.arange(len(hidden)), np.diff(starts))
             values = hidden.new_empty(len(touched), hidden.shape[1])
-            arrays = (t.numpy() for t in (factors, scale, hidden, values))
+            arrays = arrays_of(factors, scale, hidden, values)
             kernels.backward(np.append(begins, len(pairs)), pairs, rows, *arrays, threads=torch.get_num_threads())
             at = torch.from_numpy(touched)
             if ctx.sparse:

@@ -14,4 +14,7 @@ def reduce_loss(
     if kept is None:
         return row_loss.sum() if reduction == "sum" else row_loss.mean()
     total = row_loss.sum()
-    return total if reduction == "sum" else total / kept.sum()
+    if reduction == "sum":
+        return total
+    count = kept.sum()
+    return total / count.clamp(min=1) + (count / count - 1)  # nan over nothing, which no gradient sees

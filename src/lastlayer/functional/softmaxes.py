@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from lastlayer.functional.groups import Groups
 from lastlayer.kernels import grouped as kernels
+from lastlayer.kernels.arrays import arrays_of
 from lastlayer.kernels.grouped import GroupArrays
 from lastlayer.kernels.softmax_rows import RowTerms, can_fuse, fused
 
@@ -60,10 +60,8 @@ class Softmaxes(NamedTuple):
         residual = log_prob.new_empty(self.num_residuals)
         if len(self.small.rows):
             arrays = (rows, weight, rows[:0, 0] if bias is None else bias, slots, residual, log_prob, slope)
-            kernels.softmax_forward(
-                self.small, *(t.detach().numpy() for t in arrays), threads=torch.get_num_threads()
-            )
-        for row, count, start, size, place, _ in self._each_large(rows):
+            kernels.softmax_forward(self.small, *arrays_of(*arrays), threads=torch.get_num_threads())
+        for row, count, start, size, place, _ in self.large:
             own = slice(row, row + count)
             block = weight.narrow(0, start, size).to(rows.dtype)
             flat = residual.narrow(0, place, count * size).view(count, size)
@@ -85,28 +83,17 @@ class Softmaxes(NamedTuple):
         """Writes the gradients of weight and bias, `(scale * residual).T @ rows` and its sums, each row once."""
         if len(self.small.rows):
             arrays = (rows, residual, scale, of_weight, of_bias)
-            kernels.softmax_backward(self.small, *(t.numpy() for t in arrays), threads=torch.get_num_threads())
+            kernels.softmax_backward(self.small, *arrays_of(*arrays), threads=torch.get_num_threads())
         if not self.large:
             return
         exact = rows.dtype == residual.dtype  # then the scale goes to the narrower factor; else it is rounded once
         scaled = rows * scale[:, None] if exact else rows
-        for row, count, _, size, place, out in self._each_large(rows):
+        for row, count, _, size, place, out in self.large:
             own = slice(row, row + count)
             factors = residual.narrow(0, place, count * size).view(count, size).T
             left = factors if exact else (factors * scale[own]).to(rows.dtype)
             _multiply(left, scaled[own], of_weight.narrow(0, out, size))
             of_bias.narrow(0, out, size).copy_(factors @ scale[own])
-
-    def _each_large(self, rows: Tensor) -> Iterator[tuple[int, ...]]:
-        """The large groups; the smaller of them on one thread, as tiny products on several threads collapse."""
-        threads = torch.get_num_threads()
-        try:
-            for group in self.large:
-                shared = group[1] * group[3] * rows.shape[1] >= WORK_FOR_ALL_THREADS
-                _set_threads(threads if shared else 1)
-                yield group
-        finally:
-            _set_threads(threads)
 
 
 def _multiply(left: Tensor, right: Tensor, into: Tensor) -> None:
@@ -131,11 +118,6 @@ def _to_residuals(
     picked = log_prob.gather(1, targets[:, None])
     log_prob.exp_().scatter_add_(1, targets[:, None], torch.full_like(picked, -1))
     return picked[:, 0]
-
-
-def _set_threads(threads: int) -> None:
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
 
 
 def can_compile(hidden: Tensor, weight: Tensor) -> bool:

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lastlayer.functional.groups import Targets
-from lastlayer.functional.row_sparse import GradientMemory, row_sparse
+from lastlayer.functional.row_sparse import row_sparse
 from lastlayer.kernels import grouped as kernels
+from lastlayer.kernels.arrays import arrays_of
 
 
 class SmallTwoLevelLogProb(torch.autograd.Function):
@@ -22,10 +23,10 @@ class SmallTwoLevelLogProb(torch.autograd.Function):
         *parameters: Any,  # of `TwoLevel`
     ) -> Tensor:  # (N,)
         head_weight, _, weight, _ = parameters
-        *places, sparse, ctx.memory = targets
+        *places, sparse = targets
         none = weight[:0, 0]
         tensors = (hidden.contiguous(), *parameters, *places)
-        arrays = [(none if t is None else t).detach().numpy() for t in tensors]
+        arrays = arrays_of(*(none if t is None else t for t in tensors))
         answer, touched, ctx.state = kernels.small_forward(*arrays, sparse, ctx.needs_input_grad[1])
         ctx.touched, ctx.sparse = torch.from_numpy(touched), sparse
         ctx.like, ctx.num_clusters, ctx.num_classes = weight[:0], len(head_weight), len(weight)
@@ -46,11 +47,10 @@ class SmallTwoLevelLogProb(torch.autograd.Function):
         if not (wanted[3] or wanted[4]):
             gradients += [like, like[:, 0]]
         elif ctx.sparse:
-            memory = ctx.memory or GradientMemory()
-            gradients += [memory.lend((len(touched), width), like), like.new_empty(len(touched))]
+            gradients += [like.new_empty(len(touched), width), like.new_empty(len(touched))]
         else:
             gradients += [like.new_zeros(ctx.num_classes, width), like.new_zeros(ctx.num_classes)]
-        kernels.small_backward(ctx.state, grad.numpy(), *(g.numpy() for g in gradients))
+        kernels.small_backward(ctx.state, *arrays_of(grad, *gradients))
         if ctx.sparse and (wanted[3] or wanted[4]):
             gradients[3:] = [row_sparse(touched, gradient, ctx.num_classes) for gradient in gradients[3:]]
         return (None, *(g if want else None for g, want in zip(gradients, wanted, strict=True)))

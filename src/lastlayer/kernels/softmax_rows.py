@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lastlayer.kernels.arrays import array_of
 from lastlayer.kernels.threads import at_once
 
 # Below this many logits the plain version is as quick, and numba need not be imported.
@@ -121,6 +122,7 @@ def fused(
     loss = torch.empty_like(terms.hard)
     stored = logits.view(torch.int16) if logits.dtype == torch.bfloat16 else logits
     of_rows = [part.numpy() for part in (stored, terms.ids, terms.hard, square, loss)]
+    added = array_of(bias)  # a parameter's, where no cast was needed
     numbers = [np.float32(number) for number in logit_map.numbers]
 
     threads = min(torch.get_num_threads(), count)
@@ -129,7 +131,7 @@ def fused(
     def work(part: int) -> Tensor | None:
         rows = slice(edges[part], edges[part + 1])
         values, ids, hard, squares, losses = (array[rows] for array in of_rows)
-        common = values, bias.numpy(), ids, hard, squares, form, np.empty(num_classes, np.float32), losses
+        common = values, added, ids, hard, squares, form, np.empty(num_classes, np.float32), losses
         if logit_map.lines is None:
             kernel(*common, *numbers)
             return None

@@ -171,7 +171,7 @@ class AdaptiveSoftmax(OutputLayer):
         share = 1.0 if self.reduction == "sum" else 1.0 / max(len(targets), 1)
         parts = [linear_nll(*part[:4], scale=share) for part in self._parts(hidden, targets)]
         loss = torch.stack(parts).sum()
-        return loss if len(targets) or self.reduction == "sum" else loss / 0
+        return loss if len(targets) or self.reduction == "sum" else loss + torch.nan  # 0 / 0, with gradients of 0
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
         if torch.compiler.is_compiling():

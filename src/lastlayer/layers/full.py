@@ -1,9 +1,13 @@
 """The exact softmax over all classes, in chunks that never hold all the logits."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from lastlayer.functional.checks import check_fraction, check_not_negative, check_vector
+from lastlayer.functional.linear_chunks import as_exact
 from lastlayer.functional.linear_cross_entropy import linear_cross_entropy
 from lastlayer.functional.linear_log_prob import linear_log_prob
 from lastlayer.functional.linear_statistics import linear_statistics
@@ -34,12 +38,14 @@ class FullSoftmax(OutputLayer):
             saturates cannot tie them.
         label_smoothing: as in `F.cross_entropy`; of the loss only.
         z_loss: adds `z_loss * lse ** 2`, which keeps the normaliser near 1; of the loss only.
-        class_weights: `(V,)`, as `weight` in `F.cross_entropy`; of the loss only, and not in `state_dict`.
+        class_weights: `(V,)`, as `weight` in `F.cross_entropy`; of the loss only. A buffer in the state dict,
+            which keeps its own precision (float32 at least) when the layer is cast.
         weight: an `nn.Parameter (V, d)` to use instead of a new one, such as that of an `nn.Embedding`: tied.
         reduction: "mean", "sum" or "none".
         ignore_index: the target that marks a row as absent.
 
-    A state dict of `nn.Linear` loads as it is. Weights are initialised as `nn.Linear` does.
+    A state dict of `nn.Linear` loads as it is, and leaves `class_weights` as they are. Weights are initialised as
+    `nn.Linear` does.
 
     Raises:
         ValueError, TypeError: an argument out of range or of the wrong kind.
@@ -87,13 +93,30 @@ class FullSoftmax(OutputLayer):
         self.logit_map = map_beside(logit_map, self.weight)
         if class_weights is not None:
             check_vector("class_weights", class_weights, self.num_classes)
-            class_weights = class_weights.detach().to(self.weight.device)
-        # Not persistent: a setting, as the smoothing is, and nn.Linear's state dict has none.
-        self.register_buffer("class_weights", class_weights, persistent=False)
+            class_weights = as_exact(class_weights.detach())
+        self.register_buffer("class_weights", class_weights)
+        self._keep_class_weights(class_weights)
 
     def linear_head(self) -> tuple[Tensor, Tensor | None, nn.Module | None]:
         """`(weight, bias, logit_map)`: the parameters themselves."""
         return self.weight, self.bias, self.logit_map
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FullSoftmax":
+        """A cast of the layer is none of the class weights, and a move through "meta" does not lose them."""
+        kept = self.class_weights
+        super()._apply(fn, recurse)
+        self._keep_class_weights(kept)
+        return self
+
+    def _keep_class_weights(self, kept: Tensor | None) -> None:
+        """Has `kept` beside the weight; where that is on "meta", the values stay where they are."""
+        self.class_weights = kept if kept is None or self.weight.is_meta else kept.to(self.weight.device)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """`nn.Linear` has no class weights: this layer keeps its own."""
+        if self.class_weights is not None:
+            state_dict = {f"{prefix}class_weights": self.class_weights, **state_dict}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return linear_cross_entropy(

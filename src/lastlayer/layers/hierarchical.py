@@ -14,7 +14,6 @@ from lastlayer.functional.checks import check_vector
 from lastlayer.functional.clusters import check_clusters, even
 from lastlayer.functional.linear_chunks import as_exact
 from lastlayer.functional.one_level import one_level, row_clusters, two_levels
-from lastlayer.functional.row_sparse import GradientMemory, keep_coalesced
 from lastlayer.functional.selection import Selection
 from lastlayer.functional.theano_layout import TheanoParameters, block_ids, blocks_of, check_theano, class_rows
 from lastlayer.functional.two_level import TwoLevel, two_level_log_prob
@@ -110,8 +109,6 @@ class HierarchicalSoftmax(OutputLayer):
         self.register_buffer("_slots", None, persistent=False)
         self.register_buffer("_clusters", None, persistent=False)
         self._derive()
-        self._memory = GradientMemory()
-        self._mark_sparse()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -252,7 +249,6 @@ class HierarchicalSoftmax(OutputLayer):
             self._slots.index_select(0, targets),
             self.offsets,
             sparse=self.sparse,
-            memory=self._memory,
         )
 
     def _topk(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:
@@ -284,14 +280,6 @@ class HierarchicalSoftmax(OutputLayer):
         bias = None if self.bias is None else self.bias.narrow(0, start, size)
         logits = F.linear(hidden.index_select(0, rows), self.weight.narrow(0, start, size), bias)
         return as_exact(logits).log_softmax(1)
-
-    def _mark_sparse(self) -> None:
-        for parameter in self.sparse_parameters():
-            keep_coalesced(parameter)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._mark_sparse()  # copying and pickling drop a parameter's hooks
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Takes over the clusters of the saved layer too, of which there must be as many."""

@@ -1,6 +1,7 @@
 """A one-layer network with positive weights as a logit map (Daniels & Velikova 2010)."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class MonotoneNetwork(LogitMap):
         super().__init__()
         self.hidden_units = check_positive("hidden_units", hidden_units)
         one = math.log(math.e - 1)  # softplus gives 1
-        self.raw_slope = nn.Parameter(torch.tensor(one))
+        self.raw_slope = nn.Parameter(torch.tensor([one]))  # FSDP takes no scalar
         self.raw_rates = nn.Parameter(torch.full((hidden_units,), one))
         centres = torch.linspace(-REACH, REACH, hidden_units) if hidden_units > 1 else torch.zeros(1)
         self.shifts = nn.Parameter(-centres)
@@ -92,6 +93,13 @@ class MonotoneNetwork(LogitMap):
             part.to(p.dtype) if p.requires_grad else None
             for part, p in zip(of_parameters, parameters, strict=True)
         )
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The slope was a scalar in the state dicts of earlier versions."""
+        slope = state_dict.get(f"{prefix}raw_slope")
+        if isinstance(slope, Tensor) and slope.dim() == 0:
+            state_dict = {**state_dict, f"{prefix}raw_slope": slope[None]}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def settings(self) -> dict[str, Any]:
         return {"hidden_units": self.hidden_units}

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from lastlayer.functional.linear_chunks import as_exact
 from lastlayer.functional.paths import path_log_prob
-from lastlayer.functional.row_sparse import keep_coalesced
 from lastlayer.functional.selection import Selection
 from lastlayer.functional.tree_search import sample_tree, topk_tree
 from lastlayer.functional.trees import Tree, huffman
@@ -84,7 +83,6 @@ class TreeSoftmax(OutputLayer):
         self.sparse = sparse
         self.weight = nn.Parameter(torch.zeros(len(table), self.in_features, device=device, dtype=dtype))
         self.register_buffer("nodes", table.detach().to(self.weight.device, copy=True))
-        self._mark_sparse()
 
     @property
     def path_lengths(self) -> Tensor:  # (V,)
@@ -123,14 +121,6 @@ class TreeSoftmax(OutputLayer):
 
     def _sample(self, hidden: Tensor, num_samples: int) -> Tensor:
         return sample_tree(hidden, self.weight, self.nodes, self._tree.root, num_samples)
-
-    def _mark_sparse(self) -> None:
-        for parameter in self.sparse_parameters():
-            keep_coalesced(parameter)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._mark_sparse()  # copying and pickling drop a parameter's hooks
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Takes over the saved layer's tree too."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lastlayer.functional.logit_map import LogitMap, check_logit_map
+from lastlayer.kernels.arrays import array_of
 from lastlayer.screening.calibration import SecondMoment
 from lastlayer.screening.int4_preview import Int4Preview
 from lastlayer.screening.int8_preview import Int8Preview
@@ -34,7 +35,7 @@ def fingerprint(weight: Tensor, bias: Tensor | None) -> str:
     for tensor in (weight, bias):
         digest.update(b"none" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         for block in () if tensor is None else tensor.detach().split(HASHED_ROWS):
-            digest.update(block.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            digest.update(array_of(block.contiguous().cpu().view(torch.uint8)).tobytes())
     return digest.hexdigest()
 
 

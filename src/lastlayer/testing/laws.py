@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -184,17 +185,17 @@ def law_any_shape(case: LayerCase) -> None:
 
 def _check_nothing_to_learn(case: LayerCase) -> None:
     """No rows, or none that counts: "mean" is nan as `F.cross_entropy` answers, else 0; gradients are 0."""
-    for rows in (0, 3):
-        for reduction, expected in (("mean", float("nan")), ("sum", 0.0), ("none", 0.0)):
-            layer = case.build(reduction=reduction)
-            hidden, targets = rows_for(layer, rows)
-            hidden.requires_grad_()
-            loss = layer(hidden, torch.full_like(targets, layer.ignore_index))
-            assert_equal(loss, torch.full_like(loss, expected))
-            if reduction != "mean":
-                loss.sum().backward()
-                for leaf in (hidden, *layer.parameters()):
-                    assert leaf.grad is None or not leaf.grad.to_dense().any(), "a gradient from nothing"
+    for dtype, rows, reduction in product(
+        (torch.float64, torch.bfloat16, torch.float16), (0, 3), ("mean", "sum", "none")
+    ):
+        layer = case.build(dtype, reduction=reduction)
+        hidden, targets = rows_for(layer, rows)
+        hidden.requires_grad_()
+        loss = layer(hidden, torch.full_like(targets, layer.ignore_index))
+        assert_equal(loss, torch.full_like(loss, torch.nan if reduction == "mean" else 0.0))
+        loss.sum().backward()
+        for leaf in (hidden, *layer.parameters()):
+            assert leaf.grad is None or not leaf.grad.to_dense().any(), "a gradient from nothing"
     layer = case.build()
     empty = rows_for(layer, 0)[0]
     assert layer.log_prob(empty).shape == (0, layer.num_classes)
