@@ -4,10 +4,19 @@ BIN := .venv/bin
 # Options for `make demo`, such as DEMO="--seconds 5"
 DEMO ?=
 
+# The compiler of the engine: the system's, or the one in the package `ziglang`. Where neither is to be had, lastlayer
+# is installed without its engine and runs its plain PyTorch code.
+ifeq ($(shell command -v c++ || command -v g++ || command -v clang++),)
+NO_COMPILER := true
+export CXX := $(abspath $(BIN))/python -m ziglang c++
+endif
+
 .PHONY: demo test lint types docs format engine
 
 .venv/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
+	$(if $(NO_COMPILER),-$(BIN)/pip install --quiet ziglang)
+	rm -rf src/lastlayer/kernels/engines # what `make engine` built from older sources
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 

@@ -184,7 +184,7 @@ def _load(isa: str) -> Library | str:
 def _file(isa: str) -> Path | None:
     """Where the library of an instruction set lies: beside this file, or where an editable install put it."""
     spec = importlib.util.find_spec(__package__ or "")
-    folders = [] if spec is None else spec.submodule_search_locations or []
+    folders = [Path(__file__).parent, *(() if spec is None else spec.submodule_search_locations or ())]
     places = (Path(folder) / "engines" / f"engine_{isa}.so" for folder in folders)
     return next((place for place in places if place.is_file()), None)
 
