@@ -63,7 +63,7 @@ MODELS: dict[str, Build] = {
     "root": two_level(lambda corpus: clusters.by_frequency(corpus.counts)),
     "mass": two_level(lambda corpus: clusters.by_frequency(corpus.counts, power=1.0)),
     "similar": two_level(similar),
-    "tree": lambda corpus, width: TreeSoftmax(width, corpus.counts, sparse=True),
+    "tree": lambda corpus, width: TreeSoftmax(width, corpus.num_classes, counts=corpus.counts, sparse=True),
     "adaptive-2000-10000": adaptive(2000, 10_000),
     "adaptive-4000-20000": adaptive(4000, 20_000),
     "adaptive-8846-44230": adaptive(8846, 44_230),

@@ -75,7 +75,7 @@ def steps(num_classes: int) -> Callable[[Any], list[Record]]:
                 WIDTH, num_classes, clusters=by_count, sparse=True
             ),
             "HierarchicalSoftmax(sparse=True)": HierarchicalSoftmax(WIDTH, num_classes, sparse=True),
-            "TreeSoftmax(sparse=True)": TreeSoftmax(WIDTH, counts, sparse=True),
+            "TreeSoftmax(sparse=True)": TreeSoftmax(WIDTH, num_classes, counts=counts, sparse=True),
         }
         peers = {FULL: sgd_step(linear, all_logits, hidden, targets)}
         peers |= {name: sgd_step(layer, layer, hidden, targets) for name, layer in layers.items()}

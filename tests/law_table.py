@@ -102,7 +102,7 @@ def tree(name, counts, **options):
     """A row for `TreeSoftmax`."""
 
     def make(**kwargs):
-        return TreeSoftmax(4, torch.tensor(counts), **options, **kwargs)
+        return TreeSoftmax(4, len(counts), counts=torch.tensor(counts), **options, **kwargs)
 
     return LayerCase(f"tree-{name}", make=make, oracle=tree_softmax)
 

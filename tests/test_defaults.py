@@ -35,7 +35,7 @@ LAYERS = {
     "hierarchical": lambda: HierarchicalSoftmax(D, V),
     "hierarchical by frequency": lambda: HierarchicalSoftmax(D, V, clusters=by_frequency(COUNTS), sparse=True),
     "adaptive": lambda: AdaptiveSoftmax(D, V, [50, 200], counts=COUNTS),
-    "tree": lambda: TreeSoftmax(D, COUNTS),
+    "tree": lambda: TreeSoftmax(D, V, counts=COUNTS),
     "mixture": lambda: MixtureOfSoftmaxes(D, V, 2),
     "factored": lambda: FactoredOutput(D, V),
 }

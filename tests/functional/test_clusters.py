@@ -48,6 +48,45 @@ def test_root_of_count_costs_least_as_in_the_literature():
     assert cost["root"] < 150
 
 
+def seen(num_classes, num_seen):
+    """Zipf counts of a few classes; the others never occur."""
+    counts = zipf(num_classes).floor()
+    counts[num_seen:] = 0
+    return counts
+
+
+HOSTILE = {
+    "recommender": seen(30_000, 9_950),
+    "few seen": seen(30_000, 100),
+    "one seen": seen(30_000, 1),
+    "none seen": torch.zeros(30_000),
+    "one giant": torch.ones(30_000).index_fill_(0, torch.tensor([7]), 1e12),
+    "flat": torch.ones(30_000),
+    "zipf": zipf(30_000),
+    "squared zipf": zipf(30_000) ** 2,
+    "geometric": 2.0 ** -torch.arange(1_000, dtype=torch.float64),
+    "overflowing": torch.full((1_000,), 1e308, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("counts", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("power", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("num_clusters", [None, 20])
+def test_the_work_of_a_target_is_bounded_whatever_the_counts(counts, power, num_clusters):
+    """A target costs the scores of all clusters and of its own cluster's classes."""
+    ids = clusters.by_frequency(counts, num_clusters, power=power)
+    sizes = torch.bincount(ids)
+    assert sizes.min() >= 1
+    assert sizes.max() <= 8 * len(counts) / len(sizes) + 1
+    if num_clusters is None:
+        assert sizes.max() <= 3 * len(counts) ** 0.5 + 1
+    p = counts.double() / counts.double().max().clamp(min=1e-300)
+    p = p / p.sum() if p.any() else torch.full_like(p, 1 / len(p))
+    cost = len(sizes) + float((p * sizes[ids]).sum())
+    even = len(sizes) + float((p * torch.bincount(clusters.even(len(ids), len(sizes)))[ids]).sum())
+    assert cost <= 1.15 * even
+
+
 @pytest.mark.parametrize("counts", [torch.zeros(6), torch.ones(6), torch.tensor([0, 0, 5, 0, 0, 0])])
 def test_degenerate_counts(counts):
     ids = clusters.by_frequency(counts, 3)

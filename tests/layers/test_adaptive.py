@@ -145,6 +145,43 @@ class TestCutoffs:
         with pytest.raises(ValueError, match=r"counts\[1\]"):
             AdaptiveSoftmax.cutoffs_for(counts, 1)
 
+    @pytest.mark.parametrize("seen", [0, 1, 20, 1000])
+    def test_zero_counts_bound_the_cost(self, seen):
+        """Classes that never occurred weigh as the rarest that did: they are not put into the head for nothing."""
+        counts = (1e4 / torch.arange(1, 3001)).floor()
+        counts[seen:] = 0
+        cutoffs = AdaptiveSoftmax.cutoffs_for(counts, 2, in_features=64, costs=(1e-5, 1e-10))
+        expected = counts.clamp(min=float(counts[seen - 1])) if seen else torch.ones(3000)
+        assert cutoffs == AdaptiveSoftmax.cutoffs_for(expected, 2, in_features=64, costs=(1e-5, 1e-10))
+        AdaptiveSoftmax(64, 3000, cutoffs, counts=counts)
+
+    @pytest.mark.parametrize("V", [2, 3, 20, 1000, 100_000])
+    def test_by_default_are_those_of_zipf(self, V):
+        layer = AdaptiveSoftmax(16, V)
+        assert layer.cutoffs == sorted({max(1, V // 20), max(1, V // 4)})
+        shuffle = torch.randperm(V, generator=torch.Generator().manual_seed(0))
+        of_counts = AdaptiveSoftmax(16, V, counts=(1.0 / torch.arange(1, V + 1, dtype=torch.float64))[shuffle])
+        assert of_counts.cutoffs == layer.cutoffs
+        assert AdaptiveSoftmax(8, V).cutoffs == [max(1, V // 20)], "no width for a second tail"
+
+    @pytest.mark.parametrize("counts", [torch.ones(4000), torch.zeros(4000), torch.arange(4000) == 7])
+    def test_by_default_the_head_is_bounded(self, counts):
+        layer = AdaptiveSoftmax(16, 4000, counts=counts.long())
+        assert layer.cutoffs[0] <= 1000
+        assert layer.cutoffs[-1] <= 2000
+
+    def test_follow_counts_by_default(self):
+        """Of classes that a tenth of all ever were, the head takes fewer than of classes by Zipf's law."""
+        counts = 1e6 / torch.arange(1, 10_001)
+        counts[1000:] = 0
+        layer = AdaptiveSoftmax(16, 10_000, counts=counts)
+        assert 50 < layer.cutoffs[0] < 500
+        assert layer.cutoffs[1] < 1000
+
+    def test_one_class_has_no_tail(self):
+        with pytest.raises(ValueError, match="num_classes"):
+            AdaptiveSoftmax(16, 1)
+
     def test_more_expensive_calls_do_not_split_further_for_nothing(self):
         flat = AdaptiveSoftmax.cutoffs_for(torch.ones(100), 1, in_features=4, costs=(1.0, 1e-12))
         assert 1 <= flat[0] < 100

@@ -13,7 +13,7 @@ ZIPF = 1e5 / torch.arange(1, 1001, dtype=torch.float64)
 
 
 def make(counts, in_features=6, **options):
-    layer = TreeSoftmax(in_features, counts, dtype=torch.float64, **options)
+    layer = TreeSoftmax(in_features, len(counts), counts=counts, dtype=torch.float64, **options)
     with torch.no_grad():
         layer.weight.copy_(torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(0)))
     return layer
@@ -27,7 +27,7 @@ def batch(num_classes, rows=50, in_features=6):
 
 def test_huffman_obeys_the_source_coding_theorem():
     """Law T1: the mean length lies between the entropy and one more, and it is that of the literature."""
-    layer = TreeSoftmax(3, ZIPF)
+    layer = TreeSoftmax(3, 1000, counts=ZIPF)
     p = ZIPF / ZIPF.sum()
     entropy = float(-(p * p.log2()).sum())
     length = float((p * layer.path_lengths).sum())
@@ -48,7 +48,7 @@ def test_degenerate_counts_give_a_tree(counts):
 
 
 def test_fresh_layer_knows_the_counts():
-    layer = TreeSoftmax(3, ZIPF, dtype=torch.float64)
+    layer = TreeSoftmax(3, 1000, counts=ZIPF, dtype=torch.float64)
     log_prob = layer.log_prob(torch.randn(1, 3, dtype=torch.float64))[0]
     torch.testing.assert_close(log_prob, -layer.path_lengths * math.log(2.0), check_dtype=False)
 
@@ -83,7 +83,7 @@ def test_threads_agree(monkeypatch):
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.SparseAdam])
 def test_sparse_optimizers_train_it(optimizer):
-    layer = TreeSoftmax(12, torch.ones(12), sparse=True)
+    layer = TreeSoftmax(12, 12, sparse=True)
     hidden, targets = torch.eye(12), torch.arange(12)
     stepper = optimizer(layer.sparse_parameters(), lr=0.5)
     for _ in range(200):
@@ -136,10 +136,12 @@ def test_what_is_no_tree_is_refused(table, error):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: TreeSoftmax(3, torch.tensor([1.0, -1.0])), r"counts\[1\]"),
-        (lambda: TreeSoftmax(3, torch.tensor([])), "counts"),
-        (lambda: TreeSoftmax(3, torch.ones(5), tree=huffman(torch.ones(4))), "tree must have shape"),
-        (lambda: TreeSoftmax(0, torch.ones(5)), "in_features"),
+        (lambda: TreeSoftmax(3, 2, counts=torch.tensor([1.0, -1.0])), r"counts\[1\]"),
+        (lambda: TreeSoftmax(3, 1, counts=torch.tensor([])), "counts"),
+        (lambda: TreeSoftmax(3, 6, counts=torch.ones(5)), "counts"),
+        (lambda: TreeSoftmax(3, 5, tree=huffman(torch.ones(4))), "tree must have shape"),
+        (lambda: TreeSoftmax(0, 5), "in_features"),
+        (lambda: TreeSoftmax(3, 0), "num_classes"),
     ],
 )
 def test_bad_input_is_named(call, message):
@@ -149,4 +151,40 @@ def test_bad_input_is_named(call, message):
 
 @pytest.mark.parametrize("counts", [torch.zeros(8), torch.ones(8), torch.full((8,), 7)])
 def test_equal_counts_make_an_even_tree(counts):
-    assert TreeSoftmax(3, counts).path_lengths.tolist() == [3] * 8
+    assert TreeSoftmax(3, 8, counts=counts).path_lengths.tolist() == [3] * 8
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 3, 5, 8, 100, 1000])
+def test_without_counts_the_tree_is_balanced(num_classes):
+    lengths = TreeSoftmax(3, num_classes).path_lengths
+    assert lengths.max() == math.ceil(math.log2(num_classes))
+    assert lengths.max() - lengths.min() <= 1
+    huffmans = TreeSoftmax(3, num_classes, counts=torch.ones(num_classes)).path_lengths
+    assert sorted(huffmans.tolist()) == sorted(lengths.tolist())
+
+
+@pytest.mark.parametrize("old", [lambda: TreeSoftmax(3, ZIPF), lambda: TreeSoftmax(3, counts=ZIPF)])
+def test_the_old_form_warns(old):
+    with pytest.warns(DeprecationWarning, match="num_classes"):
+        layer = old()
+    assert torch.equal(layer.nodes, TreeSoftmax(3, 1000, counts=ZIPF).nodes)
+
+
+def test_the_number_of_classes_must_be_said():
+    with pytest.raises(TypeError, match="num_classes"):
+        TreeSoftmax(3)
+    with pytest.raises(TypeError, match="num_classes"):
+        TreeSoftmax(3, ZIPF, counts=ZIPF)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
+def test_zero_counts_bound_the_work(scale):
+    """Most classes unseen, as in a recommender: the mean path is at most one longer than the entropy of what is
+    counted, unseen classes as the rarest seen; and no path is longer than Huffman's for such a ratio of counts."""
+    counts = scale * (1e4 / torch.arange(1, 3001, dtype=torch.float64)).floor()
+    counts[1000:] = 0
+    lengths = TreeSoftmax(3, 3000, counts=counts).path_lengths
+    p = counts.clamp(min=counts[999])
+    p /= p.sum()
+    assert float((p * lengths).sum()) <= float(-(p * p.log2()).sum()) + 1
+    assert int(lengths.max()) <= math.log(1 / float(p.min()), (1 + 5**0.5) / 2) + 1

@@ -12,6 +12,8 @@ from lastlayer.functional.checks import check_count, check_positive
 # the scores of all clusters are one large matrix product, and those inside are many small ones that read fresh
 # rows.
 CLUSTERS_PER_ROOT = 3.0
+# Times the mean size that a cluster by frequency holds at most: else all classes that never occur would share one.
+LARGEST_CLUSTER = 8
 
 
 def default_num_clusters(num_classes: int) -> int:
@@ -51,7 +53,8 @@ def by_frequency(
     Few frequent classes share a cluster, many rare ones do, so a target costs less on average than with even
     clusters: of Zipf counts over 10,000 classes and 100 clusters a target meets 200 scores with even clusters, 140
     with `power=0.5`. `power=1` gives equal mass of the counts themselves, which predicts no better and touches
-    more rows a batch; `power=0` even clusters by count. No cluster is empty.
+    more rows a batch; `power=0` even clusters by count. No cluster is empty, and none holds more than 8 times the
+    mean, `8 V / num_clusters + 1` classes, whatever the counts: no class weighs less than a seventh of the mean.
 
     Args:
         counts: how often each class occurs; zeros are allowed.
@@ -72,14 +75,24 @@ def by_frequency(
     if not power >= 0:
         raise ValueError(f"power must be at least 0, got {power}")
     order = by_falling_count(counts, num_classes)
-    mass = counts.index_select(0, order).pow(power)
+    mass = (counts.index_select(0, order) / counts.max().clamp(min=torch.finfo(counts.dtype).tiny)).pow(power)
     if not mass.any():
         mass = torch.ones_like(mass)
-    middle = mass.cumsum(0) - mass / 2  # a class belongs where the middle of its mass falls
-    bins = (middle * (num_clusters / mass.sum())).long().clamp_(max=num_clusters - 1)
-    ids = torch.empty_like(order)
-    ids[order] = _without_gaps(bins, num_clusters)
-    return ids
+    # With f the least mass and m the mean, the total is at most V (m + f), a cluster's (m + f) V / C, and so a
+    # cluster's classes at most (m / f + 1) V / C.
+    mass.clamp_(min=float(mass.mean()) / (LARGEST_CLUSTER - 1))
+    # A class that outweighs the mean of the clusters left has one alone; those share the remaining mass equally.
+    rest = mass.flip(0).cumsum(0).flip(0)[:num_clusters]
+    left = num_clusters - torch.arange(num_clusters, device=mass.device)
+    alone = int((mass[:num_clusters] * left > rest).cumprod(0).sum())
+    ids = torch.arange(num_classes, device=order.device)
+    if alone < num_clusters:
+        shared = mass[alone:]
+        middle = shared.cumsum(0) - shared / 2  # a class belongs where the middle of its mass falls
+        num_bins = num_clusters - alone
+        bins = (middle * (num_bins / shared.sum())).long().clamp_(max=num_bins - 1)
+        ids[alone:] = alone + _without_gaps(bins, num_bins)
+    return torch.empty_like(order).index_copy_(0, order, ids)
 
 
 def by_embedding(
@@ -136,6 +149,13 @@ def by_falling_count(
     if len(counts) != num_classes:
         raise ValueError(f"counts must have shape ({num_classes},), one for each class; got ({len(counts)},)")
     return counts.argsort(descending=True, stable=True)
+
+
+def positive_counts(counts: Tensor) -> Tensor:
+    """`counts` with each 0 replaced by the smallest other count; where all are 0, by 1."""
+    counts = check_counts("counts", counts)
+    seen = counts[counts > 0]
+    return counts.clamp(min=float(seen.min())) if len(seen) else torch.ones_like(counts)
 
 
 def check_counts(name: str, counts: Tensor) -> Tensor:

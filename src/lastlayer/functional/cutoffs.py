@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lastlayer.functional.clusters import check_counts
 from lastlayer.functional.linear_cross_entropy import linear_nll
 
 GRID = 150  # cut-offs that are tried, evenly spaced in the logarithm
@@ -30,6 +31,29 @@ def check_cutoffs(cutoffs: Sequence[int], num_classes: int) -> list[int]:
             f"{num_classes - 1}; got {numbers}"
         )
     return numbers
+
+
+def default_cutoffs(
+    counts: Tensor | None,  # (V,)
+    num_classes: int,
+    num_tails: int,  # 1 or 2
+) -> list[int]:
+    """Where the paper cuts text8: after V/20 and V/4 classes, of counts as Zipf's law has them.
+
+    Of other counts, after as many as make up the same shares of them; but no later than at V/4 and V/2, or flat
+    counts would make the head as dear as a full softmax. Classes that never occur belong to the last tail.
+    """
+    if num_classes < 2:
+        raise ValueError("num_classes must be at least 2 for AdaptiveSoftmax, which has a head and a tail; got 1")
+    ends = [max(1, num_classes // part) for part in (20, 4)[:num_tails]]
+    if counts is not None:
+        falling = check_counts("counts", counts).sort(descending=True).values
+        zipf = 1 / torch.arange(1, num_classes + 1, dtype=torch.float64, device="cpu")
+        shares = (zipf.cumsum(0) / zipf.sum())[torch.tensor(ends, device="cpu") - 1]
+        reached = torch.searchsorted(falling.cumsum(0), shares * falling.sum() * (1 - 1e-9)) + 1
+        latest = [max(1, num_classes // part) for part in (4, 2)]
+        ends = [min(end, most) for end, most in zip(reached.tolist(), latest, strict=False)]
+    return sorted({min(end, num_classes - 1) for end in ends})
 
 
 def tail_widths(in_features: int, div_value: float, num_tails: int) -> list[int]:

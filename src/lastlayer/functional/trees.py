@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lastlayer.functional.clusters import check_counts
+from lastlayer.functional.clusters import positive_counts
 
 
 def huffman(
@@ -16,14 +16,14 @@ def huffman(
 ) -> Tensor:  # (V - 1, 2), children
     """The tree of least mean path length: entry y below V is class y, V + n is inner node n; the root is last.
 
-    Zeros count as one, as paths would grow without need. Equal counts join in the order of their ids, so the tree
-    is the same each time.
+    Zeros count as the smallest other count, as paths would grow without need. Equal counts join in the order of
+    their ids, so the tree is the same each time.
 
     Example:
         >>> huffman(torch.tensor([9.0, 2.0, 1.0])).tolist()
         [[2, 1], [3, 0]]
     """
-    weights = check_counts("counts", counts).clamp(min=1).tolist()
+    weights = positive_counts(counts).tolist()
     heap = [(weight, leaf) for leaf, weight in enumerate(weights)]
     heapq.heapify(heap)
     pairs = []
@@ -33,6 +33,16 @@ def huffman(
         heapq.heapreplace(heap, (light + heavy, node))
         pairs.append((one, other))
     return torch.tensor(pairs, dtype=torch.int64, device="cpu").view(-1, 2)
+
+
+def balanced(num_classes: int) -> Tensor:  # (V - 1, 2), children
+    """The tree of least depth, which is Huffman's of equal counts.
+
+    Example:
+        >>> balanced(4).tolist()
+        [[0, 1], [2, 3], [4, 5]]
+    """
+    return torch.arange(2 * (num_classes - 1), device="cpu").view(-1, 2)
 
 
 class Tree(NamedTuple):

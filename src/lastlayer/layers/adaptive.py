@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from lastlayer.functional.best_first import OpenCluster, best_first_topk, sample_two_level
 from lastlayer.functional.checks import check_count, eager_on_cpu
-from lastlayer.functional.clusters import by_falling_count
-from lastlayer.functional.cutoffs import best_cutoffs, check_cutoffs, measure_costs, tail_widths
+from lastlayer.functional.clusters import by_falling_count, positive_counts
+from lastlayer.functional.cutoffs import best_cutoffs, check_cutoffs, default_cutoffs, measure_costs, tail_widths
 from lastlayer.functional.linear_chunks import as_exact, exact_dtype
 from lastlayer.functional.linear_cross_entropy import linear_cross_entropy, linear_nll
 from lastlayer.functional.selection import Selection
@@ -51,8 +51,10 @@ class AdaptiveSoftmax(OutputLayer):
     Args:
         in_features: d.
         num_classes: V.
-        cutoffs: rising, from 1 to V - 1: the head's classes, then the end of each cluster but the last; see
-            `cutoffs_for`.
+        cutoffs: rising, from 1 to V - 1: the head's classes, then the end of each cluster but the last. None: two
+            tails (one where `in_features` leaves no width for a second), cut where the paper cuts text8, at V/20
+            and V/4; or where as large a share of `counts` lies before them as Zipf's law has there. `cutoffs_for`
+            finds those of least cost on this machine.
         div_value: by how much the width of each further tail is divided.
         head_bias: whether the head has a bias (of k_h + J entries).
         counts: `(V,)`, how often each class occurs, when ids are not sorted by falling frequency: the layer keeps
@@ -73,6 +75,8 @@ class AdaptiveSoftmax(OutputLayer):
     Source: E. Grave et al., "Efficient softmax approximation for GPUs", ICML 2017.
 
     Example:
+        >>> AdaptiveSoftmax(64, 10_000).cutoffs
+        [500, 2500]
         >>> layer = AdaptiveSoftmax(64, 10_000, cutoffs=[1_000, 4_000])
         >>> hidden, targets = torch.randn(32, 64), torch.randint(10_000, (32,))
         >>> layer(hidden, targets).backward()
@@ -91,7 +95,7 @@ class AdaptiveSoftmax(OutputLayer):
         self,
         in_features: int,
         num_classes: int,
-        cutoffs: Sequence[int],
+        cutoffs: Sequence[int] | None = None,
         *,
         div_value: float = 4.0,
         head_bias: bool = False,
@@ -103,6 +107,10 @@ class AdaptiveSoftmax(OutputLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, num_classes, reduction=reduction, ignore_index=ignore_index)
+        order = None if counts is None else by_falling_count(counts, self.num_classes)
+        if cutoffs is None:
+            num_tails = 2 if div_value**2 <= self.in_features else 1
+            cutoffs = default_cutoffs(counts, self.num_classes, num_tails)
         self.cutoffs = check_cutoffs(cutoffs, self.num_classes)
         self.div_value = div_value
         widths = tail_widths(self.in_features, div_value, len(self.cutoffs))
@@ -113,9 +121,7 @@ class AdaptiveSoftmax(OutputLayer):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         head_size = self.cutoffs[0] + len(widths)
         self.head = nn.Linear(self.in_features, head_size, bias=head_bias, **factory)
-        order = None
-        if counts is not None:
-            order = by_falling_count(counts, self.num_classes).to(self.head.weight.device)
+        order = None if order is None else order.to(self.head.weight.device)
         self.register_buffer("order", order)
         self.register_buffer("_ranks", None if order is None else order.argsort(), persistent=False)
         if weight is not None:
@@ -145,7 +151,7 @@ class AdaptiveSoftmax(OutputLayer):
         exactly, by dynamic programming.
 
         Args:
-            counts: how often each class occurs, in any order.
+            counts: how often each class occurs, in any order; zeros count as the smallest other count.
             num_clusters: J, the number of tails, at least 1 and below V.
             in_features, batch_size, div_value: as the layer will be used.
             costs: `(c, λ)` in seconds; None: measured here and now, in a fraction of a second.
@@ -153,10 +159,9 @@ class AdaptiveSoftmax(OutputLayer):
         Raises:
             ValueError: counts that are empty, negative or not finite; a number of clusters out of range.
         """
-        order = by_falling_count(counts, len(counts))
+        falling = positive_counts(counts).sort(descending=True).values
         check_count("num_clusters", num_clusters, 1, len(counts) - 1)
         widths = tail_widths(in_features, div_value, num_clusters)
-        falling = counts.detach().cpu().double()[order]
         fixed, per_product = measure_costs(in_features) if costs is None else costs
         return best_cutoffs(falling, [in_features, *widths], batch_size, fixed, per_product)
 

@@ -1,5 +1,6 @@
 """Binary-tree softmax with Huffman's tree (Morin and Bengio 2005; Mikolov et al. 2013)."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lastlayer.functional.clusters import check_counts
 from lastlayer.functional.linear_chunks import as_exact
 from lastlayer.functional.paths import path_log_prob
 from lastlayer.functional.selection import Selection
 from lastlayer.functional.tree_search import sample_tree, topk_tree
-from lastlayer.functional.trees import Tree, huffman
+from lastlayer.functional.trees import Tree, balanced, huffman
 from lastlayer.layers.base import OutputLayer
 
 
@@ -35,7 +37,9 @@ class TreeSoftmax(OutputLayer):
 
     Args:
         in_features: d.
-        counts: `(V,)`, how often each class occurs; zeros count as one.
+        num_classes: V. The old form `TreeSoftmax(d, counts)` still works, with a DeprecationWarning.
+        counts: `(V,)`, how often each class occurs; zeros count as the smallest other count. None: all equal,
+            which makes the tree balanced, of depth `log2(V)`.
         tree: `(V - 1, 2)`, any other binary tree, as the children of each inner node: an entry y below V is class
             y, `V + n` is inner node n. None: Huffman's.
         sparse: row-sparse gradients for `weight`.
@@ -48,13 +52,13 @@ class TreeSoftmax(OutputLayer):
 
     Raises:
         TypeError: counts or a tree of the wrong kind.
-        ValueError: counts that are empty, negative or not finite; a tree that is not one over V classes.
+        ValueError: counts of another length, negative or not finite; a tree that is not one over V classes.
 
     Source: F. Morin, Y. Bengio, "Hierarchical probabilistic neural network language model", AISTATS 2005;
     Huffman's tree as in word2vec, but for its skipping of saturated nodes, which biases them.
 
     Example:
-        >>> layer = TreeSoftmax(16, counts=1 / torch.arange(1, 1001), sparse=True)
+        >>> layer = TreeSoftmax(16, 1000, counts=1 / torch.arange(1, 1001), sparse=True)
         >>> hidden, targets = torch.randn(32, 16), torch.randint(1000, (32,))
         >>> layer(hidden, targets).backward()
         >>> layer.topk(hidden, 5).indices.shape
@@ -66,8 +70,9 @@ class TreeSoftmax(OutputLayer):
     def __init__(
         self,
         in_features: int,
-        counts: Tensor,
+        num_classes: int | Tensor | None = None,  # None and a Tensor: the old form, of counts alone
         *,
+        counts: Tensor | None = None,
         tree: Tensor | None = None,
         sparse: bool = False,
         reduction: str = "mean",
@@ -75,14 +80,18 @@ class TreeSoftmax(OutputLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        table = huffman(counts) if tree is None else tree
-        super().__init__(in_features, len(counts), reduction=reduction, ignore_index=ignore_index)
-        self._tree = Tree.of(table)
-        if len(table) != self.num_classes - 1:
-            raise ValueError(f"tree must have shape ({self.num_classes - 1}, 2), got {tuple(table.shape)}")
+        num_classes, counts = _sizes(num_classes, counts)
+        super().__init__(in_features, num_classes, reduction=reduction, ignore_index=ignore_index)
+        if counts is not None and len(check_counts("counts", counts)) != self.num_classes:
+            raise ValueError(f"counts must have shape ({self.num_classes},), got {tuple(counts.shape)}")
+        if tree is None:
+            tree = balanced(self.num_classes) if counts is None else huffman(counts)
+        self._tree = Tree.of(tree)
+        if len(tree) != self.num_classes - 1:
+            raise ValueError(f"tree must have shape ({self.num_classes - 1}, 2), got {tuple(tree.shape)}")
         self.sparse = sparse
-        self.weight = nn.Parameter(torch.zeros(len(table), self.in_features, device=device, dtype=dtype))
-        self.register_buffer("nodes", table.detach().to(self.weight.device, copy=True))
+        self.weight = nn.Parameter(torch.zeros(len(tree), self.in_features, device=device, dtype=dtype))
+        self.register_buffer("nodes", tree.detach().to(self.weight.device, copy=True))
 
     @property
     def path_lengths(self) -> Tensor:  # (V,)
@@ -128,3 +137,21 @@ class TreeSoftmax(OutputLayer):
         tree = self._tree if table is None else Tree.of(table)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._tree = tree
+
+
+def _sizes(num_classes: int | Tensor | None, counts: Tensor | None) -> tuple[int, Tensor | None]:
+    """`(num_classes, counts)`; of the old form too, whose counts alone said how many classes there are."""
+    if isinstance(num_classes, Tensor):
+        if counts is not None:
+            raise TypeError("num_classes must be a whole number where counts are given, got a Tensor")
+        num_classes, counts = None, num_classes
+    if num_classes is not None:
+        return num_classes, counts
+    if counts is None:
+        raise TypeError("TreeSoftmax needs num_classes: TreeSoftmax(in_features, num_classes)")
+    warnings.warn(
+        "TreeSoftmax(in_features, counts) is deprecated: use TreeSoftmax(in_features, num_classes, counts=counts)",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return len(check_counts("counts", counts)), counts

@@ -33,15 +33,13 @@ class Choice:
 
 
 def _adaptive(in_features: int, counts: Tensor) -> OutputLayer:
-    """Two tails, where there are enough classes, each a quarter as wide as the last, where that leaves a width.
+    """With the default cut-offs, and tails as narrow as `in_features` permits.
 
-    Cut at V/20 and V/4, about where the paper cuts text8. `AdaptiveSoftmax.cutoffs_for` finds the fastest cut-offs
-    by measuring this machine; a run and its resumption need the same ones, and a larger head predicts better.
+    `AdaptiveSoftmax.cutoffs_for` finds the fastest cut-offs by measuring this machine; a run and its resumption
+    need the same ones, and a larger head predicts better.
     """
     div_value = 4.0 if in_features >= 16 else 2.0 if in_features >= 4 else 1.0
-    num_classes = len(counts)
-    cutoffs = sorted({min(max(1, num_classes // part), num_classes - 1) for part in (20, 4)})
-    return AdaptiveSoftmax(in_features, num_classes, cutoffs, div_value=div_value)
+    return AdaptiveSoftmax(in_features, len(counts), div_value=div_value)
 
 
 CHOICES: dict[str, Choice] = {
@@ -63,7 +61,9 @@ CHOICES: dict[str, Choice] = {
         lambda d, counts: MixtureOfSoftmaxes(d, len(counts), 5),
     ),
     "adaptive": Choice("frequent classes in the head, rare ones in narrow tails", _adaptive),
-    "tree": Choice("a walk down a binary tree", lambda d, counts: TreeSoftmax(d, counts, sparse=True)),
+    "tree": Choice(
+        "a walk down a binary tree", lambda d, counts: TreeSoftmax(d, len(counts), counts=counts, sparse=True)
+    ),
     "factored": Choice(
         "spherical softmax, its exact SGD step at a cost without V",
         lambda d, counts: FactoredOutput(d, len(counts), loss=SphericalSoftmax()),
