@@ -1,4 +1,4 @@
-"""Each logit map: its formula, derivative, inverse, gradients, hostile logits, and its fused kernel."""
+"""Each logit map: its formula, derivative, inverse, gradients, hostile logits, and its compiled kernel."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lastlayer import PLIF, FullSoftmax, MonotoneNetwork, Sigsoftmax, SoftCap
-from lastlayer.kernels import softmax_rows
+from lastlayer.kernels import engine
 from lastlayer.layers import monotone_network
 
 DOUBLE = torch.float64
@@ -219,9 +219,8 @@ KERNELS = {
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
 @pytest.mark.parametrize("shift", [0.0, -300.0, 300.0], ids=["", "all-low", "all-high"])
 @pytest.mark.parametrize("make", KERNELS.values(), ids=KERNELS.keys())
-def test_fused_kernel_is_the_plain_one(monkeypatch, make, shift, z_loss):
+def test_compiled_kernel_is_the_plain_one(isa, make, shift, z_loss):
     """Loss and every gradient, also where all logits are so low or high that a sigmoid is 0 or 1."""
-    pytest.importorskip("numba")
     torch.manual_seed(3)
     layer = FullSoftmax(16, 301, logit_map=make(), z_loss=z_loss)
     if shift and isinstance(layer.logit_map, SoftCap):
@@ -231,8 +230,7 @@ def test_fused_kernel_is_the_plain_one(monkeypatch, make, shift, z_loss):
         layer.bias.add_(shift)
     hidden, targets = torch.randn(40, 16), torch.randint(301, (40,))
     answers = []
-    for least, dtype in ((1, torch.float32), (1 << 40, DOUBLE)):
-        monkeypatch.setattr(softmax_rows, "LEAST_LOGITS", least)
+    for dtype in (torch.float32, DOUBLE):
         layer.to(dtype).zero_grad()
         leaf = hidden.detach().clone().to(dtype).requires_grad_()
         loss = layer(leaf, targets)
@@ -246,15 +244,13 @@ def test_fused_kernel_is_the_plain_one(monkeypatch, make, shift, z_loss):
 
 
 @pytest.mark.parametrize("make", KERNELS.values(), ids=KERNELS.keys())
-def test_fused_kernel_in_bfloat16(monkeypatch, make):
-    pytest.importorskip("numba")
+def test_compiled_kernel_in_bfloat16(isa, make):
     torch.manual_seed(3)
     layer, hidden, targets = FullSoftmax(16, 301, logit_map=make()), torch.randn(40, 16), torch.randint(301, (40,))
     answers = []
-    for least in (1, 1 << 40):
-        monkeypatch.setattr(softmax_rows, "LEAST_LOGITS", least)
+    for kind in (isa, None):
         layer.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with engine.forced(kind), torch.autocast("cpu", dtype=torch.bfloat16):
             loss = layer(hidden, targets)
         loss.backward()
         answers.append([loss.detach(), *(p.grad.clone() for p in layer.parameters() if p.grad is not None)])

@@ -1,4 +1,4 @@
-"""What is the mixture's own: one component, rank, memory, dropout, ties, the fused kernel."""
+"""What is the mixture's own: one component, rank, memory, dropout, ties, the compiled kernel."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 from lastlayer import PLIF, FullSoftmax, MixtureOfSoftmaxes, Sigsoftmax
 from lastlayer.functional import linear_chunks
-from lastlayer.kernels import softmax_rows
+from lastlayer.kernels import engine
 
 DOUBLE = torch.float64
 
@@ -81,17 +81,15 @@ def test_tied_weight():
     "logit_map", [None, Sigsoftmax, lambda: PLIF(50, 5.0)], ids=["plain", "sigsoftmax", "plif"]
 )
 @pytest.mark.parametrize("autocast", [False, True])
-def test_fused_kernel_is_the_plain_one(monkeypatch, logit_map, autocast):
-    pytest.importorskip("numba")
+def test_compiled_kernel_is_the_plain_one(monkeypatch, isa, logit_map, autocast):
     torch.manual_seed(1)
     monkeypatch.setattr(linear_chunks, "CHUNK_BYTES", 12 * 101 * 4)
     layer = MixtureOfSoftmaxes(8, 101, 3, logit_map=None if logit_map is None else logit_map())
     hidden, targets = torch.randn(20, 8, requires_grad=True), torch.randint(101, (20,))
     targets[4] = -100
     answers = []
-    for least in (1, 1 << 40):
-        monkeypatch.setattr(softmax_rows, "LEAST_LOGITS", least)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+    for kind in (isa, None):
+        with engine.forced(kind), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             loss = layer(hidden, targets)
         answers.append([loss, *torch.autograd.grad(loss, [hidden, *layer.parameters()])])
     tolerance = 2e-2 if autocast else 1e-5

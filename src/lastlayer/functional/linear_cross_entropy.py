@@ -18,7 +18,8 @@ from lastlayer.functional.checks import (
 from lastlayer.functional.first_order import first_order
 from lastlayer.functional.linear_chunks import Gradients, LinearChunks, Wanted, exact_dtype, product_dtype
 from lastlayer.functional.logit_map import LogitMap, check_logit_map
-from lastlayer.kernels.softmax_rows import NO_MAP, RowTerms, can_fuse, fused, plain
+from lastlayer.kernels.backends import softmax_rows_backend_for
+from lastlayer.kernels.softmax_rows import NO_MAP, RowTerms, fused, plain
 
 
 def linear_cross_entropy(
@@ -199,7 +200,8 @@ def _run(
 ) -> tuple[Tensor, Gradients]:
     """The loss of every row (N,); and the gradients of their sum that are wanted."""
     kernel_map = None
-    if terms.soft is None and can_fuse(hidden.device, dtype, len(hidden) * len(weight)):
+    backend = softmax_rows_backend_for(hidden.device, dtype, label_smoothing=terms.soft is not None)
+    if backend == "compiled":
         kernel_map = NO_MAP if logit_map is None else logit_map.kernel_map()
     chunks = LinearChunks(hidden, weight, bias, logit_map, dtype)
     form = wanted is not None

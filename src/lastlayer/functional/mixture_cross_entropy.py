@@ -9,7 +9,8 @@ from lastlayer.functional.checks import eager_on_cpu
 from lastlayer.functional.first_order import first_order
 from lastlayer.functional.linear_chunks import Gradients, LinearChunks, Wanted, exact_dtype, product_dtype
 from lastlayer.functional.logit_map import LogitMap
-from lastlayer.kernels.softmax_rows import NO_MAP, RowTerms, can_fuse, fused, plain
+from lastlayer.kernels.backends import softmax_rows_backend_for
+from lastlayer.kernels.softmax_rows import NO_MAP, RowTerms, fused, plain
 
 
 def mixture_cross_entropy(
@@ -110,8 +111,9 @@ def _run(
     """The loss of every example (N,); and the gradients of their sum, weighted by `shares`, that are wanted."""
     components = log_prior.shape[1]
     kernel_map = None
-    if can_fuse(latent.device, dtype, len(latent) * len(weight)) and not (wanted is not None and wanted.logit_map):
-        # A map's own gradient needs the responsibilities before the kernel has run.
+    of_map = wanted is not None and wanted.logit_map
+    # The gradient of a map's parameters needs the responsibilities before the kernel has run.
+    if softmax_rows_backend_for(latent.device, dtype) == "compiled" and not of_map:
         kernel_map = NO_MAP if logit_map is None else logit_map.kernel_map()
     chunks = LinearChunks(latent, weight, bias, logit_map, dtype, group=components)
     if wanted is not None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from lastlayer.functional.groups import Groups
 from lastlayer.kernels import grouped as kernels
 from lastlayer.kernels.arrays import arrays_of
+from lastlayer.kernels.backends import softmax_rows_backend_for
 from lastlayer.kernels.grouped import GroupArrays
-from lastlayer.kernels.softmax_rows import RowTerms, can_fuse, fused
+from lastlayer.kernels.softmax_rows import RowTerms, fused
 
 # PyTorch's matrix product beats the compiled loops on groups with at least so many rows of the batch, unless the
 # whole product is too small to be worth a call; and on any that has so many multiply-adds that all threads share
@@ -109,7 +110,7 @@ def _to_residuals(
     bias: Tensor | None,  # (size,)
     targets: Tensor,  # (n,)
 ) -> Tensor:  # (n,), the log-softmax at the targets
-    if can_fuse(products.device, products.dtype, products.numel()):
+    if softmax_rows_backend_for(products.device, products.dtype) == "compiled":
         terms = RowTerms(targets, torch.ones_like(targets, dtype=products.dtype), None, None, None)
         return fused(products, bias, terms, True)[0].neg_()
     if bias is not None:

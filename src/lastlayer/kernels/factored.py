@@ -9,6 +9,7 @@ Notation: N rows, d features, K targets a row; `W = F U + 1 offset^T`, `Q = W^T 
 the hidden states with `stacked`; of a large batch without R. `D = diag(2 norm)`.
 """
 
+import importlib.util
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -17,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lastlayer.kernels.factored_gradient import Columns, GradientInRoom, Sizes, padded
-from lastlayer.kernels.softmax_rows import numba_is_there
 from lastlayer.kernels.threads import gemm
 
 LEAST_NUMBERS = 1 << 12  # of the hidden states: below, the plain form is as quick, and numba need not be imported
@@ -164,7 +164,7 @@ def workers_for(like: Tensor, rows: int, d: int) -> int:
         rows * d < LEAST_NUMBERS
         or like.dtype not in REALS
         or like.device.type != "cpu"
-        or not numba_is_there()
+        or importlib.util.find_spec("numba") is None
         or gemm() is None
     ):
         return 0

@@ -1,4 +1,4 @@
-"""The loss of rows of logits and, in their place, its gradient: in PyTorch, and fused by numba on a CPU.
+"""The loss of rows of logits and, in their place, its gradient: in PyTorch, and in `csrc/softmax_rows.cpp`.
 
 With f a row's logits, y its class and u the class weights, the loss of a row is
 
@@ -9,19 +9,15 @@ and so its gradient with respect to f_c is
     p_c (hard + soft Σ_c u_c + 2 square lse) - hard [c = y] - soft u_c
 """
 
-import importlib.util
-from functools import cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lastlayer.kernels.arrays import array_of
-from lastlayer.kernels.threads import at_once
+from lastlayer.kernels.engine import Kernel
 
-# Below this many logits the plain version is as quick, and numba need not be imported.
-LEAST_LOGITS = 1 << 19
+# rows, bias, ids, hard, square, loss; n, V, form, in bfloat16; the map's kind, numbers, lines, K, sums
+_SOFTMAX_ROWS = Kernel("softmax_rows", "ppppppnnnnnffpnp")
 
 
 class RowTerms(NamedTuple):
@@ -76,32 +72,16 @@ def plain(
     return loss
 
 
-@cache
-def numba_is_there() -> bool:
-    """Whether numba can be imported."""
-    return importlib.util.find_spec("numba") is not None
-
-
-def can_fuse(device: torch.device, dtype: torch.dtype, num_logits: int) -> bool:
-    """Whether `fused` serves for so many logits in `dtype`, and is worth its start."""
-    return (
-        device.type == "cpu"
-        and dtype in (torch.float32, torch.bfloat16)
-        and num_logits >= LEAST_LOGITS
-        and not torch.compiler.is_compiling()
-        and numba_is_there()
-    )
-
-
 class KernelMap(NamedTuple):
-    """A logit map as a kernel takes it: which, its numbers, and for PLIF its lines."""
+    """A logit map as the compiled kernel takes it: which, its numbers, and for PLIF its lines."""
 
-    kernel: str = "plain_rows"
-    numbers: tuple[float, ...] = ()
+    kind: str = "identity"  # one of KINDS
+    numbers: tuple[float, ...] = ()  # of soft_cap its cap, of plif its bound and the width of a segment
     lines: Tensor | None = None  # (K, 2) float32: slope and offset of each segment
     counted: bool = False  # whether the sums over segments are wanted
 
 
+KINDS = ("identity", "sigsoftmax", "soft_cap", "plif")  # as in csrc/softmax_rows.cpp
 NO_MAP = KernelMap()
 
 
@@ -112,34 +92,21 @@ def fused(
     form: bool,
     logit_map: KernelMap = NO_MAP,
 ) -> tuple[Tensor, Tensor | None]:  # the loss of every row (n,); sums (K, 2) float64 over PLIF's segments
-    """The same in one visit to each row; rows are shared among as many threads as PyTorch uses."""
-    from lastlayer.kernels import softmax_rows_numba
-
-    kernel = getattr(softmax_rows_numba, logit_map.kernel)
+    """The same by the compiled engine, with a logit map, in one visit to each row; the sums only if `counted`."""
     count, num_classes = logits.shape
-    bias = terms.hard.new_zeros(num_classes, dtype=torch.float32) if bias is None else bias
-    square = torch.zeros_like(terms.hard) if terms.square is None else terms.square
-    loss = torch.empty_like(terms.hard)
-    stored = logits.view(torch.int16) if logits.dtype == torch.bfloat16 else logits
-    of_rows = [part.numpy() for part in (stored, terms.ids, terms.hard, square, loss)]
-    added = array_of(bias)  # a parameter's, where no cast was needed
-    numbers = [np.float32(number) for number in logit_map.numbers]
-
-    threads = min(torch.get_num_threads(), count)
-    edges = np.linspace(0, count, threads + 1).astype(int)
-
-    def work(part: int) -> Tensor | None:
-        rows = slice(edges[part], edges[part + 1])
-        values, ids, hard, squares, losses = (array[rows] for array in of_rows)
-        common = values, added, ids, hard, squares, form, np.empty(num_classes, np.float32), losses
-        if logit_map.lines is None:
-            kernel(*common, *numbers)
-            return None
-        sums = torch.zeros_like(logit_map.lines, dtype=torch.float64)
-        kernel(*common, logit_map.lines.numpy(), *numbers, sums.numpy(), logit_map.counted)
-        return sums
-
-    first, *others = at_once(work, threads)
-    for part in others:
-        first = first if first is None or part is None else first.add_(part)
-    return loss, first
+    assert logits.is_contiguous()
+    assert terms.soft is None
+    hard = terms.hard.contiguous()
+    bias = hard.new_zeros(num_classes) if bias is None else bias.contiguous()
+    square = torch.zeros_like(hard) if terms.square is None else terms.square.contiguous()
+    loss = torch.empty_like(hard)
+    first, second, *_ = (*logit_map.numbers, 0.0, 0.0)
+    lines, sums = logit_map.lines, None
+    if lines is not None and logit_map.counted:
+        sums = torch.zeros_like(lines, dtype=torch.float64)
+    _SOFTMAX_ROWS(
+        logits, bias, terms.ids.contiguous(), hard, square, loss,
+        count, num_classes, form, logits.dtype == torch.bfloat16,
+        KINDS.index(logit_map.kind), first, second, lines, 0 if lines is None else len(lines), sums,
+    )  # fmt: skip
+    return loss, sums

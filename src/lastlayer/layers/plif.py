@@ -103,7 +103,7 @@ class PLIF(LogitMap):
 
     @torch.no_grad()
     def kernel_map(self) -> KernelMap:
-        return KernelMap("plif_rows", (self.bound, self.width), self.lines().float())
+        return KernelMap("plif", (self.bound, self.width), self.lines().float())
 
     def settings(self) -> dict[str, Any]:
         return {

@@ -45,7 +45,7 @@ class Sigsoftmax(LogitMap):
         return torch.sigmoid(logits).sub_(2).neg_().mul_(gradient), ()
 
     def kernel_map(self) -> KernelMap:
-        return KernelMap("sigsoftmax_rows")
+        return KernelMap("sigsoftmax")
 
     def settings(self) -> dict[str, Any]:
         return {}

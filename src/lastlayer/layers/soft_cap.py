@@ -46,7 +46,7 @@ class SoftCap(LogitMap):
         return gradient * self.derivative(logits), ()
 
     def kernel_map(self) -> KernelMap:
-        return KernelMap("soft_cap_rows", (self.cap,))
+        return KernelMap("soft_cap", (self.cap,))
 
     def settings(self) -> dict[str, Any]:
         return {"cap": self.cap}
