@@ -16,6 +16,14 @@ from lastlayer.layers.hierarchical import HierarchicalSoftmax
 from lastlayer.layers.mixture import MixtureOfSoftmaxes
 from lastlayer.layers.monotone_network import MonotoneNetwork
 from lastlayer.layers.plif import PLIF
+from lastlayer.layers.samplers.base import Candidates, Sampler
+from lastlayer.layers.samplers.in_batch import InBatch
+from lastlayer.layers.samplers.log_uniform import LogUniform
+from lastlayer.layers.samplers.mixed import Mixed
+from lastlayer.layers.samplers.quadratic_kernel import QuadraticKernel
+from lastlayer.layers.samplers.random_fourier import RandomFourier
+from lastlayer.layers.samplers.uniform import Uniform
+from lastlayer.layers.samplers.unigram import Unigram
 from lastlayer.layers.sigsoftmax import Sigsoftmax
 from lastlayer.layers.soft_cap import SoftCap
 from lastlayer.layers.tree import TreeSoftmax
@@ -39,6 +47,15 @@ __all__ = [
     "AdaptiveSoftmax",
     "TreeSoftmax",
     "MixtureOfSoftmaxes",
+    "Sampler",
+    "Candidates",
+    "Uniform",
+    "LogUniform",
+    "Unigram",
+    "InBatch",
+    "Mixed",
+    "QuadraticKernel",
+    "RandomFourier",
     "LogitMap",
     "SoftCap",
     "Sigsoftmax",

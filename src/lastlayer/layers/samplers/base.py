@@ -1,0 +1,100 @@
+"""The contract of every sampler: class ids from a stated distribution, and the log of their expected counts."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lastlayer.functional.checks import check_positive
+
+
+class Candidates(NamedTuple):
+    """Sampled classes: `(S,)` when the batch shares them, `(..., S)` with one set for each row."""
+
+    ids: Tensor  # (S,) or (..., S), int64
+    log_expected_counts: Tensor  # the shape of ids, float32 at least
+
+
+class Sampler(nn.Module, ABC):
+    """Draws class ids, and knows how often each is expected: what a loss over some classes needs to stand for all.
+
+    | call | returns |
+    |---|---|
+    | `sampler.sample(num_samples, hidden)` | `Candidates(ids, log_expected_counts)` |
+    | `sampler.log_expected_counts(ids, num_samples, hidden)` | the same log of any classes, such as the targets |
+    | `sampler.log_inclusion(ids, num_samples, hidden)` | the log of the probability of being sampled at all |
+    | `sampler.log_prob(ids, hidden)` | `log q` of one draw |
+
+    `hidden (..., d)` is needed by samplers that draw one set for each row (`shared` is False), and `ids` are then
+    `(..., C)` beside it; others take ids of any shape. Draws follow `torch.manual_seed`.
+
+    A sampled layer tells its sampler, before each training batch, the targets (`observe`) and its weight
+    (`update`). Tables stay in their dtype when the layer's changes.
+
+    Args:
+        num_classes: V.
+        shared: one set for all rows; otherwise one set for each row of `hidden`.
+    """
+
+    anchor: Tensor  # where the sampler draws when no hidden state says it
+
+    def __init__(self, num_classes: int, *, shared: bool) -> None:
+        super().__init__()
+        self.num_classes = check_positive("num_classes", num_classes)
+        self.shared = shared
+        self.register_buffer("anchor", torch.empty(0, device="cpu"), persistent=False)
+
+    @abstractmethod
+    def sample(
+        self,
+        num_samples: int,
+        hidden: Tensor | None = None,  # (..., d)
+    ) -> Candidates:
+        """`num_samples` class ids a set, and the log of how often each is expected in a set."""
+
+    @abstractmethod
+    def log_prob(
+        self,
+        ids: Tensor,
+        hidden: Tensor | None = None,
+    ) -> Tensor:  # the shape of ids
+        """`log q` of class ids, in one draw."""
+
+    @abstractmethod
+    def log_expected_counts(
+        self,
+        ids: Tensor,
+        num_samples: int,
+        hidden: Tensor | None = None,
+    ) -> Tensor:  # the shape of ids
+        """The log of how often each class is expected in one set."""
+
+    @abstractmethod
+    def log_inclusion(
+        self,
+        ids: Tensor,
+        num_samples: int,
+        hidden: Tensor | None = None,
+    ) -> Tensor:  # the shape of ids
+        """The log of the probability that one set holds each class; without replacement, its expected count."""
+
+    def observe(self, targets: Tensor) -> None:
+        """Told the targets `(N,)` of each training batch before it is sampled for; most samplers need not know."""
+
+    def update(self, weight: Tensor, bias: Tensor | None = None, ids: Tensor | None = None) -> None:
+        """Told the layer's weight before each training batch, of which the rows `ids` changed (None: any may)."""
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Sampler":
+        """Moves the tables, and keeps their dtype: probabilities in bfloat16 would bias every correction."""
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if moved is not None and not buffer.is_meta and not moved.is_meta:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
