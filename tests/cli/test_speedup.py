@@ -126,6 +126,11 @@ def bad_files(folder):
     torch.save({f"{part}.lm_head.weight": weight() for part in "ab"}, folder / "two-heads.pt")
     torch.save({"step": 1}, folder / "none.pt")
     torch.save({"weight": weight().to_sparse()}, folder / "sparse.pt")
+    torch.save({"weight": torch.ones(1).expand(10**5, 10**5)}, folder / "repeated.pt")
+    torch.save({"weight": weight(), "bias": torch.ones(1).expand(700)}, folder / "repeated_bias.pt")
+    np.save(folder / "promising.npy", np.ones((5, 16), dtype=np.float32))
+    promised = (folder / "promising.npy").read_bytes().replace(b"(5, 16), }       ", b"(500000, 16000), }")
+    (folder / "promising.npy").write_bytes(promised)
     torch.save({"weight": weight().to("meta")}, folder / "meta.pt")
     torch.save({"weight": torch.full((5, 16), float("nan")).to(torch.float8_e4m3fn)}, folder / "float8.pt")
     (folder / "broken.gguf").write_bytes(b"GGUF no more")
@@ -140,6 +145,9 @@ def bad_files(folder):
         "complex.npy": (1, "floating-point matrix, got complex64"),
         "archive.npy": (1, "several arrays (.npz)"),
         "sparse.pt": (1, "every number of its head"),
+        "repeated.pt": (1, "got a view of shape (100000, 100000) that repeats 4 bytes"),
+        "repeated_bias.pt": (1, "got a view of shape (700,) that repeats 4 bytes"),
+        "promising.npy": (1, "cannot read"),
         "meta.pt": (1, "every number of its head"),
         "float8.pt": (1, "NaN or infinity"),
         "nan.npy": (1, "NaN or infinity"),

@@ -11,6 +11,8 @@ from lastlayer.study.choices import DEFAULT_LAYERS, choose
 from lastlayer.study.compare import Comparison, Plan
 from lastlayer.study.errors import UsageError
 from lastlayer.study.text.corpus import load_corpus
+from lastlayer.study.text.ids import BIN_DTYPES
+from lastlayer.study.text.reading import Reading
 from lastlayer.study.training.trainer import Budget
 
 SECONDS = 60.0
@@ -23,24 +25,49 @@ def compare(
     text: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Text files, plain or .xz, or a folder with a train and a valid file. "
+            help="Text files (plain, .gz, .bz2, .xz), JSON lines (.jsonl), token ids (.npy, .bin), a folder of "
+            "such, or - for standard input. Those with train and valid in their names are the two parts. "
             "Not given: the source of Python's standard library."
         ),
     ] = None,
-    layers: Annotated[str, typer.Option(help="Which layers, with commas between them.")] = DEFAULT_LAYERS,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Split text by this tokenizer.json of the tokenizers package."),
+    ] = None,
+    characters: Annotated[
+        bool, typer.Option("--characters", help="Every character is a class: for text without blanks.")
+    ] = False,
+    split_signs: Annotated[
+        bool, typer.Option("--split-signs", help="Separate punctuation from words, in text where it is not.")
+    ] = False,
+    ids: Annotated[
+        bool, typer.Option("--ids", help="Text files hold token ids: one sequence a line, between blanks.")
+    ] = False,
+    ids_dtype: Annotated[
+        str, typer.Option(metavar="DTYPE", help="Of the numbers in a .bin: uint16 or uint32.")
+    ] = BIN_DTYPES[0],
+    field: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The field of JSON lines that holds the text [default: text, in .jsonl]."
+        ),
+    ] = None,
+    layers: Annotated[
+        str, typer.Option(metavar="NAMES", help="Which layers, with commas between them.")
+    ] = DEFAULT_LAYERS,
     seconds: Annotated[
-        float | None, typer.Option(min=0.1, help=f"Training time of each layer [default: {SECONDS:g}].")
+        float | None,
+        typer.Option(min=0.1, metavar="SECONDS", help=f"Training time of each layer [default: {SECONDS:g}]."),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps of each layer, instead of --seconds.")
     ] = None,
     min_count: Annotated[
         int | None,
-        typer.Option(min=1, help="Rarer words become <unk> [default: 3, or 1 if the text already has <unk>]."),
+        typer.Option(
+            min=1, help="Rarer words become <unk> [default: 3; 1 if the text has <unk>, or for other tokens]."
+        ),
     ] = None,
-    split_signs: Annotated[
-        bool, typer.Option("--split-signs", help="Separate punctuation from words, in text where it is not.")
-    ] = False,
     width: Annotated[int, typer.Option(min=1, help="Of embedding, LSTM and hidden states.")] = DEFAULTS.width,
     batch: Annotated[int, typer.Option(min=1, help="Parallel streams through the text.")] = DEFAULTS.batch,
     window: Annotated[int, typer.Option(min=1, help="Words of each stream in a step.")] = DEFAULTS.window,
@@ -71,6 +98,7 @@ def compare(
     )
     console = Console()
     paths = [*(text or []), *(more_text or [])]
+    reading = Reading(split_signs, characters, tokenizer, ids, ids_dtype, field)
     with console.status("reading the text"):
-        corpus = load_corpus(paths, min_count=min_count, split_signs=split_signs)
+        corpus = load_corpus(paths, min_count=min_count, reading=reading)
     return Comparison(corpus, plan, out, console).run(resume)

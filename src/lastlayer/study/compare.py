@@ -20,6 +20,7 @@ from lastlayer.study.report.comparison import Report, show, write_report
 from lastlayer.study.report.figures import counted, duration, figure
 from lastlayer.study.text.batches import Streams
 from lastlayer.study.text.corpus import Corpus
+from lastlayer.study.text.vocabulary import as_lines
 from lastlayer.study.training.checkpoint import load_checkpoint
 from lastlayer.study.training.evaluation import evaluate, topk_accuracy
 from lastlayer.study.training.forecast import Rehearsal, forecast
@@ -114,11 +115,7 @@ class Comparison:
                 )
 
     def _write_vocabulary(self) -> None:
-        lines = (
-            f"{word}\t{count}\n"
-            for word, count in zip(self.corpus.words, self.corpus.counts.tolist(), strict=True)
-        )
-        write_text(self.out / "vocabulary.tsv", "".join(lines))
+        write_text(self.out / "vocabulary.tsv", as_lines(self.corpus.words, self.corpus.counts.tolist()))
 
     def _trainer(self, name: str, path: Path | None) -> Trainer:
         """The run of one layer from its start; the seed is the same for each."""
@@ -139,10 +136,12 @@ class Comparison:
         """Says what is about to be done and about how long it will take."""
         corpus, budget = self.corpus, self.plan.budget
         self.console.print(
-            f"{corpus.name}: {len(corpus.train):,} words to train on, {len(corpus.held_out):,} "
+            f"{corpus.name}: {len(corpus.train):,} {corpus.unit} to train on, {len(corpus.held_out):,} "
             f"held out, {corpus.num_classes:,} different ones",
             **PLAIN,
         )
+        for note in corpus.notes:
+            self.console.print(note, **PLAIN)
         with self.console.status("trying each layer for a step, to tell how long this will take"):
             seconds = [
                 forecast(self._rehearse(name), budget, len(corpus.held_out), self.plan.held_out_tokens, TOP_TOKENS)
@@ -226,6 +225,7 @@ class Comparison:
         curves = {name: trainer.curve for name, trainer in trainers.items()}
         text = {
             "name": self.corpus.name,
+            "unit": self.corpus.unit,
             "training_tokens": len(self.corpus.train),
             "held_out_tokens": len(self.corpus.held_out),
             "num_classes": self.corpus.num_classes,

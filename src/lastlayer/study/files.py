@@ -1,14 +1,19 @@
 """Files that are whole or not there: written beside their place, then moved onto it."""
 
+import glob
 import json
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lastlayer.study.errors import StudyError
+
+ABANDONED = 600.0  # seconds after which what a killed process left behind is removed
 
 
 def make_folder(path: Path) -> Path:
@@ -27,24 +32,56 @@ def is_special(path: Path) -> bool:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write(temporary)` and moves what it wrote onto `path`; on failure `path` is as it was."""
-    special = is_special(path)
-    goal = path if special else path.resolve()  # what a link points to is replaced, not the link
-    temporary = goal if special else goal.with_name(f".{goal.name}.partial")
-    try:
-        write(temporary)
-        if not special:
+    """Calls `write(temporary)` and moves what it wrote onto `path`; on failure `path` is as it was.
+
+    The temporary file is in a new folder of a random name that only this user may enter, beside `path`: in a
+    folder that others share, nobody can put a link in its place.
+
+    Raises:
+        StudyError: the file cannot be written, or `path` is a symbolic link that another user made.
+    """
+    if is_special(path):
+        _or_study_error(path, lambda: write(path))
+        return
+    goal = _goal(path)
+    prefix, suffix = f".{goal.name}.", ".partial"
+
+    def whole() -> None:
+        _remove_abandoned(goal.parent, prefix, suffix)
+        folder = Path(tempfile.mkdtemp(suffix, prefix, goal.parent))
+        try:
+            temporary = folder / goal.name
+            write(temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(goal)
-    except BaseException as problem:
-        with suppress(OSError):
-            if not special:
-                temporary.unlink(missing_ok=True)
-        if not isinstance(problem, Exception):  # Ctrl-C
-            raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    _or_study_error(path, whole)
+
+
+def _or_study_error(path: Path, write: Callable[[], object]) -> None:
+    try:
+        write()
+    except Exception as problem:
         reason = problem.strerror if isinstance(problem, OSError) and problem.strerror else str(problem)
         raise StudyError(f"cannot write {path}: {reason}") from problem
+
+
+def _goal(path: Path) -> Path:
+    """What is replaced: the file itself, or what a link of this user's own (or the administrator's) points to."""
+    if path.is_symlink() and hasattr(os, "getuid") and path.lstat().st_uid not in (os.getuid(), 0):
+        raise StudyError(f"cannot write {path}: it is a symbolic link that another user made; remove it first")
+    return path.resolve()
+
+
+def _remove_abandoned(folder: Path, prefix: str, suffix: str) -> None:
+    """Removes the temporary folders of processes that were killed while they wrote."""
+    for left in folder.glob(f"{glob.escape(prefix)}*{suffix}"):
+        with suppress(OSError):
+            if left.is_dir() and not left.is_symlink() and time.time() - left.lstat().st_mtime > ABANDONED:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -81,14 +81,15 @@ def load_hidden(path: Path, width: int) -> Tensor:  # (n, d), float32
         raise StudyError(f"cannot read {path}: {_first_line(problem)}") from problem
     if array.ndim < 2 or array.shape[-1] != width or array.dtype.kind != "f":
         raise StudyError(f"{path} must hold hidden states (n, {width}), got {array.dtype} {array.shape}")
-    hidden = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).reshape(-1, width)
+    hidden = torch.from_numpy(np.array(array, dtype=np.float32, order="C")).reshape(-1, width)
     if not bool(hidden.isfinite().all()):
         raise StudyError(f"{path} holds NaN or infinity")
     return hidden
 
 
 def _array(path: Path) -> np.ndarray:
-    array = np.load(path, allow_pickle=False)
+    # mapped, not read: a header that promises more numbers than the file holds is an error, not an allocation
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(array, np.ndarray):
         raise ValueError("it holds several arrays (.npz); save the one that is meant as .npy")
     return array
@@ -104,7 +105,7 @@ def _from_npy(path: Path, tensor: str | None) -> tuple[Tensor, None]:
     array = _array(path)
     if array.dtype.kind != "f":
         raise StudyError(f"{path} must hold a floating-point matrix, got {array.dtype} {array.shape}")
-    return torch.from_numpy(array.astype(np.float32, copy=False)), None
+    return torch.from_numpy(array.astype(np.float32)), None
 
 
 def _from_safetensors(path: Path, tensor: str | None) -> tuple[Tensor, Tensor | None]:
@@ -196,8 +197,8 @@ def _tokenizer(folder: Path, settings: dict[str, Any]) -> Any:
 def _checked(path: Path, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:
         raise StudyError(f"{path} must hold a floating-point matrix, got {weight.dtype} {tuple(weight.shape)}")
-    if weight.layout != torch.strided or weight.is_meta:
-        raise StudyError(f"{path} must hold every number of its head, got a sparse tensor or one without numbers")
+    for part in (weight,) if bias is None else (weight, bias):
+        _check_complete(path, part)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise StudyError(
             f"{path}: the head's bias has shape {tuple(bias.shape)}, its weight {tuple(weight.shape)}"
@@ -206,6 +207,18 @@ def _checked(path: Path, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
     if not all(bool(t.isfinite().all()) for t in (weight, bias) if t is not None):
         raise StudyError(f"{path}: the head holds NaN or infinity")
     return weight, bias
+
+
+def _check_complete(path: Path, tensor: Tensor) -> None:
+    """Refuses a tensor that a file of few bytes makes look large, before any memory is taken for it."""
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise StudyError(f"{path} must hold every number of its head, got a sparse tensor or one without numbers")
+    held = tensor.untyped_storage().nbytes()
+    if held < tensor.numel() * tensor.element_size():
+        raise StudyError(
+            f"{path} must hold every number of its head, got a view of shape {tuple(tensor.shape)} that repeats "
+            f"{held:,} bytes; save what .contiguous() makes of it"
+        )
 
 
 def _first_line(problem: BaseException) -> str:

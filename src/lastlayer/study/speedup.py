@@ -1,7 +1,7 @@
 """What `lastlayer speedup` does: hidden states, the screens that were tried, the frontier, the saved head."""
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from lastlayer.study.measuring.measure import environment
 from lastlayer.study.report.figures import figure
 from lastlayer.study.report.tables import print_table
 from lastlayer.study.text.embedded import library_lines
-from lastlayer.study.text.sources import find_files, read_lines
+from lastlayer.study.text.lines import read_lines
+from lastlayer.study.text.sources import STANDARD_INPUT, find_files
 
 WINDOW, BATCH = 256, 4  # tokens in a row, rows at a time
 WORTH_IT = 1.2  # a smaller gain is not worth a second copy of the weight
@@ -70,7 +71,7 @@ def speed_up(
 
 def collect_hidden(head: LoadedHead, calibration: Path | None, tokens: int) -> tuple[Tensor, str]:
     """Hidden states (n, d), and where they are from: a file of them, or the model run over text."""
-    if calibration is not None and not calibration.exists():
+    if calibration is not None and calibration != STANDARD_INPUT and not calibration.exists():
         raise UsageError(f"there is no calibration file {calibration}")
     if calibration is not None and calibration.suffix == ".npy":
         return load_hidden(calibration, head.weight.shape[-1]), calibration.name
@@ -80,7 +81,8 @@ def collect_hidden(head: LoadedHead, calibration: Path | None, tokens: int) -> t
         raise UsageError(f"{head.name} has no tokenizer to read text with: --calibration HIDDEN.npy, shape (n, d)")
     lines, source = library_lines(), "Python's standard library"
     if calibration is not None:
-        lines, source = read_lines(find_files([calibration]).training[0]), calibration.name
+        files = find_files([calibration])
+        lines, source = chain.from_iterable(map(read_lines, files.training)), files.name
     from lastlayer.transformers import hidden_states
 
     window = min(WINDOW, getattr(head.model.config, "max_position_embeddings", None) or WINDOW)

@@ -1,5 +1,6 @@
 """Text to ids: the vocabulary is the training text's, and every bad text is one clear message."""
 
+import gzip
 import lzma
 import os
 
@@ -87,11 +88,21 @@ def test_embedded_text_is_real():
         (b"word", "one kind of word"),
         (b"word\n" * 500, "one kind of word"),
         (b"one line only of ten words or so it is", "too short: 10 words"),
-        (b"\x7fELF\x02\x00\x00" * 100, "is not a text file"),
-        ("größer\n".encode("latin-1") * 500, "0xf6"),
-        ("some text\n".encode("utf-16") * 500, "UTF-8"),
+        ("größer\n".encode("latin-1") * 500, "0xf6, as text in Latin-1"),
+        ("some text\n".encode("utf-16") * 500, r"is UTF-16 text, .* iconv -f utf-16 -t"),
+        ("some text\n".encode("utf-16-le") * 500, r"is UTF-16LE text, .* iconv -f utf-16le -t"),
+        ("some text\n".encode("utf-16-be") * 500, r"is UTF-16BE text, .* iconv -f utf-16be -t"),
+        ("some text\n".encode("utf-32") * 500, r"is UTF-32 text, .* iconv -f utf-32 -t"),
+        (b"\x7fELF\x02\x00\x00" * 100, "is a binary file"),
+        (bytes(range(256)) * 20, "is a binary file: it holds zero bytes"),
+        (b"text and " * 1000 + b"\0", "is a binary file: line 1 holds a zero byte"),
+        (gzip.compress(b"text " * 500), r"compressed by gzip; its name must end in \.gz"),
+        (b"PAR1" + b"text " * 500, "a Parquet file"),
     ],
-    ids=["empty", "blank", "one-word", "one-kind", "one-line", "binary", "latin-1", "utf-16"],
+    ids=[
+        *("empty", "blank", "one-word", "one-kind", "one-line", "latin-1", "utf-16", "utf-16le", "utf-16be"),
+        *("utf-32", "program", "bytes", "late-zero", "gzip", "parquet"),
+    ],
 )
 def test_bad_text_is_one_clear_message(tmp_path, content, said):
     path = tmp_path / "text.txt"
@@ -112,10 +123,11 @@ def test_vocabulary_of_one(tmp_path):
 def test_wrong_paths(tmp_path):
     with pytest.raises(UsageError, match="there is no text file"):
         load_corpus([tmp_path / "missing.txt"])
-    with pytest.raises(UsageError, match="does not hold one training"):
+    with pytest.raises(UsageError, match="holds no text: no file"):
         load_corpus([tmp_path])
-    with pytest.raises(UsageError, match="one folder alone"):
-        load_corpus([tmp_path, tmp_path])
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\0")
+    with pytest.raises(UsageError, match="holds no text: only 1 that are not text"):
+        load_corpus([tmp_path])
     broken = tmp_path / "text.xz"
     broken.write_bytes(lzma.compress(("\n".join(STORY)).encode())[:-30])
     with pytest.raises(StudyError, match=r"text\.xz is damaged"):
@@ -144,6 +156,7 @@ def test_split_folder_is_recognised(tmp_path):
     assert corpus.name == "wiki"
     assert decode(corpus, corpus.held_out) == tokens(STORY[:3])
     assert find_files(sorted(folder.iterdir())) == find_files([folder])
+    assert corpus.notes == ("to train on: wiki.train.tokens.xz; held out: wiki.valid.tokens.xz",)
 
 
 @pytest.mark.skipif("LASTLAYER_DATA" not in os.environ, reason="needs LASTLAYER_DATA")

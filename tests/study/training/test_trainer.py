@@ -179,6 +179,18 @@ def test_damaged_checkpoint_is_a_clear_message(tmp_path, damage):
         load_checkpoint(path)
 
 
+def test_no_changed_byte_is_taken_for_a_checkpoint(tmp_path):
+    """Each byte of the file in turn, those of the numbers and those of the header."""
+    path = tmp_path / "run.safetensors"
+    save_checkpoint(path, {"a": torch.arange(9.0), "b": [torch.tensor(3), {"steps": 12, "loss": 0.5}]})
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        for bit in (1, 128):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+            with pytest.raises(StudyError, match="is damaged or of another program"):
+                load_checkpoint(path)
+
+
 def test_checkpoint_gives_back_what_it_took(tmp_path):
     state = {"t": [torch.eye(2), (3, None)], "deep": {0: {"x": torch.tensor(5)}, "s": "text"}, "b": True}
     save_checkpoint(tmp_path / "c", state)

@@ -1,30 +1,30 @@
-"""From text to class ids: tokens, a vocabulary of the training text, and what is held out."""
+"""From text, or token ids, to class ids: a vocabulary of the training text, and what is held out."""
 
 import hashlib
-import re
-from array import array
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lastlayer.study.errors import StudyError
+from lastlayer.study.errors import StudyError, UsageError
 from lastlayer.study.text.embedded import NAME as EMBEDDED_NAME
 from lastlayer.study.text.embedded import library_lines
-from lastlayer.study.text.sources import find_files, read_lines
+from lastlayer.study.text.encode import Encoded, encode_arrays, encode_items
+from lastlayer.study.text.held_out import hold_out
+from lastlayer.study.text.ids import read_ids
+from lastlayer.study.text.kinds import IDS_SUFFIXES
+from lastlayer.study.text.lines import read_id_lines, read_lines
+from lastlayer.study.text.reading import Reading
+from lastlayer.study.text.sources import TextFiles, find_files
+from lastlayer.study.text.tokenizers import TokenizerFile
+from lastlayer.study.text.vocabulary import END_OF_LINE, MIN_COUNT, UNKNOWN, by_frequency
 
-UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
-MIN_COUNT = 3  # words seen less often become UNKNOWN, unless the text has it already
 MIN_TOKENS = 200
-HELD_OUT_SHARE, HELD_OUT_PLACES = 0.05, 10
-
-split_at_spaces = str.split
-split_words_and_signs = re.compile(r"<unk>|\w+|[^\w\s]").findall
+MOST_NAMES = 3  # of several files, how many are named
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Corpus:
     counts: Tensor  # (V,), how often each is in the training part
     train: Tensor  # (tokens,)
     held_out: Tensor  # (tokens,)
+    unit: str = "words"  # what a token is called: words, characters or tokens
+    notes: tuple[str, ...] = ()  # what a user should know of how it was read
 
     @property
     def num_classes(self) -> int:
@@ -51,32 +53,28 @@ class Corpus:
 
 
 def load_corpus(
-    paths: list[Path] | None = None, *, min_count: int | None = None, split_signs: bool = False
+    paths: list[Path] | None = None, *, min_count: int | None = None, reading: Reading | None = None
 ) -> Corpus:
     """Reads a text; without paths the source of Python's standard library.
 
     Args:
-        paths: as `sources.find_files` takes them.
-        min_count: training words seen less often become `<unk>`; None is 3, or 1 where the text has `<unk>`.
-        split_signs: separate punctuation from words; otherwise tokens are what stands between spaces.
+        paths: as `sources.find_files` takes them: text files, plain or compressed; JSON lines; token ids as `.npy`
+            or `.bin`; a folder of such; `-` for standard input.
+        min_count: training tokens seen less often become `<unk>`; None is 3 for words of a text without `<unk>`,
+            else 1.
+        reading: what a token is.
 
     Raises:
-        UsageError: a path that is not there.
+        UsageError: a path that is not there; options that contradict each other or the files.
         StudyError: a file that is no UTF-8 text, or a text with too little in it.
     """
+    reading = reading or Reading()
     if not paths:
-        least = MIN_COUNT if min_count is None else min_count  # the library itself speaks of "<unk>"
-        return make_corpus(EMBEDDED_NAME, library_lines(), min_count=least, split_signs=True)
+        return _embedded(min_count, reading)
     files = find_files(paths)
-    held_out = _lines_of(files.held_out) if files.held_out else None
-    return make_corpus(
-        files.name, _lines_of(files.training), held_out, min_count=min_count, split_signs=split_signs
-    )
-
-
-def _lines_of(paths: Iterable[Path]) -> Iterator[str]:
-    for path in paths:
-        yield from read_lines(path)
+    notes = _notes(files)
+    encoded = _encoded_ids(files, reading, notes) if _are_ids(files) else _encoded_text(files, reading)
+    return _corpus(files.name, encoded, min_count, tuple(notes))
 
 
 def make_corpus(
@@ -87,83 +85,103 @@ def make_corpus(
     min_count: int | None = None,
     split_signs: bool = False,
 ) -> Corpus:
-    """The corpus of lines of text; without held-out lines, 5% of the text in ten places are held out."""
-    split = split_words_and_signs if split_signs else split_at_spaces
-    index: defaultdict[str, int] = defaultdict()  # words in order of appearance
-    index.default_factory = index.__len__
-    end = index[END_OF_LINE]
-    train = _encode(lines, split, index)
-    _check_enough(name, train, end, len(index))
-    if held_out_lines is None:
-        train, held_out = _hold_out(train, end)
-    else:
-        held_out = _encode(held_out_lines, split, index)
-        if len(held_out) < 2:
-            raise StudyError(f"the held-out part of {name} is empty")
-    words = list(index)
-    if min_count is None:
-        min_count = 1 if UNKNOWN in index else MIN_COUNT
-    kept, counts, new_ids = _by_frequency(words, train, min_count)
+    """The corpus of lines of words; without held-out lines, 5% of the text in ten places are held out."""
+    split = Reading(split_signs=split_signs).split()
+    return _corpus(name, encode_items(lines, held_out_lines, split, "words"), min_count)
+
+
+def _embedded(min_count: int | None, reading: Reading) -> Corpus:
+    if reading.ids or reading.field is not None:
+        raise UsageError(f"{'--ids' if reading.ids else '--field'} is about files: give them with --text")
+    if not reading.units():
+        reading = Reading(split_signs=True)
+        min_count = MIN_COUNT if min_count is None else min_count  # the library itself speaks of "<unk>"
+    return _corpus(EMBEDDED_NAME, _encoded_lines(library_lines(), None, reading), min_count)
+
+
+def _are_ids(files: TextFiles) -> bool:
+    paths = (*files.training, *files.held_out)
+    of_ids = [path for path in paths if path.suffix.lower() in IDS_SUFFIXES]
+    if of_ids and len(of_ids) < len(paths):
+        raise UsageError(f"{of_ids[0]} holds token ids and other files text; give files of one kind")
+    return bool(of_ids)
+
+
+def _notes(files: TextFiles) -> list[str]:
+    """What was decided by the names and the contents of files."""
+    notes = []
+    if files.held_out:
+        notes.append(f"to train on: {_names(files.training)}; held out: {_names(files.held_out)}")
+    if files.skipped:
+        notes.append(f"left out, not being text: {_names(files.skipped)}")
+    return notes
+
+
+def _names(paths: tuple[Path, ...]) -> str:
+    more = f" and {len(paths) - MOST_NAMES} more" if len(paths) > MOST_NAMES else ""
+    return ", ".join(path.name for path in paths[:MOST_NAMES]) + more
+
+
+def _encoded_ids(files: TextFiles, reading: Reading, notes: list[str]) -> Encoded:
+    wrong = [option for option in reading.units() if option != "--ids"]
+    if wrong:
+        raise UsageError(f"{wrong[0]} is for text, and {files.training[0]} holds token ids")
+
+    def read(paths: tuple[Path, ...]) -> np.ndarray:
+        parts = []
+        for path in paths:
+            ids, held = read_ids(path, reading.ids_dtype)
+            parts.append(ids)
+            if len(ids) < held:
+                notes.append(f"of the {held:,} ids in {path.name} the first {len(ids):,} are used")
+        return np.concatenate(parts)
+
+    return encode_arrays(read(files.training), read(files.held_out) if files.held_out else None, str)
+
+
+def _encoded_text(files: TextFiles, reading: Reading) -> Encoded:
+    def chained(read: Callable[[Path, str | None], Iterator[Any]], paths: tuple[Path, ...]) -> Iterator[Any]:
+        return (item for path in paths for item in read(path, reading.field))
+
+    read = read_id_lines if reading.ids else read_lines
+    held_out = chained(read, files.held_out) if files.held_out else None
+    if reading.ids:
+        return encode_items(chained(read, files.training), held_out, lambda ids: ids, "tokens")
+    return _encoded_lines(chained(read, files.training), held_out, reading)
+
+
+def _encoded_lines(lines: Iterable[str], held_out: Iterable[str] | None, reading: Reading) -> Encoded:
+    if reading.tokenizer is None:
+        unit = "characters" if reading.characters else "words"
+        return encode_items(lines, held_out, reading.split(), unit)
+    tokenizer = TokenizerFile(reading.tokenizer)
+    train = tokenizer.encode(lines)
+    return encode_arrays(train, None if held_out is None else tokenizer.encode(held_out), tokenizer.name)
+
+
+def _corpus(name: str, encoded: Encoded, min_count: int | None, notes: tuple[str, ...] = ()) -> Corpus:
+    words, train, held_out, end, unit, default = encoded
+    _check_enough(name, train, end, unit)
+    if held_out is None:
+        train, held_out = hold_out(train, end)
+    elif len(held_out) < 2:
+        raise StudyError(f"the held-out part of {name} is empty")
+    min_count = min_count or default
+    kept, counts, new_ids = by_frequency(words, train, min_count)
     if not set(kept) - {UNKNOWN, END_OF_LINE}:
-        raise StudyError(f"no word of {name} is seen {min_count} times in training; lower --min-count")
+        raise StudyError(f"no {unit[:-1]} of {name} is seen {min_count} times in training; lower --min-count")
     train, held_out = (torch.from_numpy(new_ids[ids]) for ids in (train, held_out))
-    return Corpus(name, kept, torch.from_numpy(counts), train, held_out)
+    return Corpus(name, kept, torch.from_numpy(counts), train, held_out, unit, notes)
 
 
-def _encode(lines: Iterable[str], split: Callable[[str], list[str]], index: defaultdict[str, int]) -> np.ndarray:
-    """Ids in order of appearance, an END_OF_LINE after each line."""
-    ids = array("i")
-    end = index[END_OF_LINE]
-    for line in lines:
-        ids.extend(map(index.__getitem__, split(line)))
-        ids.append(end)
-    return np.frombuffer(ids, dtype=np.intc) if len(ids) else np.empty(0, np.intc)
-
-
-def _check_enough(name: str, ids: np.ndarray, end: int, kinds: int) -> None:
-    words = int((ids != end).sum())
-    if words == 0:
-        raise StudyError(f"{name} is empty: it holds no word")
-    if kinds == 2:  # END_OF_LINE is one
-        raise StudyError(f"{name} holds one kind of word only, so there is nothing to predict")
+def _check_enough(name: str, ids: np.ndarray, end: int | None, unit: str) -> None:
+    tokens = ids if end is None else ids[ids != end]
+    one = unit[:-1]
+    if len(tokens) == 0:
+        raise StudyError(f"{name} is empty: it holds no {one}")
+    if bool((tokens == tokens[0]).all()):
+        raise StudyError(f"{name} holds one kind of {one} only, so there is nothing to predict")
     if len(ids) < MIN_TOKENS:
-        raise StudyError(f"{name} is too short: {words} words; a comparison needs at least {MIN_TOKENS} tokens")
-
-
-def _hold_out(ids: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts the text into ten pieces and holds out the last 5% of each, at the end of a line where one is near."""
-    places = max(1, min(HELD_OUT_PLACES, len(ids) // 2000))
-    line_ends = np.append(0, np.flatnonzero(ids == end) + 1)
-
-    def near_line_end(position: int) -> int:
-        after = int(np.searchsorted(line_ends, position))
-        near = after < len(line_ends) and line_ends[after] - position <= 0.01 * len(ids) / places
-        return int(line_ends[after]) if near else position
-
-    train, held_out = [], []
-    borders = [near_line_end(len(ids) * place // places) for place in range(places)] + [len(ids)]
-    for start, stop in pairwise(borders):
-        cut = near_line_end(stop - max(2, int(HELD_OUT_SHARE * (stop - start))))
-        train.append(ids[start:cut])
-        held_out.append(ids[cut:stop])
-    return np.concatenate(train), np.concatenate(held_out)
-
-
-def _by_frequency(words: list[str], train: np.ndarray, min_count: int) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """`(kept words, their counts, the new id of every old one)`, by decreasing frequency."""
-    seen = np.bincount(train, minlength=len(words))
-    special = np.array([word in (UNKNOWN, END_OF_LINE) for word in words])
-    keep = np.flatnonzero((seen >= min_count) & (seen > 0) | special)
-    names = [words[i] for i in keep]
-    counts = seen[keep]
-    if UNKNOWN not in names:
-        names.append(UNKNOWN)
-        counts = np.append(counts, 0)
-    unknown = names.index(UNKNOWN)
-    counts[unknown] += len(train) - counts.sum()
-    order = np.argsort(-counts, kind="stable")
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    new_ids = np.full(len(words), rank[unknown], dtype=np.int64)
-    new_ids[keep] = rank[: len(keep)]
-    return [names[i] for i in order], counts[order].astype(np.int64), new_ids
+        raise StudyError(
+            f"{name} is too short: {len(tokens)} {unit}; a comparison needs at least {MIN_TOKENS} tokens"
+        )

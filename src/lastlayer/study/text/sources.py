@@ -1,95 +1,96 @@
-"""Text files: plain or compressed, one or several, or a folder that comes already split."""
+"""Which files a text is: one or several, a folder, standard input; which to train on and which to hold out."""
 
-import bz2
-import gzip
-import lzma
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from lastlayer.study.errors import StudyError, UsageError
+from lastlayer.study.text.kinds import IDS_SUFFIXES, is_binary
 
-OPENERS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
-TRAINING, HELD_OUT, TEST = "train", "valid", "test"
+STANDARD_INPUT = Path("-")
+ROLES = {  # the words of a file's name that say what it is for
+    "train": {"train", "training"},
+    "held out": {"valid", "validation", "val", "dev"},
+    "test": {"test", "testing"},
+}
 
 
 @dataclass(frozen=True)
 class TextFiles:
     """Which files to train on and which to hold out; none held out: a part of the training files will be."""
 
+    name: str  # how a report calls this text
     training: tuple[Path, ...]
     held_out: tuple[Path, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """How a report calls this text."""
-        first = self.training[0]
-        if self.held_out:
-            return first.resolve().parent.name
-        return first.name if len(self.training) == 1 else f"{first.name} and {len(self.training) - 1} more"
+    skipped: tuple[Path, ...] = ()  # of a folder, what is neither text nor ids
 
 
 def find_files(paths: list[Path]) -> TextFiles:
-    """The text files that `paths` mean; test files are never read.
+    """The text files that `paths` mean; `-` is standard input.
 
-    A folder must hold one file each with `train` and `valid` in its name, as WikiText-2 does; so may several
-    paths. Any other files are all trained on, in the order given.
+    Where some have `train` and others `valid`, `val` or `dev` as a word of their names (`wiki.train.tokens`,
+    `val.bin`), those are the two parts, and a test file is never read. All files are trained on otherwise, in the
+    order given, those of a folder sorted; hidden files and, in a folder, files that are not text are left out.
 
     Raises:
-        UsageError: a path that is not there, no path at all, or a folder that is not split so.
+        UsageError: a path that is not there, no path at all, or a folder without a text file.
     """
     if not paths:
         raise UsageError("no text was given")
-    for path in paths:
-        if not path.exists():
-            raise UsageError(f"there is no text file {path}")
-    if len(paths) == 1 and paths[0].is_dir():
-        return _split_folder(paths[0])
+    found: list[Path] = []
+    skipped: list[Path] = []
     for path in paths:
         if path.is_dir():
-            raise UsageError(f"{path} is a folder; give one folder alone, or files")
-    split = _split_by_name(paths)
-    return split or TextFiles(tuple(paths))
+            inside, others = _files_of(path)
+            found += inside
+            skipped += others
+        elif path == STANDARD_INPUT or path.exists():
+            found.append(path)
+        else:
+            raise UsageError(f"there is no text file {path}")
+    if found.count(STANDARD_INPUT) > 1:
+        raise UsageError("standard input (-) can be read once only")
+    name = _name(paths, found)
+    roles = [_role(path) for path in found]
+    parts = {role: tuple(p for p, r in zip(found, roles, strict=True) if r == role) for role in ROLES}
+    if parts["train"] and parts["held out"]:
+        if all(path.is_file() for path in paths):
+            name = _name([paths[0].resolve().parent], found)
+        return TextFiles(name, parts["train"], parts["held out"], tuple(skipped))
+    if parts["train"] and any(path.is_dir() for path in paths):
+        found = [path for path, role in zip(found, roles, strict=True) if role != "test"]
+    return TextFiles(name, tuple(found), (), tuple(skipped))
 
 
-def _split_folder(folder: Path) -> TextFiles:
-    split = _split_by_name(sorted(path for path in folder.iterdir() if path.is_file()))
-    if split is None:
-        raise UsageError(
-            f"the folder {folder} does not hold one training and one validation file "
-            "(such as wiki.train.tokens and wiki.valid.tokens); give the text files themselves"
-        )
-    return split
+def _role(path: Path) -> str | None:
+    words = set(re.split(r"[^a-z]+", path.name.lower()))
+    roles = [role for role, names in ROLES.items() if words & names]
+    return roles[0] if len(roles) == 1 else None
 
 
-def _split_by_name(paths: list[Path]) -> TextFiles | None:
-    """One training and one validation file told by their names; None where there are not."""
-    roles = {role: [p for p in paths if role in p.name.lower().split(".")] for role in (TRAINING, HELD_OUT)}
-    if any(len(found) != 1 for found in roles.values()):
-        return None
-    return TextFiles(tuple(roles[TRAINING]), tuple(roles[HELD_OUT]))
+def _name(paths: list[Path], found: list[Path]) -> str:
+    first = paths[0]
+    name = "standard input" if first == STANDARD_INPUT else first.resolve().name
+    more = 0 if len(paths) == 1 else len(found) - 1
+    return name if more == 0 else f"{name} and {more} more"
 
 
-def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 text file, decompressed if its name ends in .xz, .gz or .bz2.
-
-    Raises:
-        StudyError: it cannot be read, is damaged, is not text, or is in another encoding.
-    """
-    opener = OPENERS.get(path.suffix.lower(), open)
+def _files_of(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The text files in a folder and its subfolders, and what is there besides."""
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if "\0" in line:
-                    raise StudyError(f"{path} is not a text file: line {number} holds a zero byte")
-                yield line
-    except UnicodeDecodeError as problem:
-        wrong = problem.object[problem.start]
-        raise StudyError(
-            f"{path} is not UTF-8 text (it holds the byte 0x{wrong:02x}): a binary file, or another encoding; "
-            "convert it first, for example with: iconv -f latin1 -t utf-8"
-        ) from None
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as problem:
-        raise StudyError(f"{path} is damaged or not what its name says: {problem}") from None
+        files = sorted(_visible_files(folder))
+        texts = [path for path in files if path.suffix.lower() in IDS_SUFFIXES or not is_binary(path)]
     except OSError as problem:
-        raise StudyError(f"cannot read {path}: {problem.strerror or problem}") from None
+        raise StudyError(f"cannot read {folder}: {problem.strerror or problem}") from None
+    if not texts:
+        held = f"only {len(files)} that are not text" if files else "no file"
+        raise UsageError(f"the folder {folder} holds no text: {held}")
+    return texts, [path for path in files if path not in set(texts)]
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not hidden and path.is_file():
+            yield path

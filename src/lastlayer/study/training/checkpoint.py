@@ -1,9 +1,11 @@
-"""A training run as one file: every tensor in safetensors, everything else as JSON in its header."""
+"""A training run as one file: every tensor in safetensors; in its header all else as JSON, and a checksum."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 from lastlayer.study.errors import StudyError
 from lastlayer.study.files import write_whole
 
-HEADER = "lastlayer"
+HEADER, CHECKSUM = "lastlayer", "sha256"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -26,7 +28,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     broken = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
     if broken:
         raise ValueError(f"{broken[0]} holds a value that is not finite")
-    header = {HEADER: json.dumps(plain, allow_nan=False)}
+    text = json.dumps(plain, allow_nan=False)
+    header = {HEADER: text, CHECKSUM: _checksum(text, tensors)}
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 
 
@@ -34,16 +37,29 @@ def load_checkpoint(path: Path, device: str = "cpu") -> dict[str, Any]:
     """What `save_checkpoint` wrote.
 
     Raises:
-        StudyError: the file is truncated, or is no checkpoint.
+        StudyError: the file is truncated, its contents are not what was written, or it is no checkpoint.
     """
     try:
         with safe_open(path, framework="pt", device=device) as file:
-            plain = json.loads((file.metadata() or {})[HEADER])
-            return _with_tensors(plain, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if _checksum(header[HEADER], tensors) != header[CHECKSUM]:
+            raise ValueError("its checksum does not fit its contents")
+        return _with_tensors(json.loads(header[HEADER]), tensors)
     except (SafetensorError, OSError, KeyError, ValueError) as problem:
+        reason = f"it has no {problem}" if isinstance(problem, KeyError) else problem
         raise StudyError(
-            f"the checkpoint {path} is damaged or of another program ({problem}); remove it to start anew"
+            f"the checkpoint {path} is damaged or of another program ({reason}); remove it to start anew"
         ) from problem
+
+
+def _checksum(text: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the JSON, and of every tensor's name, dtype, shape and numbers."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
