@@ -97,10 +97,30 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, story):
 
 
 @pytest.mark.parametrize(
+    ("sent", "code", "said"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")]
+)
+def test_a_signal_says_where_the_checkpoint_is(tmp_path, story, sent, code, said):
+    out = tmp_path / "out"
+    options = ["--text", story, *TINY, "--steps", 20_000, "--out", out]
+    command = [sys.executable, "-m", "lastlayer", "compare", *map(str, options)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (out / "full.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(getattr(signal, sent))
+    _, stderr = process.communicate(timeout=60)
+    where = f"the checkpoint is {out / 'full.safetensors'}; the same command with --resume goes on from it"
+    assert (process.returncode, stderr) == (code, f"lastlayer: {said}; {where}\n")
+
+
+@pytest.mark.parametrize(
     ("options", "code", "said"),
     [
         (["--layers", "full,fool"], 2, "no layer 'fool'; the layers are: full, hierarchical"),
         (["--steps", 5, "--seconds", 5], 2, "not both"),
+        (["--characters", "--ids"], 2, "one of --characters and --ids, not both"),
+        (["--ids-dtype", "float"], 2, "--ids-dtype must be one of uint16, uint32; got 'float'"),
+        (["--width", 10**8], 2, "at --width 100,000,000 need about"),
         (["--seconds", "inf"], 2, "--seconds must be a finite number of seconds, got inf"),
         (["--text", "missing.txt"], 2, "no text file missing.txt"),
         (["--min-count", 100_000], 1, "lower --min-count"),

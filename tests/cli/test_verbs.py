@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ from lastlayer.cli import app
 from lastlayer.cli.large_sparse_targets import large_sparse_targets
 from lastlayer.cli.options import Common, verb
 from lastlayer.cli.speedup import speedup
-from lastlayer.study.errors import StudyError, UsageError
+from lastlayer.study.errors import StudyError, Terminated, UsageError
 
+PAPERS = ("svd-softmax", "hierarchical-softmax", "softmax-bottleneck", "large-sparse-targets")
 SMALL = ["bench", "--num-classes", "50", "--in-features", "4", "--batch", "3", "--seconds", "0.1"]
 
 
@@ -40,7 +42,8 @@ def failing(problem):
     [
         (UsageError("no such layer"), 2, "lastlayer: no such layer\n"),
         (StudyError("the text is empty"), 1, "lastlayer: the text is empty\n"),
-        (KeyboardInterrupt(), 1, "lastlayer: interrupted\n"),
+        (KeyboardInterrupt(), 130, "lastlayer: interrupted\n"),
+        (Terminated(), 143, "lastlayer: terminated\n"),
         (RuntimeError("deep\ninside"), 1, "lastlayer: RuntimeError: deep (--debug shows where)\n"),
     ],
 )
@@ -73,6 +76,11 @@ def test_records_are_written(run, tmp_path):
         ([*SMALL, "--k", "51"], "--k"),
         ([*SMALL, "--json", "/"], "--json"),
         (["nonsense"], "nonsense"),
+        (["bench", "--num-classes", 10**9, "--in-features", 1024], "V=1,000,000,000 d=1,024 N=256 needs about 4"),
+        (
+            ["reproduce", "large-sparse-targets", "--parts", "speed", "--num-classes", 10**10],
+            "V=10,000,000,000 d=300 needs about",
+        ),
     ],
 )
 def test_bad_usage_is_two(run, arguments, said):
@@ -112,10 +120,38 @@ def test_finished_parts_outlive_an_interrupt(run, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "measure_scaling", interrupted)
     options = ["--parts", "exactness,scaling", "--steps", 3, "--json", tmp_path / "records.json"]
     result = run("reproduce", "large-sparse-targets", *options)
-    assert (result.exit_code, result.stderr) == (1, "lastlayer: interrupted\n")
+    assert (result.exit_code, result.stderr) == (130, "lastlayer: interrupted\n")
     assert {r["case"] for r in json.loads((tmp_path / "records.json").read_text())} == {"exactness"}
 
 
 def test_command_runs_as_a_module():
     ended = subprocess.run([sys.executable, "-m", "lastlayer", "--version"], capture_output=True, text=True)
     assert (ended.returncode, ended.stdout[:10]) == (0, "lastlayer ")
+
+
+VERBS = ["compare", "speedup", "bench", *(f"reproduce {paper}" for paper in PAPERS)]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_is_for_people(run, verb):
+    """Types are words, not Python's or click's; every option says what it is."""
+    text = run(*verb.split(), "--help").output
+    assert not re.search("[<>]", text.replace("<unk>", ""))
+    assert "range" not in text.lower()
+    assert "INTEGER" not in text
+
+
+def test_help_names_what_is_read(run):
+    text = " ".join(run("compare", "--help").output.split())
+    assert all(
+        word in text for word in (".gz", ".bz2", ".xz", ".jsonl", ".npy", ".bin", "folder", "standard input")
+    )
+
+
+@pytest.mark.parametrize("columns", [30, 45, 80, 120])
+@pytest.mark.parametrize("verb", ["compare", "bench"])
+def test_help_stays_within_the_terminal(run, monkeypatch, columns, verb):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    result = run(verb, "--help")
+    assert result.exit_code == 0
+    assert max(map(len, result.output.splitlines())) <= columns

@@ -1,6 +1,6 @@
 """The command line: one file a verb, no mathematics.
 
-A new verb is its import and one line below; a sub-study of `reproduce` likewise.
+A new verb is its import and a word below; a sub-study of `reproduce` likewise.
 """
 
 import io
@@ -12,6 +12,7 @@ import typer
 import lastlayer
 from lastlayer.cli.bench import bench
 from lastlayer.cli.compare import compare
+from lastlayer.cli.help import Command
 from lastlayer.cli.hierarchical_softmax import hierarchical_softmax
 from lastlayer.cli.large_sparse_targets import large_sparse_targets
 from lastlayer.cli.options import verb
@@ -21,18 +22,12 @@ from lastlayer.cli.svd_softmax import svd_softmax
 
 PLAIN = {"rich_markup_mode": None, "no_args_is_help": True, "add_completion": False}
 app = typer.Typer(**PLAIN, pretty_exceptions_enable=False)
+for run in (compare, speedup, bench):
+    app.command(run.__name__, cls=Command)(verb(run))
 reproduce = typer.Typer(**PLAIN, help="A paper's figures, each beside what is measured here.")
-reproduce.command("large-sparse-targets")(verb(large_sparse_targets))
-
-app.command("compare")(verb(compare))
-app.command("speedup")(verb(speedup))
-app.command("bench")(verb(bench))
-reproduce.command("softmax-bottleneck")(verb(softmax_bottleneck))
-reproduce.command("svd-softmax")(verb(svd_softmax))
-reproduce.command("hierarchical-softmax")(verb(hierarchical_softmax))
-
-if reproduce.registered_commands:  # a group without papers is not shown
-    app.add_typer(reproduce, name="reproduce")
+for run in (svd_softmax, hierarchical_softmax, softmax_bottleneck, large_sparse_targets):
+    reproduce.command(run.__name__.replace("_", "-"), cls=Command)(verb(run))
+app.add_typer(reproduce, name="reproduce")
 
 
 def _show_version(asked: bool) -> None:

@@ -15,7 +15,9 @@ def bench(
     in_features: Annotated[int, typer.Option(min=1, help="d, the width of the hidden states.")] = 256,
     batch: Annotated[int, typer.Option(min=1, help="N, the examples of one call.")] = 256,
     k: Annotated[int, typer.Option(min=1, help="How many classes a query asks for.")] = 10,
-    layers: Annotated[str, typer.Option(help="Which layers, with commas between them.")] = ",".join(CHOICES),
+    layers: Annotated[
+        str, typer.Option(metavar="NAMES", help="Which layers, with commas between them.")
+    ] = ",".join(CHOICES),
     seconds: Annotated[float, typer.Option(min=0.1, help="About how long each case may take.")] = 20.0,
 ) -> Records:
     """Time a training step and top-k queries: PyTorch's own layers and these, side by side."""

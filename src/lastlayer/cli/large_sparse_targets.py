@@ -35,7 +35,9 @@ CLAIMS = {  # at V=793,471, d=300, batch 128, on a CPU, against a plain update; 
 
 def large_sparse_targets(
     common: Common,
-    parts: Annotated[str, typer.Option(help=f"Which parts, with commas: {', '.join(PARTS)}.")] = ",".join(PARTS),
+    parts: Annotated[
+        str, typer.Option(metavar="NAMES", help=f"Which parts, with commas: {', '.join(PARTS)}.")
+    ] = ",".join(PARTS),
     num_classes: Annotated[
         int, typer.Option(min=400, help="V of the speed table; the paper's is 793,471.")
     ] = 793_471,
@@ -44,7 +46,7 @@ def large_sparse_targets(
     steps: Annotated[int, typer.Option(min=1, help="Steps of the exactness run.")] = 10_000,
     seconds: Annotated[float, typer.Option(min=0.1, help="Training time of each method on text.")] = 30.0,
     text: Annotated[
-        list[Path] | None, typer.Option(help="A text; Python's own library source if not given.")
+        list[Path] | None, typer.Option(help="Text, as `compare` takes it. Not given: Python's own source.")
     ] = None,
 ) -> Records:
     """Exact SGD at a cost without V: speed, scaling with V and d, drift, and what the losses are good for."""

@@ -1,20 +1,25 @@
 """What every verb shares: its common options, its exit codes, its records."""
 
 import inspect
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import torch
 import typer
+from typer.models import OptionInfo
 
-from lastlayer.study.errors import StudyError, UsageError
+from lastlayer.study.errors import StudyError, Terminated, UsageError
 from lastlayer.study.files import is_special, make_folder, write_json
 
-FAILED, BAD_USAGE = 1, 2
+FAILED, BAD_USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # the last two as a shell has them: 128 + the signal
+METAVARS = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH"}  # in --help, the types of options
 
 Records = list[dict[str, Any]]
 
@@ -41,7 +46,7 @@ class Common:
 def _common_options(
     json: Annotated[Path | None, typer.Option(help="Also write the results here: a list of flat records.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every random number.")] = 0,
-    device: Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="Where to compute, such as cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")] = False,
 ) -> None:
@@ -54,27 +59,57 @@ COMMON = inspect.signature(_common_options).parameters
 def verb(run: Callable[..., Records]) -> Callable[..., None]:
     """`run(common, **its own options) -> records` as a command with the common options and exit codes.
 
-    Exit codes: 0 when done, 2 on bad usage, 1 on failure: one clear line, and no traceback without `--debug`.
+    Exit codes: 0 when done, 2 on bad usage, 1 on failure, 130 after Ctrl-C, 143 after SIGTERM: one clear line, and
+    no traceback without `--debug`.
     """
     own = list(inspect.signature(run).parameters.values())[1:]  # the first is `common`
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *COMMON.values())]
+    for parameter in parameters:
+        _name_type(parameter.annotation)
 
     def command(**given: Any) -> None:
         options = {name: given.pop(name) for name in COMMON}
         try:
-            common = _prepare(options)
-            common.keep(run(common, **given))
+            with _sigterm_raises():
+                common = _prepare(options)
+                common.keep(run(common, **given))
         except (Exception, KeyboardInterrupt) as problem:
             if options["debug"]:
                 traceback.print_exc()
             print(f"lastlayer: {_one_line(problem)}", file=sys.stderr)
-            code = BAD_USAGE if isinstance(problem, UsageError) else FAILED
-            raise typer.Exit(code) from None
+            raise typer.Exit(_exit_code(problem)) from None
 
     command.__name__, command.__doc__ = run.__name__, run.__doc__
     command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def _name_type(annotation: Any) -> None:
+    """Gives an option the name of its type that a person knows: `N` where typer says `<int range>`."""
+    kind, *details = get_args(annotation)
+    kinds = {kind, *get_args(kind)}  # of `int`, of `int | None`, of `list[Path] | None`
+    kinds |= {inner for outer in kinds for inner in get_args(outer)}
+    for detail in details:
+        if isinstance(detail, OptionInfo) and detail.metavar is None:
+            detail.metavar = next((name for known, name in METAVARS.items() if known in kinds), None)
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM ends the work inside as Ctrl-C does, so that files stay whole and what was kept is named."""
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # where no signal may be caught
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _prepare(options: dict[str, Any]) -> Common:
@@ -100,10 +135,17 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _exit_code(problem: BaseException) -> int:
+    if isinstance(problem, KeyboardInterrupt):
+        return TERMINATED if isinstance(problem, Terminated) else INTERRUPTED
+    return BAD_USAGE if isinstance(problem, UsageError) else FAILED
+
+
 def _one_line(problem: BaseException) -> str:
     if isinstance(problem, StudyError):
         return str(problem)
     if isinstance(problem, KeyboardInterrupt):
-        return "interrupted"
+        said = "terminated" if isinstance(problem, Terminated) else "interrupted"
+        return "; ".join([said, *getattr(problem, "__notes__", [])[:1]])
     first = next(iter(str(problem).strip().splitlines()), "no message")
     return f"{type(problem).__name__}: {first} (--debug shows where)"

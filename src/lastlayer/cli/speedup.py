@@ -14,18 +14,24 @@ from lastlayer.study.speedup import speed_up
 def speedup(
     common: Common,
     model: Annotated[
-        Path, typer.Argument(help="Folder or GGUF of a Transformers model, or a head: .safetensors, .pt, .npy.")
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="Folder or GGUF of a Transformers model, or a head: .safetensors, .pt, .npy."
+        ),
     ],
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="Text for the model to run over, or hidden states (.npy). Not given: Python's own source."
+            help="Text for the model to run over, as `compare` takes it, or hidden states (.npy). "
+            "Not given: Python's own source."
         ),
     ] = None,
     agreement: Annotated[float, typer.Option(min=0.5, max=1.0, help="Share of the true top-k to keep.")] = 0.999,
     k: Annotated[int, typer.Option(min=1, help="How many best classes matter.")] = 10,
     tokens: Annotated[int, typer.Option(min=512, help="Hidden states to collect from text.")] = 8192,
-    tensor: Annotated[str | None, typer.Option(help="The head's name, where a file holds several.")] = None,
+    tensor: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The head's name, where a file holds several.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the screen, the results and the plot.")] = Path(
         "lastlayer-speedup"
     ),

@@ -44,7 +44,12 @@ class Cells:
         for record in self.records:
             if key.items() <= record.items():
                 return record
-        record = key | work()
+        try:
+            record = key | work()
+        except KeyboardInterrupt as stop:
+            if self.records:
+                stop.add_note(f"what is done is in {self.path}; the same command with --resume goes on from it")
+            raise
         self.records.append(record)
         write_json(self.path, self.records)
         return record

@@ -13,6 +13,7 @@ from torch import nn
 from lastlayer.functional.sampling import sample_classes
 from lastlayer.study.errors import UsageError
 from lastlayer.study.measuring.measure import interleaved, peak_bytes, synchronise
+from lastlayer.study.measuring.memory import check_memory
 from lastlayer.study.measuring.peers import (
     QUERY_BASELINE,
     TRAINING_BASELINE,
@@ -62,11 +63,12 @@ def run_bench(
         device: where to compute.
 
     Raises:
-        UsageError: `k` is above V.
+        UsageError: `k` is above V; all of it would need more memory than is free.
     """
     if sizes.k > sizes.num_classes:
         raise UsageError(f"--k must be at most --num-classes {sizes.num_classes}, got {sizes.k}")
     console = Console()
+    _check_memory(sizes, layers, device)
     console.print(f"three cases, about {seconds:g} s each at the least", highlight=False)
     torch.manual_seed(seed)
     records = []
@@ -76,6 +78,20 @@ def run_bench(
         print_table(console, _table(case, sizes, rows))
         records += rows
     return records
+
+
+def _check_memory(sizes: Sizes, layers: list[str], device: torch.device) -> None:
+    """Refuses sizes that do not fit, before anything is made: all layers are held at once."""
+    weight = 4 * sizes.num_classes * sizes.in_features
+    weights = 1 + 1 + sum(0.2 if name == "adaptive" else 1 for name in layers)  # the plain layer, and a gradient
+    screens = 0.5 * weight  # in 8 bits, and an eighth of the width twice
+    logits = 3 * 4 * sizes.batch * sizes.num_classes  # with their softmax and gradient
+    needed = round(weights * weight + screens + logits + 40 * sizes.num_classes)  # counts, targets, orders
+    shortage = check_memory(needed, device)
+    if shortage is not None:
+        sides = f"V={sizes.num_classes:,} d={sizes.in_features:,} N={sizes.batch:,}"
+        most = float(f"{sizes.num_classes * shortage.share:.1e}")
+        raise UsageError(f"{sides} needs {shortage}; fewer --layers or --num-classes {most:,.0f} would fit")
 
 
 def _cases(sizes: Sizes, layers: list[str], device: torch.device) -> Iterator[Case]:

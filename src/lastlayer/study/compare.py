@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lastlayer.study.choices import build_layer
-from lastlayer.study.errors import StudyError, UsageError
+from lastlayer.study.errors import UsageError
 from lastlayer.study.files import make_folder, write_text
 from lastlayer.study.measuring.cost import Sample, count_parameters, measure_costs, rehearse_costs
 from lastlayer.study.measuring.measure import seconds_of
+from lastlayer.study.measuring.memory import check_memory
 from lastlayer.study.report.comparison import Report, show, write_report
 from lastlayer.study.report.figures import counted, duration, figure
 from lastlayer.study.text.batches import Streams
@@ -86,6 +87,7 @@ class Comparison:
             UsageError: `out` holds an unfinished run and `resume` is False.
             StudyError: `out` cannot be written to, a checkpoint is damaged or of another run, a loss is NaN.
         """
+        self._check_memory()
         make_folder(self.out)
         if not resume:
             self._refuse_to_overwrite()
@@ -95,8 +97,9 @@ class Comparison:
             trainers = {name: self._train(name, resume) for name in self.plan.layers}
             with self.console.status("measuring the layers side by side"):
                 report = self._measure(trainers)
-        except KeyboardInterrupt:
-            raise StudyError(f"interrupted; the same command with --resume goes on from {self.out}") from None
+        except KeyboardInterrupt as stop:
+            stop.add_note(f"the same command with --resume goes on from {self.out}")
+            raise
         write_report(self.out, report)
         show(report, self.out, self.console)
         return report.records
@@ -113,6 +116,16 @@ class Comparison:
                     f"{self.out} holds an unfinished run: --resume goes on with it, another --out starts "
                     f"beside it, and removing {path} gives it up"
                 )
+
+    def _check_memory(self) -> None:
+        """Refuses a width that does not fit: the models are kept, each with the state of its optimizers."""
+        table = 4 * self.corpus.num_classes * self.plan.width  # of embedding or output layer
+        lstm = 4 * 8 * self.plan.width**2
+        needed = len(self.plan.layers) * (4 * table + 4 * lstm) + 2 * table
+        shortage = check_memory(needed, self.plan.device)
+        if shortage is not None:
+            sides = f"{self.corpus.num_classes:,} {self.corpus.unit} at --width {self.plan.width:,}"
+            raise UsageError(f"{sides} need {shortage}; fewer --layers or a smaller --width would fit")
 
     def _write_vocabulary(self) -> None:
         write_text(self.out / "vocabulary.tsv", as_lines(self.corpus.words, self.corpus.counts.tolist()))

@@ -16,7 +16,9 @@ from lastlayer.layers.factored import FactoredOutput
 from lastlayer.layers.factored_sgd import FactoredSGD
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
 from lastlayer.reproduce.large_sparse_targets.exactness import TimedStabilizer
+from lastlayer.study.errors import UsageError
 from lastlayer.study.measuring.measure import Timing
+from lastlayer.study.measuring.memory import check_memory
 
 Records = list[dict[str, Any]]
 Call = Callable[[], object]
@@ -59,6 +61,7 @@ def measure_speed(
     The baseline of each loss is what a PyTorch user writes today: an `nn.Linear`, the same loss, backward, `SGD`.
     """
     torch.manual_seed(seed)
+    _check_memory(num_classes, in_features, batch)
     targets = torch.randint(num_classes, (BATCHES, batch))
     hidden = torch.randn(batch, in_features)
     linear = nn.Linear(in_features, num_classes, bias=False)
@@ -76,6 +79,17 @@ def measure_speed(
         _record("output layer", timing, name=name, **sizes, **_ratios(name, timing, timings))
         for name, timing in timings.items()
     ]
+
+
+def _check_memory(num_classes: int, in_features: int, batch: int) -> None:
+    """Refuses sizes that do not fit: the peers, each with a weight of its own, are held at once."""
+    weights = 3 + len(LOSSES)  # plain, its gradient, two levels, factored
+    needed = 4 * num_classes * (weights * in_features + 3 * batch)
+    shortage = check_memory(needed, torch.device("cpu"))
+    if shortage is not None:
+        most = float(f"{num_classes * shortage.share:.1e}")
+        sides = f"V={num_classes:,} d={in_features:,}"
+        raise UsageError(f"{sides} needs {shortage}; --num-classes {most:,.0f} would fit")
 
 
 def _record(case: str, timing: StepTiming, **fields: Any) -> dict[str, Any]:

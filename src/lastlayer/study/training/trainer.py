@@ -96,7 +96,16 @@ class Trainer:
 
         Raises:
             StudyError: the loss is not a number any more; the checkpoint stays at what was good.
+            KeyboardInterrupt: with a note of where the checkpoint is.
         """
+        try:
+            self._run(on_step)
+        except KeyboardInterrupt as stop:
+            if self.path is not None and self.path.exists():
+                stop.add_note(f"the checkpoint is {self.path}; the same command with --resume goes on from it")
+            raise
+
+    def _run(self, on_step: Callable[["Trainer"], object]) -> None:
         saved = time.monotonic()
         while self.passed < len(CURVE_AT):
             synchronise()
