@@ -8,7 +8,8 @@ DEMO ?=
 # is installed without its engine and runs its plain PyTorch code.
 ifeq ($(shell command -v c++ || command -v g++ || command -v clang++),)
 NO_COMPILER := true
-export CXX := $(abspath $(BIN))/python -m ziglang c++
+# pip hides the virtual environment from what it builds by PYTHONPATH
+export CXX := env -u PYTHONPATH $(abspath $(BIN))/python -m ziglang c++
 endif
 
 .PHONY: demo test lint types docs format engine
