@@ -12,7 +12,7 @@ NO_COMPILER := true
 export CXX := env -u PYTHONPATH $(abspath $(BIN))/python -m ziglang c++
 endif
 
-.PHONY: demo test lint types docs format engine
+.PHONY: demo test lint types docs format engine sanitize
 
 .venv/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
@@ -46,3 +46,13 @@ engine:
 	cmake -S . -B build/engine
 	cmake --build build/engine --parallel
 	cmake --install build/engine --prefix src
+
+# The kernels with address and undefined-behaviour checks, and their tests.
+KERNEL_TESTS := tests/kernels tests/screening
+sanitize: .venv/installed
+	cmake -S . -B build/sanitize -DLASTLAYER_SANITIZE=ON
+	cmake --build build/sanitize --parallel
+	cmake --install build/sanitize --prefix src
+	LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest $(KERNEL_TESTS)
+	rm -rf src/lastlayer/kernels/engines
