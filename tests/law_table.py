@@ -6,16 +6,23 @@ from torch import nn
 from lastlayer import (
     PLIF,
     AdaptiveSoftmax,
+    BlackOut,
     FactoredOutput,
     FullSoftmax,
     HierarchicalSoftmax,
     MixtureOfSoftmaxes,
     MonotoneNetwork,
+    NegativeSampling,
+    NoiseContrastive,
+    QuadraticKernel,
+    SampledSoftmax,
     Sigsoftmax,
     SoftCap,
     SphericalSoftmax,
     TaylorSoftmax,
     TreeSoftmax,
+    Uniform,
+    Unigram,
 )
 from lastlayer.testing import LayerCase
 from oracles import (
@@ -107,6 +114,15 @@ def tree(name, counts, **options):
     return LayerCase(f"tree-{name}", make=make, oracle=tree_softmax)
 
 
+def sampled(name, layer_class, sampler, num_samples, in_features=5, num_classes=13, **options):
+    """A row for a sampled layer, whose losses have tests of their own: once trained it is a full softmax."""
+
+    def make(**kwargs):
+        return layer_class(in_features, num_classes, sampler(), num_samples, **options, **kwargs)
+
+    return LayerCase(f"sampled-{name}", make=make, oracle=full_softmax, likelihood=False)
+
+
 SHUFFLED = torch.tensor([3.0, 0, 9, 1, 5, 5, 2, 8, 0, 7, 4, 6, 1])
 
 CASES: list[LayerCase] = [
@@ -158,4 +174,11 @@ CASES: list[LayerCase] = [
     tree("given", [1] * 4, tree=torch.tensor([[6, 2], [0, 4], [3, 1]])),
     tree("two-classes", [4, 1], sparse=True),
     tree("one-class", [3]),
+    sampled("softmax", SampledSoftmax, lambda: Uniform(13, replacement=False), 6),
+    sampled("softmax-sparse", SampledSoftmax, lambda: Unigram(SHUFFLED + 1), 6, sparse=True),
+    sampled("softmax-kernel", SampledSoftmax, lambda: QuadraticKernel(13, 5), 3, sparse=True, bias=False),
+    sampled("softmax-one-class", SampledSoftmax, lambda: Uniform(1), 2, num_classes=1),
+    sampled("noise-contrastive", NoiseContrastive, lambda: Unigram(SHUFFLED + 1), 6, sparse=True),
+    sampled("negative-sampling", NegativeSampling, lambda: Uniform(13, shared=False), 4, calibration=0.5),
+    sampled("black-out", BlackOut, lambda: Unigram(SHUFFLED + 1, power=0.4), 6, sparse=True),
 ]

@@ -16,6 +16,10 @@ from lastlayer.layers.hierarchical import HierarchicalSoftmax
 from lastlayer.layers.mixture import MixtureOfSoftmaxes
 from lastlayer.layers.monotone_network import MonotoneNetwork
 from lastlayer.layers.plif import PLIF
+from lastlayer.layers.sampled.black_out import BlackOut
+from lastlayer.layers.sampled.negative_sampling import NegativeSampling
+from lastlayer.layers.sampled.noise_contrastive import NoiseContrastive
+from lastlayer.layers.sampled.sampled_softmax import SampledSoftmax
 from lastlayer.layers.samplers.base import Candidates, Sampler
 from lastlayer.layers.samplers.in_batch import InBatch
 from lastlayer.layers.samplers.log_uniform import LogUniform
@@ -47,6 +51,10 @@ __all__ = [
     "AdaptiveSoftmax",
     "TreeSoftmax",
     "MixtureOfSoftmaxes",
+    "SampledSoftmax",
+    "NoiseContrastive",
+    "NegativeSampling",
+    "BlackOut",
     "Sampler",
     "Candidates",
     "Uniform",

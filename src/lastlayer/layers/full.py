@@ -1,23 +1,15 @@
 """The exact softmax over all classes, in chunks that never hold all the logits."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from lastlayer.functional.checks import check_fraction, check_not_negative, check_vector
-from lastlayer.functional.linear_chunks import as_exact
+from lastlayer.functional.checks import check_fraction, check_not_negative
 from lastlayer.functional.linear_cross_entropy import linear_cross_entropy
-from lastlayer.functional.linear_log_prob import linear_log_prob
-from lastlayer.functional.linear_statistics import linear_statistics
 from lastlayer.functional.logit_map import LogitMap
-from lastlayer.functional.selection import Selection
-from lastlayer.layers.base import OutputLayer
-from lastlayer.layers.parts import map_beside, tied_or_new
+from lastlayer.layers.softmax_head import SoftmaxHead
 
 
-class FullSoftmax(OutputLayer):
+class FullSoftmax(SoftmaxHead):
     """`F.cross_entropy(nn.Linear(in_features, num_classes)(hidden), targets)` without the `(N, V)` logits.
 
     The model is `P(c | h) = softmax(f(weight @ h + bias))_c` with f the `logit_map`, or nothing. The loss equals
@@ -61,11 +53,6 @@ class FullSoftmax(OutputLayer):
     torch.Size([2, 5, 3])
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    logit_map: LogitMap | None
-    class_weights: Tensor | None
-
     def __init__(
         self,
         in_features: int,
@@ -82,41 +69,20 @@ class FullSoftmax(OutputLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, num_classes, reduction=reduction, ignore_index=ignore_index)
+        super().__init__(
+            in_features,
+            num_classes,
+            bias=bias,
+            logit_map=logit_map,
+            class_weights=class_weights,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            device=device,
+            dtype=dtype,
+        )
         self.label_smoothing = check_fraction("label_smoothing", label_smoothing)
         self.z_loss = check_not_negative("z_loss", z_loss)
-        self.weight = tied_or_new(weight, (self.num_classes, self.in_features), device, dtype)
-        self.bias = None
-        if bias:
-            self.bias = nn.Parameter(self.weight.new_empty(self.num_classes))
-            nn.init.uniform_(self.bias, -(self.in_features**-0.5), self.in_features**-0.5)
-        self.logit_map = map_beside(logit_map, self.weight)
-        if class_weights is not None:
-            check_vector("class_weights", class_weights, self.num_classes)
-            class_weights = as_exact(class_weights.detach())
-        self.register_buffer("class_weights", class_weights)
-        self._keep_class_weights(class_weights)
-
-    def linear_head(self) -> tuple[Tensor, Tensor | None, nn.Module | None]:
-        """`(weight, bias, logit_map)`: the parameters themselves."""
-        return self.weight, self.bias, self.logit_map
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FullSoftmax":
-        """A cast of the layer is none of the class weights, and a move through "meta" does not lose them."""
-        kept = self.class_weights
-        super()._apply(fn, recurse)
-        self._keep_class_weights(kept)
-        return self
-
-    def _keep_class_weights(self, kept: Tensor | None) -> None:
-        """Has `kept` beside the weight; where that is on "meta", the values stay where they are."""
-        self.class_weights = kept if kept is None or self.weight.is_meta else kept.to(self.weight.device)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """`nn.Linear` has no class weights: this layer keeps its own."""
-        if self.class_weights is not None:
-            state_dict = {f"{prefix}class_weights": self.class_weights, **state_dict}
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return linear_cross_entropy(
@@ -131,18 +97,3 @@ class FullSoftmax(OutputLayer):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
         )
-
-    def _log_prob(self, hidden: Tensor) -> Tensor:
-        return linear_log_prob(hidden, self.weight, self.bias, self.logit_map)
-
-    def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return -linear_cross_entropy(
-            hidden, self.weight, targets, bias=self.bias, logit_map=self.logit_map, reduction="none"
-        )
-
-    def _topk(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:
-        answer = linear_statistics(
-            hidden, self.weight, bias=self.bias, logit_map=self.logit_map, k=k, selection=selection
-        )
-        assert answer.topk is not None  # k was given
-        return answer.topk

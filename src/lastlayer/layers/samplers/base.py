@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lastlayer.functional.checks import check_positive
+from lastlayer.functional.checks import check_count, check_positive
 
 
 class Candidates(NamedTuple):
@@ -38,6 +38,8 @@ class Sampler(nn.Module, ABC):
         shared: one set for all rows; otherwise one set for each row of `hidden`.
     """
 
+    follows_weight = False  # whether `update` needs to be called
+    samples_targets = False  # whether sets hold the batch's own targets
     anchor: Tensor  # where the sampler draws when no hidden state says it
 
     def __init__(self, num_classes: int, *, shared: bool) -> None:
@@ -79,6 +81,10 @@ class Sampler(nn.Module, ABC):
         hidden: Tensor | None = None,
     ) -> Tensor:  # the shape of ids
         """The log of the probability that one set holds each class; without replacement, its expected count."""
+
+    def check_num_samples(self, num_samples: int) -> int:
+        """`num_samples`, or a ValueError where no set can have so many."""
+        return check_count("num_samples", num_samples, 1)
 
     def observe(self, targets: Tensor) -> None:
         """Told the targets `(N,)` of each training batch before it is sampled for; most samplers need not know."""

@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-from lastlayer.functional.checks import check_count
 from lastlayer.functional.clusters import check_counts
 from lastlayer.layers.samplers.base import Candidates, Sampler
 from lastlayer.layers.samplers.independent import log_of_any
@@ -39,6 +38,7 @@ class InBatch(Sampler):
     [3, 3, 7]
     """
 
+    samples_targets = True
     counts: Tensor  # (V,), float64: counted so far
     total: Tensor  # ()
 
@@ -74,7 +74,7 @@ class InBatch(Sampler):
         Raises:
             RuntimeError: no batch was observed.
         """
-        num_samples = check_count("num_samples", num_samples, 1)
+        num_samples = self.check_num_samples(num_samples)
         targets = self._batch()
         if num_samples < len(targets):
             targets = targets[torch.randperm(len(targets), device=targets.device)[:num_samples]]

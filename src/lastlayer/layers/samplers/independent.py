@@ -46,7 +46,7 @@ class IndependentSampler(Sampler):
             ValueError: `num_samples` below 1, or above the number of classes without replacement; no hidden state
                 though each of its rows has a set of its own.
         """
-        num_samples = self._check_num_samples(num_samples)
+        num_samples = self.check_num_samples(num_samples)
         if hidden is None and not self.shared:
             raise ValueError("hidden must be given, as shared=False draws one set for each of its rows")
         leading = torch.Size() if self.shared or hidden is None else hidden.shape[:-1]
@@ -69,14 +69,24 @@ class IndependentSampler(Sampler):
         """`log(num_samples * q)` with replacement, `log_inclusion` without."""
         if not self.replacement:
             return self.log_inclusion(ids, num_samples)
-        return self.log_prob(ids) + math.log(self._check_num_samples(num_samples))
+        return self.log_prob(ids) + math.log(self.check_num_samples(num_samples))
 
     def log_inclusion(self, ids: Tensor, num_samples: int, hidden: Tensor | None = None) -> Tensor:
         """`log(1 - (1 - q) ** T)`, where T is `num_samples` with replacement."""
-        num_samples = self._check_num_samples(num_samples)
+        num_samples = self.check_num_samples(num_samples)
         log_prob = self.log_prob(ids)
         draws = num_samples if self.replacement else self._num_draws(num_samples)
         return log_of_any(log_prob, draws)
+
+    def check_num_samples(self, num_samples: int) -> int:
+        """At most `num_classes` without replacement."""
+        num_samples = check_count("num_samples", num_samples, 1)
+        if not self.replacement and num_samples > self.num_classes:
+            raise ValueError(
+                f"num_samples must be at most num_classes={self.num_classes} without replacement, "
+                f"got {num_samples}"
+            )
+        return num_samples
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, replacement={self.replacement}, shared={self.shared}"
@@ -90,15 +100,6 @@ class IndependentSampler(Sampler):
     @abstractmethod
     def _log_prob(self, ids: Tensor) -> Tensor:
         """`log q` of ids of any shape, in float32 at least."""
-
-    def _check_num_samples(self, num_samples: int) -> int:
-        num_samples = check_count("num_samples", num_samples, 1)
-        if not self.replacement and num_samples > self.num_classes:
-            raise ValueError(
-                f"num_samples must be at most num_classes={self.num_classes} without replacement, "
-                f"got {num_samples}"
-            )
-        return num_samples
 
     def _draw_distinct(self, num_sets: int, num_samples: int, device: torch.device) -> Tensor:
         draws = self._num_draws(num_samples)

@@ -47,6 +47,8 @@ class KernelTree(Sampler):
         leaf_size: B.
     """
 
+    follows_weight = True
+
     def __init__(self, num_classes: int, in_features: int, *, leaf_size: int) -> None:
         super().__init__(num_classes, shared=False)
         self.in_features = check_positive("in_features", in_features)

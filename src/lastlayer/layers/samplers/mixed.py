@@ -44,6 +44,8 @@ class Mixed(Sampler):
             raise ValueError(f"share must be between 0 and 1, both exclusive; got {share!r}")
         super().__init__(first.num_classes, shared=first.shared and second.shared)
         self.first, self.second, self.share = first, second, share
+        self.follows_weight = first.follows_weight or second.follows_weight
+        self.samples_targets = first.samples_targets or second.samples_targets
 
     @torch.no_grad()
     def sample(self, num_samples: int, hidden: Tensor | None = None) -> Candidates:
@@ -74,6 +76,12 @@ class Mixed(Sampler):
         in_first = self.first.log_inclusion(ids, one, hidden).double().exp()
         in_second = self.second.log_inclusion(ids, other, hidden).double().exp()
         return (in_first + in_second - in_first * in_second).log().float()
+
+    def check_num_samples(self, num_samples: int) -> int:
+        """At least one of each part."""
+        for part, count in zip((self.first, self.second), self._split(num_samples), strict=True):
+            part.check_num_samples(count)
+        return num_samples
 
     def observe(self, targets: Tensor) -> None:
         """Tells both."""

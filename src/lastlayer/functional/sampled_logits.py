@@ -1,0 +1,138 @@
+"""The logits of a few classes, and gradients that hold the rows of these classes alone."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lastlayer.functional.first_order import first_order
+from lastlayer.functional.linear_chunks import as_exact, product_dtype
+from lastlayer.functional.row_sparse import row_sparse
+
+# Numbers of one block of gathered class vectors.
+BLOCK_NUMBERS = 1 << 22
+
+
+def sampled_logits(
+    hidden: Tensor,  # (N, d)
+    weight: Tensor,  # (V, d)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N, K), class ids
+    candidates: Tensor,  # (S,) shared by the rows, or (N, S)
+    *,
+    sparse: bool = False,
+) -> tuple[Tensor, Tensor]:  # (N, K), (N, S)
+    """`logits.gather(1, targets)` and `logits[:, candidates]` of `logits = hidden @ weight.T + bias`.
+
+    Only the rows of these classes are read, and of the gradients only these are written; `sparse` ones hold no
+    others (coalesced). Shared candidates are one matrix product; sets for each row are gathered. Products run in
+    autocast's dtype where it is on; logits are in float32 at least. Once differentiable.
+    """
+    dtype = product_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _SampledLogits.apply(hidden, weight, bias, targets, candidates, dtype, sparse)  # pyright: ignore[reportReturnType]
+
+
+class _SampledLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        candidates: Tensor,
+        dtype: torch.dtype,
+        sparse: bool,
+    ) -> tuple[Tensor, Tensor]:
+        rows = hidden.detach().to(dtype)
+        of_targets = _own_products(rows, weight, targets)
+        if candidates.dim() == 1:
+            of_candidates = as_exact(rows @ weight.detach().index_select(0, candidates).to(dtype).T)
+        else:
+            of_candidates = _own_products(rows, weight, candidates)
+        if bias is not None:
+            of_targets += bias.detach()[targets]
+            of_candidates += bias.detach()[candidates]
+        ctx.save_for_backward(hidden, weight, bias, targets, candidates)
+        ctx.settings = dtype, sparse
+        return of_targets, of_candidates
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """With g the upstream gradients: of h the sum of `g_c w_c` over classes, of w_c that of `g_c h`."""
+        hidden, weight, bias, targets, candidates = ctx.saved_tensors
+        dtype, sparse = ctx.settings
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        of_hidden = of_weight = of_bias = None
+        with torch.no_grad():
+            rows = hidden.detach().to(dtype)
+            parts = [(part.to(dtype), ids) for part, ids in zip(upstream, (targets, candidates), strict=True)]
+            if wants_hidden:
+                of_hidden = (
+                    torch.stack([_times_classes(part, weight, ids) for part, ids in parts]).sum(0).to(hidden.dtype)
+                )
+            touched, places = torch.unique(
+                torch.cat([targets.reshape(-1), candidates.reshape(-1)]), return_inverse=True
+            )
+            ends = places.split([targets.numel(), candidates.numel()])
+            placed = [(part, at.view_as(ids)) for (part, ids), at in zip(parts, ends, strict=True)]
+            if wants_weight:
+                sums = upstream[0].new_zeros(len(touched), weight.shape[1])
+                for part, at in placed:
+                    _add_outer(sums, part, at, rows)
+                of_weight = _scattered(touched, sums.to(weight.dtype), len(weight), sparse)
+            if wants_bias:
+                sums = upstream[0].new_zeros(len(touched))
+                for part, at in placed:
+                    of_ids = part.sum(0, dtype=sums.dtype) if at.dim() == 1 else part.reshape(-1).to(sums.dtype)
+                    sums.index_add_(0, at.reshape(-1), of_ids)
+                of_bias = _scattered(touched, sums.to(bias.dtype), len(weight), sparse)
+        gradients = first_order("sampled_logits", (of_hidden, of_weight, of_bias))
+        return (*gradients, None, None, None, None)
+
+
+def _own_products(rows: Tensor, weight: Tensor, ids: Tensor) -> Tensor:  # (N, d), (V, d), (N, C) to (N, C)
+    """The product of every row with its own classes."""
+    products = rows.new_empty(ids.shape, dtype=torch.float64 if rows.dtype == torch.float64 else torch.float32)
+    for part in _blocks(ids, rows.shape[1]):
+        classes = _gathered(weight, ids[part], rows.dtype)
+        products[part] = torch.bmm(classes, rows[part, :, None])[..., 0]
+    return products
+
+
+def _times_classes(gradient: Tensor, weight: Tensor, ids: Tensor) -> Tensor:  # (N, C) to (N, d)
+    """`sum over c of gradient[n, c] * weight[ids[n, c]]`, `ids (C,)` being those of every row."""
+    if ids.dim() == 1:
+        return gradient @ weight.detach().index_select(0, ids).to(gradient.dtype)
+    sums = gradient.new_empty(len(gradient), weight.shape[1])
+    for part in _blocks(ids, weight.shape[1]):
+        sums[part] = torch.bmm(gradient[part, None], _gathered(weight, ids[part], gradient.dtype))[:, 0]
+    return sums
+
+
+def _add_outer(sums: Tensor, gradient: Tensor, at: Tensor, rows: Tensor) -> None:
+    """Adds `gradient[n, c] * rows[n]` to `sums[at[n, c]]`."""
+    if at.dim() == 1:
+        sums.index_add_(0, at, (gradient.T @ rows).to(sums.dtype))
+        return
+    for part in _blocks(at, rows.shape[1]):
+        outer = as_exact(gradient[part])[..., None] * as_exact(rows[part])[:, None]
+        sums.index_add_(0, at[part].reshape(-1), outer.flatten(0, 1))
+
+
+def _gathered(weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:  # (n, C) to (n, C, d)
+    return weight.detach().index_select(0, ids.reshape(-1)).to(dtype).unflatten(0, ids.shape)
+
+
+def _blocks(ids: Tensor, width: int) -> Iterator[slice]:
+    """Slices of rows whose gathered vectors are few enough."""
+    step = max(1, BLOCK_NUMBERS // max(1, ids.shape[1] * width))
+    return (slice(start, start + step) for start in range(0, len(ids), step))
+
+
+def _scattered(rows: Tensor, values: Tensor, num_rows: int, sparse: bool) -> Tensor:
+    if sparse:
+        return row_sparse(rows, values, num_rows)
+    return values.new_zeros(num_rows, *values.shape[1:]).index_copy_(0, rows, values)

@@ -1,0 +1,83 @@
+"""Losses over the logits of the targets and of sampled candidates, in place of those of all classes.
+
+All take, of N rows with K targets and S candidates each,
+
+    target_logits     (N, K)    } with the log counts of their classes subtracted,
+    candidate_logits  (N, S)    } where the method has it so
+    target_weights    (N, K), 0 where there is no target
+
+and give the loss of every row, `(N,)`. The log counts are the logarithms of how often the sampler draws each class
+into one set, on average. A candidate whose logit is -inf is none.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def accidental_hits(
+    targets: Tensor,  # (N, K)
+    target_weights: Tensor,  # (N, K)
+    candidates: Tensor,  # (S,) or (N, S)
+) -> Tensor:  # (N, S), bool
+    """Which candidates are a target of their row."""
+    ids = targets.masked_fill(target_weights == 0, -1)
+    hits = candidates == ids[:, :1]
+    for place in range(1, ids.shape[1]):
+        hits |= candidates == ids[:, place : place + 1]
+    return hits
+
+
+def sampled_softmax_loss(
+    target_logits: Tensor,  # (N, K)
+    candidate_logits: Tensor,  # (N, S), both corrected
+    target_weights: Tensor,  # (N, K)
+) -> Tensor:  # (N,)
+    """The cross-entropy of a softmax over the row's targets and its candidates."""
+    none = target_weights == 0
+    logits = torch.cat([target_logits.masked_fill(none, -torch.inf), candidate_logits], 1)
+    normalizer = logits.logsumexp(1)
+    return target_weights.sum(1) * normalizer - (target_weights * target_logits.masked_fill(none, 0)).sum(1)
+
+
+def noise_contrastive_loss(
+    target_logits: Tensor,  # (N, K)
+    candidate_logits: Tensor,  # (N, S), both with the log counts subtracted
+    target_weights: Tensor,  # (N, K)
+    noise_weights: Tensor | float = 1.0,  # (N,)
+) -> Tensor:  # (N,)
+    """Logistic regression of data against noise: `-log sigmoid(s)` of targets, `-log sigmoid(-s)` of noise."""
+    of_targets = (target_weights * -F.logsigmoid(target_logits.masked_fill(target_weights == 0, 0))).sum(1)
+    return of_targets - noise_weights * F.logsigmoid(-candidate_logits).sum(1)
+
+
+def black_out_loss(
+    target_logits: Tensor,  # (N, K)
+    candidate_logits: Tensor,  # (N, S), both with the log counts subtracted
+    target_weights: Tensor,  # (N, K)
+    noise_weights: Tensor | float = 1.0,  # (N,)
+) -> Tensor:  # (N,)
+    """`-log p` of the targets and `-log(1 - p)` of the candidates, p the softmax over all of them."""
+    none = target_weights == 0
+    logits = torch.cat([target_logits.masked_fill(none, -torch.inf), candidate_logits], 1)
+    log_prob = logits.log_softmax(1)
+    of_targets, of_candidates = log_prob.split([target_logits.shape[1], candidate_logits.shape[1]], 1)
+    of_targets = -(target_weights * of_targets.masked_fill(none, 0)).sum(1)
+    # 1 - p rounds to 0 for the largest p alone: there it is the mass of all others.
+    top = log_prob.detach().argmax(1, keepdim=True)
+    is_top = torch.zeros_like(log_prob, dtype=torch.bool).scatter_(1, top, True)[:, target_logits.shape[1] :]
+    top_is_candidate = is_top.any(1, keepdim=True)
+    others = torch.where(top_is_candidate, logits.scatter(1, top, -torch.inf), logits).logsumexp(1)
+    of_top = torch.where(top_is_candidate[:, 0], others - logits.logsumexp(1), 0.0)
+    of_rest = torch.log1p(-of_candidates.masked_fill(is_top, -torch.inf).exp()).sum(1)
+    return of_targets - noise_weights * (of_rest + of_top)
+
+
+def positive_power(num_samples: int, num_classes: int, calibration: float) -> float:
+    """beta of the generalised binary cross-entropy: `t (alpha - 1) + 1` with `alpha = num_samples / (V - 1)`.
+
+    Source: A. Petrov, C. Macdonald, "gSASRec: reducing overconfidence in sequential recommendation trained with
+    negative sampling", RecSys 2023.
+    """
+    rate = min(1.0, num_samples / max(1, num_classes - 1))
+    return calibration * (rate - 1) + 1

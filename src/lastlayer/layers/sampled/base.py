@@ -1,0 +1,206 @@
+"""What sampled layers share: which classes a batch is trained on, and which corrections they need."""
+
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lastlayer.functional.checks import check_positive, eager_on_cpu
+from lastlayer.functional.outside_graphs import outside_graphs
+from lastlayer.functional.reduce import reduce_loss
+from lastlayer.functional.sampled_logits import sampled_logits
+from lastlayer.functional.sampled_losses import accidental_hits
+from lastlayer.functional.sparse_targets import sparse_targets
+from lastlayer.layers.samplers.base import Sampler
+from lastlayer.layers.softmax_head import SoftmaxHead
+
+
+class Batch(NamedTuple):
+    """The rows of a batch that are not ignored, and what was sampled for them."""
+
+    hidden: Tensor  # (N, d)
+    targets: Tensor  # (N, K)
+    target_weights: Tensor  # (N, K), without class weights; 0 where there is no target
+    candidates: Tensor  # (S,) or (N, S)
+    candidate_log_counts: Tensor  # the shape of candidates
+    target_logits: Tensor  # (N, K)
+    candidate_logits: Tensor  # (N, S), -inf where a candidate is set aside
+    loss_weights: Tensor  # (N, K), with class weights
+    noise_weights: Tensor | float  # (N,), the mean class weight of each row's targets
+
+
+class SampledLayer(SoftmaxHead):
+    """A linear layer that is evaluated as a full softmax, and trained on its targets and sampled candidates.
+
+    A training step reads the rows of `weight` of these classes only, and with `sparse=True` its gradients hold no
+    others, so that forward, backward and the step of `SGD` or `Adagrad` cost the same for any V. In training the
+    sampler is told each batch's targets and the weight.
+
+    Calling the layer gives the sampled loss, in `eval()` too: perplexities come from `target_log_prob`.
+
+    Args:
+        in_features: d.
+        num_classes: V.
+        sampler: a `Sampler` of as many classes.
+        num_samples: candidates of a set.
+        remove_hits: whether candidates that are a target of their row are set aside for it.
+        bias: whether there is a bias for each class.
+        sparse: row-sparse gradients for `weight` and `bias` (coalesced); `sparse_parameters()` splits the groups.
+        class_weights: `(V,)`, as `weight` in `F.cross_entropy`; of the loss only.
+        weight: an `nn.Parameter (V, d)` to use instead of a new one: tied.
+        reduction, ignore_index, device, dtype: as everywhere.
+
+    Raises:
+        TypeError: a sampler that is none.
+        ValueError: a sampler of another number of classes, or an argument out of range.
+    """
+
+    sampler: Sampler
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        sampler: Sampler,
+        num_samples: int,
+        *,
+        remove_hits: bool,
+        bias: bool = True,
+        sparse: bool = False,
+        class_weights: Tensor | None = None,
+        weight: nn.Parameter | None = None,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_features,
+            num_classes,
+            bias=bias,
+            class_weights=class_weights,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            device=device,
+            dtype=dtype,
+        )
+        if not isinstance(sampler, Sampler):
+            raise TypeError(f"sampler must be a Sampler such as LogUniform({num_classes}), got {sampler!r}")
+        if sampler.num_classes != self.num_classes:
+            raise ValueError(
+                f"sampler must be of the layer's num_classes={self.num_classes}, got one of {sampler.num_classes}"
+            )
+        self.sampler = sampler if self.weight.is_meta else sampler.to(self.weight.device)
+        self.num_samples = check_positive("num_samples", num_samples)
+        sampler.check_num_samples(self.num_samples)
+        self.remove_hits = remove_hits or sampler.samples_targets
+        self.sparse = sparse
+        self._touched: list[Tensor] = []  # classes of the latest batches, whose rows of the weight may have moved
+
+    def forward(
+        self,
+        hidden: Tensor,  # (..., d)
+        targets: Tensor,  # (...), (..., K), or sparse (N, V)
+        target_weights: Tensor | None = None,  # the shape of targets
+    ) -> Tensor:  # (), or (...) for "none"
+        """The training loss, from a fresh sample.
+
+        Targets are one class a row; K classes a row, each counting `target_weights` (1 without), padded with
+        `ignore_index`; or a sparse `(N, V)` matrix of values. Duplicates add. "mean" is over the rows that are not
+        ignored, and with class weights and one class a row over their weights, as in `F.cross_entropy`.
+        """
+        rows, shape = self._rows(hidden), hidden.shape[:-1]
+        ids, weights, kept = sparse_targets(targets, target_weights, shape, self.num_classes, self.ignore_index)
+        by_class_weight = self.class_weights is not None and target_weights is None and targets.shape == shape
+        loss = self._sampled_loss(rows, ids, weights, kept, by_class_weight)
+        return loss.reshape(shape) if self.reduction == "none" else loss
+
+    def sparse_parameters(self) -> list[nn.Parameter]:
+        """`weight` and `bias`, with `sparse=True`."""
+        if not self.sparse:
+            return []
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_samples={self.num_samples}, sparse={self.sparse}"
+
+    # The hook.
+
+    @abstractmethod
+    def _batch_loss(self, batch: Batch) -> Tensor:
+        """The loss of every row, `(N,)`, from the uncorrected logits."""
+
+    def _target_log_counts(self, batch: Batch) -> Tensor:
+        """How often each target is expected in a set, `(N, K)`, in the dtype of the logits."""
+        found = self.sampler.log_expected_counts(batch.targets, self.num_samples, batch.hidden)
+        return self._checked(found, batch)
+
+    def _checked(self, log_counts: Tensor, batch: Batch) -> Tensor:
+        """The log counts of targets, or an error where one is -inf: such a target's correction is infinite."""
+        never = (log_counts == -torch.inf) & (batch.target_weights != 0)
+        if eager_on_cpu(never) and bool(never.any()):
+            wrong = int(batch.targets[never][0])
+            raise ValueError(
+                "targets must be classes that the sampler can draw, as their logits are corrected by how often; "
+                f"class {wrong} is never drawn: give it a positive count (counts.clamp(min=1))"
+            )
+        return log_counts.to(batch.target_logits.dtype)
+
+    # Written once for every sampled loss.
+
+    @outside_graphs
+    def _sampled_loss(
+        self, rows: Tensor, ids: Tensor, weights: Tensor, kept: Tensor | None, by_class_weight: bool
+    ) -> Tensor:
+        if kept is not None and eager_on_cpu(kept):
+            at = kept.nonzero().squeeze(1)
+            some = self._batch_loss(self._sampled(rows.index_select(0, at), ids[at], weights[at]))
+            row_loss = some.new_zeros(len(kept)).index_copy(0, at, some)
+        else:
+            row_loss = self._batch_loss(self._sampled(rows, ids, weights))
+            row_loss = row_loss if kept is None else row_loss.masked_fill(~kept, 0)
+        if by_class_weight and self.reduction == "mean":
+            assert self.class_weights is not None
+            of_rows = self.class_weights[ids[:, 0]].to(row_loss.dtype)
+            return row_loss.sum() / (of_rows if kept is None else of_rows * kept).sum()
+        return reduce_loss(row_loss, kept, self.reduction)
+
+    def _sampled(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Batch:
+        """A batch with its candidates and logits."""
+        if self.training:
+            self.sampler.observe(ids[weights != 0])
+        if self.sampler.follows_weight:
+            self._follow()
+        candidates, log_counts = self.sampler.sample(self.num_samples, rows)
+        of_targets, of_candidates = sampled_logits(
+            rows, self.weight, self.bias, ids, candidates, sparse=self.sparse
+        )
+        weights = weights.to(of_targets.dtype)
+        if self.remove_hits:
+            of_candidates = of_candidates.masked_fill(accidental_hits(ids, weights, candidates), -torch.inf)
+        loss_weights, noise_weights = weights, 1.0
+        if self.class_weights is not None:
+            loss_weights = weights * self.class_weights[ids].to(weights.dtype)
+            noise_weights = loss_weights.sum(1) / weights.sum(1)
+        if self.sampler.follows_weight:
+            self._touched.append(torch.unique(torch.cat([ids.reshape(-1), candidates.reshape(-1)])))
+        return Batch(
+            rows, ids, weights, candidates, log_counts.to(of_targets.dtype),
+            of_targets, of_candidates, loss_weights, noise_weights,
+        )  # fmt: skip
+
+    def _follow(self) -> None:
+        """Tells the sampler of rows that may have moved: those of this batch's predecessor, and of the one before
+        it, for where two batches were computed before one step."""
+        self.sampler.update(self.weight, self.bias, torch.cat(self._touched) if self._touched else None)
+        self._touched = self._touched[-1:]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Another weight: the sampler looks at all of it."""
+        super()._load_from_state_dict(*args, **kwargs)
+        self._touched = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_touched": []}

@@ -1,0 +1,99 @@
+"""What layers share that are, once trained, a softmax over the logits of one matrix."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lastlayer.functional.checks import check_vector
+from lastlayer.functional.linear_chunks import as_exact
+from lastlayer.functional.linear_cross_entropy import linear_cross_entropy
+from lastlayer.functional.linear_log_prob import linear_log_prob
+from lastlayer.functional.linear_statistics import linear_statistics
+from lastlayer.functional.logit_map import LogitMap
+from lastlayer.functional.selection import Selection
+from lastlayer.layers.base import OutputLayer
+from lastlayer.layers.parts import map_beside, tied_or_new
+
+
+class SoftmaxHead(OutputLayer):
+    """`P(c | h) = softmax(f(weight @ h + bias))_c`, evaluated exactly; a subclass says how it is trained.
+
+    Args:
+        in_features: d, the width of `hidden`.
+        num_classes: V.
+        bias: whether there is a bias for each class.
+        logit_map: f, or None.
+        class_weights: `(V,)`, of the training loss; kept in float32 at least whatever the layer's dtype.
+        weight: an `nn.Parameter (V, d)` to use instead of a new one: tied.
+        reduction, ignore_index: see `OutputLayer`.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    logit_map: LogitMap | None
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool,
+        class_weights: Tensor | None,
+        weight: nn.Parameter | None,
+        reduction: str,
+        ignore_index: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        logit_map: LogitMap | None = None,
+    ) -> None:
+        super().__init__(in_features, num_classes, reduction=reduction, ignore_index=ignore_index)
+        self.weight = tied_or_new(weight, (self.num_classes, self.in_features), device, dtype)
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(self.weight.new_empty(self.num_classes))
+            nn.init.uniform_(self.bias, -(self.in_features**-0.5), self.in_features**-0.5)
+        self.logit_map = map_beside(logit_map, self.weight)
+        if class_weights is not None:
+            check_vector("class_weights", class_weights, self.num_classes)
+            class_weights = as_exact(class_weights.detach())
+        self.register_buffer("class_weights", class_weights)
+        self._keep_class_weights(class_weights)
+
+    def linear_head(self) -> tuple[Tensor, Tensor | None, nn.Module | None]:
+        """`(weight, bias, logit_map)`: the parameters themselves."""
+        return self.weight, self.bias, self.logit_map
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SoftmaxHead":
+        """A cast of the layer is none of the class weights, and a move through "meta" does not lose them."""
+        kept = self.class_weights
+        super()._apply(fn, recurse)
+        self._keep_class_weights(kept)
+        return self
+
+    def _keep_class_weights(self, kept: Tensor | None) -> None:
+        """Has `kept` beside the weight; where that is on "meta", the values stay where they are."""
+        self.class_weights = kept if kept is None or self.weight.is_meta else kept.to(self.weight.device)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """`nn.Linear` has no class weights: this layer keeps its own."""
+        if self.class_weights is not None:
+            state_dict = {f"{prefix}class_weights": self.class_weights, **state_dict}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _log_prob(self, hidden: Tensor) -> Tensor:
+        return linear_log_prob(hidden, self.weight, self.bias, self.logit_map)
+
+    def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return -linear_cross_entropy(
+            hidden, self.weight, targets, bias=self.bias, logit_map=self.logit_map, reduction="none"
+        )
+
+    def _topk(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:
+        answer = linear_statistics(
+            hidden, self.weight, bias=self.bias, logit_map=self.logit_map, k=k, selection=selection
+        )
+        assert answer.topk is not None  # k was given
+        return answer.topk
