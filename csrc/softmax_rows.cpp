@@ -56,8 +56,10 @@ class RowPass {
             shift = std::max(shift, mass.shift);
         });
         for (const Mass& mass : masses) total += mass.sum * std::exp(mass.shift - shift);
-        const double normalizer = shift + std::log(total), hard = terms.hard[i], square = terms.square[i];
-        terms.loss[i] = static_cast<float>(hard * (normalizer - map.value(logit)) + square * normalizer * normalizer);
+        const double log_mass = std::log(total), normalizer = shift + log_mass;
+        const double hard = terms.hard[i], square = terms.square[i];
+        const double below = map.value(logit) - shift;  // first of all: a large normaliser has rounded log_mass
+        terms.loss[i] = static_cast<float>(hard * (log_mass - below) + square * normalizer * normalizer);
         if (!terms.form) return;
         form_gradient(row, target, terms.hard[i], (hard + 2 * square * normalizer) / total, shift);
         store(row[target], static_cast<float>(parts[target] * map.slope(logit)));

@@ -80,13 +80,22 @@ def spread_weight(layer):
     layer.eval()
 
 
+def fill_weight(layer, value):
+    """Every entry of weight and bias one number."""
+    layer.set_weight(
+        torch.full_like(layer.weight, value), torch.full_like(layer.bias, value) if layer.has_bias else None
+    )
+
+
 def factored(name, in_features, num_classes, loss, **options):
     """A row for `FactoredOutput`, whose steps have tests of their own."""
 
     def make(**kwargs):
         return FactoredOutput(in_features, num_classes, loss=loss, **options, **kwargs)
 
-    return LayerCase(f"factored-{name}", make=make, oracle=factored_softmax, spread=spread_weight)
+    return LayerCase(
+        f"factored-{name}", make=make, oracle=factored_softmax, spread=spread_weight, fill=fill_weight
+    )
 
 
 def adaptive(name, num_classes, cutoffs, **options):

@@ -31,7 +31,8 @@ def full_softmax_loss(layer, hidden, targets):
         ignore_index=layer.ignore_index,
     )
     kept = targets != layer.ignore_index
-    square = logits.logsumexp(-1).square() * kept
+    peak = logits.detach().amax(-1, keepdim=True)
+    square = (peak[:, 0] + (logits - peak).logsumexp(-1)).square() * kept
     reduced = {"none": square, "sum": square.sum(), "mean": square.sum() / kept.sum()}[layer.reduction]
     return loss + layer.z_loss * reduced
 

@@ -98,7 +98,8 @@ class _LinearStatistics(torch.autograd.Function):
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         chunks = LinearChunks(hidden, weight, bias, logit_map, dtype)
-        target, normalizer, entropy = (hidden.new_empty(len(hidden), dtype=chunks.exact) for _ in range(3))
+        # The normaliser is kept as peak + log_mass, whose sum would round away digits where the peak is large.
+        target, peak, log_mass, entropy = (hidden.new_empty(len(hidden), dtype=chunks.exact) for _ in range(4))
         best = hidden.new_empty(len(hidden), k or 0, dtype=chunks.exact)
         indices = torch.empty_like(best, dtype=torch.int64)
         for rows in chunks.all_parts():
@@ -107,22 +108,23 @@ class _LinearStatistics(torch.autograd.Function):
                 found = (logits if selection is None else selection.rows(rows).bar(logits)).topk(k)
                 indices[rows] = found.indices.masked_fill(found.values == -torch.inf, -1)
             values = chunks.map(logits)
-            at_target = None if ids is None else values.gather(1, ids[rows])[:, 0]
-            at_best = values.gather(1, indices[rows].clamp(min=0))
-            peak = values.amax(1)
+            peak[rows] = values.amax(1)
+            shifted = values - peak[rows, None]
+            at_target = None if ids is None else shifted.gather(1, ids[rows])[:, 0]
+            at_best = shifted.gather(1, indices[rows].clamp(min=0))
             # The shift is bounded so that a class of probability 0 adds 0 to the entropy, not nan.
-            shifted = (values - peak[:, None]).clamp_(min=-1e4)
+            shifted.clamp_(min=-1e4)
             mass = torch.exp(shifted, out=values).sum(1)
-            normalizer[rows] = peak + mass.log()
-            entropy[rows] = mass.log() - torch.einsum("nv,nv->n", values, shifted) / mass
-            best[rows] = (at_best - normalizer[rows, None]).masked_fill_(indices[rows] < 0, -torch.inf)
+            log_mass[rows] = mass.log()
+            entropy[rows] = log_mass[rows] - torch.einsum("nv,nv->n", values, shifted) / mass
+            best[rows] = (at_best - log_mass[rows, None]).masked_fill_(indices[rows] < 0, -torch.inf)
             if at_target is not None:
-                target[rows] = at_target - normalizer[rows]
+                target[rows] = at_target - log_mass[rows]
         ctx.settings = logit_map, dtype
-        ctx.save_for_backward(hidden, weight, bias, ids, indices, normalizer, entropy, *parameters)
+        ctx.save_for_backward(hidden, weight, bias, ids, indices, peak, log_mass, entropy, *parameters)
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
-        return target, normalizer, entropy, best, indices
+        return target, peak + log_mass, entropy, best, indices
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -132,13 +134,13 @@ class _LinearStatistics(torch.autograd.Function):
         d best_j / d f_c = [c = i_j] - p_c      d entropy / d f_c = -p_c (log p_c + H)
         """
         of_target, of_normalizer, of_entropy, of_best, _ = upstream
-        hidden, weight, bias, ids, indices, normalizer, entropy, *_ = ctx.saved_tensors
+        hidden, weight, bias, ids, indices, peak, log_mass, entropy, *_ = ctx.saved_tensors
         logit_map, dtype = ctx.settings
         needs = ctx.needs_input_grad
         with torch.no_grad():
             chunks = LinearChunks(hidden, weight, bias, logit_map, dtype)
             chunks.want(Wanted(needs[0], needs[1], needs[2], any(needs[8:])))
-            of_mass = torch.zeros_like(normalizer)  # what p_c is multiplied by
+            of_mass = torch.zeros_like(log_mass)  # what p_c is multiplied by
             if of_normalizer is not None:
                 of_mass += of_normalizer
             if of_target is not None:
@@ -149,7 +151,7 @@ class _LinearStatistics(torch.autograd.Function):
             for rows in chunks:
                 for part in chunks.parts(rows):
                     logits = chunks.logits(part)
-                    log_prob = chunks.map(logits) - normalizer[part, None]
+                    log_prob = (chunks.map(logits) - peak[part, None]).sub_(log_mass[part, None])
                     gradient = log_prob.exp()
                     if of_entropy is None:
                         gradient.mul_(of_mass[part, None])

@@ -20,13 +20,21 @@ FLAGS = {"reassoc", "contract", "arcp", "nsz"}
 _F32, _I32 = ir.FloatType(), ir.IntType(32)
 
 
-def compiled(function):
+def compiled(function, flags=frozenset(FLAGS)):
     """`numba.njit` without the interpreter lock, kept on disk where there is a place for it."""
-    options = {"nogil": True, "fastmath": FLAGS, "error_model": "numpy"}
+    options = {"nogil": True, "fastmath": set(flags), "error_model": "numpy"}
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no folder that can be written
         return numba.njit(**options)(function)
+
+
+def _difference(left, right):
+    return left - right
+
+
+# Taken before whatever is done with it: never reordered.
+difference = compiled(_difference, flags=())
 
 
 @intrinsic

@@ -20,7 +20,7 @@ from lastlayer.kernels.cache_hints import (
     rows_ahead,
     store_past_cache,
 )
-from lastlayer.kernels.fast_math import compiled
+from lastlayer.kernels.fast_math import compiled, difference
 
 
 @compiled
@@ -99,7 +99,7 @@ def forward(first, last, groups, hidden, weight, bias, slots, residual, log_prob
             for i in range(size):
                 largest = max(largest, row[i])
             total = zero
-            target_logit = row[target] - largest
+            target_logit = difference(row[target], largest)  # else `largest + log(total)` may be formed
             for i in range(size):
                 below = row[i] - largest
                 row[i] = np.exp(below) if below > lowest else zero

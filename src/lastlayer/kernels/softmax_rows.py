@@ -47,21 +47,23 @@ def plain(
 ) -> Tensor:  # (n,) the loss of every row
     """The reference, for any dtype and device."""
     ids, hard, soft, square, weights = terms
+    peak = values.amax(1)
+    values.sub_(peak[:, None])  # first of all: a large common part of the logits must cost no digits
     at_target = values.gather(1, ids[:, None])[:, 0]
     weighted = total = torch.zeros((), dtype=values.dtype, device=values.device)
     if soft is not None:
         weighted = values.sum(1) if weights is None else values @ weights
         total = total + values.shape[1] if weights is None else weights.sum()
 
-    peak = values.amax(1)
-    mass = values.sub_(peak[:, None]).exp_().sum(1)
-    normalizer = peak + mass.log()
+    mass = values.exp_().sum(1)
+    log_mass = mass.log()
 
-    loss, of_normalizer = hard * (normalizer - at_target), hard
+    loss, of_normalizer = hard * (log_mass - at_target), hard
     if soft is not None:
-        loss = loss + soft * (total * normalizer - weighted)
+        loss = loss + soft * (total * log_mass - weighted)
         of_normalizer = of_normalizer + soft * total
     if square is not None:
+        normalizer = peak + log_mass
         loss = loss + square * normalizer.square()
         of_normalizer = of_normalizer + 2 * square * normalizer
     if form:

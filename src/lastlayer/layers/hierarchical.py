@@ -235,11 +235,11 @@ class HierarchicalSoftmax(OutputLayer):
         return TwoLevel(self.head_weight, self.head_bias, self.weight, self.bias)
 
     def _log_prob(self, hidden: Tensor) -> Tensor:
-        sizes = self.offsets.diff()
+        sizes = self.offsets.diff().tolist()
         logits = as_exact(F.linear(hidden, self.weight, self.bias))
-        normalizer = torch.stack([own.logsumexp(1) for own in logits.split(sizes.tolist(), 1)], 1)
-        log_prob = logits + (self._head_log_prob(hidden) - normalizer).repeat_interleave(sizes, 1)
-        return log_prob.index_select(1, self._slots)
+        heads = self._head_log_prob(hidden).split(1, 1)
+        parts = [own.log_softmax(1) + head for own, head in zip(logits.split(sizes, 1), heads, strict=True)]
+        return torch.cat(parts, 1).index_select(1, self._slots)
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return two_level_log_prob(

@@ -38,6 +38,7 @@ class Mixed(NamedTuple):
     error: Tensor  # (N, K, V), the most by which they are wrong; 0 where exact
     rescored: Tensor  # (N, V), bool
     log_prior: Tensor  # (N, K)
+    peak: Tensor  # (N, K), near the largest mapped logit: subtracted first, as large logits leave sums no digits
 
 
 class Ranked(NamedTuple):
@@ -50,7 +51,7 @@ class Ranked(NamedTuple):
 
 
 class Normalizers(NamedTuple):
-    """Each component's log-sum-exp: as used, and between what it is proved to be; `(N, K)` each."""
+    """Each component's log-sum-exp, less `peak`: as used, and between what it is proved to be; `(N, K)` each."""
 
     used: Tensor
     low: Tensor
@@ -170,7 +171,7 @@ class ScreenedMixture(ScreenedSoftmax):
         scores = self._prepared.scores(flat).view(shape)
         error = self._prepared.error(flat).all().view(shape)
         rescored = torch.zeros(shape[0], shape[2], dtype=torch.bool, device=scores.device)
-        return Mixed(scores, error, rescored, log_prior.to(scores.dtype))
+        return Mixed(scores, error, rescored, log_prior.to(scores.dtype), self._mapped(scores).amax(-1))
 
     def _full(self, latents: Tensor, log_prior: Tensor) -> Mixed:
         """Every logit exact."""
@@ -178,7 +179,8 @@ class ScreenedMixture(ScreenedSoftmax):
             *latents.shape[:2], len(self.weight)
         )
         rescored = torch.ones(len(logits), self.out_features, dtype=torch.bool, device=logits.device)
-        return Mixed(logits, torch.zeros_like(logits), rescored, log_prior.to(logits.dtype))
+        peak = self._mapped(logits).amax(-1)
+        return Mixed(logits, torch.zeros_like(logits), rescored, log_prior.to(logits.dtype), peak)
 
     def _rescore(self, latents: Tensor, mixed: Mixed, classes: Tensor) -> None:  # (N, C)
         """Exact logits of some classes of each row, in all components, from one copy of their weight rows."""
@@ -213,8 +215,8 @@ class ScreenedMixture(ScreenedSoftmax):
 
     def _heaviest(self, mixed: Mixed, count: int) -> Tensor:  # (N, count)
         """The classes on whose error the normalisers depend most."""
-        most = self._mapped(mixed.logits + mixed.error)
-        least = self._mapped(mixed.logits - mixed.error)
+        most = self._below_peak(mixed, mixed.logits + mixed.error)
+        least = self._below_peak(mixed, mixed.logits - mixed.error)
         doubt = (most.softmax(-1) - (least - most.logsumexp(-1, keepdim=True)).exp()) * mixed.log_prior.exp()[
             ..., None
         ]
@@ -223,30 +225,33 @@ class ScreenedMixture(ScreenedSoftmax):
     def _normalizers(self, mixed: Mixed) -> Normalizers:
         logits, error = mixed.logits, mixed.error
         slack = _slack(logits)
-        low = self._mapped(logits - error).logsumexp(-1) - slack
-        high = self._mapped(logits + error).logsumexp(-1) + slack
+        low = self._below_peak(mixed, logits - error).logsumexp(-1) - slack
+        high = self._below_peak(mixed, logits + error).logsumexp(-1) + slack
         return Normalizers(self._used_normalizers(mixed), low, high)
 
     def _used_normalizers(self, mixed: Mixed) -> Tensor:  # (N, K)
         logits, shift = mixed.logits, self._prepared.normalizer_shift
         if shift is not None:
             logits = torch.where(mixed.rescored[:, None], logits, logits + shift)
-        return self._mapped(logits).logsumexp(-1)
+        return self._below_peak(mixed, logits).logsumexp(-1)
 
     def _log_prob(self, mixed: Mixed) -> Tensor:  # (N, V)
         shares = mixed.log_prior - self._used_normalizers(mixed)
-        return (self._mapped(mixed.logits) + shares[..., None]).logsumexp(1)
+        return (self._below_peak(mixed, mixed.logits) + shares[..., None]).logsumexp(1)
+
+    def _below_peak(self, mixed: Mixed, logits: Tensor) -> Tensor:  # (N, K, V)
+        return self._mapped(logits) - mixed.peak[..., None]
 
     def _rank(self, mixed: Mixed, k: int) -> Ranked:
         """The k best of the rescored classes, and what is proved of them."""
         used, low, high = self._normalizers(mixed)
-        joint = self._mapped(mixed.logits) + mixed.log_prior[..., None]  # (N, K, V)
+        joint = self._below_peak(mixed, mixed.logits) + mixed.log_prior[..., None]  # (N, K, V)
         log_prob = (joint - used[..., None]).logsumexp(1).masked_fill_(~mixed.rescored, -torch.inf)
         best, indices = log_prob.topk(self.candidates)
         joint = joint.gather(2, indices[:, None].expand(-1, joint.shape[1], -1))
 
         least = (joint[..., k - 1] - high).logsumexp(1, keepdim=True)
-        most = self._mapped(mixed.logits + mixed.error) + (mixed.log_prior - low)[..., None]
+        most = self._below_peak(mixed, mixed.logits + mixed.error) + (mixed.log_prior - low)[..., None]
         below = most.logsumexp(1) + _slack(most) < least  # written as "not below" so that nan stays in play
         in_play = below.logical_not_().scatter_(1, indices, False)
 

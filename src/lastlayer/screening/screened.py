@@ -182,11 +182,13 @@ class ScreenedSoftmax(WatchedHead):
         def answer(rows: Tensor) -> Tensor:
             screened = self._screened(rows, 1, self.exact)
             error = self._prepared.error(rows).all().masked_fill(screened.rescored, 0.0)
-            fused = self._by_kernels(rows, 1, self.exact, with_logits=self.logit_map is not None)
-            # the kernels' scores are rounded in another way, so where they tie other classes may be candidates
-            used = self._log_normalizer(screened) if fused is None else self._normalizer_used(fused)
-            above = self._mapped(screened.logits + error).logsumexp(-1, keepdim=True) - used
-            below = used - self._mapped(screened.logits - error).logsumexp(-1, keepdim=True)
+            peak, used = self._log_normalizer(screened)
+            fused = self._by_kernels(rows, 1, self.exact, with_logits=True)
+            if fused is not None:
+                # the kernels' scores are rounded in another way, so where they tie other classes may be candidates
+                used = (self._mapped(fused.logits) - peak).logsumexp(-1, keepdim=True)
+            above = (self._mapped(screened.logits + error) - peak).logsumexp(-1, keepdim=True) - used
+            below = used - (self._mapped(screened.logits - error) - peak).logsumexp(-1, keepdim=True)
             return torch.maximum(above, below).clamp(min=0.0).squeeze(-1)
 
         return self._each_row(hidden, answer)
@@ -281,10 +283,11 @@ class ScreenedSoftmax(WatchedHead):
             return fused[:3]
         with torch.no_grad():
             if fused is not None:
-                values = self._mapped(fused.logits.gather(-1, fused.indices))
-                return values - self._normalizer_used(fused), fused.indices, fused.certified
+                log_prob = self._mapped(fused.logits).log_softmax(-1).gather(-1, fused.indices)
+                return log_prob, fused.indices, fused.certified
             screened = self._screened(rows, k, exact)
-            log_prob = self._mapped(screened.values) - self._log_normalizer(screened)
+            peak, log_mass = self._log_normalizer(screened)
+            log_prob = self._mapped(screened.values) - peak - log_mass
         return log_prob, screened.indices, screened.certified
 
     def _logits(self, rows: Tensor, normalised: bool) -> Tensor:
@@ -293,12 +296,12 @@ class ScreenedSoftmax(WatchedHead):
         if fused is None:
             screened = self._screened(rows, 1, self.exact)
             logits = self._mapped(screened.logits)
-            return logits - self._log_normalizer(screened) if normalised else logits
+            if not normalised:
+                return logits
+            peak, log_mass = self._log_normalizer(screened)
+            return logits - peak - log_mass
         logits = self._mapped(fused.logits)
-        if not normalised:
-            return logits
-        mapped = self.logit_map is not None
-        return logits - (logits.logsumexp(-1, keepdim=True) if mapped else fused.log_normalizer)
+        return logits.log_softmax(-1) if normalised else logits
 
     def _by_kernels(self, rows: Tensor, k: int, exact: bool, with_logits: bool = False) -> Fused | None:
         """What the fused kernels say; None where they do not serve."""
@@ -331,20 +334,16 @@ class ScreenedSoftmax(WatchedHead):
                 screened = screened._replace(logits=torch.where(screened.rescored, full, approximate))
         return screened
 
-    def _normalizer_used(self, fused: Fused) -> Tensor:  # (N, 1)
-        """That of the kernels, who do not know the logit map."""
-        if self.logit_map is None:
-            return fused.log_normalizer
-        return self._mapped(fused.logits).logsumexp(-1, keepdim=True)
-
     def _mapped(self, logits: Tensor) -> Tensor:
         return logits if self.logit_map is None else self.logit_map(logits)
 
-    def _log_normalizer(self, screened: Screened) -> Tensor:  # (N, 1)
+    def _log_normalizer(self, screened: Screened) -> tuple[Tensor, Tensor]:  # (N, 1) each
+        """As two terms: one near the largest logit, and the rest, whose digits their sum could lose."""
         shift, of_parts = self._prepared.normalizer_shift, []
+        peak = self._mapped(screened.values[:, :1]).detach()
         for at in class_parts(self.out_features):
             logits = screened.logits[:, at]
             if shift is not None:
                 logits = torch.where(screened.rescored[:, at], logits, logits + shift[at])
-            of_parts.append(self._mapped(logits).logsumexp(-1, keepdim=True))
-        return torch.cat(of_parts, dim=-1).logsumexp(-1, keepdim=True)
+            of_parts.append((self._mapped(logits) - peak).logsumexp(-1, keepdim=True))
+        return peak, torch.cat(of_parts, dim=-1).logsumexp(-1, keepdim=True)

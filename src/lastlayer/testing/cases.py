@@ -19,6 +19,14 @@ def spread_parameters(layer: OutputLayer) -> None:
             parameter.copy_((0.4 * noise).to(parameter))
 
 
+def fill_parameters(layer: OutputLayer, value: float) -> None:
+    """Sets every parameter but those of a logit map to one number."""
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if not name.startswith("logit_map."):
+                parameter.fill_(value)
+
+
 @dataclass(frozen=True)
 class LayerCase:
     """One row of the table: a layer, how to make it, and the plain formula it must equal.
@@ -33,6 +41,7 @@ class LayerCase:
             it is not the plain reduced negative log-probability; `None` where it is.
         likelihood: False for a sampled loss, whose own tests compare it with the likelihood statistically.
         spread: sets the parameters of a fresh layer to values with nothing special about them.
+        fill: `fill(layer, value)` sets all that `spread` sets to one number.
     """
 
     name: str
@@ -41,6 +50,7 @@ class LayerCase:
     loss_oracle: Callable[[Any, Tensor, Tensor], Tensor] | None = None
     likelihood: bool = True
     spread: Callable[[Any], None] = spread_parameters
+    fill: Callable[[Any, float], None] = fill_parameters
 
     def __str__(self) -> str:
         return self.name

@@ -280,6 +280,48 @@ def _rms(error: Tensor) -> float:
     return float(error.detach().square().mean().sqrt())
 
 
+# Of hidden states and parameters: their logits, d times the square, are exact in the dtype, and so large that the
+# steps between its numbers (in half precision: those of float32) are far above the tolerance.
+COMMON = {torch.float16: 8.0, torch.bfloat16: 4096.0, torch.float32: 4096.0, torch.float64: 2.0**20}
+
+
+def law_large_common_logits(case: LayerCase) -> None:
+    """6c. A large number that all logits share costs no digits: of no call, and of no gradient."""
+    for dtype, size in COMMON.items():
+        layer = case.build(dtype=dtype, reduction="sum")
+        case.fill(layer, size)
+        hidden, targets = rows_for(layer)
+        hidden = torch.full_like(hidden, size)
+        exact = copy.deepcopy(layer).double()
+        log_prob = case.oracle(exact, hidden.double())
+        tolerance = 1e-9 if dtype == torch.float64 else 1e-5
+
+        def close(
+            name: str, actual: Tensor, expected: Tensor, scale: float = 1.0, tolerance: float = tolerance
+        ) -> None:
+            allowed = tolerance * (scale + expected.abs())
+            assert ((actual.double() - expected).abs() <= allowed).all(), f"large logits cost {name} its digits"
+
+        at_targets = log_prob.gather(-1, targets[:, None])
+        close("log_prob", layer.log_prob(hidden), log_prob)
+        close("target_log_prob", layer.target_log_prob(hidden, targets), at_targets[:, 0])
+        close("score", layer.score(hidden, targets[:, None]), at_targets)
+        best = layer.topk(hidden, layer.num_classes)
+        close("topk", best.log_prob, log_prob.gather(-1, best.indices))
+        if not case.likelihood:
+            continue
+        leaf, twin = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+        loss, true_loss = layer(leaf, targets), case.loss(exact, twin, targets)
+        close("the loss", loss, true_loss)
+        if dtype in (torch.float32, torch.float64):
+            loss.backward()
+            true_loss.backward()
+            rounding = 32 * torch.finfo(dtype).eps
+            for ours, true in [(leaf, twin), *zip(layer.parameters(), exact.parameters(), strict=True)]:
+                if true.grad is not None and ours.grad is not None:
+                    close("a gradient", ours.grad.to_dense(), true.grad, ROWS * size**2, rounding)
+
+
 def law_survives_copies(case: LayerCase) -> None:
     """7. `state_dict`, `deepcopy`, pickle and `.to(dtype)` keep the model."""
     layer = case.build()
@@ -377,6 +419,7 @@ LAWS: tuple[Callable[[LayerCase], None], ...] = (
     law_any_shape,
     law_gradcheck,
     law_low_precision,
+    law_large_common_logits,
     law_survives_copies,
     law_refuses_bad_input,
     law_samples_follow_the_model,

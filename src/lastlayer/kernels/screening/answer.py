@@ -191,7 +191,7 @@ def _log_sum_exp(block_max: Any, block_sum: Any, best: float, rescored_sum: floa
     total = rescored_sum * np.exp(float(best - most))
     for block in range(block_max.size):
         total += float(block_sum[block] * exp(block_max[block] - most))
-    return most + np.log(total)
+    return np.float64(most) + np.log(np.float64(total))
 
 
 @njit(cache=True, fastmath=FAST)
@@ -275,9 +275,10 @@ def answer(
         certified[0] = True
     else:
         certified[0] = _in_play(np.int64(0), np.int64(1), room, layer, kth, np.empty(1, dtype=np.int32)) == 0
-    log_normalizer[0] = _log_sum_exp(block_max, block_sum, best, total)
+    normalizer = _log_sum_exp(block_max, block_sum, best, total)  # in float64, as the logits may be large
+    log_normalizer[0] = normalizer
     for n in range(log_prob.size):
-        log_prob[n] -= log_normalizer[0]
+        log_prob[n] = np.float64(log_prob[n]) - normalizer
     return ANSWERED
 
 
@@ -318,9 +319,10 @@ def _answer_some_dense(
         for n in range(chosen.size):
             values[n] = logits[row, chosen[n]]
         _insert(values, chosen, log_prob[row], indices[row], np.int64(0))
-        log_normalizer[row, 0] = _log_sum_exp(block_max[row], block_sum[row], log_prob[row, 0], 0.0)
+        normalizer = _log_sum_exp(block_max[row], block_sum[row], log_prob[row, 0], 0.0)
+        log_normalizer[row, 0] = normalizer
         for n in range(log_prob.shape[1]):
-            log_prob[row, n] -= log_normalizer[row, 0]
+            log_prob[row, n] = np.float64(log_prob[row, n]) - normalizer
 
 
 @njit(cache=True)
