@@ -15,13 +15,13 @@ WIDTH, HEIGHT = 760, 360
 def picture(results: dict) -> str:
     """The chart as an SVG that stands by itself."""
     curves = results["curves"]
+    ends = {record["layer"]: record["perplexity"] for record in results["records"]}
     lines = [
-        Line(name, colour, [(point["seconds"], point["perplexity"]) for point in curves[name]])
+        Line(name, colour, [(point["seconds"], point["perplexity"]) for point in curves[name]], ends[name])
         for colour, name in enumerate(curves)
     ]
     chart = line_chart(
         lines,
-        cap=10_000,
         width=WIDTH,
         height=HEIGHT,
         x_label="seconds of training",

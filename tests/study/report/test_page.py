@@ -1,17 +1,24 @@
-"""Charts and figures: readable at any range."""
+"""Charts, bars and figures: readable at any range; the page says what was measured and which layer is best."""
 
+import json
 import math
+import re
 import xml.etree.ElementTree as ET
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
-from lastlayer.study.report.chart import Line, line_chart, linear_ticks, log_ticks, spread
+from lastlayer.study.report.bars import Bar, bar_group, scale_around
+from lastlayer.study.report.chart import Line, line_chart, linear_ticks, log_ticks, spread, useful_top
 from lastlayer.study.report.figures import duration, figure
+from lastlayer.study.report.page import render
+
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "compare_wikitext2.json"
 
 
 def draw(lines, **options):
-    settings = {"cap": 1e9, "width": 400, "height": 300, "x_label": "s", "y_label": "perplexity", "css": "wide"}
+    settings = {"width": 400, "height": 300, "x_label": "s", "y_label": "perplexity", "css": "wide"}
     return ET.fromstring(line_chart(lines, **(settings | options)))
 
 
@@ -47,17 +54,90 @@ def test_names_do_not_overlap():
 def test_chart_is_inside_its_frame_and_well_formed():
     lines = [
         Line("a & b", 0, [(1.0, 900.0), (60.0, 120.0)]),
-        Line("long name here", 1, [(2.0, 1e30), (60.0, 119.0)]),
+        Line("long name here", 1, [(2.0, 1e30), (60.0, 119.0)], end=118.0),
     ]
-    svg = draw(lines, cap=1000.0)
+    svg = draw(lines)
     circles = [node for node in svg if node.tag == "circle"]
-    assert len(circles) == 4
+    assert len(circles) == 2  # the first points are out of the picture
     for node in svg:
         for axis, limit in (("x", 400), ("cx", 400), ("y", 300), ("cy", 300), ("y1", 300), ("x2", 400)):
             assert 0 <= float(node.get(axis, 0)) <= limit
-    assert [node.text for node in svg if node.get("class", "").startswith("name")] == ["a & b", "long name here"]
+    assert [node.text for node in svg if node.get("class", "").startswith("name")] == [
+        "a & b",
+        "long name here 118",
+    ]
 
 
 def test_one_point_and_equal_values():
     svg = draw([Line("only", 0, [(3.0, 50.0)])])
     assert math.isfinite(float(next(node for node in svg if node.tag == "circle").get("cy", "nan")))
+
+
+@pytest.mark.parametrize("worst", [100.0, 1e4, 1e30])
+def test_the_beginning_does_not_squeeze_the_end(worst):
+    """However bad the first point of one layer, the ends differ by half of the height."""
+    ends = (30.0, 31.0, 90.0)
+    lines = [Line(str(end), i, [(1.0, worst), (60.0, end)], end=end) for i, end in enumerate(ends)]
+    assert useful_top(lines) <= 30.0 * (90 / 30) ** 2 * 1.001
+    svg = draw(lines, height=354)  # 300 of them are drawn on
+    heights = [float(node.get("d").split("L")[0].split()[1]) for node in svg if node.tag == "path"]
+    assert heights[0] - heights[2] > 0.4 * 300
+
+
+def test_bars_of_values_that_are_alike_show_the_difference():
+    accuracy = [Bar("a", 0.669, 0), Bar("b", 0.666, 1), Bar("c", 0.65, 2)]
+    section = ET.fromstring(bar_group("t", "n", accuracy, lambda v: f"{v:.1%}", lower_is_better=False))
+    places = [float(node.get("style")[5:-1]) for node in section.iter("i")]
+    assert places[0] - places[1] > 5
+    assert places[1] - places[2] > 30
+    assert "does not start at zero" in "".join(section.itertext())
+    assert [node.text for node in section.iter("b")] == ["best"]
+    section = ET.fromstring(bar_group("t", "n", [Bar("a", 1.0, 0), Bar("b", 4.0, 1)], str, lower_is_better=True))
+    assert [node.get("style") for node in section.iter("div")][1::2] == ["width:25.0%", "width:100.0%"]
+
+
+def test_scales_hold_their_values():
+    for values in ([0.5, 0.5001], [3.0, 3.9], [99.0, 101.0, 120.0]):
+        low, high = scale_around(values)
+        assert low <= min(values) < max(values) <= high
+        assert high - low < 4 * (max(values) - min(values))
+
+
+@pytest.mark.parametrize(("values", "marked"), [([2.0, 1.0, 3.0], "b"), ([1.0, 1.0, 1.0], ""), ([1.0], "")])
+def test_the_best_is_marked_where_one_is(values, marked):
+    bars = [Bar(name, value, 0) for name, value in zip("abc", values, strict=False)]
+    rows = re.findall(r"<span>(\w) <b", bar_group("t", "n", bars, str, lower_is_better=True))
+    assert "".join(rows) == marked
+
+
+@pytest.fixture
+def results():
+    return json.loads(RESULTS.read_text(encoding="utf-8"))
+
+
+def test_page_names_both_held_out_sets(results):
+    text = re.sub(r"\s+", " ", re.sub("<[^>]*>", "", render(results).replace("</style>", "")))
+    assert "on the first 4,000 held-out words. Diamonds: at the end, on 217,500: the figures above." in text
+    assert all(f"{r['layer']} {figure(r['perplexity'])}" in text for r in results["records"])
+
+
+def test_page_marks_the_winner_and_says_that_the_table_scrolls(results):
+    page = render(results)
+    assert '<tr class=winner><td>adaptive</td><td><b class="best">135</b></td>' in page
+    assert "scrolls sideways" in page
+
+
+def test_a_screen_slower_than_its_layer_gets_a_word(results):
+    slow = "times as slow as the layer itself: no screen is needed here"
+    assert slow not in render(results)
+    record = next(r for r in results["records"] if r["screened_query_ms"] is not None)
+    record["screened_query_ms"] = 2 * record["query_ms"]
+    assert f"2.0 {slow}" in render(results)
+
+
+def test_page_says_what_its_tokens_are(results):
+    results["text"] |= {"unit": "characters", "name": "<b>&"}
+    page = render(results)
+    assert "characters to learn from" in page
+    assert "words" not in page.replace("the ten best next words", "")
+    assert "<b>&</h1>" not in page

@@ -9,66 +9,138 @@ from lastlayer.study.report.figures import figure
 LEFT, TOP, BOTTOM = 52, 14, 40  # margins
 LABEL_GAP = 17  # between the names at the right
 LETTER = 7.4  # width of one, about
+ENDS_SHARE = 0.5  # of the height, which the differences at the end have at the least
+NEAR = 2.0  # ends within this factor are drawn as if they were this far apart
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: its name, which colour it has, and its points."""
+    """One curve: its name, which colour it has, its points, and a last figure that is measured otherwise."""
 
     name: str
     colour: int
     points: list[tuple[float, float]]
+    end: float | None = None
+
+    @property
+    def last(self) -> float:
+        """Where the line's name is put."""
+        return self.points[-1][1] if self.end is None else self.end
+
+    def label(self, with_figure: bool) -> str:
+        """The name, with the last figure where there is one and it is wanted."""
+        return f"{self.name} {figure(self.end)}" if with_figure and self.end is not None else self.name
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where values are drawn: x linear from 0, y logarithmic."""
+
+    width: int
+    height: int
+    right: float  # margin, for the names
+    most: float  # the largest x
+    low: float
+    high: float
+
+    @property
+    def plot_width(self) -> float:
+        """The width between the margins."""
+        return self.width - LEFT - self.right
+
+    def x(self, value: float) -> float:
+        """The place of a value from the left."""
+        return LEFT + self.plot_width * value / self.most
+
+    def y(self, value: float) -> float:
+        """The place of a value from the top."""
+        share = (math.log(value) - math.log(self.low)) / max(math.log(self.high) - math.log(self.low), 1e-9)
+        return TOP + (self.height - TOP - BOTTOM) * (1 - share)
+
+
+def useful_top(lines: list[Line]) -> float:
+    """The largest y worth drawing: the differences at the end take up half of the height, or more.
+
+    The first points of a training run are worse by orders of magnitude: drawn, they would squeeze all others.
+    """
+    values = [y for line in lines for _, y in line.points] + [line.last for line in lines]
+    low, worst_end = min(values), max(max(line.last, line.points[-1][1]) for line in lines)
+    span = math.log(max(worst_end / low, NEAR)) / ENDS_SHARE
+    return min(max(values), low * math.exp(span))
 
 
 def line_chart(
-    lines: list[Line], *, cap: float, width: int, height: int, x_label: str, y_label: str, css: str
+    lines: list[Line],
+    *,
+    width: int,
+    height: int,
+    x_label: str,
+    y_label: str,
+    css: str,
+    figures: bool = True,  # beside the names
 ) -> str:
     """The lines over a linear x from 0 and a logarithmic y, each named at its right end; no legend to look up.
 
-    Points above `cap` are drawn at it.
+    What lies above `useful_top` is cut off; a line's `end` is drawn as a diamond at its last point.
     """
-    lines = [Line(line.name, line.colour, [(x, min(y, cap)) for x, y in line.points]) for line in lines]
-    right = 12 + LETTER * max(len(line.name) for line in lines)
-    xs = [x for line in lines for x, _ in line.points]
-    ys = [y for line in lines for _, y in line.points]
-    x_ticks, y_ticks = linear_ticks(max(xs)), log_ticks(min(ys), max(ys))
-    low, high = math.log(min(*ys, y_ticks[0])), math.log(max(*ys, y_ticks[-1]))
-    plot_width, plot_height = width - LEFT - right, height - TOP - BOTTOM
-
-    def at_x(x: float) -> float:
-        return LEFT + plot_width * x / max(xs)
-
-    def at_y(y: float) -> float:
-        return TOP + plot_height * (1 - (math.log(y) - low) / max(high - low, 1e-9))
-
-    parts = [f'<svg class="{css}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(y_label)}">']
-    for tick in y_ticks:
-        y = at_y(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{LEFT + plot_width:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(
-            f'<text class="axis" x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{figure_of(tick)}</text>'
-        )
-    for tick in x_ticks:
-        parts.append(
-            f'<text class="axis" x="{at_x(tick):.1f}" y="{height - BOTTOM + 18}" text-anchor="middle">'
-            f"{figure_of(tick)}</text>"
-        )
-    parts.append(
-        f'<text class="axis" x="{LEFT + plot_width / 2:.1f}" y="{height - 5}" text-anchor="middle">'
-        f"{escape(x_label)}</text>"
+    top, labels = useful_top(lines), [line.label(figures) for line in lines]
+    shown = [y for line in lines for _, y in line.points if y <= top] + [line.last for line in lines]
+    ticks = log_ticks(min(shown), top)
+    frame = Frame(
+        width,
+        height,
+        right=14 + LETTER * max(map(len, labels)),
+        most=max(x for line in lines for x, _ in line.points),
+        low=min(*shown, ticks[0]),
+        high=max(top, ticks[-1]),
     )
-    labels = spread([at_y(line.points[-1][1]) for line in lines], LABEL_GAP, TOP, height - BOTTOM)
-    for line, label_y in zip(lines, labels, strict=True):
-        path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in line.points)
-        parts.append(f'<polyline class="line line-{line.colour}" points="{path}"/>')
-        for x, y in line.points:
-            parts.append(
-                f'<circle class="dot line-{line.colour}" cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="3">'
-                f"<title>{escape(line.name)}: {figure(y)} at {figure(x)}</title></circle>"
-            )
-        at = f'x="{at_x(line.points[-1][0]) + 9:.1f}" y="{label_y + 4:.1f}"'
-        parts.append(f'<text class="name line-{line.colour}" {at}>{escape(line.name)}</text>')
+    parts = [
+        f'<svg class="{css}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(y_label)}">',
+        f'<clipPath id="plot-{css}"><rect x="{LEFT}" y="{TOP}" width="{frame.plot_width:.1f}" '
+        f'height="{height - TOP - BOTTOM}"/></clipPath>',
+        *_axes(frame, ticks, x_label),
+    ]
+    places = spread([frame.y(line.last) for line in lines], LABEL_GAP, TOP, height - BOTTOM)
+    for line, label, place in zip(lines, labels, places, strict=True):
+        parts += _drawn(line, frame, css, top)
+        at = f'x="{frame.x(line.points[-1][0]) + 11:.1f}" y="{place + 4:.1f}"'
+        parts.append(f'<text class="name line-{line.colour}" {at}>{escape(label)}</text>')
     return "\n".join([*parts, "</svg>"])
+
+
+def _axes(frame: Frame, y_ticks: list[float], x_label: str) -> list[str]:
+    end, bottom = LEFT + frame.plot_width, frame.height - BOTTOM
+    parts = []
+    for tick in y_ticks:
+        y = frame.y(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text(LEFT - 7, y + 4, figure_of(tick), "end"))
+    parts += [_text(frame.x(tick), bottom + 18, figure_of(tick), "middle") for tick in linear_ticks(frame.most)]
+    return [*parts, _text(LEFT + frame.plot_width / 2, frame.height - 5, escape(x_label), "middle")]
+
+
+def _text(x: float, y: float, said: str, anchor: str) -> str:
+    return f'<text class="axis" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{said}</text>'
+
+
+def _drawn(line: Line, frame: Frame, css: str, top: float) -> list[str]:
+    """The curve inside the plot, its dots, and the diamond of its end."""
+    path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in line.points)
+    parts = [f'<polyline class="line line-{line.colour}" clip-path="url(#plot-{css})" points="{path}"/>']
+    for x, y in line.points:
+        if y <= top:
+            said = f"{escape(line.name)}: {figure(y)} at {figure(x)}"
+            parts.append(
+                f'<circle class="dot line-{line.colour}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3">'
+                f"<title>{said}</title></circle>"
+            )
+    if line.end is not None:
+        x, y = frame.x(line.points[-1][0]), frame.y(line.end)
+        parts.append(
+            f'<path class="end line-{line.colour}" d="M{x - 6:.1f} {y:.1f}L{x:.1f} {y - 6:.1f}'
+            f'L{x + 6:.1f} {y:.1f}L{x:.1f} {y + 6:.1f}Z"><title>{escape(line.label(True))}</title></path>'
+        )
+    return parts
 
 
 def figure_of(tick: float) -> str:
@@ -85,10 +157,11 @@ def linear_ticks(most: float) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """The 1, 2 and 5 times powers of ten from just below `low` to `high`; powers of ten alone where many."""
+    """Round numbers from just below `low` to `high`, at most nine: powers of ten alone where they span many."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for multiples in ((1, 2, 5), (1,)):
-        steps = [m * 10.0**d for d in decades for m in multiples]
+    ticks: list[float] = []
+    for multiples in ((1, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1,)):
+        steps = [round(m * 10.0**d, 12) for d in decades for m in multiples]
         first = max(i for i, tick in enumerate(steps) if tick <= low * 1.0000001)
         ticks = [tick for tick in steps[first:] if tick <= high * 1.0000001]
         if len(ticks) <= 9:
@@ -97,7 +170,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def spread(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions near the wanted ones, at least `gap` apart where there is room."""
+    """Positions near the wanted ones, at least `gap` apart where there is space."""
     order = sorted(range(len(wanted)), key=wanted.__getitem__)
     placed: list[float] = []
     for i in order:

@@ -13,14 +13,14 @@ from lastlayer.study.choices import CHOICES
 from lastlayer.study.files import write_json, write_text
 from lastlayer.study.measuring.measure import environment
 from lastlayer.study.report.figures import figure
-from lastlayer.study.report.page import render
+from lastlayer.study.report.page import render, screen_remark
 from lastlayer.study.report.tables import print_table
 from lastlayer.study.training.trainer import Point
 
-COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (  # UNIT stands for words, characters or tokens
     ("perplexity", lambda r: figure(r["perplexity"])),
     ("top-10", lambda r: f"{r['top10_accuracy']:.1%}"),
-    ("words/s", lambda r: figure(r["tokens_per_second"])),
+    ("UNIT/s", lambda r: figure(r["tokens_per_second"])),
     ("layer\nms/step", lambda r: figure(r["output_layer_ms"])),
     ("query\nms", lambda r: figure(r["query_ms"])),
     ("screen\nms", lambda r: "-" if r["screened_query_ms"] is None else figure(r["screened_query_ms"])),
@@ -59,12 +59,17 @@ def write_report(out: Path, report: Report) -> None:
 
 def show(report: Report, out: Path, console: Console) -> None:
     """Prints the table, and where the page is."""
-    title = f"{report.text['name']}, {report.text['num_classes']:,} different words"
+    unit = report.text["unit"]
+    title = f"{report.text['name']}, {report.text['num_classes']:,} different {unit}"
     table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("layer", no_wrap=True)
     for heading, _ in COLUMNS:
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading.replace("UNIT", unit), justify="right", no_wrap=True)
     for record in report.records:
-        table.add_row(record["layer"], *(shown(record) for _, shown in COLUMNS))
+        style = "bold" if record is report.records[0] and len(report.records) > 1 else None  # the best
+        table.add_row(record["layer"], *(shown(record) for _, shown in COLUMNS), style=style)
     print_table(console, table)
+    for record in report.records:
+        if remark := screen_remark(record):
+            console.print(f"{record['layer']}, screened: {remark}", highlight=False, markup=False)
     console.print(f"The page: {out / 'index.html'}", highlight=False, markup=False, soft_wrap=True)

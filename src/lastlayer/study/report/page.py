@@ -5,54 +5,78 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from lastlayer.study.report.chart import Line, line_chart
+from lastlayer.study.report.bars import Bar, bar_group, best_figures
+from lastlayer.study.report.chart import Line, line_chart, useful_top
 from lastlayer.study.report.figures import counted, figure
 from lastlayer.study.report.page_style import COLOURS, STYLE
+from lastlayer.study.training.trainer import CURVE_TOKENS
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One group of bars: a figure of every layer."""
+    """One group of bars, or one column of the table: a figure of every layer."""
 
     title: str
     note: str
     value: Callable[[Record], float | None]
     shown: Callable[[float], str]
+    lower_is_better: bool = True
 
 
 def _ms(value: float) -> str:
     return f"{figure(value)} ms"
 
 
-MEASURES = (
-    Measure("Perplexity", "held-out text; lower is better", lambda r: r["perplexity"], figure),
-    Measure(
-        "Top-10 accuracy",
-        "next word among the ten best; higher is better",
-        lambda r: r["top10_accuracy"],
-        lambda v: f"{v:.1%}",
-    ),
-    Measure(
-        "Training speed",
-        "words a second; higher is better",
-        lambda r: r["tokens_per_second"],
-        figure,
-    ),
-    Measure(
-        "Output layer, one step",
-        "forward, backward, update; lower is better",
-        lambda r: r["output_layer_ms"],
-        _ms,
-    ),
-    Measure(
-        "Memory of that step",
-        "beyond the parameters; lower is better",
-        lambda r: r["peak_bytes"] / 1e6,
-        lambda v: f"{figure(v)} MB",
-    ),
-)
+def _measures(unit: str) -> tuple[Measure, ...]:
+    one = unit[:-1]
+    return (
+        Measure("Perplexity", "held-out text; lower is better", lambda r: r["perplexity"], figure),
+        Measure(
+            "Top-10 accuracy",
+            f"next {one} among the ten best; higher is better",
+            lambda r: r["top10_accuracy"],
+            lambda v: f"{v:.1%}",
+            lower_is_better=False,
+        ),
+        Measure(
+            "Training speed",
+            f"{unit} a second; higher is better",
+            lambda r: r["tokens_per_second"],
+            figure,
+            lower_is_better=False,
+        ),
+        Measure(
+            "Output layer, one step",
+            "forward, backward, update; lower is better",
+            lambda r: r["output_layer_ms"],
+            _ms,
+        ),
+        Measure(
+            "Memory of that step",
+            "beyond the parameters; lower is better",
+            lambda r: r["peak_bytes"] / 1e6,
+            lambda v: f"{figure(v)} MB",
+        ),
+    )
+
+
+def _columns(unit: str) -> tuple[Measure, ...]:
+    """Of the table; where nothing is better than anything else there is no note."""
+    lower, higher = "lower is better", "higher is better"
+    return (
+        Measure("perplexity", lower, lambda r: r["perplexity"], figure),
+        Measure("top-10", higher, lambda r: r["top10_accuracy"], lambda v: f"{v:.1%}", lower_is_better=False),
+        Measure(f"{unit} seen", higher, lambda r: r["tokens"], lambda v: f"{v:,}", lower_is_better=False),
+        Measure(f"{unit}/s", higher, lambda r: r["tokens_per_second"], figure, lower_is_better=False),
+        Measure("layer step ms", lower, lambda r: r["output_layer_ms"], figure),
+        Measure("query ms", lower, lambda r: r["query_ms"], figure),
+        Measure("screened ms", lower, lambda r: r["screened_query_ms"], figure),
+        Measure("same ten", "", lambda r: r["screened_agreement"], lambda v: f"{v:.0%}"),
+        Measure("step MB", lower, lambda r: r["peak_bytes"] / 1e6, figure),
+        Measure("million parameters", "", lambda r: r["parameters"] / 1e6, figure),
+    )
 
 
 def render(results: dict[str, Any]) -> str:
@@ -60,22 +84,23 @@ def render(results: dict[str, Any]) -> str:
     records = results["records"]
     colours = {name: i % COLOURS for i, name in enumerate(results["layers"])}
     text, settings = results["text"], results["settings"]
+    unit = text.get("unit", "words")
     sections = [
         f"<h1>Which output layer for {escape(text['name'])}?</h1>",
-        f'<p class="answer">{_answer(records, settings)}</p>',
-        f'<p class="quiet">{text["training_tokens"]:,} words to learn from, {text["num_classes"]:,} different '
+        f'<p class="answer">{_answer(records, settings, unit)}</p>',
+        f'<p class="quiet">{text["training_tokens"]:,} {unit} to learn from, {text["num_classes"]:,} different '
         f"ones. Each layer trained the same small language model {_length(settings)} on the same machine.</p>",
         _curves(results, colours),
         '<div class="measures">',
-        *(_bars(measure, records, colours) for measure in MEASURES),
-        _query_bars(records, colours),
+        *(_bars(measure, records, colours) for measure in _measures(unit)),
+        _query_bars(records, colours, unit),
         "</div>",
         "<h2>The layers</h2>",
         _descriptions(results, colours),
         "<h2>All figures</h2>",
-        _table(records),
+        _table(records, unit),
         "<h2>How this was measured</h2>",
-        _conditions(results),
+        _conditions(results, unit),
     ]
     body = "\n".join(sections)
     return (
@@ -93,12 +118,12 @@ def _length(settings: Record) -> str:
     return f"for {settings['seconds']:g} seconds of training"
 
 
-def _answer(records: list[Record], settings: Record) -> str:
+def _answer(records: list[Record], settings: Record, unit: str) -> str:
     """The one sentence for who reads no further; records are sorted, the best first."""
     best = records[0]
     said = (
-        f"After {_length(settings).removeprefix('for ')}, <b>{escape(best['layer'])}</b> predicts the next word "
-        f"best: perplexity <b>{figure(best['perplexity'])}</b>"
+        f"After {_length(settings).removeprefix('for ')}, <b>{escape(best['layer'])}</b> predicts the next "
+        f"{unit[:-1]} best: perplexity <b>{figure(best['perplexity'])}</b>"
     )
     if len(records) == 1:
         return f"{said}."
@@ -107,48 +132,51 @@ def _answer(records: list[Record], settings: Record) -> str:
 
 
 def _curves(results: dict[str, Any], colours: dict[str, int]) -> str:
+    """Two measurements, each called by its name: the curve on few tokens, its end on all of them."""
+    unit = results["text"].get("unit", "words")
+    ends = {record["layer"]: record for record in results["records"]}
     lines = [
-        Line(name, colours[name], [(p["seconds"], p["perplexity"]) for p in curve])
+        Line(name, colours[name], [(p["seconds"], p["perplexity"]) for p in curve], ends[name]["perplexity"])
         for name, curve in results["curves"].items()
     ]
-    labels: dict[str, Any] = {
-        "x_label": "seconds of training",
-        "y_label": "held-out perplexity over training time",
-    }
-    labels["cap"] = results["text"]["num_classes"]  # worse than a guess at random: not worth the room
+    labels = {"x_label": "seconds of training", "y_label": "held-out perplexity over training time"}
     wide = line_chart(lines, width=760, height=340, css="wide", **labels)
-    narrow = line_chart(lines, width=380, height=300, css="narrow", **labels)
+    narrow = line_chart(lines, width=380, height=320, css="narrow", figures=False, **labels)
+    tokens = max(record["held_out_tokens"] for record in results["records"])
+    few = min(CURVE_TOKENS, tokens)
+    said = (
+        f"Lines: during training, on the first {few:,} held-out {unit}. Diamonds: at the end, on {tokens:,}: "
+        "the figures above."
+    )
+    cut = useful_top(lines) < max(y for line in lines for _, y in line.points)
+    said += " The beginning, far worse, is cut off." if cut else ""
     return (
         '<figure><figcaption>Held-out perplexity over training time <span class="quiet">lower is better</span>'
-        f"</figcaption>\n{wide}\n{narrow}</figure>"
+        f'</figcaption>\n{wide}\n{narrow}<p class="quiet">{said}</p></figure>'
     )
 
 
 def _bars(measure: Measure, records: list[Record], colours: dict[str, int]) -> str:
-    values = [(r["layer"], measure.value(r), colours[r["layer"]]) for r in records]
-    return _bar_group(measure.title, measure.note, values, measure.shown)
+    bars = [Bar(r["layer"], measure.value(r), colours[r["layer"]]) for r in records]
+    return bar_group(measure.title, measure.note, bars, measure.shown, lower_is_better=measure.lower_is_better)
 
 
-def _query_bars(records: list[Record], colours: dict[str, int]) -> str:
-    values: list[tuple[str, float | None, int]] = []
+def _query_bars(records: list[Record], colours: dict[str, int], unit: str) -> str:
+    bars = []
     for r in records:
-        values.append((r["layer"], r["query_ms"], colours[r["layer"]]))
+        bars.append(Bar(r["layer"], r["query_ms"], colours[r["layer"]]))
         if r["screened_query_ms"] is not None:
-            values.append((f"{r['layer']}, screened", r["screened_query_ms"], colours[r["layer"]]))
-    return _bar_group("One query", "the ten best next words; lower is better", values, _ms)
+            name = f"{r['layer']}, screened"
+            bars.append(Bar(name, r["screened_query_ms"], colours[r["layer"]], screen_remark(r)))
+    return bar_group("One query", f"the ten best next {unit}; lower is better", bars, _ms, lower_is_better=True)
 
 
-def _bar_group(
-    title: str, note: str, values: list[tuple[str, float | None, int]], shown: Callable[[float], str]
-) -> str:
-    most = max((value for _, value, _ in values if value is not None), default=0.0) or 1.0
-    rows = [
-        f'<div class="row"><span>{escape(name)}</span><span class="value">{shown(value)}</span>'
-        f'<div class="bar fill-{colour}" style="width:{max(0.5, 100 * value / most):.1f}%"></div></div>'
-        for name, value, colour in values
-        if value is not None
-    ]
-    return f'<section><h3>{escape(title)}</h3><p class="quiet">{escape(note)}</p>{"".join(rows)}</section>'
+def screen_remark(record: Record) -> str:
+    """A word on a screen that is slower than the layer that it is to speed up."""
+    screened, plain = record["screened_query_ms"], record["query_ms"]
+    if screened is None or screened <= plain:
+        return ""
+    return f"{screened / plain:.1f} times as slow as the layer itself: no screen is needed here"
 
 
 def _descriptions(results: dict[str, Any], colours: dict[str, int]) -> str:
@@ -159,26 +187,37 @@ def _descriptions(results: dict[str, Any], colours: dict[str, int]) -> str:
     return f"<dl>{''.join(rows)}</dl>"
 
 
-def _table(records: list[Record]) -> str:
-    columns: list[tuple[str, Callable[[Record], str]]] = [
-        ("layer", lambda r: escape(r["layer"])),
-        ("perplexity", lambda r: figure(r["perplexity"])),
-        ("top-10", lambda r: f"{r['top10_accuracy']:.1%}"),
-        ("words seen", lambda r: f"{r['tokens']:,}"),
-        ("words/s", lambda r: figure(r["tokens_per_second"])),
-        ("layer step ms", lambda r: figure(r["output_layer_ms"])),
-        ("query ms", lambda r: figure(r["query_ms"])),
-        ("screened ms", lambda r: "-" if r["screened_query_ms"] is None else figure(r["screened_query_ms"])),
-        ("same ten", lambda r: "-" if r["screened_agreement"] is None else f"{r['screened_agreement']:.0%}"),
-        ("step MB", lambda r: figure(r["peak_bytes"] / 1e6)),
-        ("million parameters", lambda r: figure(r["parameters"] / 1e6)),
-    ]
-    head = "".join(f"<th>{escape(title)}</th>" for title, _ in columns)
-    rows = "".join(f"<tr>{''.join(f'<td>{cell(r)}</td>' for _, cell in columns)}</tr>" for r in records)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+def _table(records: list[Record], unit: str) -> str:
+    """The first row, and the best figure of each column, are marked."""
+    columns = _columns(unit)
+    head = "".join(f"<th>{escape(column.title)}</th>" for column in columns)
+    cells = [_cells(column, records) for column in columns]
+    rows = "".join(
+        f"<tr{' class=winner' if i == 0 and len(records) > 1 else ''}><td>{escape(record['layer'])}</td>"
+        f"{''.join(column[i] for column in cells)}</tr>"
+        for i, record in enumerate(records)
+    )
+    return (
+        '<p class="quiet hint">The table is wider than the screen: it scrolls sideways →</p>\n'
+        f'<div class="scroll" tabindex="0"><table><thead><tr><th>layer</th>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>\n"
+        '<p class="quiet"><b class="best">Best</b> of each column.</p>'
+    )
 
 
-def _conditions(results: dict[str, Any]) -> str:
+def _cells(column: Measure, records: list[Record]) -> list[str]:
+    values = [column.value(record) for record in records]
+    known = [value for value in values if value is not None]
+    shown = [column.shown(value) for value in known]
+    best = best_figures(shown, known, column.lower_is_better) if column.note else set()
+    cells = []
+    for value in values:
+        said = "-" if value is None else column.shown(value)
+        cells.append(f'<td><b class="best">{said}</b></td>' if said in best else f"<td>{said}</td>")
+    return cells
+
+
+def _conditions(results: dict[str, Any], unit: str) -> str:
     where, settings, first = results["environment"], results["settings"], results["records"][0]
     device = (
         where["gpu"]
@@ -189,10 +228,10 @@ def _conditions(results: dict[str, Any]) -> str:
         f"<p>Machine: {escape(str(device))}; PyTorch {escape(str(where['torch']))}, lastlayer "
         f"{escape(str(where['lastlayer']))}, commit {escape(str(where['commit']))}, {escape(where['time'])}.</p>"
         f"<p>Model: embedding, one LSTM and the output layer, {settings['width']} wide; batches of "
-        f"{first['batch']:,} words, in order; Adam for the LSTM, Adagrad for embedding and output layer, the same "
-        "rates for every layer. Only training counts as time, not evaluation. Perplexity is taken from each "
-        f"layer's own exact probabilities on {first['held_out_tokens']:,} held-out words (the curve on fewer), "
-        f"the ten best on {first['top10_tokens']:,}. Step and query are medians of interleaved runs on the "
-        "trained layers.</p>"
+        f"{first['batch']:,} {unit}, in order; Adam for the LSTM, Adagrad for embedding and output layer, the "
+        "same rates for every layer. Only training counts as time, not evaluation. Perplexity is taken from each "
+        f"layer's own exact probabilities on {first['held_out_tokens']:,} held-out {unit} (the lines of the "
+        f"picture on fewer), the ten best on {first['top10_tokens']:,}. Step and query are medians of interleaved "
+        "runs on the trained layers.</p>"
         f"<p>Command: <code>{escape(where['command'])}</code></p>"
     )

@@ -11,15 +11,15 @@ def _variables(colours: tuple[str, ...]) -> str:
 
 _CLASSES = "".join(
     f".fill-{i}{{background:var(--c{i})}}.line-{i}{{stroke:var(--c{i})}}"
-    f".dot.line-{i},.name.line-{i}{{fill:var(--c{i});stroke:none}}"
+    f".dot.line-{i},.end.line-{i},.name.line-{i}{{fill:var(--c{i});stroke:none}}"
     for i in range(COLOURS)
 )
 
 STYLE = (
     f"""
-:root{{--page:#fbfbf9;--card:#fff;--text:#1c2024;--quiet:#60676e;--rule:#e3e4e0;{_variables(LIGHT)}}}
+:root{{--page:#fbfbf9;--card:#fff;--text:#1c2024;--quiet:#60676e;--rule:#e3e4e0;--best:#0d7a3e;--winner:#0d7a3e14;--shade:#0004;{_variables(LIGHT)}}}
 @media(prefers-color-scheme:dark){{
-:root{{--page:#14171a;--card:#1d2125;--text:#e8eaec;--quiet:#a0a8b0;--rule:#343a40;{_variables(DARK)}}}}}
+:root{{--page:#14171a;--card:#1d2125;--text:#e8eaec;--quiet:#a0a8b0;--rule:#343a40;--best:#62d58f;--winner:#62d58f1f;--shade:#fff5;{_variables(DARK)}}}}}
 {_CLASSES}
 """
     + """
@@ -45,16 +45,30 @@ svg{display:block;width:100%;height:auto}
 .row{display:grid;grid-template-columns:1fr auto;font-size:.92rem;margin-top:.45rem}
 .value{font-variant-numeric:tabular-nums;font-weight:600}
 .bar{grid-column:1/-1;height:.55rem;border-radius:.2rem}
+.track{grid-column:1/-1;position:relative;height:.55rem;border-bottom:1px solid var(--rule);margin:0 .4rem .3rem}
+.track i{position:absolute;bottom:-.35rem;width:.7rem;height:.7rem;margin-left:-.35rem;border-radius:50%}
+.ends{display:flex;justify-content:space-between;color:var(--quiet);font-size:.8rem;margin-top:.2rem}
+.remark{grid-column:1/-1;color:var(--quiet);font-size:.85rem}
+.best{font-weight:700;color:var(--best)}
+.row .best{font-size:.78rem;text-transform:uppercase;letter-spacing:.03em}
+.winner td{background:var(--winner)}
+figure>.quiet{margin:.5rem 0 0}
 dl{display:grid;grid-template-columns:auto 1fr;gap:.3rem 1rem;margin:0}
 dt{font-weight:600}
 dd{margin:0}
 dt i{display:inline-block;width:.7rem;height:.7rem;border-radius:.2rem;margin-right:.45rem}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-size:.84rem;font-variant-numeric:tabular-nums;white-space:nowrap}
+.scroll{overflow-x:auto;
+background:linear-gradient(to left,var(--page) 30%,transparent) right/3rem 100% no-repeat local,
+linear-gradient(to left,var(--shade),transparent) right/1.4rem 100% no-repeat scroll}
+.hint{display:none}
+table{border-collapse:collapse;min-width:100%;font-size:.84rem;font-variant-numeric:tabular-nums;white-space:nowrap}
 th,td{padding:.35rem .55rem;text-align:right;border-bottom:1px solid var(--rule)}
 th{color:var(--quiet);font-weight:500;white-space:normal;vertical-align:bottom}
-th:first-child,td:first-child{text-align:left;padding-left:0;font-weight:600}
+th:first-child,td:first-child{text-align:left;padding-left:.3rem;font-weight:600;position:sticky;left:0;
+background:var(--page)}
+.winner td:first-child{background:linear-gradient(var(--winner),var(--winner)),var(--page)}
 code{font-size:.88rem;overflow-wrap:anywhere}
+@media(max-width:52rem){.hint{display:block}}
 @media(max-width:34rem){.wide{display:none}.narrow{display:block}figure{padding:.9rem .5rem}
 dl{grid-template-columns:1fr}dd{margin:0 0 .4rem}}
 """
