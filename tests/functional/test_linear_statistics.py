@@ -1,10 +1,15 @@
 """`linear_statistics` against `log_softmax` of all the logits: values and gradients."""
 
+import importlib
+
 import pytest
 import torch
 
 from lastlayer import SoftCap
 from lastlayer.functional import linear_chunks, linear_statistics
+from lastlayer.functional.selection import make_selection
+
+module = importlib.import_module("lastlayer.functional.linear_statistics")  # the name is the function's too
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +84,46 @@ def test_certain_rows_have_no_entropy():
     torch.testing.assert_close(entropy, torch.zeros(7))
     (slope,) = torch.autograd.grad(entropy.sum(), hidden)
     assert slope.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [[], [0, 3], list(range(7))], ids=str)
+@pytest.mark.parametrize("ignore_index", [-100, 5])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_ignored_targets(monkeypatch, rows, ignore_index, elsewhere):
+    """Ignored rows answer 0, and -1 as indices; so they do where rows cannot be picked."""
+    if elsewhere:
+        monkeypatch.setattr(module, "eager_on_cpu", lambda _: False)
+    hidden, weight, bias, targets = leaves()
+    targets[targets == ignore_index] = 6
+    kept = torch.ones(7, dtype=torch.bool)
+    kept[rows] = False
+    selection = make_selection(torch.arange(7)[:, None], None, hidden.shape[:1], 13, ignore_index, hidden.device)
+    options = {"bias": bias, "k": 2, "selection": selection}
+    expected = linear_statistics(hidden, weight, targets, **options)
+    answer = linear_statistics(
+        hidden, weight, targets.masked_fill(~kept, ignore_index), ignore_index=ignore_index, **options
+    )
+    upstream = torch.linspace(1, 2, 7, dtype=torch.float64)
+    totals = []
+    for ours, theirs in zip(
+        (*answer[:3], answer.topk.log_prob), (*expected[:3], expected.topk.log_prob), strict=True
+    ):
+        mask, weights = (t.reshape(-1, *(1,) * (ours.dim() - 1)) for t in (kept, upstream))
+        torch.testing.assert_close(ours, theirs * mask, rtol=1e-12, atol=1e-12)
+        totals.append([(ours * weights).sum(), (theirs * mask * weights).sum()])
+    assert torch.equal(answer.topk.indices, expected.topk.indices.masked_fill(~kept[:, None], -1))
+    for total in totals:
+        slopes = (torch.autograd.grad(part, (hidden, weight, bias), retain_graph=True) for part in total)
+        torch.testing.assert_close(*slopes, rtol=1e-11, atol=1e-12)
+
+
+def test_ignored_rows_of_any_shape():
+    hidden, weight, _, targets = leaves()
+    targets[3] = -100
+    flat = linear_statistics(hidden, weight, targets, k=2)
+    answer = linear_statistics(hidden.reshape(1, 7, 4), weight, targets.reshape(1, 7).int(), k=2)
+    torch.testing.assert_close(answer.entropy[0], flat.entropy)
+    torch.testing.assert_close(answer.topk.indices[0], flat.topk.indices)
 
 
 def test_refusals():

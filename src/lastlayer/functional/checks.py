@@ -52,22 +52,30 @@ def check_hidden(hidden: Tensor, in_features: int, dtype: torch.dtype | None = N
         )
 
 
-def check_targets(targets: Tensor, shape: torch.Size, num_classes: int, ignore_index: int | None = None) -> bool:
-    """An error unless `targets` are class ids of `shape`; whether all are known to be below `num_classes`.
+def integer_ids(name: str, ids: Tensor) -> Tensor:
+    """`ids` as int64, or an error unless they are a tensor of an integer dtype."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a Tensor of class ids, got {type(ids).__name__}")
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise TypeError(f"{name} must be class ids of an integer dtype, such as torch.int64; got {ids.dtype}")
+    return ids.long()
+
+
+def check_targets(
+    targets: Tensor, shape: torch.Size, num_classes: int, ignore_index: int | None = None
+) -> tuple[Tensor, bool]:
+    """`targets` as int64, or an error unless they are class ids of `shape`; whether none is known to be ignored.
 
     Eager on a CPU, ids out of range raise IndexError; on a GPU or compiled they are asserted on the device,
     never by a synchronisation.
     """
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"targets must be a Tensor of class ids, got {type(targets).__name__}")
-    if targets.dtype != torch.int64:
-        raise TypeError(f"targets must be class ids of dtype torch.int64, got {targets.dtype}")
+    targets = integer_ids("targets", targets)
     if targets.shape != shape:
         raise ValueError(f"targets must have hidden's leading shape {tuple(shape)}, got {tuple(targets.shape)}")
     if eager_on_cpu(targets) and targets.numel():
         least, most = targets.aminmax()
         if least.item() >= 0 and most.item() < num_classes:  # the usual case, in one pass
-            return True
+            return targets, True
     valid = (targets >= 0) & (targets < num_classes)
     if ignore_index is not None:
         valid |= targets == ignore_index
@@ -79,7 +87,7 @@ def check_targets(targets: Tensor, shape: torch.Size, num_classes: int, ignore_i
         wrong = int(targets[~valid].reshape(-1)[0])
         also = "" if ignore_index is None else f", or ignore_index={ignore_index}"
         raise IndexError(f"targets must be class ids from 0 to {num_classes - 1}{also}; got {wrong}")
-    return False
+    return targets, False
 
 
 def eager_on_cpu(tensor: Tensor) -> bool:

@@ -25,7 +25,7 @@ from lastlayer.kernels.softmax_rows import NO_MAP, RowTerms, fused, plain
 def linear_cross_entropy(
     hidden: Tensor,  # (..., d)
     weight: Tensor,  # (V, d)
-    targets: Tensor,  # (...)
+    targets: Tensor,  # (...), of any integer dtype
     *,
     bias: Tensor | None = None,  # (V,)
     logit_map: LogitMap | None = None,
@@ -68,7 +68,7 @@ def linear_cross_entropy(
     True
     """
     check_linear(hidden, weight, bias)
-    check_targets(targets, hidden.shape[:-1], len(weight), ignore_index)
+    targets, _ = check_targets(targets, hidden.shape[:-1], len(weight), ignore_index)
     check_logit_map(logit_map)
     check_choice("reduction", reduction, REDUCTIONS)
     check_fraction("label_smoothing", label_smoothing)

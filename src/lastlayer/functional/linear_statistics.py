@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lastlayer.functional.answers import TopK
-from lastlayer.functional.checks import check_count, check_linear, check_targets
+from lastlayer.functional.checks import check_count, check_linear, check_targets, eager_on_cpu
 from lastlayer.functional.first_order import first_order
 from lastlayer.functional.linear_chunks import LinearChunks, Wanted, product_dtype
 from lastlayer.functional.logit_map import LogitMap, check_logit_map
@@ -31,6 +31,7 @@ def linear_statistics(
     logit_map: LogitMap | None = None,
     k: int | None = None,
     selection: Selection | None = None,
+    ignore_index: int = -100,
 ) -> LinearStatistics:
     """What trainers ask of `logits = logit_map(hidden @ weight.T + bias)`, without `(N, V)` memory.
 
@@ -49,6 +50,9 @@ def linear_statistics(
     `selection` says which classes `topk` may return; the index is -1 and the log-probability -inf where fewer than
     k are left. `FullSoftmax.topk` makes it of its `exclude` and `allowed`.
 
+    A row whose target is `ignore_index` is absent: all four are 0 there (the indices of `topk` -1), carry no
+    gradient, and on a CPU cost nothing. Without targets every row counts.
+
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape or range.
         IndexError: a target that is no class (on a GPU: a device-side assertion).
@@ -62,25 +66,46 @@ def linear_statistics(
     """
     check_linear(hidden, weight, bias)
     check_logit_map(logit_map)
-    shape = hidden.shape[:-1]
-    ids = None
+    shape, rows = hidden.shape[:-1], hidden.reshape(-1, hidden.shape[-1])
+    ids = absent = at = None
     if targets is not None:
-        check_targets(targets, shape, len(weight))
+        targets, all_count = check_targets(targets, shape, len(weight), ignore_index)
         ids = targets.reshape(-1, 1)
+        if not all_count or 0 <= ignore_index < len(weight):
+            absent = ids == ignore_index
+            if eager_on_cpu(ids):  # absent rows cost nothing
+                at = (~absent[:, 0]).nonzero().squeeze(1)
+                rows, ids = rows.index_select(0, at), ids.index_select(0, at)
+                selection = None if selection is None else selection.rows(at)
+            else:
+                ids = ids.masked_fill(absent, 0)
     if k is not None:
         k = check_count("k", k, 1, len(weight))
     parameters = () if logit_map is None else tuple(logit_map.parameters())
     dtype = product_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        target, normalizer, entropy, best, indices = _LinearStatistics.apply(
-            hidden.reshape(-1, hidden.shape[-1]), weight, bias, ids, logit_map, k, selection, dtype, *parameters
-        )
+        found = _LinearStatistics.apply(rows, weight, bias, ids, logit_map, k, selection, dtype, *parameters)
+    if absent is not None:
+        found = [_without(part, -1 if part.dtype == torch.int64 else 0, absent, at) for part in found]
+    target, normalizer, entropy, best, indices = found
     return LinearStatistics(
         None if ids is None else target.reshape(shape),
         normalizer.reshape(shape),
         entropy.reshape(shape),
         None if k is None else TopK(best.reshape(*shape, k), indices.reshape(*shape, k)),
     )
+
+
+def _without(
+    part: Tensor,  # (n,) or (n, k)
+    value: int,
+    absent: Tensor,  # (N, 1), bool
+    at: Tensor | None,  # (n,), the rows that are there; None: `part` has all N
+) -> Tensor:  # (N,) or (N, k)
+    """`part` with `value` at the absent rows."""
+    if at is None:
+        return part.masked_fill(absent.view(-1, *(1 for _ in part.shape[1:])), value)
+    return part.new_full((len(absent), *part.shape[1:]), value).index_copy(0, at, part)
 
 
 class _LinearStatistics(torch.autograd.Function):

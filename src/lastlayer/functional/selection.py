@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lastlayer.functional.checks import eager_on_cpu
+from lastlayer.functional.checks import eager_on_cpu, integer_ids
 
 
 class Selection(NamedTuple):
@@ -121,11 +121,7 @@ def check_ids(name: str, ids: Tensor, num_classes: int, ignore_index: int | None
 
     Eager on a CPU an id out of range raises IndexError; on a GPU or compiled it is asserted on the device.
     """
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} must be a Tensor of class ids, got {type(ids).__name__}")
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"{name} must be class ids of an integer dtype, got {ids.dtype}")
-    ids = ids.long()
+    ids = integer_ids(name, ids)
     valid = (ids >= 0) & (ids < num_classes)
     if ignore_index is not None:
         valid |= ids == ignore_index

@@ -28,7 +28,7 @@ def sparse_targets(
     A row is ignored when all its ids are `ignore_index`; an empty row of a sparse matrix is a target of zeros.
 
     Raises:
-        TypeError: no tensor, ids that are not int64, a dense matrix of values, or weights that want a gradient.
+        TypeError: no tensor, ids that are no integers, a dense matrix of values, or weights that want a gradient.
         ValueError: shapes that do not fit, or weights beside a matrix that has its own.
         IndexError: an id out of range.
     """
@@ -36,11 +36,11 @@ def sparse_targets(
         return _from_matrix(targets, target_weights, shape, num_classes)
     if isinstance(targets, Tensor) and targets.is_floating_point():
         raise TypeError(
-            f"targets must be class ids of dtype torch.int64, or a sparse (N, {num_classes}) matrix of values "
+            f"targets must be class ids of an integer dtype, or a sparse (N, {num_classes}) matrix of values "
             f"(targets.to_sparse()); got a dense {targets.dtype} tensor"
         )
     several = isinstance(targets, Tensor) and targets.dim() == len(shape) + 1 and targets.shape[:-1] == shape
-    proper = check_targets(targets, targets.shape if several else shape, num_classes, ignore_index)
+    targets, proper = check_targets(targets, targets.shape if several else shape, num_classes, ignore_index)
     ids = targets.reshape(shape.numel(), -1) if several else targets.reshape(-1, 1)
     if target_weights is None:
         weights = torch.ones(ids.shape, dtype=torch.float64, device=ids.device)

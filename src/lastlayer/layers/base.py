@@ -79,7 +79,7 @@ class OutputLayer(nn.Module, ABC):
     def forward(
         self,
         hidden: Tensor,  # (..., d)
-        targets: Tensor,  # (...)
+        targets: Tensor,  # (...), of any integer dtype
     ) -> Tensor:  # (), or (...) for "none"
         """The training loss, reduced; float32 for half-precision input."""
         rows, ids = self._flatten(hidden, targets)
@@ -249,8 +249,8 @@ class OutputLayer(nn.Module, ABC):
 
     def _flatten(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         rows = self._rows(hidden)
-        check_targets(targets, hidden.shape[:-1], self.num_classes, self.ignore_index)
-        return rows, targets.reshape(-1)
+        ids, _ = check_targets(targets, hidden.shape[:-1], self.num_classes, self.ignore_index)
+        return rows, ids.reshape(-1)
 
     def _at_kept(self, hook: Any, hidden: Tensor, targets: Tensor) -> Tensor:
         """`hook(hidden, targets)` at the targets that are not ignored, 0 elsewhere.

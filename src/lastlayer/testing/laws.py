@@ -203,6 +203,24 @@ def _check_nothing_to_learn(case: LayerCase) -> None:
     assert layer.sample(empty, 2).shape == (0, 2)
 
 
+def law_any_integer_targets(case: LayerCase) -> None:
+    """5b. Targets and ids of any integer dtype; `ignore_index` among them where the dtype has it."""
+    layer = case.build(reduction="none", ignore_index=100)
+    hidden, targets = rows_for(layer)
+    targets[2] = layer.ignore_index
+    expected = layer.target_log_prob(hidden, targets)
+    loss = layer(hidden, targets) if case.likelihood else None
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16):
+        narrow = targets.to(dtype)
+        assert_equal(layer.target_log_prob(hidden, narrow), expected)
+        assert_equal(layer.score(hidden, narrow[:, None])[:, 0], expected)
+        if loss is not None:
+            assert_equal(layer(hidden, narrow), loss)
+    if case.likelihood:
+        layer.reduction = "mean"
+        assert_equal(layer(hidden, targets.int()), layer(hidden, targets))
+
+
 def law_gradcheck(case: LayerCase) -> None:
     """6a. First derivatives of every differentiable call, by finite differences in float64."""
     for reduction in ("mean", "sum", "none"):
@@ -357,6 +375,7 @@ def law_refuses_bad_input(case: LayerCase) -> None:
         (TypeError, "hidden", lambda: layer.topk(hidden.tolist(), 1)),  # pyright: ignore[reportArgumentType]
         (TypeError, "hidden", lambda: layer(hidden.to(torch.bfloat16), targets)),
         (TypeError, "targets", lambda: layer(hidden, targets.double())),
+        (TypeError, "targets", lambda: layer(hidden, targets > 0)),
         (TypeError, "targets", lambda: layer(hidden, targets.tolist())),
         (ValueError, "targets", lambda: layer(hidden, targets[:-1])),
         (ValueError, "targets", lambda: layer.target_log_prob(hidden, targets[:, None])),
@@ -417,6 +436,7 @@ LAWS: tuple[Callable[[LayerCase], None], ...] = (
     law_topk_of_a_selection,
     law_loss_is_likelihood,
     law_any_shape,
+    law_any_integer_targets,
     law_gradcheck,
     law_low_precision,
     law_large_common_logits,
