@@ -5,7 +5,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
 
 #include "engine.h"
@@ -20,13 +19,6 @@ struct Mass {
     double shift;  // finite even where every value is -inf, so that none becomes NaN
     float sum;     // of exp(value - shift)
 };
-
-inline float largest(const float* values, int64_t count) {  // finite; a NaN is left out
-    float peak = -FLT_MAX;
-#pragma omp simd reduction(max : peak)
-    for (int64_t j = 0; j < count; ++j) peak = values[j] > peak ? values[j] : peak;
-    return peak;
-}
 
 inline Mass exponentiate(float* values, int64_t count) {  // in place
     const float peak = largest(values, count);

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace lastlayer {
 
@@ -69,5 +70,14 @@ inline float exp_of_negative(float x) {
     return x < LOWEST ? 0.0f : value;
 }
 inline double exp_of_negative(double x) { return std::exp(x); }
+
+// The maximum of some numbers, NaN left out; finite, so that `value - largest` is no NaN where all are -infinity.
+template <class Real>
+inline Real largest(const Real* values, int64_t count) {
+    Real peak = std::numeric_limits<Real>::lowest();
+#pragma omp simd reduction(max : peak)
+    for (int64_t j = 0; j < count; ++j) peak = values[j] > peak ? values[j] : peak;
+    return peak;
+}
 
 }  // namespace lastlayer

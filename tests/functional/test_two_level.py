@@ -1,28 +1,19 @@
-"""Two levels by compiled loops, by one call for a small batch, by PyTorch's operations: all agree."""
+"""Two levels by compiled loops, by PyTorch's operations, by both: all agree, on every instruction set."""
 
 import pytest
 import torch
 
-from lastlayer.functional import softmaxes, two_level
+from lastlayer.functional.groups import group_by_cluster, touched_rows
 from lastlayer.functional.two_level import TwoLevel, two_level_log_prob
+from lastlayer.kernels import backends, engine
 
-WAYS = {
-    "small": {},
-    "loops": {"SMALL_WORK": 0},
-    "both": {"SMALL_WORK": 0, "MANY_ROWS": 2, "LEAST_WORK": 0},
-    "products": {"SMALL_WORK": 0, "MANY_ROWS": 0, "LEAST_WORK": 0},
-    "plain": {"numba": False},
-}
+WAYS = {"compiled": 1 << 40, "both": 200, "products": 0, "plain": 0}  # multiply-adds of a group that is PyTorch's
 SIZES = torch.tensor([5, 1, 9, 2, 7])
 
 
-def run(way, monkeypatch, dtype=torch.float64, rows=23, bias=True, sparse=False, frozen=(), threads=1):
+def run(way, monkeypatch, dtype=torch.float64, rows=23, bias=True, sparse=False, frozen=()):
     """The log-probabilities and all gradients, by one way."""
-    options = dict(WAYS[way])
-    monkeypatch.setattr(softmaxes, "_numba_is_there", lambda: options.get("numba", True))
-    monkeypatch.setattr(two_level, "SMALL_WORK", options.get("SMALL_WORK", two_level.SMALL_WORK))
-    for name in ("MANY_ROWS", "LEAST_WORK"):
-        monkeypatch.setattr(softmaxes, name, options.get(name, getattr(softmaxes, name)))
+    monkeypatch.setattr(backends, "GROUP_WORK", WAYS[way])
     generator = torch.Generator().manual_seed(5)
 
     def leaf(name, *shape):
@@ -40,13 +31,9 @@ def run(way, monkeypatch, dtype=torch.float64, rows=23, bias=True, sparse=False,
     slots = torch.randint(24, (rows,), generator=generator)
     clusters = torch.bucketize(slots, offsets, right=True) - 1
     hidden, *parameters = leaves.values()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with engine.forced(None if way == "plain" else engine.current().isa):
         log_prob = two_level_log_prob(hidden, TwoLevel(*parameters), clusters, slots, offsets, sparse=sparse)
         (log_prob * torch.linspace(-1, 2, rows, dtype=dtype)).sum().backward()
-    finally:
-        torch.set_num_threads(before)
     gradients = {n: None if t is None or t.grad is None else t.grad.to_dense() for n, t in leaves.items()}
     return {"log_prob": log_prob.detach(), **gradients}
 
@@ -54,14 +41,14 @@ def run(way, monkeypatch, dtype=torch.float64, rows=23, bias=True, sparse=False,
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 23, 60])
-def test_ways_agree(rows, bias, sparse, monkeypatch):
+def test_ways_agree(rows, bias, sparse, isa, monkeypatch):
     expected = run("plain", monkeypatch, rows=rows, bias=bias, sparse=sparse)
     for way in WAYS:
         actual = run(way, monkeypatch, rows=rows, bias=bias, sparse=sparse)
         torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11, msg=lambda m, way=way: f"{way}: {m}")
 
 
-def test_ways_agree_in_single_precision(monkeypatch):
+def test_ways_agree_in_single_precision(isa, monkeypatch):
     exact = run("plain", monkeypatch)
     for way in WAYS:
         actual = run(way, monkeypatch, dtype=torch.float32)
@@ -69,16 +56,40 @@ def test_ways_agree_in_single_precision(monkeypatch):
             torch.testing.assert_close(actual[name].double(), value, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_threads_share_the_groups(way, monkeypatch):
-    monkeypatch.setattr("lastlayer.kernels.grouped.WORTH_A_THREAD", 1)
-    expected = run(way, monkeypatch)
-    torch.testing.assert_close(run(way, monkeypatch, threads=3), expected, rtol=1e-11, atol=1e-11)
+@pytest.mark.parametrize("rows", [0, 1, 9, 200])
+def test_grouping_is_the_plain_one(rows, isa):
+    offsets = torch.nn.functional.pad(SIZES.cumsum(0), (1, 0))
+    clusters = torch.randint(5, (2 * rows,), generator=torch.Generator().manual_seed(1))[::2]
+    groups = group_by_cluster(clusters, offsets)
+    with engine.forced(None):
+        expected = group_by_cluster(clusters, offsets)
+        touched = touched_rows(expected)
+    assert torch.equal(groups.order, expected.order)
+    assert torch.equal(groups.table, expected.table)
+    assert groups[2:] == expected[2:]
+    assert torch.equal(touched_rows(groups), touched)
+
+
+def test_a_class_ruled_out_has_no_part(isa):
+    """A bias of -inf: probability 0, no gradient."""
+    offsets, weight = torch.tensor([0, 3, 6]), torch.randn(6, 4, requires_grad=True)
+    bias = torch.tensor([0.0, float("-inf"), 0, 0, 0, 0])
+    head = torch.randn(2, 4)
+    hidden = torch.randn(3, 4, requires_grad=True)
+    levels = TwoLevel(head, None, weight, bias)
+    slots = torch.tensor([0, 2, 2])
+    log_prob = two_level_log_prob(hidden, levels, torch.zeros_like(slots), slots, offsets)
+    log_prob.sum().backward()
+    inner = torch.nn.functional.linear(hidden, weight[[0, 2]]).log_softmax(1)
+    expected = (hidden @ head.T).log_softmax(1)[:, 0] + inner[[0, 1, 2], [0, 1, 1]]
+    torch.testing.assert_close(log_prob, expected)
+    assert not weight.grad[1].any()
+    assert hidden.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("frozen", [["hidden"], ["weight"], ["weight", "bias"], ["head_weight"], ["bias"]])
-def test_frozen_tensors_get_no_gradient(way, frozen, monkeypatch):
+def test_frozen_tensors_get_no_gradient(way, frozen, isa, monkeypatch):
     expected = run("plain", monkeypatch, sparse=True)
     actual = run(way, monkeypatch, sparse=True, frozen=frozen)
     for name, value in actual.items():

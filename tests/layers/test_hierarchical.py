@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lastlayer import FullSoftmax, HierarchicalSoftmax, SoftCap, clusters
+from lastlayer.functional.row_sparse import GradientMemory
 
 RAGGED = torch.tensor([2, 0, 1, 1, 0, 1, 3, 1, 1, 0, 1, 3, 1])
 
@@ -170,6 +171,21 @@ def test_held_gradient_survives_the_next_step():
     layer(2 * hidden, targets).backward()
     assert torch.equal(kept._values(), values)
     assert layer.weight.grad._values().data_ptr() != kept._values().data_ptr()
+
+
+def test_memory_of_a_gradient_serves_again_only_when_no_tensor_uses_it():
+    memory, like, shape = GradientMemory(), torch.empty(0), (1000, 300)
+    first = memory.lend(shape, like)
+    address = first.data_ptr()
+    assert memory.lend(shape, like).data_ptr() != address
+    first = memory.lend(shape, like)
+    address = first.data_ptr()
+    view = first[3:].view(-1)[7:]
+    del first
+    assert memory.lend(shape, like).data_ptr() != address, "although a view of it lives"
+    del view
+    assert memory.lend(shape, like).data_ptr() == address
+    assert memory.lend((2000, 300), like).shape == (2000, 300)
 
 
 def test_class_weight_is_in_class_order():

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lastlayer import TreeSoftmax
-from lastlayer.functional import softmaxes
 from lastlayer.functional.trees import Tree, huffman
+from lastlayer.kernels import engine
 
 ZIPF = 1e5 / torch.arange(1, 1001, dtype=torch.float64)
 
@@ -55,30 +55,37 @@ def test_fresh_layer_knows_the_counts():
 
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_compiled_loops_agree_with_plain_operations(sparse, dtype, monkeypatch):
+def test_compiled_loops_agree_with_plain_operations(sparse, dtype, isa):
     answers = []
-    for there in (True, False):
-        monkeypatch.setattr(softmaxes, "_numba_is_there", lambda there=there: there)
+    for kind in (isa, None):
         layer = make(ZIPF, sparse=sparse).to(dtype)
         hidden, targets = batch(1000)
         hidden = hidden.to(dtype).requires_grad_()
-        (layer.target_log_prob(hidden, targets) * torch.linspace(-1, 2, 50)).sum().backward()
-        assert layer.weight.grad.is_sparse == sparse
-        answers.append((layer.target_log_prob(hidden, targets), hidden.grad, layer.weight.grad.to_dense()))
+        with engine.forced(kind):
+            (layer.target_log_prob(hidden, targets) * torch.linspace(-1, 2, 50)).sum().backward()
+            assert layer.weight.grad.is_sparse == sparse
+            answers.append((layer.target_log_prob(hidden, targets), hidden.grad, layer.weight.grad.to_dense()))
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close(answers[0], answers[1], rtol=tolerance, atol=tolerance)
 
 
-def test_threads_agree(monkeypatch):
-    monkeypatch.setattr("lastlayer.kernels.grouped.WORTH_A_THREAD", 1)
-    layer = make(ZIPF)
-    hidden, targets = batch(1000)
-    expected = layer.target_log_prob(hidden, targets)
-    torch.set_num_threads(3)
-    try:
-        assert torch.equal(layer.target_log_prob(hidden, targets), expected)
-    finally:
-        torch.set_num_threads(1)
+def test_threads_agree(isa):
+    """A batch large enough to be shared."""
+    layer, results = TreeSoftmax(300, 1000, counts=ZIPF), []
+    with torch.no_grad():
+        layer.weight.normal_(std=0.1)
+    hidden, targets = torch.randn(300, 300), torch.randint(1000, (300,))
+    for threads in (1, 3):
+        leaf = hidden.clone().requires_grad_()
+        layer.zero_grad()
+        torch.set_num_threads(threads)
+        try:
+            log_prob = layer.target_log_prob(leaf, targets)
+            log_prob.sum().backward()
+        finally:
+            torch.set_num_threads(1)
+        results.append((log_prob.detach(), leaf.grad, layer.weight.grad.clone()))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.SparseAdam])

@@ -8,6 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lastlayer.functional.row_sparse import GradientMemory
+from lastlayer.kernels import grouped as kernels
+from lastlayer.kernels.backends import grouped_softmax_backend_for
+
 
 class Targets(NamedTuple):
     """The classes of a batch in a layer of two levels, and what the gradients of its second level are to be."""
@@ -16,16 +20,37 @@ class Targets(NamedTuple):
     slots: Tensor  # (N,), the row of each in the weight
     offsets: Tensor  # (C + 1,): cluster c holds the weight rows from offsets[c] up to offsets[c + 1]
     sparse: bool  # of the touched clusters' rows only
+    memory: GradientMemory | None  # for the sparse gradient of the weight
 
 
 class Groups(NamedTuple):
-    """The rows of a batch sorted by cluster; the arrays have one entry for each cluster that occurs."""
+    """The rows of a batch sorted by cluster."""
 
     order: Tensor  # (N,), the row at each sorted place
-    rows: NDArray[np.int64]  # where each cluster's rows begin among the sorted
-    counts: NDArray[np.int64]  # how many rows each cluster has
-    starts: NDArray[np.int64]  # where each cluster begins in the weight
-    sizes: NDArray[np.int64]  # how many classes it has
+    table: Tensor  # (G, 4) int64 on the CPU: the four properties below, of each cluster that occurs
+    num_logits: int  # the sum of counts * sizes
+    most_logits: int  # the largest counts * sizes
+    num_touched: int  # the sum of sizes
+
+    @property
+    def rows(self) -> NDArray[np.int64]:  # (G,)
+        """Where each cluster's rows begin among the sorted."""
+        return self.table[:, 0].numpy()
+
+    @property
+    def counts(self) -> NDArray[np.int64]:  # (G,)
+        """How many rows each cluster has."""
+        return self.table[:, 1].numpy()
+
+    @property
+    def starts(self) -> NDArray[np.int64]:  # (G,)
+        """Where each cluster begins in the weight."""
+        return self.table[:, 2].numpy()
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:  # (G,)
+        """How many classes it has."""
+        return self.table[:, 3].numpy()
 
     def each(self) -> Iterator[tuple[Tensor, int, int]]:
         """For each cluster: the batch's rows that are in it, where it begins in the weight, and its size."""
@@ -37,30 +62,34 @@ def group_by_cluster(
     offsets: Tensor,  # (C + 1,): cluster c holds the weight rows from offsets[c] up to offsets[c + 1]
 ) -> Groups:
     """The rows of a batch by cluster. On a GPU this waits for the device."""
+    if grouped_softmax_backend_for(clusters.device, torch.float32, torch.float32) == "compiled":
+        order, table, totals = kernels.group_by_cluster(clusters, offsets)
+        return Groups(order, table, *totals)
     ordered, order = clusters.sort(stable=True)
-    ids, edges = ordered.cpu().numpy(), offsets.cpu().numpy()
-    bounds = np.empty(len(ids) + 1, dtype=bool)  # whether a group begins there, or the batch ends
-    bounds[0] = bounds[-1] = True
-    np.not_equal(ids[1:], ids[:-1], out=bounds[1:-1])
-    bounds = bounds.nonzero()[0]
-    rows = bounds[:-1]
-    touched = ids[rows]
-    starts = edges[touched]
-    return Groups(order, rows, bounds[1:] - rows, starts, edges[touched + 1] - starts)
+    touched, counts = ordered.unique_consecutive(return_counts=True)
+    starts = offsets[touched]
+    sizes = offsets[touched + 1] - starts
+    table = torch.stack([counts.cumsum(0) - counts, counts, starts, sizes], 1).cpu()
+    logits = table[:, 1] * table[:, 3]
+    return Groups(order, table, int(logits.sum()), max(logits.tolist(), default=0), int(table[:, 3].sum()))
 
 
 def whole_batch(
     rows: Tensor,  # (N, d)
     num_classes: int,
 ) -> Groups:
-    """One group: all rows over all classes; none where there are no rows."""
-    order = torch.arange(len(rows), device=rows.device)
-    zero, counts, classes = (np.full(min(len(rows), 1), n) for n in (0, len(rows), num_classes))
-    return Groups(order, zero, counts, zero, classes)
+    """One group: all rows over all classes; none where there are no rows. Its order is not formed."""
+    group = [[0, len(rows), 0, num_classes]] if len(rows) else []
+    table = torch.tensor(group, dtype=torch.int64, device="cpu").view(-1, 4)
+    num_logits = len(rows) * num_classes
+    return Groups(rows.new_empty(0), table, num_logits, num_logits, num_classes)
 
 
 def touched_rows(groups: Groups) -> Tensor:
     """The weight rows of the touched clusters, rising, `(R,)`."""
-    before = groups.sizes.cumsum() - groups.sizes
-    shift = np.repeat(groups.starts - before, groups.sizes)
-    return torch.from_numpy(np.arange(len(shift)) + shift).to(groups.order.device)
+    device = groups.order.device
+    if grouped_softmax_backend_for(device, torch.float32, torch.float32) == "compiled":
+        return kernels.touched_rows(groups.table, groups.num_touched)
+    starts, sizes = groups.table[:, 2], groups.table[:, 3]
+    shift = (starts - (sizes.cumsum(0) - sizes)).repeat_interleave(sizes)
+    return (torch.arange(len(shift), device="cpu") + shift).to(device)

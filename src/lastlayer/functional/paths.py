@@ -11,10 +11,9 @@ from lastlayer.functional.first_order import first_order
 from lastlayer.functional.linear_chunks import as_exact, product_dtype
 from lastlayer.functional.outside_graphs import outside_graphs
 from lastlayer.functional.row_sparse import row_sparse
-from lastlayer.functional.softmaxes import can_compile
 from lastlayer.functional.trees import Tree
 from lastlayer.kernels import paths as kernels
-from lastlayer.kernels.arrays import arrays_of
+from lastlayer.kernels.backends import paths_backend_for
 
 
 @outside_graphs
@@ -33,8 +32,10 @@ def path_log_prob(
     """
     starts, nodes, signs = tree.paths(classes.cpu().numpy())
     with torch.autocast(hidden.device.type, enabled=False):
-        if product_dtype(hidden) == hidden.dtype and can_compile(hidden, weight):
-            log_prob: Any = _PathLogProb.apply(hidden, weight, (starts, nodes, signs), sparse)
+        backend = paths_backend_for(hidden.device, product_dtype(hidden), weight.dtype)
+        if backend == "compiled" and hidden.dtype == weight.dtype and weight.is_contiguous():
+            paths = tuple(torch.from_numpy(part) for part in (starts, nodes, signs))
+            log_prob: Any = _PathLogProb.apply(hidden, weight, paths, sparse)
             return log_prob
         device = hidden.device
         at, of_row = torch.from_numpy(nodes).to(device), torch.from_numpy(np.diff(starts)).to(device)
@@ -54,30 +55,27 @@ class _PathLogProb(torch.autograd.Function):
         starts, nodes, signs = paths
         hidden = hidden.contiguous()
         log_prob, factors = hidden.new_empty(len(hidden)), hidden.new_empty(len(nodes))
-        slope = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else hidden[:0]
-        arrays = arrays_of(hidden, weight, log_prob, factors, slope)
-        kernels.forward(starts, nodes, signs, *arrays, threads=torch.get_num_threads())
+        slope = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        kernels.forward(starts, nodes, signs, hidden, weight, log_prob, factors, slope)
         ctx.save_for_backward(hidden, factors, slope)
         ctx.paths, ctx.sparse, ctx.num_nodes = (starts, nodes), sparse, len(weight)
         return log_prob
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
-        hidden, factors, slope = (t.detach() for t in ctx.saved_tensors)
+        hidden, factors, slope = ctx.saved_tensors
         starts, nodes = ctx.paths
         scale = upstream[0].detach().contiguous()
         of_hidden = slope * scale[:, None] if ctx.needs_input_grad[0] else None
         of_weight = None
         if ctx.needs_input_grad[1]:
-            pairs = nodes.argsort(kind="stable")
-            touched, begins = np.unique(nodes[pairs], return_index=True)
-            rows = np.repeat(np.arange(len(hidden)), np.diff(starts))
+            ordered, pairs = nodes.sort(stable=True)
+            touched, counts = ordered.unique_consecutive(return_counts=True)
+            rows = torch.arange(len(hidden)).repeat_interleave(starts.diff())
             values = hidden.new_empty(len(touched), hidden.shape[1])
-            arrays = arrays_of(factors, scale, hidden, values)
-            kernels.backward(np.append(begins, len(pairs)), pairs, rows, *arrays, threads=torch.get_num_threads())
-            at = torch.from_numpy(touched)
+            kernels.backward(F.pad(counts.cumsum(0), (1, 0)), pairs, rows, factors, scale, hidden, values)
             if ctx.sparse:
-                of_weight = row_sparse(at, values, ctx.num_nodes)
+                of_weight = row_sparse(touched, values, ctx.num_nodes)
             else:
-                of_weight = values.new_zeros(ctx.num_nodes, hidden.shape[1]).index_copy_(0, at, values)
+                of_weight = values.new_zeros(ctx.num_nodes, hidden.shape[1]).index_copy_(0, touched, values)
         return (*first_order("path_log_prob", (of_hidden, of_weight)), None, None)

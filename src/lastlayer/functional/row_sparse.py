@@ -1,7 +1,14 @@
 """Gradients of a matrix of which only some rows were touched: sparse in the rows, coalesced by construction."""
 
+import math
+import weakref
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+LEAST_KEPT_BYTES = 1 << 20  # below this the C library reuses freed memory by itself
 
 
 def row_sparse(
@@ -16,3 +23,36 @@ def row_sparse(
     """
     shape = (num_rows, *values.shape[1:])
     return torch.sparse_coo_tensor(rows[None], values, shape, is_coalesced=True, check_invariants=False)
+
+
+class GradientMemory:
+    """Memory for the values of one gradient after the other.
+
+    Filling fresh memory costs several times what filling it again does (page faults). A gradient belongs to
+    whoever holds it: its memory comes back when the last tensor that uses it is freed, as a finalizer of the array
+    that the tensor was made from tells, and only then serves again. While one is held, the next gets other memory.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[NDArray[np.uint8]] = []  # one block at most
+
+    def __deepcopy__(self, memo: object) -> "GradientMemory":
+        return GradientMemory()
+
+    def __reduce__(self) -> tuple[type["GradientMemory"], tuple[()]]:
+        return GradientMemory, ()
+
+    def lend(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """An uninitialised tensor of `shape`, dtype and device as `like`."""
+        num_bytes = math.prod(shape) * like.element_size()
+        if like.device.type != "cpu" or num_bytes < LEAST_KEPT_BYTES:
+            return like.new_empty(shape)
+        block = self._free.pop() if self._free else None
+        if block is None or not num_bytes <= block.nbytes <= 4 * num_bytes:
+            block = np.empty(num_bytes + num_bytes // 8, dtype=np.uint8)
+        array = block[:num_bytes]
+        weakref.finalize(array, self._take_back, block).atexit = False
+        return torch.from_numpy(array).view(like.dtype).view(shape)
+
+    def _take_back(self, block: NDArray[np.uint8]) -> None:
+        self._free[:] = [block]

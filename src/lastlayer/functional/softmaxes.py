@@ -1,52 +1,44 @@
 """Many softmaxes side by side, each of some rows of a batch over its own rows of one weight."""
 
-import functools
-import importlib.util
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lastlayer.functional.groups import Groups
+from lastlayer.kernels import backends
 from lastlayer.kernels import grouped as kernels
-from lastlayer.kernels.arrays import arrays_of
-from lastlayer.kernels.backends import softmax_rows_backend_for
-from lastlayer.kernels.grouped import GroupArrays
+from lastlayer.kernels.backends import Backend, grouped_softmax_backend_for, softmax_rows_backend_for
 from lastlayer.kernels.softmax_rows import RowTerms, fused
-
-# PyTorch's matrix product beats the compiled loops on groups with at least so many rows of the batch, unless the
-# whole product is too small to be worth a call; and on any that has so many multiply-adds that all threads share
-# it.
-MANY_ROWS = 16
-LEAST_WORK = 1 << 18
-WORK_FOR_ALL_THREADS = 1 << 23
 
 
 class Softmaxes(NamedTuple):
-    """The groups of a batch, and who computes each: small ones the compiled loops, where these can run."""
+    """The groups of a batch, and who computes each."""
 
-    small: GroupArrays
-    large: list[tuple[int, ...]]  # the same fields, a tuple a group
+    table: Tensor  # (G, 4), of `Groups`
+    compact: bool
     num_residuals: int
+    compiled: bool  # whether the compiled loops compute all groups but the `plain`
+    plain: list[list[int]]  # those that PyTorch's operations compute: row, count, start, size, place, out
 
     @classmethod
     def of(cls, groups: Groups, hidden: Tensor, weight: Tensor, *, compact: bool = False) -> "Softmaxes":
         """Plans the work; `compact` gradients hold the groups' rows only, one group after the other."""
-        numbers = groups.counts * groups.sizes
-        ends = numbers.cumsum()
-        outs = groups.sizes.cumsum() - groups.sizes if compact else groups.starts
-        arrays = GroupArrays(groups.rows, groups.counts, groups.starts, groups.sizes, ends - numbers, outs)
-        total = int(ends[-1]) if len(ends) else 0
-        if can_compile(hidden, weight):
-            work = numbers * hidden.shape[1]
-            small = (work < LEAST_WORK) | (groups.counts < MANY_ROWS) & (work < WORK_FOR_ALL_THREADS)
-        else:
-            small = np.zeros(len(numbers), dtype=bool)
-        if small.all():
-            return cls(arrays, [], total)
-        large = [tuple(numbers) for numbers in zip(*(array[~small].tolist() for array in arrays), strict=True)]
-        return cls(GroupArrays(*(array[small] for array in arrays)), large, total)
+        width = hidden.shape[1]
+
+        def backend_for(num_logits: int) -> Backend:
+            work = num_logits * width
+            return grouped_softmax_backend_for(hidden.device, hidden.dtype, weight.dtype, work)
+
+        compiled = backend_for(0) == "compiled" and weight.is_contiguous()
+        plain: list[list[int]] = []
+        if not compiled or backend_for(groups.most_logits) == "plain":
+            place = out = 0
+            for row, count, start, size in groups.table.tolist():
+                if not compiled or backend_for(count * size) == "plain":
+                    plain.append([row, count, start, size, place, out if compact else start])
+                place, out = place + count * size, out + size
+        return cls(groups.table, compact, groups.num_logits, compiled, plain)
 
     def forward(
         self,
@@ -59,10 +51,11 @@ class Softmaxes(NamedTuple):
     ) -> Tensor:  # flat, a group after the other
         """Residuals `softmax(rows @ weight.T + bias) - one_hot(target)` of every group."""
         residual = log_prob.new_empty(self.num_residuals)
-        if len(self.small.rows):
-            arrays = (rows, weight, rows[:0, 0] if bias is None else bias, slots, residual, log_prob, slope)
-            kernels.softmax_forward(self.small, *arrays_of(*arrays), threads=torch.get_num_threads())
-        for row, count, start, size, place, _ in self.large:
+        if self.compiled and len(self.plain) < len(self.table):
+            formed = slope if len(slope) else None
+            arrays = (rows, weight, None if bias is None else bias.contiguous(), slots, residual, log_prob, formed)
+            kernels.softmax_forward(self.table, backends.GROUP_WORK, *arrays)
+        for row, count, start, size, place, _ in self.plain:
             own = slice(row, row + count)
             block = weight.narrow(0, start, size).to(rows.dtype)
             flat = residual.narrow(0, place, count * size).view(count, size)
@@ -82,14 +75,14 @@ class Softmaxes(NamedTuple):
         of_bias: Tensor,  # (R,), likewise
     ) -> None:
         """Writes the gradients of weight and bias, `(scale * residual).T @ rows` and its sums, each row once."""
-        if len(self.small.rows):
+        if self.compiled and len(self.plain) < len(self.table):
             arrays = (rows, residual, scale, of_weight, of_bias)
-            kernels.softmax_backward(self.small, *arrays_of(*arrays), threads=torch.get_num_threads())
-        if not self.large:
+            kernels.softmax_backward(self.table, backends.GROUP_WORK, *arrays, compact=self.compact)
+        if not self.plain:
             return
         exact = rows.dtype == residual.dtype  # then the scale goes to the narrower factor; else it is rounded once
         scaled = rows * scale[:, None] if exact else rows
-        for row, count, _, size, place, out in self.large:
+        for row, count, _, size, place, out in self.plain:
             own = slice(row, row + count)
             factors = residual.narrow(0, place, count * size).view(count, size).T
             left = factors if exact else (factors * scale[own]).to(rows.dtype)
@@ -119,19 +112,3 @@ def _to_residuals(
     picked = log_prob.gather(1, targets[:, None])
     log_prob.exp_().scatter_add_(1, targets[:, None], torch.full_like(picked, -1))
     return picked[:, 0]
-
-
-def can_compile(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether the compiled loops take these tensors; else PyTorch's operations do all the work."""
-    return (
-        hidden.device.type == "cpu"
-        and hidden.dtype == weight.dtype
-        and hidden.dtype in (torch.float32, torch.float64)
-        and weight.is_contiguous()
-        and _numba_is_there()
-    )
-
-
-@functools.cache
-def _numba_is_there() -> bool:
-    return importlib.util.find_spec("numba") is not None

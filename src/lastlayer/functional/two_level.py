@@ -9,13 +9,8 @@ from torch.autograd.function import once_differentiable
 from lastlayer.functional.groups import Targets, group_by_cluster, touched_rows, whole_batch
 from lastlayer.functional.linear_chunks import exact_dtype, product_dtype
 from lastlayer.functional.outside_graphs import outside_graphs
-from lastlayer.functional.row_sparse import row_sparse
-from lastlayer.functional.softmaxes import Softmaxes, can_compile
-from lastlayer.functional.two_level_small import SmallTwoLevelLogProb
-
-# Multiply-adds of a batch up to which compiled loops beat PyTorch's operations, which cost microseconds each to
-# call.
-SMALL_WORK = 1 << 20
+from lastlayer.functional.row_sparse import GradientMemory, row_sparse
+from lastlayer.functional.softmaxes import Softmaxes
 
 
 class TwoLevel(NamedTuple):
@@ -36,6 +31,7 @@ def two_level_log_prob(
     offsets: Tensor,  # (C + 1,): cluster c holds the rows from offsets[c] up to offsets[c + 1]
     *,
     sparse: bool = False,
+    memory: GradientMemory | None = None,
 ) -> Tensor:  # (N,)
     """`log P(cluster) + log P(class | cluster)` of the targets; of the second level only touched rows are read.
 
@@ -49,17 +45,17 @@ def two_level_log_prob(
 
     Args:
         sparse: the gradients of `weight` and `bias` hold the touched clusters' rows only, coalesced.
+        memory: lends the memory for the sparse gradient of `weight`.
     """
-    dtype = product_dtype(hidden)
-    num_clusters, (num_classes, width) = len(offsets) - 1, parameters.weight.shape
-    work = len(hidden) * (num_clusters + num_classes // num_clusters) * width
-    small = 0 < work < SMALL_WORK and dtype == hidden.dtype and can_compile(hidden, parameters.weight)
-    function: Any = SmallTwoLevelLogProb if small else _TwoLevelLogProb
-    arguments = (Targets(clusters, slots, offsets, sparse), hidden.to(dtype), *parameters)
+    arguments: Any = (
+        Targets(clusters, slots, offsets, sparse, memory),
+        hidden.to(product_dtype(hidden)),
+        *parameters,
+    )
     if not torch.is_autocast_enabled(hidden.device.type):  # entering its context costs microseconds
-        return function.apply(*arguments)
+        return _TwoLevelLogProb.apply(*arguments)
     with torch.autocast(hidden.device.type, enabled=False):
-        return function.apply(*arguments)
+        return _TwoLevelLogProb.apply(*arguments)
 
 
 class _TwoLevelLogProb(torch.autograd.Function):
@@ -90,7 +86,7 @@ class _TwoLevelLogProb(torch.autograd.Function):
         head_residual = head.forward(rows, head_weight, head_bias, clusters, log_prob, slope)
         residual = inner.forward(rows, weight, bias, slots, log_prob, slope)
         ctx.save_for_backward(order, rows, slope, head_residual, residual)
-        ctx.levels, ctx.groups, ctx.sparse = (head, inner), groups, targets.sparse
+        ctx.levels, ctx.groups, ctx.sparse, ctx.memory = (head, inner), groups, targets.sparse, targets.memory
         ctx.like, ctx.num_clusters, ctx.num_classes = weight[:0], len(head_weight), len(weight)
         return torch.empty_like(log_prob).index_copy_(0, order, log_prob)
 
@@ -102,7 +98,8 @@ class _TwoLevelLogProb(torch.autograd.Function):
         scale = upstream[0].index_select(0, order).neg_()
         of_hidden = of_head_weight = of_head_bias = of_weight = of_bias = None
         if wanted[0]:
-            of_hidden = slope.index_select(0, order.argsort()).mul_(-upstream[0][:, None])
+            sorted_gradient = (slope * scale[:, None]).to(slope.dtype)
+            of_hidden = torch.empty_like(slope).index_copy_(0, order, sorted_gradient)
         if wanted[1] or wanted[2]:
             of_head_weight = like.new_zeros(ctx.num_clusters, rows.shape[1])
             of_head_bias = like.new_zeros(ctx.num_clusters)
@@ -123,6 +120,7 @@ def _inner_gradients(
         inner.backward(rows, residual, scale, of_weight, of_bias)
         return of_weight, of_bias
     touched = touched_rows(ctx.groups)
-    of_weight, of_bias = like.new_empty(len(touched), rows.shape[1]), like.new_empty(len(touched))
+    of_weight = (ctx.memory or GradientMemory()).lend((len(touched), rows.shape[1]), like)
+    of_bias = like.new_empty(len(touched))
     inner.backward(rows, residual, scale, of_weight, of_bias)
     return row_sparse(touched, of_weight, num_classes), row_sparse(touched, of_bias, num_classes)

@@ -12,6 +12,10 @@ from lastlayer.kernels import engine
 
 Backend = Literal["compiled", "plain"]
 
+# Multiply-adds from which PyTorch's own matrix product, shared among its threads, is as quick as the compiled
+# loops over one group, which stay on one thread.
+GROUP_WORK = 1 << 23
+
 
 def softmax_rows_backend_for(
     device: torch.device,
@@ -28,6 +32,28 @@ def softmax_rows_backend_for(
     'plain'
     """
     known = dtype in (torch.float32, torch.bfloat16) and not label_smoothing
+    return "compiled" if known and _engine_serves(device) else "plain"
+
+
+def grouped_softmax_backend_for(
+    device: torch.device,
+    dtype: torch.dtype,  # of the hidden states in the products
+    weight_dtype: torch.dtype,
+    work: int = 0,  # multiply-adds: rows of the batch * classes * d of one cluster, or of the head
+) -> Backend:
+    """What computes a cluster of `HierarchicalSoftmax`, or its head.
+
+    >>> import torch
+    >>> grouped_softmax_backend_for(torch.device("cpu"), torch.float32, torch.float32, work=1000 * 1000 * 500)
+    'plain'
+    """
+    known = dtype == weight_dtype and dtype in (torch.float32, torch.float64) and work < GROUP_WORK
+    return "compiled" if known and _engine_serves(device) else "plain"
+
+
+def paths_backend_for(device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype) -> Backend:
+    """What computes the paths of `TreeSoftmax`."""
+    known = dtype == weight_dtype and dtype in (torch.float32, torch.float64)
     return "compiled" if known and _engine_serves(device) else "plain"
 
 

@@ -1,48 +1,43 @@
-"""Logistic regressions along paths through a tree; compiled by numba, arrays in, arrays out.
+"""Logistic regressions along paths through a tree: `csrc/paths.cpp`. The plain twin is `functional/paths.py`."""
 
-numba is imported when a function here first runs. `functional/paths.py` holds the same in plain PyTorch.
-"""
+import torch
+from torch import Tensor
 
-from typing import Any
+from lastlayer.kernels.engine import Kernel
 
-import numpy as np
-from numpy.typing import NDArray
-
-from lastlayer.kernels.grouped import spread
-
-Array = NDArray[Any]
+# starts, nodes, signs, hidden, weight, log_prob, factors, slope, N, d, in float64
+_FORWARD = Kernel("paths_forward", "ppppppppnnn")
+# starts, pairs, rows, factors, scale, hidden, of_weight, U, d, in float64
+_BACKWARD = Kernel("paths_backward", "pppppppnnn")
 
 
 def forward(
-    starts: Array,  # (N + 1,), where each row's path begins
-    nodes: Array,  # (P,)
-    signs: Array,  # (P,)
-    hidden: Array,  # (N, d)
-    weight: Array,  # (V - 1, d)
-    log_prob: Array,  # (N,); becomes the sum of log sigmoid(sign * score)
-    factors: Array,  # (P,); becomes sign * sigmoid(-sign * score)
-    slope: Array,  # (N, d), or (0, d) for none; gains factors @ weight
-    threads: int,
+    starts: Tensor,  # (N + 1,) int64, where each row's path begins
+    nodes: Tensor,  # (P,) int64
+    signs: Tensor,  # (P,) int8
+    hidden: Tensor,  # (N, d) float32 or float64
+    weight: Tensor,  # (V - 1, d), of the same dtype, as all that follow
+    log_prob: Tensor,  # (N,); becomes the sum of log sigmoid(sign * score)
+    factors: Tensor,  # (P,); becomes sign * sigmoid(-sign * score)
+    slope: Tensor | None,  # (N, d); gains factors @ weight
 ) -> None:
     """Log-probabilities of paths, and what their gradient needs."""
-    from lastlayer.kernels import paths_loops
-
-    arrays = (starts, nodes, signs, hidden, weight, log_prob, factors, slope)
-    spread(paths_loops.forward, np.diff(starts), arrays, hidden.shape[1], threads)
+    _FORWARD(
+        starts, nodes, signs, hidden, weight, log_prob, factors, slope,
+        *hidden.shape, hidden.dtype == torch.float64,
+    )  # fmt: skip
 
 
 def backward(
-    starts: Array,  # (U + 1,), where the pairs of each touched node begin
-    pairs: Array,  # (P,), sorted by node
-    rows: Array,  # (P,), the row of each pair
-    factors: Array,  # (P,)
-    scale: Array,  # (N,)
-    hidden: Array,  # (N, d)
-    of_weight: Array,  # (U, d), written
-    threads: int,
+    starts: Tensor,  # (U + 1,) int64, where the pairs of each touched node begin
+    pairs: Tensor,  # (P,) int64, sorted by node
+    rows: Tensor,  # (P,) int64, the row of each pair
+    factors: Tensor,  # (P,)
+    scale: Tensor,  # (N,)
+    hidden: Tensor,  # (N, d)
+    of_weight: Tensor,  # (U, d), written
 ) -> None:
     """The gradient of the touched nodes, each written once."""
-    from lastlayer.kernels import paths_loops
-
-    arrays = (starts, pairs, rows, factors, scale, hidden, of_weight)
-    spread(paths_loops.backward, np.diff(starts), arrays, hidden.shape[1], threads)
+    _BACKWARD(
+        starts, pairs, rows, factors, scale, hidden, of_weight, *of_weight.shape, hidden.dtype == torch.float64
+    )  # fmt: skip

@@ -14,6 +14,7 @@ from lastlayer.functional.checks import check_vector
 from lastlayer.functional.clusters import check_clusters, even
 from lastlayer.functional.linear_chunks import as_exact
 from lastlayer.functional.one_level import one_level, row_clusters, two_levels
+from lastlayer.functional.row_sparse import GradientMemory
 from lastlayer.functional.selection import Selection
 from lastlayer.functional.theano_layout import TheanoParameters, block_ids, blocks_of, check_theano, class_rows
 from lastlayer.functional.two_level import TwoLevel, two_level_log_prob
@@ -109,6 +110,7 @@ class HierarchicalSoftmax(OutputLayer):
         self.register_buffer("_slots", None, persistent=False)
         self.register_buffer("_clusters", None, persistent=False)
         self._derive()
+        self._memory = GradientMemory()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -249,6 +251,7 @@ class HierarchicalSoftmax(OutputLayer):
             self._slots.index_select(0, targets),
             self.offsets,
             sparse=self.sparse,
+            memory=self._memory,
         )
 
     def _topk(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,85 @@
+// Logistic regressions along paths through a binary tree.
+//
+// The plain twin, and the mathematics, are in lastlayer/functional/paths.py.
+#include <algorithm>
+#include <cmath>
+
+#include "engine.h"
+#include "parallel.h"
+#include "products.h"
+
+namespace lastlayer {
+namespace {
+
+constexpr int64_t WORK_A_CHUNK = 1 << 17;  // multiply-adds that a thread takes at a time
+
+int64_t items_a_chunk(int64_t num_items, int64_t num_pairs, int64_t width) {
+    return std::max<int64_t>(1, num_items * WORK_A_CHUNK / std::max<int64_t>(1, num_pairs * width));
+}
+
+template <class Real>
+void forward(const int64_t* starts, const int64_t* nodes, const int8_t* signs, const Real* hidden, const Real* weight,
+             Real* log_prob, Real* factors, Real* slope, int64_t num_rows, int64_t width) {
+    parallel_for(num_rows, items_a_chunk(num_rows, starts[num_rows], width), [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n) {
+            const Real* row = hidden + n * width;
+            Real total = 0;
+            for (int64_t p = starts[n]; p < starts[n + 1]; ++p) {
+                const Real* node = weight + nodes[p] * width;
+                const Real sign = signs[p], score = sign * dot(row, node, width);
+                const Real decay = std::exp(-std::fabs(score));
+                total += std::min<Real>(score, 0) - std::log1p(decay);
+                factors[p] = sign * (score > 0 ? decay : 1) / (1 + decay);  // sign * sigmoid(-score)
+                if (slope != nullptr) add_1x1(slope + n * width, factors[p], node, width);
+            }
+            log_prob[n] = total;
+        }
+    });
+}
+
+template <class Real>
+void backward(const int64_t* starts, const int64_t* pairs, const int64_t* rows, const Real* factors, const Real* scale,
+              const Real* hidden, Real* of_weight, int64_t num_nodes, int64_t width) {
+    parallel_for(num_nodes, items_a_chunk(num_nodes, starts[num_nodes], width), [&](int64_t begin, int64_t end) {
+        for (int64_t u = begin; u < end; ++u) {
+            Real* into = of_weight + u * width;
+            for (int64_t place = starts[u]; place < starts[u + 1]; ++place) {
+                const int64_t pair = pairs[place], row = rows[pair];
+                const Real factor = factors[pair] * scale[row];
+                if (place == starts[u]) {
+                    set_1x1(into, factor, hidden + row * width, width);
+                } else {
+                    add_1x1(into, factor, hidden + row * width, width);
+                }
+            }
+        }
+    });
+}
+
+}  // namespace
+}  // namespace lastlayer
+
+LASTLAYER_KERNEL(paths_forward)
+(const int64_t* starts, const int64_t* nodes, const int8_t* signs, const void* hidden, const void* weight, void* log_prob,
+ void* factors, void* slope, int64_t num_rows, int64_t width, int64_t in_float64) {
+    const auto run = [&](auto zero) {
+        using Real = decltype(zero);
+        lastlayer::forward(starts, nodes, signs, static_cast<const Real*>(hidden), static_cast<const Real*>(weight),
+                           static_cast<Real*>(log_prob), static_cast<Real*>(factors), static_cast<Real*>(slope), num_rows,
+                           width);
+    };
+    in_float64 ? run(double{}) : run(float{});
+    return 0;
+}
+
+LASTLAYER_KERNEL(paths_backward)
+(const int64_t* starts, const int64_t* pairs, const int64_t* rows, const void* factors, const void* scale,
+ const void* hidden, void* of_weight, int64_t num_nodes, int64_t width, int64_t in_float64) {
+    const auto run = [&](auto zero) {
+        using Real = decltype(zero);
+        lastlayer::backward(starts, pairs, rows, static_cast<const Real*>(factors), static_cast<const Real*>(scale),
+                            static_cast<const Real*>(hidden), static_cast<Real*>(of_weight), num_nodes, width);
+    };
+    in_float64 ? run(double{}) : run(float{});
+    return 0;
+}

@@ -1,0 +1,43 @@
+"""The gradient of many small softmaxes; one larger than the caches is written past them, to the same numbers."""
+
+import pytest
+import torch
+
+from lastlayer.kernels.grouped import softmax_backward
+
+SIZES, COUNTS = torch.tensor([30_000, 1, 9_999]), torch.tensor([1, 2, 7])
+NUM_ROWS, NUM_CLASSES = int(COUNTS.sum()), int(SIZES.sum())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("width", [64, 63])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_gradients_at_any_address_and_width(dtype, width, shift, threads, isa):
+    """Rows of 63 numbers, and an address shifted by one, do not lie where such stores may."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(NUM_ROWS, width, generator=generator, dtype=dtype)
+    scale = torch.arange(1, NUM_ROWS + 1, dtype=dtype)
+    parts = [torch.randn(c, s, generator=generator, dtype=dtype) for c, s in zip(COUNTS, SIZES, strict=True)]
+    rows, starts = COUNTS.cumsum(0) - COUNTS, SIZES.cumsum(0) - SIZES
+    table = torch.stack([rows, COUNTS, starts, SIZES], 1)
+    memory = torch.full((NUM_CLASSES * width + 2,), float("nan"), dtype=dtype)
+    of_weight = memory[shift : shift + NUM_CLASSES * width].view(NUM_CLASSES, width)
+    of_bias = torch.full((NUM_CLASSES,), float("nan"), dtype=dtype)
+    residual = torch.cat([part.reshape(-1) for part in parts])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        softmax_backward(table, 1 << 40, hidden, residual, scale, of_weight, of_bias, compact=False)
+    finally:
+        torch.set_num_threads(before)
+
+    own = [slice(first, first + count) for first, count in zip(rows.tolist(), COUNTS.tolist(), strict=True)]
+    scaled = [(part * scale[o, None]).T for part, o in zip(parts, own, strict=True)]
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+    expected = torch.cat([s @ hidden[o] for s, o in zip(scaled, own, strict=True)])
+    torch.testing.assert_close(of_weight, expected, rtol=tolerance, atol=tolerance)
+    sums = torch.cat([s.sum(1) for s in scaled])
+    torch.testing.assert_close(of_bias, sums, rtol=tolerance, atol=tolerance)
+    assert memory[:shift].isnan().all()
+    assert memory[shift + NUM_CLASSES * width :].isnan().all()
