@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from lastlayer.cli import app
+from lastlayer.cli.app import app
 
 COMMAND = ["reproduce", "hierarchical-softmax"]
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
-from lastlayer.cli import app
+from lastlayer.cli.app import app
 
 SECONDS = 0.5
 

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from lastlayer import ScreenedSoftmax
-from lastlayer.cli import app
+from lastlayer.cli.app import app
 
 FIELDS = {
     "preview", "window", "candidates", "agreement_top1", "agreement_topk", "kl",

@@ -12,11 +12,12 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from lastlayer.cli import app
+from lastlayer.cli.app import app
 from lastlayer.cli.large_sparse_targets import large_sparse_targets
 from lastlayer.cli.options import Common, verb
 from lastlayer.cli.speedup import speedup
 from lastlayer.study.errors import StudyError, Terminated, UsageError
+from lastlayer.study.measuring.measure import environment
 
 PAPERS = ("svd-softmax", "hierarchical-softmax", "softmax-bottleneck", "large-sparse-targets")
 SMALL = ["bench", "--num-classes", "50", "--in-features", "4", "--batch", "3", "--seconds", "0.1"]
@@ -76,6 +77,7 @@ def test_records_are_written(run, tmp_path):
         ([*SMALL, "--k", "51"], "--k"),
         ([*SMALL, "--json", "/"], "--json"),
         (["nonsense"], "nonsense"),
+        (["config", "--threads", "none"], "--threads"),
         (["bench", "--num-classes", 10**9, "--in-features", 1024], "V=1,000,000,000 d=1,024 N=256 needs about 4"),
         (
             ["reproduce", "large-sparse-targets", "--parts", "speed", "--num-classes", 10**10],
@@ -155,3 +157,34 @@ def test_help_stays_within_the_terminal(run, monkeypatch, columns, verb):
     result = run(verb, "--help")
     assert result.exit_code == 0
     assert max(map(len, result.output.splitlines())) <= columns
+
+
+def test_config_says_what_runs_here(run, tmp_path):
+    path = tmp_path / "config.json"
+    result = run("config", "--json", path, "--threads", 1)
+    assert result.exit_code == 0, result.output
+    (record,) = json.loads(path.read_text())
+    assert f"torch: {torch.__version__}\n" in result.output
+    assert {"version", "processor", "engine", "isa", "why", "supported", "threads"} <= record.keys()
+    assert all(not isinstance(value, list | dict) for value in record.values())
+    assert environment()["isa"] == record["isa"]
+
+
+def test_an_instruction_set_that_does_not_exist_is_bad_usage():
+    """Said before any work, not by the first kernel."""
+    command = [sys.executable, "-m", "lastlayer", "compare", "--text", "/dev/null"]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "LASTLAYER_MAX_CPU_ISA": "nonsense"}
+    )
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
+    assert "LASTLAYER_MAX_CPU_ISA" in ended.stderr
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich", "matplotlib"])
+def test_without_what_the_command_needs(missing):
+    """The library works; the command says what to install."""
+    code = f"import sys; sys.modules[{missing!r}] = None; import lastlayer; lastlayer.FullSoftmax(2, 3)\n"
+    code += "from lastlayer.cli import main; main()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    said = f"lastlayer: the command needs {missing}: pip install 'lastlayer[cli]'\n"
+    assert (ended.returncode, ended.stderr) == (1, said)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lastlayer.cli import app
+from lastlayer.cli.app import app
 from lastlayer.functional.spherical import SquaredError
 from lastlayer.reproduce.large_sparse_targets.classifiers import LOSSES as CLASSIFIER_LOSSES
 from lastlayer.reproduce.large_sparse_targets.classifiers import measure_classifiers, misspellings

@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lastlayer.cli import app
+from lastlayer.cli.app import app
 from lastlayer.reproduce.cells import Cells
 from lastlayer.reproduce.softmax_bottleneck import study as bottleneck
 from lastlayer.reproduce.softmax_bottleneck.language import PUBLISHED, wide

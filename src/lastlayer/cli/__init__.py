@@ -1,53 +1,20 @@
-"""The command line: one file a verb, no mathematics.
-
-A new verb is its import and a word below; a sub-study of `reproduce` likewise.
-"""
+"""The command line: one file a verb, no mathematics."""
 
 import io
 import sys
-from typing import Annotated
+from importlib.util import find_spec
 
-import typer
-
-import lastlayer
-from lastlayer.cli.bench import bench
-from lastlayer.cli.compare import compare
-from lastlayer.cli.help import Command
-from lastlayer.cli.hierarchical_softmax import hierarchical_softmax
-from lastlayer.cli.large_sparse_targets import large_sparse_targets
-from lastlayer.cli.options import verb
-from lastlayer.cli.softmax_bottleneck import softmax_bottleneck
-from lastlayer.cli.speedup import speedup
-from lastlayer.cli.svd_softmax import svd_softmax
-
-PLAIN = {"rich_markup_mode": None, "no_args_is_help": True, "add_completion": False}
-app = typer.Typer(**PLAIN, pretty_exceptions_enable=False)
-for run in (compare, speedup, bench):
-    app.command(run.__name__, cls=Command)(verb(run))
-reproduce = typer.Typer(**PLAIN, help="A paper's figures, each beside what is measured here.")
-for run in (svd_softmax, hierarchical_softmax, softmax_bottleneck, large_sparse_targets):
-    reproduce.command(run.__name__.replace("_", "-"), cls=Command)(verb(run))
-app.add_typer(reproduce, name="reproduce")
-
-
-def _show_version(asked: bool) -> None:
-    if asked:
-        print(f"lastlayer {lastlayer.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _lastlayer(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
-    """Output layers for very many classes: train them without computing every logit, query them without
-    reading every weight."""
+NEEDED = ("typer", "rich", "matplotlib")  # what `pip install lastlayer[cli]` brings
 
 
 def main() -> None:
     """The `lastlayer` command."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without a sign shows another in its place
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        print(f"lastlayer: the command needs {', '.join(missing)}: pip install 'lastlayer[cli]'", file=sys.stderr)
+        raise SystemExit(1)
+    from lastlayer.cli.app import app
+
     app()

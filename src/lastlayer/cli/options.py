@@ -15,6 +15,7 @@ import torch
 import typer
 from typer.models import OptionInfo
 
+from lastlayer.kernels import engine
 from lastlayer.study.errors import StudyError, Terminated, UsageError
 from lastlayer.study.files import is_special, make_folder, write_json
 
@@ -113,6 +114,10 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 def _prepare(options: dict[str, Any]) -> Common:
+    try:
+        engine.current()  # fails now rather than at the first kernel
+    except ValueError as problem:
+        raise UsageError(str(problem)) from problem
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])
     if options["json"] is not None:

@@ -13,13 +13,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-REPORTED_PACKAGES = ("torch", "numpy", "numba")
+from lastlayer.kernels.config import config
 
 
 @dataclass(frozen=True)
@@ -128,14 +128,15 @@ def _resident_peak() -> int:
 
 
 def environment() -> dict[str, Any]:
-    """Where a figure comes from: machine, versions, commit, threads, command, time."""
+    """Where a figure comes from: machine, instruction set, versions, commit, threads, command, time."""
+    here = config()
     return {
-        "machine": _processor(),
+        "machine": here["processor"],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
+        **{name: here[name] for name in ("threads", "engine", "isa", "why", "supported", "torch")},
         "python": platform.python_version(),
-        **{name: _version(name) for name in REPORTED_PACKAGES},
-        "lastlayer": _version("lastlayer"),
+        "numpy": np.__version__,
+        "lastlayer": here["version"],
         "commit": _commit(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -147,21 +148,6 @@ def write_records(path: Path, records: list[dict[str, Any]], *, notes: str = "")
     content = {"environment": environment(), "notes": notes, "records": records}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
