@@ -1,4 +1,4 @@
-"""The verbs of the command line. A new verb is its import and a word below; a sub-study of `reproduce` likewise."""
+"""The verbs of the command line. A new verb is its import and a word below; a paper of `reproduce` likewise."""
 
 from typing import Annotated
 

@@ -7,12 +7,14 @@ from typing import Any
 
 from lastlayer.study.errors import StudyError, UsageError
 from lastlayer.study.files import make_folder, write_json
+from lastlayer.study.measuring.measure import environment
 
 Record = dict[str, Any]
 
 
 class Cells:
-    """The finished cells of one experiment, in `folder/results.json`, a list of flat records.
+    """The finished cells of one experiment, in `folder/results.json`, a list of flat records; the machine is in
+    `environment.json` beside it.
 
     Args:
         folder: made if it is not there.
@@ -26,6 +28,7 @@ class Cells:
     def __init__(self, folder: Path, resume: bool) -> None:
         self.path = make_folder(folder) / "results.json"
         self.records: list[Record] = []
+        write_json(folder / "environment.json", environment())
         if not self.path.exists():
             return
         if not resume:

@@ -232,7 +232,7 @@ def _conditions(results: dict[str, Any], unit: str) -> str:
         else f"{where['machine']}, {counted(where['threads'], 'thread')}"
     )
     return (
-        f"<p>Machine: {escape(str(device))}{escape(_kernels(where))}; PyTorch {escape(str(where['torch']))}, lastlayer "
+        f"<p>Machine: {escape(str(device) + _kernels(where))}; PyTorch {escape(str(where['torch']))}, lastlayer "
         f"{escape(str(where['lastlayer']))}, commit {escape(str(where['commit']))}, {escape(where['time'])}.</p>"
         f"<p>Model: embedding, one LSTM and the output layer, {settings['width']} wide; batches of "
         f"{first['batch']:,} {unit}, in order; Adam for the LSTM, Adagrad for embedding and output layer, the "
