@@ -25,11 +25,6 @@ LEVELS = {
 }
 # Modules on an import cycle today. This must shrink to nothing: whoever removes a cycle removes its modules here.
 CYCLIC = {
-    "lastlayer.kernels.factored",
-    "lastlayer.kernels.factored_loops",
-    "lastlayer.kernels.factored_losses",
-    "lastlayer.layers.factored",
-    "lastlayer.layers.factored_sgd",
     "lastlayer.screening.mixture_screen",
     "lastlayer.screening.screened",
 }

@@ -9,8 +9,7 @@ from lastlayer.functional.spherical import SphericalSoftmax, SquaredError, Taylo
 from lastlayer.kernels.config import show_config
 from lastlayer.layers.adaptive import AdaptiveSoftmax
 from lastlayer.layers.base import OutputLayer
-from lastlayer.layers.factored import FactoredOutput
-from lastlayer.layers.factored_sgd import FactoredSGD
+from lastlayer.layers.factored import FactoredOutput, FactoredSGD
 from lastlayer.layers.full import FullSoftmax
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
 from lastlayer.layers.mixture import MixtureOfSoftmaxes

@@ -89,4 +89,4 @@ def batches(steps, rows=9, k=3, d=D, v=V, scale=0.5, dtype=torch.float64, seed=1
 
 def snapshot(layer):
     """Copies of all that a step of the layer changes."""
-    return [part.clone() for part in (layer.state.factor, layer.state.stacked)]
+    return [part.clone() for part in layer.state.tensors().values()]

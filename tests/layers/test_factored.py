@@ -14,7 +14,7 @@ from lastlayer import (
 )
 from lastlayer.functional import spherical_loss
 from lastlayer.functional.spherical import SphericalLoss
-from lastlayer.kernels.factored_update import gradient_norm
+from lastlayer.layers.factored.step import gradient_norm
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from factored_twins import LOSSES, Twins, batches, snapshot, worst
 
-from lastlayer import FactoredOutput, FactoredSGD, SquaredError, TaylorSoftmax
+from lastlayer import FactoredOutput, FactoredSGD, SquaredError, TaylorSoftmax, ZLoss
 
 
 def favoured(rows, d, seed=0, dtype=torch.float64):
@@ -82,14 +82,42 @@ def test_long_run_in_single_precision(loss):
     assert exact.consistency().condition <= 4
 
 
-def test_left_alone_it_diverges():
-    """Why the repairs exist: without them the weight is lost within a few hundred steps, in float64 too."""
+def test_left_alone_it_is_refused_before_it_is_wrong():
+    """Why the repairs exist: without them U becomes singular within a few hundred steps, in float64 too."""
     truth, _ = trained(steps=300)
     for dtype, allowed in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
         kept, _ = trained(dtype=dtype, steps=300)
-        alone, _ = trained(dtype=dtype, steps=300, automatic=False)
         assert worst(kept.weight.double(), truth.weight) < allowed
-        assert not worst(alone.weight.double(), truth.weight) < 100 * allowed
+        with pytest.raises(ValueError, match="too ill-conditioned"):
+            trained(dtype=dtype, steps=300, automatic=False)
+
+
+def test_a_refused_state_goes_on_after_its_repair():
+    layer, optimizer = trained(dtype=torch.float32, steps=20)
+    layer._stabilizer.automatic = False
+    dense = layer.weight.double(), layer.bias.double()
+    weight = torch.cat([dense[0], dense[1][:, None]], 1)
+    refused = 0
+    for step in range(20, 300):
+        hidden, targets = favoured(4, 8, step, torch.float32), torch.arange(step, step + 4) % 300
+        optimizer.zero_grad()
+        layer(hidden, targets).backward()
+        before = snapshot(layer)
+        try:
+            optimizer.step()
+        except ValueError:
+            assert all(torch.equal(a, b) for a, b in zip(before, snapshot(layer), strict=True))
+            refused += 1
+            optimizer.zero_grad()
+            layer.stabilize()
+            layer(hidden, targets).backward()
+            optimizer.step()
+        rows = torch.cat([hidden.double(), torch.ones(4, 1, dtype=torch.float64)], 1)
+        errors = rows @ weight.T
+        errors[torch.arange(4), targets] -= 1
+        weight.addmm_(errors.T, rows, alpha=-2 * optimizer.param_groups[0]["lr"])
+    assert refused
+    assert worst(layer.weight.double(), weight[:, :8]) < 1e-2
 
 
 @pytest.mark.parametrize("rows", [1, 7, 12, 13, 17, 18, 19, 60])
@@ -173,5 +201,18 @@ def test_one_repeated_target(loss):
 def test_odd_sizes(d, v, rows):
     for loss in LOSSES:
         twins = Twins(loss, lr=0.01, bias=True, d=d, v=v)
-        tolerance = 1e-4 if v == 1 else 1e-8  # the z-score of one output is rounding over a tiny floor
-        twins.train(batches(20, max(rows, 5), k=1, d=d, v=v), tolerance)
+        twins.train(batches(20, max(rows, 5), k=1, d=d, v=v), 1e-8)
+
+
+@pytest.mark.parametrize("v", [1, 2])
+def test_the_z_loss_of_one_or_two_classes_has_no_gradient(v):
+    """The z-score is 0 of one output, 1 and -1 of two, whatever they are."""
+    twins = Twins(ZLoss(), lr=10.0, d=5, v=v)
+    before = snapshot(twins.layer)
+    for hidden, ids, weights in batches(5, d=5, v=v):
+        loss, expected, *gradients = twins.backward(hidden, ids, weights)
+        assert worst(loss, expected) < 1e-12
+        assert not any(gradient.any() for gradient in gradients)
+        twins.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(twins.layer), strict=True))
+    assert worst(twins.layer.weight, twins.weight.detach()) == 0

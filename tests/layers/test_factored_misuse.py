@@ -10,6 +10,7 @@ from factored_twins import Twins, batches, snapshot
 from torch import nn
 
 from lastlayer import FactoredOutput, FactoredSGD, SphericalSoftmax, ZLoss
+from lastlayer.functional import spherical_loss
 
 
 @pytest.mark.parametrize(
@@ -203,3 +204,63 @@ def test_hooks_of_the_optimizer_are_called():
     optimizer.step()
     assert called == ["before", "after"]
     assert not torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("ask", ["backward", "grad", "inputs", "hvp"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivatives_are_refused(ask, reduction):
+    """Also where other terms of the same graph have them."""
+    layer = FactoredOutput(4, 20, reduction=reduction, dtype=torch.float64)
+    optimizer = FactoredSGD(layer, 0.1)
+    hidden = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+
+    def loss(rows):
+        return (rows.square().sum() * layer(rows, torch.arange(3))).sum()
+
+    (gradient,) = torch.autograd.grad(loss(hidden), hidden, create_graph=True)
+    ways = {
+        "backward": lambda: gradient.sum().backward(),
+        "grad": lambda: torch.autograd.grad(gradient.square().sum(), hidden),
+        "inputs": lambda: gradient.sum().backward(inputs=[hidden]),
+        "hvp": lambda: torch.autograd.functional.hvp(loss, hidden.detach(), torch.ones_like(hidden)),
+    }
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        ways[ask]()
+    del optimizer
+
+
+def test_what_autograd_grad_leaves_is_not_recorded():
+    """Neither by itself, nor with the next backward; nor what `zero_grad` took back."""
+    twins = Twins(SphericalSoftmax())
+    for hidden, ids, weights in batches(10):
+        leaf = hidden.clone().requires_grad_()
+        loss = twins.layer(leaf, ids, weights)
+        torch.autograd.grad(loss, leaf, retain_graph=True)
+        torch.autograd.grad(twins.layer(2 * leaf, ids, weights), leaf)
+        twins.layer(leaf, ids, weights).backward()
+        twins.optimizer.zero_grad()
+        twins.backward(hidden, ids, weights)
+        torch.autograd.grad(loss, leaf)
+        twins.step()
+    twins.compare()
+
+
+def test_a_backward_that_failed_can_be_run_again():
+    """After `zero_grad`, which the error wants; of two layers in one graph only the other was recorded."""
+    layers = [FactoredOutput(4, 20, dtype=torch.float64) for _ in range(2)]
+    optimizers = [FactoredSGD(layer, 0.1) for layer in layers]
+    hidden, targets = torch.randn(3, 4, dtype=torch.float64), torch.arange(3)
+    layers[1](hidden, targets).backward()
+    optimizers[1].step()
+    with pytest.raises(RuntimeError, match="without zero_grad"):
+        (layers[0](hidden, targets) + layers[1](hidden, targets)).backward()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    before = [layer.weight for layer in layers]
+    (layers[0](hidden, targets) + layers[1](hidden, targets)).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    for layer, weight in zip(layers, before, strict=True):
+        dense = weight.clone().requires_grad_()
+        spherical_loss(hidden, dense, targets, loss=layer.loss).backward()
+        torch.testing.assert_close(layer.weight, weight - 0.1 * dense.grad)

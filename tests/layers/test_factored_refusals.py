@@ -21,7 +21,7 @@ def test_layers(layers, error, message):
     layer = FactoredOutput(12, 500)
     with pytest.raises(error, match=message):
         FactoredSGD(layers(layer), lr=0.1)
-    assert layer._owner is None
+    assert layer._ledger.owner is None
 
 
 @pytest.mark.parametrize(("classes", "features", "rows"), [(500, 12, 8), (5000, 64, 64), (300, 6, 40)])

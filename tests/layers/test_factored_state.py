@@ -151,3 +151,40 @@ def test_a_screen_gets_its_rotation_for_nothing(make, monkeypatch):
     with pytest.raises(ValueError, match="gram"):
         ScreenedSoftmax(layer.weight, preview=SVDPreview(6), candidates=30, gram=torch.eye(3))
     ScreenedSoftmax.from_layer(layer, preview=Int8Preview(), candidates=30)  # has no use for it
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_training_goes_on_bit_for_bit(dtype):
+    """From the state dicts of layer and optimizer, in whatever condition the factors are."""
+
+    def train(twins, some):
+        for hidden, ids, _ in some:
+            twins.layer(hidden, ids).backward()
+            twins.optimizer.step()
+            twins.optimizer.zero_grad()
+
+    settings = {"dtype": dtype, "lr": 0.01, "bias": True, "weight_decay": 0.01}
+    steps = list(batches(120, k=1, dtype=dtype))
+    straight, killed, resumed = (Twins(SquaredError(), **settings) for _ in range(3))
+    train(straight, steps)
+    train(killed, steps[:70])
+    resumed.layer.load_state_dict(killed.layer.state_dict())
+    resumed.optimizer.load_state_dict(killed.optimizer.state_dict())
+    train(resumed, steps[70:])
+    assert all(torch.equal(a, b) for a, b in zip(snapshot(straight.layer), snapshot(resumed.layer), strict=True))
+    assert straight.layer._stabilizer.counters() == resumed.layer._stabilizer.counters()
+
+
+def test_factors_of_another_weight_are_left_out():
+    one, two = Twins(SquaredError()), Twins(SquaredError())
+    one.train(batches(5))
+    before = snapshot(two.layer)
+    with pytest.warns(UserWarning, match="load the model before its optimizer"):
+        two.optimizer.load_state_dict(one.optimizer.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(two.layer), strict=True))
+    smaller = FactoredSGD(FactoredOutput(D, V - 1, dtype=torch.float64), 0.1)
+    with pytest.raises(ValueError, match="shapes"):
+        two.optimizer.load_state_dict(smaller.state_dict())
+    without = {name: part for name, part in one.optimizer.state_dict().items() if name != "factors"}
+    two.optimizer.load_state_dict(without)
+    assert two.optimizer.param_groups[0]["lr"] == one.optimizer.param_groups[0]["lr"]

@@ -25,8 +25,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lastlayer.kernels.factored import SPHERICAL_SOFTMAX, SQUARED_ERROR, TAYLOR_SOFTMAX, Z_LOSS, BuiltIn
-
 
 class RowDerivatives(NamedTuple):
     """The loss of every row and what it changes by, all float64."""
@@ -192,7 +190,8 @@ class ZLoss(SphericalLoss):
 
     Blind to shift and scale of the outputs; `alpha` and `beta` tune it towards a top-k. No probabilities;
     classes are ranked by their score. The variance is bounded below by a millionth of the mean square, since
-    outputs that are all alike have no z-score.
+    outputs that are all alike have no z-score. Of one class the z-score is 0 and of two 1 and -1 whatever the
+    outputs: then the gradient is exactly 0.
 
     Raises:
         ValueError: `alpha` is not positive.
@@ -212,6 +211,8 @@ class ZLoss(SphericalLoss):
     ) -> Tensor:
         mean, variance, floor = _moments(squared_norm, total, num_classes)
         z = (scores - mean[:, None]) / torch.maximum(variance, floor).sqrt()[:, None]
+        if num_classes <= 2:
+            z = z.detach() + 0 * scores
         return -(weights * F.logsigmoid(self.alpha * (z - self.beta))).sum(1) / self.alpha
 
     def derivatives(
@@ -223,6 +224,8 @@ class ZLoss(SphericalLoss):
         z = (scores - mean[:, None]) / deviation[:, None]
         margin = self.alpha * (z - self.beta)
         row_loss = -(weights * F.logsigmoid(margin)).sum(1) / self.alpha
+        if num_classes <= 2:
+            return RowDerivatives(row_loss, 0 * scores, 0 * squared_norm, 0 * total)
         by_score = -weights * torch.sigmoid(-margin) / deviation[:, None]  # dL/dz = by_score * deviation
         by_variance = -(by_score * z).sum(1) / (2 * deviation) * (variance > floor)
         by_total = -(by_score.sum(1) + 2 * mean * by_variance) / num_classes
@@ -233,16 +236,3 @@ def _moments(squared_norm: Tensor, total: Tensor, num_classes: int) -> tuple[Ten
     """Mean and variance of the outputs, and the least that the variance counts as."""
     mean, mean_square = total / num_classes, squared_norm / num_classes
     return mean, mean_square - mean.square(), 1e-6 * mean_square.detach() + 1e-30
-
-
-def built_in(loss: SphericalLoss) -> BuiltIn | None:
-    """Which of the compiled losses this is; None: the user's own, classes derived from the ones above included."""
-    if type(loss) is SquaredError:
-        return BuiltIn(SQUARED_ERROR)
-    if type(loss) is SphericalSoftmax:
-        return BuiltIn(SPHERICAL_SOFTMAX, loss.epsilon)
-    if type(loss) is TaylorSoftmax:
-        return BuiltIn(TAYLOR_SOFTMAX, uses_sum=True)
-    if type(loss) is ZLoss:
-        return BuiltIn(Z_LOSS, loss.alpha, loss.beta, uses_sum=True)
-    return None

@@ -33,14 +33,6 @@ def _library() -> ctypes.CDLL:
 
 
 @cache
-def gemm() -> tuple[Any, Any] | None:
-    """`sgemm_` and `dgemm_` of the BLAS that PyTorch is linked with; None where they are not found."""
-    with suppress(OSError, AttributeError, ValueError):
-        return _library().sgemm_, _library().dgemm_
-    return None
-
-
-@cache
 def openmp() -> OpenMP | None:
     """PyTorch's OpenMP; None where it is not found, or is not spoken to in this way."""
     with suppress(OSError, AttributeError, ValueError):

@@ -63,21 +63,12 @@ def test_training_learns(layer):
     assert run.curve[-1].tokens == run.tokens
 
 
-def test_a_factored_layer_has_its_own_sgd(tmp_path):
-    """It learns, and goes on from a checkpoint up to rounding."""
+def test_a_factored_layer_has_its_own_sgd():
+    """It learns."""
     run = trainer("factored", steps=150)
     before = evaluate(run.model, run.held_out, 10_000).perplexity
     run.run()
     assert evaluate(run.model, run.held_out, 10_000).perplexity < 0.7 * before
-    with pytest.raises(Killed):
-        trainer("factored", steps=60, path=tmp_path / "model").run(lambda at: (at.save(), kill_at(20)(at)))
-    resumed = trainer("factored", steps=60, path=tmp_path / "model")
-    assert resumed.resume()
-    resumed.run()
-    straight = trainer("factored", steps=60)
-    straight.run()
-    for name, value in parameters(resumed).items():
-        torch.testing.assert_close(value, parameters(straight)[name], rtol=1e-3, atol=1e-3)
 
 
 def test_evaluation_is_the_models_own_probability():
@@ -104,7 +95,7 @@ def test_seconds_are_a_budget_too():
     )
 
 
-@pytest.mark.parametrize("layer", ["full", "hierarchical"])
+@pytest.mark.parametrize("layer", ["full", "hierarchical", "factored"])
 @pytest.mark.parametrize("killed_at", [1, 17, 30])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, layer, killed_at, monkeypatch):
     monkeypatch.setattr(training, "SAVE_EVERY", 0.0)  # after each step, dropout and all

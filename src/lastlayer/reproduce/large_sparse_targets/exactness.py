@@ -8,11 +8,10 @@ from torch import Tensor, nn
 
 from lastlayer.functional import spherical_loss
 from lastlayer.functional.spherical import SquaredError
-from lastlayer.layers.factored import FactoredOutput
-from lastlayer.layers.factored_sgd import FactoredSGD
-from lastlayer.layers.factored_stability import Stabilizer
-from lastlayer.layers.factored_state import FactoredState
-from lastlayer.layers.factored_step import StepPlan
+from lastlayer.layers.factored import FactoredOutput, FactoredSGD
+from lastlayer.layers.factored.conditioning import Stabilizer
+from lastlayer.layers.factored.state import FactoredState
+from lastlayer.layers.factored.step import Step
 
 Records = list[dict[str, Any]]
 CHECKS = 10  # points of each run
@@ -29,9 +28,9 @@ class TimedStabilizer(Stabilizer):
         self.repairs += 1
         return super().repair(state)
 
-    def after(self, state: FactoredState, plan: StepPlan) -> None:
+    def after(self, state: FactoredState, step: Step) -> None:
         start = time.perf_counter()
-        super().after(state, plan)
+        super().after(state, step)
         self.seconds += time.perf_counter() - start
 
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from lastlayer.functional import spherical_loss
 from lastlayer.functional.spherical import SphericalLoss, SphericalSoftmax, SquaredError, TaylorSoftmax, ZLoss
-from lastlayer.layers.factored import FactoredOutput
-from lastlayer.layers.factored_sgd import FactoredSGD
+from lastlayer.layers.factored import FactoredOutput, FactoredSGD
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
 from lastlayer.reproduce.large_sparse_targets.exactness import TimedStabilizer
 from lastlayer.study.errors import UsageError

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 from lastlayer.functional import clusters
 from lastlayer.functional.spherical import SphericalLoss, SphericalSoftmax, SquaredError, TaylorSoftmax, ZLoss
 from lastlayer.layers.base import OutputLayer
-from lastlayer.layers.factored import FactoredOutput
-from lastlayer.layers.factored_sgd import FactoredSGD
+from lastlayer.layers.factored import FactoredOutput, FactoredSGD
 from lastlayer.layers.full import FullSoftmax
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
 from lastlayer.study.text.corpus import Corpus

@@ -1,22 +1,18 @@
 """The state of `FactoredOutput`: a weight kept as a product, so that an exact SGD step need not touch its rows."""
 
-from typing import Any, NamedTuple
+import copy
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lastlayer.functional.gram import gram_matrix
-from lastlayer.kernels.factored import target_scores
-from lastlayer.kernels.factored_gradient import Columns
-from lastlayer.kernels.factored_update import add_columns
 
-CHUNK_NUMBERS = 1 << 22  # numbers of the (V, d) factor that one pass holds at once
-
-SAMPLED = 512  # rows of F
-MOST = 7 / 8  # of them
-FAR = 20  # log2 of a scale
-
-VIEWS = {"gram", "map", "offset", "total", "inverse"}
+CHUNK_NUMBERS = 1 << 22  # numbers of the (V, d) factor that one pass over its rows holds at once
+SAME_WEIGHT = (
+    1e-4  # the relative difference between a weight and that of saved factors that another order of sums may make
+)
 
 
 class Consistency(NamedTuple):
@@ -32,7 +28,7 @@ class FactoredState:
     """`W = F U + 1 offset^T`, with `R = U^-T`, `Q = W^T W` and `total = W^T 1` kept up to date beside it.
 
     With the three square matrices a step on N examples costs O(N d^2): the dense part of the gradient multiplies
-    `W` from the right, which `U` takes; the sparse part touches the target rows of `F`; `Q` answers `||W h||^2`.
+    `W` from the right, which `U` takes; the sparse part touches the target rows of `F`; `Q` gives `||W h||^2`.
     float64 for a float64 weight, else float32. 3 d^2 + 2 d numbers beside the V d of the weight.
 
     Args:
@@ -40,11 +36,10 @@ class FactoredState:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        features = weight.shape[1]
+        d = weight.shape[1]
         self.factor = weight.to(torch.promote_types(weight.dtype, torch.float32)).contiguous()  # F (V, d)
-        # All the rest in one matrix: one product answers a batch, and one updates it.
-        self.stacked = self.factor.new_zeros(Columns.of(features).end, features)
-        self._view()
+        self.reading = self.factor.new_zeros(2 * d + 2, d)  # Q, U, offset, total: one product reads a batch
+        self.inverse = self.factor.new_zeros(d, d)  # R
         self._reset_maps()
         self.refresh_gram()
 
@@ -56,30 +51,31 @@ class FactoredState:
     def features(self) -> int:
         return self.factor.shape[1]
 
-    def _view(self) -> None:
-        """The parts of `stacked` by name."""
-        d, at = self.features, Columns.of(self.features)
-        starts = at.gram, at.map, at.inverse
-        self.gram, self.map, self.inverse = (self.stacked[start : start + d] for start in starts)  # Q, U, R
-        self.offset, self.total = self.stacked[at.shared : at.shared + 2]  # (d,) each: the part that all rows of
-        # W share, and W^T 1
+    @property
+    def gram(self) -> Tensor:  # (d, d), Q
+        return self.reading[: self.features]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: part for name, part in self.__dict__.items() if name not in VIEWS}
+    @property
+    def map(self) -> Tensor:  # (d, d), U
+        return self.reading[self.features : 2 * self.features]
 
-    def __setstate__(self, parts: dict[str, Any]) -> None:
-        self.__dict__.update(parts)
-        self._view()
+    @property
+    def offset(self) -> Tensor:  # (d,), what all rows of W have in common
+        return self.reading[2 * self.features]
+
+    @property
+    def total(self) -> Tensor:  # (d,), W^T 1
+        return self.reading[2 * self.features + 1]
 
     def weight(self) -> Tensor:  # (V, d)
-        """The weight itself, made anew: O(V d^2)."""
+        """The weight itself, computed anew: O(V d^2)."""
         return torch.addmm(self.offset, self.factor, self.map)
 
     def outputs(
         self,
         hidden: Tensor,  # (N, d)
     ) -> Tensor:  # (N, V)
-        """`hidden @ W.T` without making W."""
+        """`hidden @ W.T` without forming W."""
         return (hidden @ self.map.T) @ self.factor.T + (hidden @ self.offset)[:, None]
 
     def statistics(
@@ -88,27 +84,46 @@ class FactoredState:
         ids: Tensor,  # (N, K)
     ) -> tuple[Tensor, Tensor, Tensor]:  # (N, K), (N,), (N,)
         """Target scores, squared norm and sum of the outputs in float64, differentiable in `hidden`."""
-        squared_norm = ((hidden @ self.gram) * hidden).sum(1).double()
-        scores = target_scores(hidden @ self.map.T, self.factor, ids) + (hidden @ self.offset)[:, None]
-        return scores.double(), squared_norm.clamp(min=0), (hidden @ self.total).double()
+        return self.statistics_of(hidden, hidden @ self.reading.T, ids)
+
+    def statistics_of(
+        self,
+        hidden: Tensor,  # (N, d)
+        products: Tensor,  # (N, 2 d + 2), hidden @ reading^T
+        ids: Tensor,  # (N, K)
+    ) -> tuple[Tensor, Tensor, Tensor]:  # (N, K), (N,), (N,)
+        """The same from products that are there already."""
+        d = self.features
+        squared_norm = (products[:, :d] * hidden).sum(1).double().clamp(min=0)
+        scores = target_scores(products[:, d : 2 * d], self.factor, ids) + products[:, 2 * d, None]
+        return scores.double(), squared_norm, products[:, 2 * d + 1].double()
 
     def to(self, device: torch.device) -> None:
         """Moves every part, bit for bit."""
-        self.factor, self.stacked = self.factor.to(device), self.stacked.to(device)
-        self._view()
+        self.factor, self.reading, self.inverse = (
+            part.to(device) for part in (self.factor, self.reading, self.inverse)
+        )
 
     def consistency(self) -> Consistency:
         """The drift, measured from scratch: O(V d^2)."""
-        eye = torch.eye(self.features, dtype=torch.float64, device=self.factor.device)
         exact = self.map.double()
-        drift = (exact.T @ self.inverse.double() - eye).abs().max()
         gram, total = self._measured_gram()
         return Consistency(
-            float(drift),
+            self.inverse_drift(),
             float((self.gram - gram).norm() / gram.norm().clamp(min=1e-30)),
             float((self.total - total).norm() / _scale(gram, self.num_classes)),
             float(torch.linalg.cond(exact / exact.norm(dim=1, keepdim=True))),
         )
+
+    def inverse_drift(self) -> float:
+        """The largest entry of |U^T R - I|, O(d^3): what a step adds to a target row of W is wrong by so much."""
+        drift = self.map.double().T @ self.inverse.double()
+        drift.diagonal().sub_(1)
+        return float(drift.abs().max())
+
+    def refresh_inverse(self) -> None:
+        """R from U: O(d^3)."""
+        self.inverse.copy_(inverse_transpose(self.map))
 
     def refresh_gram(self) -> None:
         """Q and the sum from the weight itself: O(V d^2), summed in float64."""
@@ -133,28 +148,27 @@ class FactoredState:
         A row of F that T changes by less than rounding of W is left alone: O(V m), and O(d m) for each other row.
         """
         moved = (self.map[changed].double() - rows[changed]).norm(dim=1)
-        least = self.negligible() / len(changed) / moved
+        least = (self.negligible() / len(changed) / moved).to(self.factor.dtype)
         change = transform[changed]
         change[torch.arange(len(changed), device=change.device), changed] -= 1
-        kind = self.factor.dtype
-        add_columns(self.factor, changed, change.to(kind), least.to(kind))
+        change = change.to(self.factor.dtype)
+        for part in self._row_chunks():
+            some = part[:, changed]
+            at = (some.abs() > least).any(1).nonzero().squeeze(1)
+            part.index_add_(0, at, some[at] @ change)
         self.map.copy_(rows)
-
-    def presence(self) -> Tensor:  # (d,), float64
-        """What most rows of F do not exceed, column by column, judged by some of them."""
-        some = self.factor[:: max(1, self.num_classes // SAMPLED)].abs().double()
-        return some.kthvalue(1 + int(MOST * (len(some) - 1)), 0).values.clamp(min=1e-200)
 
     def rescale(
         self,
         scale: Tensor,  # (d,), norms of the rows of U
+        far: int,
     ) -> None:
-        """Powers of 2 moved from the rows of U to F, so exactly, where they are far from 1; O(V) each.
+        """Powers of 2 moved from the rows of U to F, so exactly, where they are beyond `2^far`; O(V) each.
 
         What becomes too small for a number in F adds nothing to W either.
         """
         exponents = scale.log2().round()
-        exponents[exponents.abs() < FAR] = 0
+        exponents[exponents.abs() < far] = 0
         for row in exponents.nonzero().squeeze(1).tolist():
             power = 2.0 ** float(exponents[row])
             self.map[row] /= power
@@ -177,6 +191,42 @@ class FactoredState:
         """The root mean square of the norms of the rows of W."""
         return (self.gram.double().trace().clamp(min=0) / self.num_classes).sqrt()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All parts by name, not copied: what a checkpoint keeps so that training goes on bit for bit."""
+        return {"factor": self.factor, "reading": self.reading, "inverse": self.inverse}
+
+    def load(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
+        """Parts as `tensors` gave them, where they are those of this very weight, which may have been rounded to
+        `dtype` since; whether they are: O(V d^2).
+
+        Raises:
+            ValueError: parts of other shapes; nothing has changed then.
+        """
+        own = self.tensors()
+        shapes, saved_shapes = (
+            {name: tuple(part.shape) for name, part in parts.items() if name in own} for parts in (own, tensors)
+        )
+        if shapes != saved_shapes:
+            raise ValueError(f"the factors of a state must have shapes {shapes}, got {saved_shapes}")
+        saved = copy.copy(self)
+        saved.factor, saved.reading, saved.inverse = (tensors[name].to(part.device) for name, part in own.items())
+        most = max(SAME_WEIGHT, torch.finfo(dtype).eps)
+        if saved.factor.dtype != self.factor.dtype or not self._difference(saved) <= most:
+            return False
+        for name, part in saved.tensors().items():
+            own[name].copy_(part)
+        return True
+
+    def _difference(self, other: "FactoredState") -> float:
+        """`||W - other W|| / ||W||`."""
+        square = torch.zeros((), dtype=torch.float64, device=self.factor.device)
+        norm = square.clone()
+        for ours, theirs in zip(self._row_chunks(), other._row_chunks(), strict=True):
+            weight = torch.addmm(self.offset, ours, self.map)
+            square += (weight - torch.addmm(other.offset, theirs, other.map)).double().square().sum()
+            norm += weight.double().square().sum()
+        return float((square / norm.clamp(min=1e-300)).sqrt())
+
     def _reset_maps(self) -> None:
         eye = torch.eye(self.features, dtype=self.factor.dtype, device=self.factor.device)
         self.map.copy_(eye)
@@ -195,6 +245,30 @@ class FactoredState:
 
     def _row_chunks(self) -> tuple[Tensor, ...]:
         return self.factor.split(max(1, CHUNK_NUMBERS // self.features))
+
+
+def target_scores(
+    mapped: Tensor,  # (N, d), hidden @ U^T
+    factor: Tensor,  # (V, d)
+    ids: Tensor,  # (N, K)
+) -> Tensor:  # (N, K)
+    """`F_t (U h)`, differentiable; rows of F are gathered in pieces."""
+    count, d = ids.shape[1], factor.shape[1]
+    rows = max(1, CHUNK_NUMBERS // (count * d))
+    pieces = [
+        (factor.index_select(0, piece.reshape(-1)).view(len(piece), count, d) * part[:, None]).sum(2)
+        for piece, part in zip(ids.split(rows), mapped.split(rows), strict=True)
+    ]
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def inverse_transpose(
+    square: Tensor,  # (d, d), U
+) -> Tensor:  # (d, d), U^-T
+    """In float64; not finite where U is singular. The scale of the rows would mislead the choice of pivots."""
+    exact = square.double()
+    scale = exact.norm(dim=1, keepdim=True)
+    return torch.linalg.inv_ex(exact / scale).inverse.T / scale
 
 
 def _scale(gram: Tensor, num_classes: int) -> Tensor:

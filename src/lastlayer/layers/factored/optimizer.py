@@ -3,14 +3,28 @@
 import warnings
 from collections.abc import Callable, Iterable
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from lastlayer.layers.factored import FactoredOutput
-from lastlayer.layers.factored_step import plan_step
+from lastlayer.layers.factored.conditioning import Stabilizer
+from lastlayer.layers.factored.record import Ledger
+from lastlayer.layers.factored.state import FactoredState
+from lastlayer.layers.factored.step import plan_step
+
+if TYPE_CHECKING:
+    from lastlayer.layers.factored.layer import FactoredOutput
+
+
+@runtime_checkable
+class Trained(Protocol):
+    """What the optimizer needs of a `FactoredOutput`."""
+
+    anchor: nn.Parameter
+    state: FactoredState
+    _ledger: Ledger
+    _stabilizer: Stabilizer
 
 
 class FactoredSGD(torch.optim.Optimizer):
@@ -62,7 +76,7 @@ class FactoredSGD(torch.optim.Optimizer):
 
     def __init__(
         self,
-        layers: FactoredOutput | Iterable[FactoredOutput] | Iterable[dict[str, Any]],
+        layers: "FactoredOutput | Iterable[FactoredOutput] | Iterable[dict[str, Any]]",
         lr: float,
         *,
         weight_decay: float = 0.0,
@@ -74,7 +88,7 @@ class FactoredSGD(torch.optim.Optimizer):
                 f"FactoredSGD takes no {', '.join(refused)}: the gradient of the weight is never made, so a "
                 "state of its size (momentum, Adam) cannot be kept; it takes lr, weight_decay and max_norm"
             )
-        self._layers: dict[Tensor, FactoredOutput] = {}
+        self._layers: dict[Tensor, Trained] = {}
         self._warned = False
         _warn_of_processes()
         given: list[Any] = [layers] if isinstance(layers, nn.Module) else list(layers)
@@ -91,7 +105,7 @@ class FactoredSGD(torch.optim.Optimizer):
         given = param_group["params"]
         layers: list[Any] = [given] if isinstance(given, nn.Module) else list(given)
         for layer in layers:
-            if not isinstance(layer, FactoredOutput):
+            if not isinstance(layer, Trained):
                 raise TypeError(f"layers must be FactoredOutput layers, got {type(layer).__name__}")
         if len(set(layers)) < len(layers):
             raise ValueError("layers must differ: one occurs twice, and would make each step twice")
@@ -99,66 +113,75 @@ class FactoredSGD(torch.optim.Optimizer):
         _check_settings(self.param_groups[-1])
         for layer in layers:
             self._layers[layer.anchor] = layer
-            layer._set_owner(self)
+            layer._ledger.owner = self
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One exact step of every layer that has a gradient; none is changed unless all can be."""
-        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
-        if own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
-            return _hooked_step(self, closure)
-        return self._step(closure)
-
-    step.hooked = True  # pyright: ignore  # so that PyTorch adds no mark for profilers, which takes 20 us
-
-    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plans, closing = [], []
+        plans = []
         for group in self.param_groups:
             _check_settings(group)
             for anchor in group["params"]:
                 layer = self._owned(anchor)
                 layer._ledger.settle(anchor)
                 gradient = layer._ledger.take()
-                if gradient is None:
-                    continue
-                closing.append(layer)
-                plan = plan_step(
-                    layer.state,
-                    gradient,
-                    float(group["lr"]),
-                    weight_decay=group["weight_decay"],
-                    max_norm=group["max_norm"],
-                    alone=len(self._layers) == 1,
-                )
-                if plan is not None:
-                    plans.append((layer, plan))
-        if not closing:
+                if gradient is not None:
+                    settings = {name: group[name] for name in ("weight_decay", "max_norm")}
+                    plans.append((layer, plan_step(layer.state, gradient, float(group["lr"]), **settings)))
+        if not plans:
             raise RuntimeError(
                 "step() without a backward since the last step or zero_grad(): there is no gradient"
             )
-        for layer, plan in plans:
-            self._warn(plan.overshoots)
-            plan.apply()
-            layer._stabilizer.after(layer.state, plan)
-        for layer in closing:
+        for layer, step in plans:
+            if step is not None:
+                self._warn(step.overshoots)
+                step.apply(layer.state)
+                layer._stabilizer.after(layer.state, step)
             layer._ledger.close()
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As any optimizer's, without the mark for profilers, which takes longer than the rest of it."""
-        for group in self.param_groups:
-            for anchor in group["params"]:
-                if set_to_none or anchor.grad is None:
-                    anchor.grad = None
-                else:
-                    anchor.grad = torch.zeros_like(anchor)
+    def state_dict(self) -> dict[str, Any]:
+        """As any optimizer's, with the `factors` of each layer's weight, so that training goes on bit for bit.
 
-    def _owned(self, anchor: Tensor) -> FactoredOutput:
+        As large as the weights again. Not copied: save or copy it before the next step.
+        """
+        factors = [
+            {**layer.state.tensors(), "counters": layer._stabilizer.counters()} for layer in self._layers.values()
+        ]
+        return {**super().state_dict(), "factors": factors}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Settings, and the factors where they are those of the weight that the layer has: load the model first.
+
+        Raises:
+            ValueError: factors of other layers; the settings are loaded then, the layers unchanged.
+
+        Warns:
+            UserWarning: the factors are of another weight; the layer keeps its own.
+        """
+        super().load_state_dict({name: part for name, part in state_dict.items() if name != "factors"})
+        saved = state_dict.get("factors")
+        if saved is None:
+            return
+        layers = list(self._layers.values())
+        if len(saved) != len(layers):
+            raise ValueError(f"state_dict has the factors of {len(saved)} layers, the optimizer {len(layers)}")
+        for layer, factors in zip(layers, saved, strict=True):
+            if layer.state.load(factors, layer.anchor.dtype):
+                layer._stabilizer.load_counters(factors["counters"])
+            else:
+                warnings.warn(
+                    "the factors of this state_dict are of another weight than the layer has, and are left out: "
+                    "load the model before its optimizer",
+                    stacklevel=2,
+                )
+
+    def _owned(self, anchor: Tensor) -> Trained:
         layer = self._layers[anchor]
-        if layer._owner is None or layer._owner() is not self:
+        if layer._ledger.owner is not self:
             raise RuntimeError("another FactoredSGD was made for this layer since, and owns its steps")
         return layer
 
@@ -168,11 +191,8 @@ class FactoredSGD(torch.optim.Optimizer):
             warnings.warn(
                 f"lr turns a direction of the weight around in one step; rates up to {safe_lr:.6g} would not on "
                 "this batch (said once)",
-                stacklevel=4,  # where step() is called
+                stacklevel=4,  # where step() is called, which PyTorch wraps once
             )
-
-
-_hooked_step = torch.optim.Optimizer.profile_hook_step(FactoredSGD._step)
 
 
 def _warn_of_processes() -> None:

@@ -6,7 +6,6 @@ spherical loss family" (ICLR 2016).
 """
 
 import math
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -20,10 +19,10 @@ from lastlayer.functional.selection import Selection
 from lastlayer.functional.sparse_targets import sparse_targets
 from lastlayer.functional.spherical import NormalizedLoss, SphericalLoss, SphericalSoftmax
 from lastlayer.layers.base import OutputLayer
-from lastlayer.layers.factored_pass import is_usual, whole_loss
-from lastlayer.layers.factored_record import Ledger, Record, full_precision, recorded_loss
-from lastlayer.layers.factored_stability import Stabilizer
-from lastlayer.layers.factored_state import Consistency, FactoredState
+from lastlayer.layers.factored.conditioning import Stabilizer
+from lastlayer.layers.factored.optimizer import FactoredSGD
+from lastlayer.layers.factored.record import Ledger, Pass, full_precision, recorded_loss
+from lastlayer.layers.factored.state import Consistency, FactoredState
 
 
 class FactoredOutput(OutputLayer):
@@ -96,7 +95,6 @@ class FactoredOutput(OutputLayer):
         self.anchor = nn.Parameter(torch.zeros((), device=device, dtype=dtype))
         self._ledger = Ledger()
         self._stabilizer = Stabilizer()
-        self._owner: Callable[[], object | None] | None = None
         bound = 1 / math.sqrt(self.in_features)  # as nn.Linear, weight and bias alike
         shape = (self.num_classes, self.in_features + bias)
         self._rebuild(torch.empty(shape, device=device, dtype=dtype).uniform_(-bound, bound))
@@ -113,12 +111,6 @@ class FactoredOutput(OutputLayer):
         `ignore_index`; or a sparse `(N, V)` matrix of values. Duplicates add. A row of nothing but
         `ignore_index` is ignored, an empty row of a matrix is a target of zeros.
         """
-        usual = target_weights is None and not 0 <= self.ignore_index < self.num_classes and self._trains()
-        if usual and is_usual(hidden, targets, self.in_features, self.anchor.dtype):
-            rows = self._featured(hidden.reshape(-1, self.in_features)) if self.has_bias else hidden
-            loss = whole_loss(rows, targets, None, self.loss, self._record(), self.reduction)
-            if loss is not None:
-                return loss
         rows, shape = self._rows(hidden), hidden.shape[:-1]
         ids, weights, kept = sparse_targets(targets, target_weights, shape, self.num_classes, self.ignore_index)
         if kept is None:
@@ -200,8 +192,6 @@ class FactoredOutput(OutputLayer):
 
     def own_optimizer(self, lr: float) -> torch.optim.Optimizer:
         """`FactoredSGD`, which owns the steps from then on."""
-        from lastlayer.layers.factored_sgd import FactoredSGD  # which imports this file
-
         return FactoredSGD(self, lr)
 
     def consistency(self) -> Consistency:
@@ -258,9 +248,8 @@ class FactoredOutput(OutputLayer):
         if self._trains():
             if self.anchor.dtype == torch.float16:
                 raise TypeError("a float16 FactoredOutput does not train: use layer.float() or layer.bfloat16()")
-            given = hidden, ids, weights, self.loss, self._record(), reduction
-            whole = whole_loss(*given)
-            return recorded_loss(*given) if whole is None else whole
+            own = Pass(self.state, self._ledger, self.anchor)
+            return recorded_loss(hidden, ids, weights, self.loss, own, reduction)
         with full_precision(self.anchor.device.type):
             scores, squared_norm, total = self.state.statistics(hidden, ids)
         row_loss = self.loss.row_loss(scores, weights, squared_norm, total, self.num_classes)
@@ -269,25 +258,11 @@ class FactoredOutput(OutputLayer):
     def _trains(self) -> bool:
         return self.training and torch.is_grad_enabled() and self.anchor.requires_grad
 
-    def _record(self) -> Record:
-        return Record(self.state, self._ledger, self.anchor, self._check_owner)
-
     def _featured(self, rows: Tensor) -> Tensor:  # (N, d), or (N, d + 1) with the constant feature of the bias
         rows = rows.to(self.state.factor.dtype)
         return torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if self.has_bias else rows
 
-    # Who owns the step, and what survives copies.
-
-    def _check_owner(self) -> None:
-        if self._owner is None or self._owner() is None:
-            raise RuntimeError(
-                "backward in training mode of a FactoredOutput that no FactoredSGD owns: its weight would never "
-                "be trained; make FactoredSGD(layer, lr) and keep it, or freeze the layer with layer.eval() or "
-                "layer.requires_grad_(False)"
-            )
-
-    def _set_owner(self, optimizer: object) -> None:
-        self._owner = weakref.ref(optimizer)
+    # What survives copies.
 
     def _rebuild(self, columns: Tensor) -> None:
         with torch.no_grad():
@@ -296,7 +271,7 @@ class FactoredOutput(OutputLayer):
         self._ledger.forget(self.anchor)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_owner": None, "_ledger": Ledger()}
+        return {**self.__dict__, "_ledger": Ledger()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FactoredOutput":
         """Moves bit for bit; a new dtype builds the state from the cast weight."""

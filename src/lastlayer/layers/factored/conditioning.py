@@ -5,20 +5,19 @@ while its scale moves into F: left alone, U becomes singular.
 
 What does harm is not the scale of U's rows. Whatever is done to U, R or F is relative to a row of U, its row of R
 and its column of F: with `W = sum_i F_i U_i` and `F_i = W R_i`, an error of `eps ||U_i||` in the row i of U is one
-of `eps ||U_i|| ||R_i||` in W, whatever the scale of the row. So the measure is the norm of all
-`||U_i|| ||R_i||`, the norm of the inverse of U with rows of norm 1. It is sqrt(d) when the rows are orthogonal,
+of `eps ||U_i|| ||R_i||` in W, whatever the scale of the row. So the measure, the amplification, is the norm of all
+`||U_i|| ||R_i||`, that is, of the inverse of U with rows of norm 1. It is sqrt(d) when the rows are orthogonal,
 and grows as they become dependent. A direction that shrinks is harmless once it is a row of its own.
 
-Repairs, from cheap to dear:
+Repairs, from cheap to dear (that of R in the rows of a batch is part of each step, see `step.py`):
 
-- the inverse is polished by a Newton step, O(d^3), every 100 steps or more, and made anew when it drifted too far;
-- where a bound on the growth of the measure, summed over the steps, reaches the limit, it is taken, O(d^2); and
-  when it did grow, the rows of U that depend on others are freed of them: O(V) for each, and O(d) for each row of
-  F that this changes by more than rounding. Those are all at first; where a direction has shrunk to nothing, they
-  are those that were targets lately;
+- where a bound on the growth of the amplification, summed over the steps, reaches the limit, it is measured,
+  O(d^2), and R checked against U as a whole, O(d^3); where the amplification did grow, the rows of U that depend
+  on others are freed of them: O(V) for each, and O(d) for each row of F that this changes by more than rounding.
+  Those are all at first; where a direction has shrunk to nothing, they are those that were targets lately;
 - rows of U whose scale leaves the range of the numbers are brought back, exactly, O(V) for each; an offset that
   has grown large beside W, which `F U` then nearly cancels, moves into F, O(V d);
-- Q is made anew from the weight, O(V d^2), once in so many steps that this costs one part in twenty of them.
+- Q is computed anew from the weight, O(V d^2), once in so many steps that this costs one part in twenty of them.
 """
 
 import math
@@ -27,19 +26,19 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lastlayer.layers.factored_state import FactoredState
-from lastlayer.layers.factored_step import StepPlan
+from lastlayer.layers.factored.state import FactoredState, inverse_transpose
+from lastlayer.layers.factored.step import Step, drift_limit
 
-POLISH_STEPS = 100
-POLISH_ROWS = 16  # times d: what keeps polishing below one part in fifty of the arithmetic
-DRIFT = 1e-2  # |U^T R - I| above which a Newton step is not enough
 REFRESH_SHARE = 1 / 20  # of the arithmetic of the steps
-DEPENDENT = 3.0  # `||U_i|| ||R_i||` from which a repair mends row i; 1 when it is orthogonal to the others
-AMPLIFIED, AMPLIFIED_DOUBLE = 32.0, 1e3  # times sqrt(d): the measure that calls for a repair
-SLACK = 2.0  # by which a repair leaves the measure below its limit
+DEPENDENT = 3.0  # `||U_i|| ||R_i||` from which a repair changes row i; 1 when it is orthogonal to the others
+AMPLIFIED, AMPLIFIED_DOUBLE = 8.0, 64.0  # times sqrt(d): the amplification that calls for a repair
+SLACK = 2.0  # by which a repair leaves it below its limit
 ALIKE = 8.0  # the ratio of two such products that are taken for the same
 CANCELLING = 16.0  # norms of a row of W that the offset may have, which is more than F U loses in digits
 RANGE = 2.0**60  # of the rows' norms: far from the ends of float32
+FAR = 20  # log2 of a row's norm that is brought back together with them
+SAMPLED = 512  # rows of F
+MOST = 7 / 8  # of them
 
 
 class Stabilizer:
@@ -51,33 +50,35 @@ class Stabilizer:
 
     def __init__(self, *, automatic: bool = True) -> None:
         self.automatic = automatic
-        self.growth = 0.0  # bounds log ||R|| and log ||U||
-        self.steps = 0  # since the inverse was polished
-        self.polish_rows = 0  # examples since then
+        self.growth = 0.0  # bounds log of the amplification
         self.gram_rows = 0  # examples since Q was refreshed
 
-    def after(self, state: FactoredState, plan: StepPlan) -> None:
+    def after(self, state: FactoredState, step: Step) -> None:
         """Called after every step."""
-        self.growth += plan.growth
-        self.steps += 1
-        self.polish_rows += plan.rows
-        self.gram_rows += plan.rows
+        self.growth += step.growth
+        self.gram_rows += step.rows
         if not self.automatic:
             return
-        if self.growth > growth_limit(state):
+        if not self.growth <= growth_limit(state):
             self._measure(state)
             if not self.growth <= growth_limit(state):
                 self.repair(state)
-        if self.steps >= POLISH_STEPS and self.polish_rows >= POLISH_ROWS * state.features:
-            self.polish(state)
-        if 7 * REFRESH_SHARE * self.gram_rows >= state.num_classes:
+        if 9 * REFRESH_SHARE * self.gram_rows >= state.num_classes:
             self.refresh_gram(state)
+
+    def counters(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"growth": self.growth, "gram_rows": self.gram_rows}
+
+    def load_counters(self, counters: dict[str, float]) -> None:
+        """As `counters` gave them."""
+        self.growth, self.gram_rows = counters["growth"], int(counters["gram_rows"])
 
     def repair(self, state: FactoredState) -> int:
         """Frees the rows of U that depend on others, and makes R anew; how many rows. W is unchanged."""
         exact = state.map.double()
         scale = exact.norm(dim=1, keepdim=True)
-        presence = state.presence() * scale[:, 0]
+        presence = column_presence(state.factor) * scale[:, 0]
         light = presence < state.negligible()
         found = independent_rows(exact / scale, presence, light, math.exp(growth_limit(state)) / SLACK)
         if found is None:
@@ -88,7 +89,7 @@ class Stabilizer:
         changed = (transform != torch.eye(len(transform), device=exact.device)).any(1).nonzero().squeeze(1)
         if len(changed):
             state.change_rows(changed, rows * scale, scale * transform / scale.T)
-        self._renew_inverse(state)
+        state.refresh_inverse()
         self._measure(state)
         return len(changed)
 
@@ -99,12 +100,19 @@ class Stabilizer:
         if outside:
             state.rebase()
         else:
-            self._renew_inverse(state)
+            state.refresh_inverse()
         self._measure(state)
         return outside
 
+    def refresh_gram(self, state: FactoredState) -> None:
+        """Q and the sum from the weight."""
+        state.refresh_gram()
+        self.gram_rows = 0
+
     def _measure(self, state: FactoredState) -> None:
-        """The growth as it is; the scale of the rows in its range, and the offset no larger than W deserves."""
+        """The amplification as it is; R, the scale of the rows and the offset within their limits."""
+        if not state.inverse_drift() <= drift_limit(state.factor.dtype):
+            state.refresh_inverse()
         scale = state.map.double().norm(dim=1)
         amplification, least, most, offset, typical = torch.stack(
             [
@@ -116,32 +124,10 @@ class Stabilizer:
             ]
         ).tolist()
         if least < 1 / RANGE or most > RANGE:
-            state.rescale(scale)
+            state.rescale(scale, FAR)
         if offset > CANCELLING * typical:
             state.fold_offset()
         self.growth = math.log(amplification)
-
-    def polish(self, state: FactoredState) -> None:
-        """One Newton step towards `U^T R = I`, which squares what is left."""
-        residual = state.map.T @ state.inverse
-        residual.diagonal().sub_(1)
-        if float(residual.abs().max()) <= DRIFT:
-            state.inverse.sub_(state.inverse @ residual)
-            self.steps = self.polish_rows = 0
-        else:
-            self._renew_inverse(state)
-        self._measure(state)
-
-    def refresh_gram(self, state: FactoredState) -> None:
-        """Q and the sum from the weight."""
-        state.refresh_gram()
-        self.gram_rows = 0
-
-    def _renew_inverse(self, state: FactoredState) -> None:
-        exact = state.map.double()
-        scale = exact.norm(dim=1, keepdim=True)  # which would mislead the choice of pivots
-        state.inverse.copy_(torch.linalg.inv(exact / scale).T / scale)
-        self.steps = self.polish_rows = 0
 
 
 def growth_limit(state: FactoredState) -> float:
@@ -170,7 +156,9 @@ def independent_rows(
     least present is taken: its direction is the one that shrinks, and most rows of F need not change for it.
     Once a row is changed that is not light, all that are DEPENDENT are: they cost little more.
     """
-    rows, dual = rows.clone(), torch.linalg.inv(rows).T.clone()
+    rows, dual = rows.clone(), inverse_transpose(rows).clone()
+    if not bool(dual.isfinite().all()):
+        return None
     transform = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
     all_of_them, last = False, -1
     left = torch.zeros_like(light)  # rows that only smaller ones make dependent
@@ -203,3 +191,9 @@ def independent_rows(
         transform.addr_(transform[:, row].clone(), coefficients)
         dual.addr_(coefficients, dual[row].clone())
     return (rows, transform) if known < enough else None
+
+
+def column_presence(factor: Tensor) -> Tensor:  # (d,), float64
+    """What most rows of F do not exceed, column by column, judged by some of them."""
+    some = factor[:: max(1, len(factor) // SAMPLED)].abs().double()
+    return some.kthvalue(1 + int(MOST * (len(some) - 1)), 0).values.clamp(min=1e-200)

@@ -1,0 +1,213 @@
+"""What a training-mode pass of `FactoredOutput` leaves for `FactoredSGD`, and how autograd carries it there.
+
+One node, `_Loss`: the loss and, backwards, the gradient of the hidden states. Its other input is a copy of the
+layer's anchor, one for each pass, whose hook autograd calls only where it goes on to the anchor, that is, when
+the gradient of the layer itself is wanted: `loss.backward()` records the pass for the next step,
+`torch.autograd.grad(loss, hidden)` does not.
+
+The anchor's gradient stands for the weight's: a tiny mark. Whoever removes it (`zero_grad` of any kind) removes
+the records, and whoever multiplies it (`clip_grad_norm_`, a loss scaler) scales the step.
+"""
+
+import weakref
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lastlayer.functional.reduce import reduce_loss
+from lastlayer.functional.spherical import RowDerivatives, SphericalLoss
+from lastlayer.layers.factored.state import FactoredState
+from lastlayer.layers.factored.step import Gradient
+
+MARK = 2.0**-100  # too small to change the norm of any other gradient
+
+
+class Ledger:
+    """The gradients recorded since the last step, tied to the life of the anchor's `.grad`, and who takes them."""
+
+    def __init__(self) -> None:
+        self.gradients: list[Gradient] = []
+        self.mark = 0.0  # what the anchor's gradient is when nobody has scaled it since
+        self.spent = False  # a step took the records, and nobody has zeroed the gradient since
+        self.version = 0  # of the weight
+        self._owner: weakref.ref[Any] | None = None
+
+    @property
+    def owner(self) -> Any:
+        """The `FactoredSGD` that makes the steps; None without one."""
+        return None if self._owner is None else self._owner()
+
+    @owner.setter
+    def owner(self, optimizer: Any) -> None:
+        self._owner = weakref.ref(optimizer)
+
+    def add(self, anchor: Tensor, gradient: Gradient) -> None:
+        """Called in the backward pass."""
+        self.settle(anchor)
+        if self.owner is None:
+            raise RuntimeError(
+                "backward in training mode of a FactoredOutput that no FactoredSGD owns: its weight would never "
+                "be trained; make FactoredSGD(layer, lr) and keep it, or freeze the layer with layer.eval() or "
+                "layer.requires_grad_(False)"
+            )
+        if self.spent:
+            raise RuntimeError(
+                "backward after step() without zero_grad(): a gradient of the weight before the step "
+                "cannot be added to one after it; call zero_grad() between them"
+            )
+        if not self.gradients:
+            self.mark = MARK
+            anchor.grad = torch.full_like(anchor, MARK)
+        self.gradients.append(gradient)
+
+    def settle(self, anchor: Tensor) -> None:
+        """Does to the records what was done to the anchor's gradient."""
+        now = 0.0 if anchor.grad is None else float(anchor.grad)
+        if now == 0:
+            self.gradients, self.spent = [], False
+        elif self.gradients and now != self.mark:
+            self.gradients = [gradient.scaled(now / self.mark) for gradient in self.gradients]
+            self.mark = now
+
+    def take(self) -> Gradient | None:
+        """The settled records as one."""
+        return Gradient.joined(self.gradients) if self.gradients else None
+
+    def forget(self, anchor: Tensor) -> None:
+        """After the weight was replaced: what was recorded no longer fits it."""
+        anchor.grad = None
+        self.close()
+        self.spent = False
+
+    def close(self) -> None:
+        """After a step: the records are used up."""
+        self.gradients, self.spent = [], True
+        self.version += 1
+
+
+class Pass:
+    """One forward pass in training: whose weight it read, and whether its backward was recorded."""
+
+    def __init__(self, state: FactoredState, ledger: Ledger, anchor: nn.Parameter) -> None:
+        self.state, self.ledger, self.anchor = state, ledger, anchor
+        self.version = ledger.version
+        self.gradient: Gradient | None = None  # of the backward that runs
+        self.recorded = False
+
+    def check_weight(self) -> None:
+        """An error when a step was taken between forward and backward."""
+        if self.version != self.ledger.version:
+            raise RuntimeError(
+                "the weight was changed by a step() after this forward pass, so its gradient can no longer be "
+                "computed; run forward again"
+            )
+
+    def record(self, _: Tensor) -> None:
+        """The hook: records this backward pass, or an error where it cannot train the layer."""
+        gradient, self.gradient = self.gradient, None
+        if self.recorded:
+            raise RuntimeError(
+                "second backward of one forward pass: its step is recorded already; run forward again, or use "
+                "torch.autograd.grad for the gradient of hidden alone"
+            )
+        assert gradient is not None
+        self.ledger.add(self.anchor, gradient)
+        self.recorded = True
+
+
+def recorded_loss(
+    hidden: Tensor,  # (N, d)
+    ids: Tensor,  # (N, K)
+    weights: Tensor,  # (N, K)
+    loss: SphericalLoss,
+    own: Pass,
+    reduction: str,
+) -> Tensor:  # (), or (N,) in float64 for "none"
+    """The loss; its backward records the step."""
+    anchor = own.anchor.clone()
+    anchor.register_hook(own.record)
+    return _Loss.apply(anchor, hidden, ids, weights, loss, own, reduction)  # pyright: ignore[reportReturnType]
+
+
+class _Loss(torch.autograd.Function):
+    """The loss's own derivatives are formed in the forward pass, of a few numbers a row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        hidden: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        loss: SphericalLoss,
+        own: Pass,
+        reduction: str,
+    ) -> Tensor:
+        state = own.state
+        with full_precision(hidden.device.type):
+            ctx.rows = hidden.clone()  # the caller may refill its buffer
+            ctx.products = ctx.rows @ state.reading.T
+            scores, squared_norm, total = state.statistics_of(ctx.rows, ctx.products, ids)
+        ctx.found = loss.derivatives(scores, weights, squared_norm, total, state.num_classes)
+        ctx.own, ctx.ids = own, ids
+        ctx.share = max(len(hidden), 1) if reduction == "mean" else 1
+        ctx.save_for_backward(hidden)
+        reduced = reduce_loss(ctx.found.row_loss, None, reduction)
+        return reduced if reduction == "none" else reduced.to(state.factor.dtype)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, upstream: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        ctx.own.check_weight()
+        with torch.no_grad(), full_precision(upstream.device.type):
+            gradient = ctx.own.gradient = _gradient(ctx.own.state, ctx, upstream / ctx.share)
+            by_hidden = gradient.by_hidden.clone()  # which its owner may change
+        if torch.is_grad_enabled():
+            by_hidden = _Refused.apply(by_hidden, upstream, *ctx.saved_tensors)
+        return torch.zeros_like(ctx.own.anchor), by_hidden, *[None] * 5  # pyright: ignore[reportReturnType]
+
+
+def _gradient(
+    state: FactoredState,
+    ctx: Any,
+    share: Tensor,  # () or (N,), float64: what each row counts
+) -> Gradient:
+    """Of the hidden states, and what the step needs of the weight's: with `Y W = (Y F) U + y offset^T`,
+
+    Z = G W = D H Q + sparse,    sparse = Y W + g_s total^T.
+    """
+    hidden, products, ids, found, d = ctx.rows, ctx.products, ctx.ids, ctx.found, state.features
+    found: RowDerivatives
+    by_score = ((share[:, None] if share.dim() else share) * found.by_score).to(hidden.dtype)
+    by_norm = (share * found.by_norm).to(hidden.dtype)
+    by_total = None if found.by_total is None else (share * found.by_total).to(hidden.dtype)
+    sums = nn.functional.embedding_bag(ids, state.factor, per_sample_weights=by_score, mode="sum")
+    sparse = torch.addr(sums @ state.map, by_score.sum(1), state.offset)
+    if by_total is not None:
+        sparse.addr_(by_total, state.total)
+    by_hidden = torch.addcmul(sparse, by_norm[:, None], products[:, :d], value=2)
+    mapped, shared = products[:, d : 2 * d], products[:, 2 * d :]
+    return Gradient(hidden, mapped, shared, ids, by_score, by_norm, by_total, by_hidden, sparse)
+
+
+class _Refused(torch.autograd.Function):
+    """A gradient of `hidden` and `upstream`, which cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, upstream: Tensor, hidden: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(
+            "FactoredOutput forms its own gradients and cannot be differentiated twice; for second derivatives "
+            "use lastlayer.functional.spherical_loss with layer.weight"
+        )
+
+
+def full_precision(kind: str) -> Any:
+    """Outside of any autocast on this kind of device."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
