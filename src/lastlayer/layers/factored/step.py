@@ -29,8 +29,8 @@ measures, at every step and for the rows in play, by how much R has drifted: pas
 from U, and where that does not help either the step is refused.
 
 For N below d all but F is an update of rank N (`_plan_by_rows`); otherwise A itself is formed
-(`_plan_by_features`). By rows an example costs 9 d^2 multiply-adds in products with and into U, R and Q, and about 5 N d in those with
-(N, N) matrices.
+(`_plan_by_features`). By rows an example costs 9 d^2 multiply-adds in products with and into U, R and Q, and about
+5 N d in those with (N, N) matrices.
 """
 
 import math
