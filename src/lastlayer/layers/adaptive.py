@@ -1,6 +1,6 @@
 """Adaptive softmax (Grave et al. 2017): frequent classes in the head, rare ones in tails of falling width."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -113,7 +113,7 @@ class AdaptiveSoftmax(OutputLayer):
             cutoffs = default_cutoffs(counts, self.num_classes, num_tails)
         self.cutoffs = check_cutoffs(cutoffs, self.num_classes)
         self.div_value = div_value
-        widths = tail_widths(self.in_features, div_value, len(self.cutoffs))
+        widths = self._tail_widths = tail_widths(self.in_features, div_value, len(self.cutoffs))
         if weight is not None:
             _check_tied(weight, (self.num_classes, self.in_features))
             device, dtype = weight.device, weight.dtype
@@ -164,6 +164,18 @@ class AdaptiveSoftmax(OutputLayer):
         widths = tail_widths(in_features, div_value, num_clusters)
         fixed, per_product = measure_costs(in_features) if costs is None else costs
         return best_cutoffs(falling, [in_features, *widths], batch_size, fixed, per_product)
+
+    def _parameter_shapes(self) -> Iterable[tuple[str, Tensor | None, tuple[int, ...]]]:
+        size, d = self.cutoffs[0], self.in_features
+        head_size = size + len(self.cutoffs)
+        yield "weight", self.weight, (self.num_classes, d)
+        yield "head.weight", self.head.weight, (head_size if self.weight is None else head_size - size, d)
+        yield "head.bias", self.head.bias, (head_size,)
+        edges = pairwise([*self.cutoffs, self.num_classes])
+        for i, (width, (start, stop)) in enumerate(zip(self._tail_widths, edges, strict=True)):
+            project, classes = self._tail(i)
+            yield f"tail.{i}.0.weight", project.weight, (width, d)
+            yield f"tail.{i}.1.weight", classes.weight, (stop - start, width)
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         if self.reduction == "none" or not eager_on_cpu(targets):

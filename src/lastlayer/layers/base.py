@@ -1,7 +1,7 @@
 """The contract of every output layer: five calls, and the laws that tie them together."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -221,6 +221,10 @@ class OutputLayer(nn.Module, ABC):
         """`(N, num_samples)` class ids."""
         return torch.cat([sample_classes(self._log_prob(rows), num_samples) for rows in self._row_chunks(hidden)])
 
+    def _parameter_shapes(self) -> Iterable[tuple[str, Tensor | None, tuple[int, ...]]]:
+        """`(name, parameter, the shape that it must have)` of what a user may replace, checked at every call."""
+        return ()
+
     # Written once for every layer.
 
     def _dense_topk(
@@ -245,6 +249,12 @@ class OutputLayer(nn.Module, ABC):
         if first is None:  # none of its own, or an optional one that is absent
             first = next(self.parameters(), None)
         check_hidden(hidden, self.in_features, None if first is None else first.dtype)
+        for name, parameter, shape in self._parameter_shapes():
+            if parameter is not None and parameter.shape != shape:
+                raise ValueError(
+                    f"{name} must have the shape {shape} that this {type(self).__name__} was made for, and was "
+                    f"replaced by one of {tuple(parameter.shape)}; make a new layer for other sizes"
+                )
         return hidden.reshape(-1, self.in_features)
 
     def _flatten(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Two-level hierarchical softmax: choose a cluster, then a class inside it (Goodman 2001)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -235,6 +235,12 @@ class HierarchicalSoftmax(OutputLayer):
 
     def _levels(self) -> TwoLevel:
         return TwoLevel(self.head_weight, self.head_bias, self.weight, self.bias)
+
+    def _parameter_shapes(self) -> Iterable[tuple[str, Tensor | None, tuple[int, ...]]]:
+        yield "head_weight", self.head_weight, (self.num_clusters, self.in_features)
+        yield "head_bias", self.head_bias, (self.num_clusters,)
+        yield "weight", self.weight, (self.num_classes, self.in_features)
+        yield "bias", self.bias, (self.num_classes,)
 
     def _log_prob(self, hidden: Tensor) -> Tensor:
         sizes = self.offsets.diff().tolist()

@@ -1,5 +1,7 @@
 """Mixture of softmaxes (Yang et al. 2018): several softmaxes over one matrix, mixed by the context."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -103,6 +105,16 @@ class MixtureOfSoftmaxes(OutputLayer):
             return as_exact(self.prior(hidden)).log_softmax(-1)
         assert self.prior_logits is not None  # there is one or the other
         return as_exact(self.prior_logits).log_softmax(-1).expand(*hidden.shape[:-1], -1)
+
+    def _parameter_shapes(self) -> Iterable[tuple[str, Tensor | None, tuple[int, ...]]]:
+        latents = self.num_components * self.latent_features
+        yield "weight", self.weight, (self.num_classes, self.latent_features)
+        yield "bias", self.bias, (self.num_classes,)
+        yield "latent.weight", self.latent.weight, (latents, self.in_features)
+        yield "latent.bias", self.latent.bias, (latents,)
+        yield "prior_logits", self.prior_logits, (self.num_components,)
+        if self.prior is not None:
+            yield "prior.weight", self.prior.weight, (self.num_components, self.in_features)
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         if self.reduction == "none":

@@ -1,6 +1,6 @@
 """What layers share that are, once trained, a softmax over the logits of one matrix."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -82,6 +82,10 @@ class SoftmaxHead(OutputLayer):
         if self.class_weights is not None:
             state_dict = {f"{prefix}class_weights": self.class_weights, **state_dict}
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _parameter_shapes(self) -> Iterable[tuple[str, Tensor | None, tuple[int, ...]]]:
+        yield "weight", self.weight, (self.num_classes, self.in_features)
+        yield "bias", self.bias, (self.num_classes,)
 
     def _log_prob(self, hidden: Tensor) -> Tensor:
         return linear_log_prob(hidden, self.weight, self.bias, self.logit_map)

@@ -1,7 +1,7 @@
 """Binary-tree softmax with Huffman's tree (Morin and Bengio 2005; Mikolov et al. 2013)."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -100,6 +100,9 @@ class TreeSoftmax(OutputLayer):
 
     def sparse_parameters(self) -> list[nn.Parameter]:
         return [self.weight] if self.sparse else []
+
+    def _parameter_shapes(self) -> Iterable[tuple[str, Tensor | None, tuple[int, ...]]]:
+        yield "weight", self.weight, (self.num_classes - 1, self.in_features)
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return path_log_prob(hidden, self.weight, targets, self._tree, sparse=self.sparse)
