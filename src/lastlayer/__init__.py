@@ -14,6 +14,7 @@ from lastlayer.layers.full import FullSoftmax
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
 from lastlayer.layers.mixture import MixtureOfSoftmaxes
 from lastlayer.layers.monotone_network import MonotoneNetwork
+from lastlayer.layers.one_vs_all import OneVsAll
 from lastlayer.layers.plif import PLIF
 from lastlayer.layers.sampled.black_out import BlackOut
 from lastlayer.layers.sampled.negative_sampling import NegativeSampling
@@ -54,6 +55,7 @@ __all__ = [
     "NoiseContrastive",
     "NegativeSampling",
     "BlackOut",
+    "OneVsAll",
     "Sampler",
     "Candidates",
     "Uniform",

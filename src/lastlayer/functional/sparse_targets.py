@@ -41,7 +41,10 @@ def sparse_targets(
         )
     several = isinstance(targets, Tensor) and targets.dim() == len(shape) + 1 and targets.shape[:-1] == shape
     targets, proper = check_targets(targets, targets.shape if several else shape, num_classes, ignore_index)
-    ids = targets.reshape(shape.numel(), -1) if several else targets.reshape(-1, 1)
+    if several and targets.shape[-1] == 0:  # K = 0: every row is ignored
+        targets, proper = targets.new_full((*shape, 1), ignore_index), False
+        target_weights = None if target_weights is None else target_weights.new_zeros(targets.shape)
+    ids = targets.reshape(shape.numel(), targets.shape[-1]) if several else targets.reshape(-1, 1)
     if target_weights is None:
         weights = torch.ones(ids.shape, dtype=torch.float64, device=ids.device)
     else:

@@ -12,6 +12,7 @@ from lastlayer.functional.reduce import reduce_loss
 from lastlayer.functional.sampled_logits import sampled_logits
 from lastlayer.functional.sampled_losses import accidental_hits
 from lastlayer.functional.sparse_targets import sparse_targets
+from lastlayer.layers.sampled.drawing import Drawing, check_sampler
 from lastlayer.layers.samplers.base import Sampler
 from lastlayer.layers.softmax_head import SoftmaxHead
 
@@ -86,18 +87,12 @@ class SampledLayer(SoftmaxHead):
             device=device,
             dtype=dtype,
         )
-        if not isinstance(sampler, Sampler):
-            raise TypeError(f"sampler must be a Sampler such as LogUniform({num_classes}), got {sampler!r}")
-        if sampler.num_classes != self.num_classes:
-            raise ValueError(
-                f"sampler must be of the layer's num_classes={self.num_classes}, got one of {sampler.num_classes}"
-            )
-        self.sampler = sampler if self.weight.is_meta else sampler.to(self.weight.device)
         self.num_samples = check_positive("num_samples", num_samples)
-        sampler.check_num_samples(self.num_samples)
+        check_sampler(sampler, self.num_classes, self.num_samples)
+        self.sampler = sampler if self.weight.is_meta else sampler.to(self.weight.device)
         self.remove_hits = remove_hits or sampler.samples_targets
         self.sparse = sparse
-        self._touched: list[Tensor] = []  # classes of the latest batches, whose rows of the weight may have moved
+        self._drawing = Drawing()
 
     def forward(
         self,
@@ -169,11 +164,9 @@ class SampledLayer(SoftmaxHead):
 
     def _sampled(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Batch:
         """A batch with its candidates and logits."""
-        if self.training:
-            self.sampler.observe(ids[weights != 0])
-        if self.sampler.follows_weight:
-            self._follow()
-        candidates, log_counts = self.sampler.sample(self.num_samples, rows)
+        candidates, log_counts = self._drawing.draw(
+            self.sampler, self.num_samples, rows, ids, weights, self.weight, self.bias, self.training
+        )
         of_targets, of_candidates = sampled_logits(
             rows, self.weight, self.bias, ids, candidates, sparse=self.sparse
         )
@@ -184,23 +177,12 @@ class SampledLayer(SoftmaxHead):
         if self.class_weights is not None:
             loss_weights = weights * self.class_weights[ids].to(weights.dtype)
             noise_weights = loss_weights.sum(1) / weights.sum(1)
-        if self.sampler.follows_weight:
-            self._touched.append(torch.unique(torch.cat([ids.reshape(-1), candidates.reshape(-1)])))
         return Batch(
             rows, ids, weights, candidates, log_counts.to(of_targets.dtype),
             of_targets, of_candidates, loss_weights, noise_weights,
         )  # fmt: skip
 
-    def _follow(self) -> None:
-        """Tells the sampler of rows that may have moved: those of this batch's predecessor, and of the one before
-        it, for where two batches were computed before one step."""
-        self.sampler.update(self.weight, self.bias, torch.cat(self._touched) if self._touched else None)
-        self._touched = self._touched[-1:]
-
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Another weight: the sampler looks at all of it."""
         super()._load_from_state_dict(*args, **kwargs)
-        self._touched = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_touched": []}
+        self._drawing.forget()

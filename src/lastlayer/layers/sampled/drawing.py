@@ -1,0 +1,58 @@
+"""The candidates of a batch, and what a sampler must know before it draws them."""
+
+import torch
+from torch import Tensor
+
+from lastlayer.layers.samplers.base import Candidates, Sampler
+
+
+def check_sampler(sampler: Sampler, num_classes: int, num_samples: int) -> None:
+    """An error unless `sampler` draws sets of `num_samples` from `num_classes` classes."""
+    if not isinstance(sampler, Sampler):
+        raise TypeError(f"sampler must be a Sampler such as LogUniform({num_classes}), got {sampler!r}")
+    if sampler.num_classes != num_classes:
+        raise ValueError(
+            f"sampler must be of the layer's num_classes={num_classes}, got one of {sampler.num_classes}"
+        )
+    sampler.check_num_samples(num_samples)
+
+
+class Drawing:
+    """Draws the candidates of each batch of a layer.
+
+    The sampler is told the targets in training, and, if it follows the weight, the rows that may have moved since
+    it last looked: those of the previous batch, and of the one before it, for where two batches were computed
+    before one step. An optimizer that moves other rows (momentum, weight decay) is not followed there.
+    """
+
+    def __init__(self) -> None:
+        self._touched: list[Tensor] = []
+
+    def draw(
+        self,
+        sampler: Sampler,
+        num_samples: int,
+        hidden: Tensor,  # (N, d)
+        targets: Tensor,  # (N, K)
+        target_weights: Tensor,  # (N, K), 0 where there is no target
+        weight: Tensor,  # (V, d)
+        bias: Tensor | None,  # (V,)
+        training: bool,
+    ) -> Candidates:
+        """A fresh sample."""
+        if training:
+            sampler.observe(targets[target_weights != 0])
+        if not sampler.follows_weight:
+            return sampler.sample(num_samples, hidden)
+        sampler.update(weight, bias, torch.cat(self._touched) if self._touched else None)
+        found = sampler.sample(num_samples, hidden)
+        latest = torch.unique(torch.cat([targets.reshape(-1), found.ids.reshape(-1)]))
+        self._touched = [*self._touched[-1:], latest]
+        return found
+
+    def forget(self) -> None:
+        """The whole weight may have changed."""
+        self._touched = []
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_touched": []}
