@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lastlayer.functional.segments import row_clusters
 from lastlayer.functional.two_level import TwoLevel
 
 
@@ -43,9 +44,3 @@ def one_level(
     clusters = row_clusters(offsets, len(logits))
     weight = parameters.weight + shift[clusters]
     return weight, logits + shift_at[clusters] - weight @ at
-
-
-def row_clusters(offsets: Tensor, num_classes: int) -> Tensor:  # (C + 1,) to (V,)
-    """The cluster of each row; their number is not in the offsets of a layer on "meta"."""
-    sizes = offsets.diff()
-    return torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes, output_size=num_classes)

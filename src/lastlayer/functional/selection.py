@@ -11,45 +11,28 @@ from lastlayer.functional.checks import eager_on_cpu, integer_ids
 class Selection(NamedTuple):
     """The classes that a top-k may return; their log-probabilities stay those of the whole model."""
 
-    exclude: Tensor | None  # (N, E), class ids, rising in each row; V in unused places
+    exclude: Tensor | None  # (N, E), class ids; V in unused places
     barred: Tensor | None  # (V,), whether no row may return the class
 
     def rows(self, rows: slice | Tensor) -> "Selection":
         """The selection of some rows."""
         return self if self.exclude is None else self._replace(exclude=self.exclude[rows])
 
+    def mask(self, num_classes: int) -> Tensor:  # (N, V), or (1, V) for all rows alike; bool
+        """Whether a class must not be returned."""
+        if self.exclude is None:
+            assert self.barred is not None  # there is one or the other
+            return self.barred[None]
+        places = torch.zeros(len(self.exclude), num_classes + 1, dtype=torch.bool, device=self.exclude.device)
+        excluded = places.scatter_(1, self.exclude, True)[:, :num_classes]
+        return excluded if self.barred is None else excluded | self.barred
+
     def bar(
         self,
         scores: Tensor,  # (N, V), in class order
     ) -> Tensor:  # (N, V)
         """`scores` with -inf at every class that must not be returned; a new tensor."""
-        barred = self.barred
-        if self.exclude is not None:
-            num_rows, num_classes = scores.shape
-            excluded = torch.zeros(num_rows, num_classes + 1, dtype=torch.bool, device=scores.device)
-            excluded = excluded.scatter_(1, self.exclude, True)[:, :num_classes]
-            barred = excluded if barred is None else excluded | barred
-        return scores if barred is None else scores.masked_fill(barred, -torch.inf)
-
-    def permits(
-        self,
-        rows: Tensor,  # (P,)
-        classes: Tensor,  # (P,), the class in question for each of these rows
-    ) -> Tensor:  # (P,), bool
-        """Whether the row may be answered with the class."""
-        permitted = torch.ones_like(classes, dtype=torch.bool)
-        if self.barred is not None:
-            permitted = ~self.barred[classes]
-        if self.exclude is not None and self.exclude.shape[1]:
-            num_rows, width = self.exclude.shape
-            bound = int(classes.max()) + 2 if len(classes) else 1
-            # One sorted list of (row, class) serves all rows: no (P, E) comparison.
-            shift = torch.arange(num_rows, device=classes.device)[:, None] * bound
-            keys = (self.exclude.clamp(max=bound - 1) + shift).flatten()
-            wanted = rows * bound + classes
-            place = torch.searchsorted(keys, wanted).clamp_(max=num_rows * width - 1)
-            permitted &= keys[place] != wanted
-        return permitted
+        return scores.masked_fill(self.mask(scores.shape[1]), -torch.inf)
 
 
 def make_selection(
@@ -73,7 +56,7 @@ def make_selection(
     if exclude is not None:
         exclude = check_ids("exclude", exclude, num_classes, ignore_index)
         rows = _as_rows("exclude", exclude, shape).to(device)
-        ids = rows.masked_fill(rows == ignore_index, num_classes).sort(1).values
+        ids = rows.masked_fill(rows == ignore_index, num_classes)
     return Selection(ids, None if allowed is None else _barred(allowed, num_classes, device))
 
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lastlayer.functional.best_first import OpenCluster, best_first_topk, sample_two_level
+from lastlayer.functional.best_classes import SearchCost, merge
 from lastlayer.functional.checks import check_count, eager_on_cpu
 from lastlayer.functional.clusters import by_falling_count, positive_counts
 from lastlayer.functional.cutoffs import best_cutoffs, check_cutoffs, default_cutoffs, measure_costs, tail_widths
 from lastlayer.functional.linear_chunks import as_exact, exact_dtype
 from lastlayer.functional.linear_cross_entropy import linear_cross_entropy, linear_nll
 from lastlayer.functional.selection import Selection
+from lastlayer.functional.two_level_samples import OpenCluster, sample_two_level
 from lastlayer.layers.base import OutputLayer
 
 
@@ -242,15 +243,32 @@ class AdaptiveSoftmax(OutputLayer):
         return log_prob if self._ranks is None else log_prob.index_select(1, self._ranks)
 
     def _topk(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:
-        if selection is not None:
-            return super()._topk(hidden, k, selection)
-        with torch.no_grad():
-            found = [best_first_topk(*self._clusters(rows), k) for rows in self._row_chunks(hidden)]
-        log_prob, ranks = (torch.cat(part) for part in zip(*found, strict=True))
-        indices = ranks if self.order is None else self.order[ranks]
-        if torch.is_grad_enabled():  # the search is not differentiable, its answer is
-            log_prob = self._target_log_prob(hidden.repeat_interleave(k, 0), indices.reshape(-1)).reshape(-1, k)
-        return log_prob, indices
+        def search(rows: Tensor, own: Selection | None) -> tuple[Tensor, Tensor, Tensor]:
+            return *self._best(rows, k, own), torch.empty(0, dtype=torch.int64, device=rows.device)
+
+        return self._searched_topk(search, SearchCost(1 << 21, 0), hidden, k, selection)
+
+    def _best(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:
+        """The best classes: the head's own first, then of each tail the rows in which it may hold a better one."""
+        head = self._head_log_prob(hidden)
+        mask = None if selection is None else selection.mask(self.num_classes).expand(len(hidden), -1)
+        classes = torch.arange(self.num_classes, device=hidden.device) if self.order is None else self.order
+        best = head.new_full((len(hidden), k), -torch.inf), classes.new_zeros(len(hidden), k)
+        for i, (start, stop) in enumerate(pairwise([0, *self.cutoffs, self.num_classes])):
+            if i == 0:
+                at, log_prob = slice(None), head[:, :stop]
+            else:
+                of_cluster = head[:, self.cutoffs[0] + i - 1]
+                at = (of_cluster > best[0][:, -1]).nonzero()[:, 0]
+                if not len(at):
+                    continue
+                log_prob = as_exact(self.tail[i - 1](hidden[at])).log_softmax(1) + of_cluster[at, None]
+            if mask is not None:
+                log_prob = log_prob.masked_fill(mask[at][:, classes[start:stop]], -torch.inf)
+            values, ranks = log_prob.topk(min(k, stop - start))
+            merged = merge((best[0][at], best[1][at]), (values, classes[start:stop][ranks]))
+            best[0][at], best[1][at] = merged
+        return best
 
     def _sample(self, hidden: Tensor, num_samples: int) -> Tensor:
         drawn = [sample_two_level(*self._clusters(rows), num_samples) for rows in self._row_chunks(hidden)]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lastlayer.functional.answers import TopK
+from lastlayer.functional.best_classes import SearchCost, worth_searching
 from lastlayer.functional.checks import (
     REDUCTIONS,
     check_choice,
@@ -23,6 +24,10 @@ from lastlayer.functional.selection import Selection, check_candidates, make_sel
 
 # Rows of (rows, V) log-probabilities that `sample` and the default `topk` hold at once, in numbers.
 CHUNK_NUMBERS = 1 << 24
+
+# Some rows and which classes they may be answered with, to log-probabilities and classes, (n, k) each, and the
+# rows that were given up.
+Search = Callable[[Tensor, Selection | None], tuple[Tensor, Tensor, Tensor]]
 
 
 class OutputLayer(nn.Module, ABC):
@@ -230,15 +235,54 @@ class OutputLayer(nn.Module, ABC):
     def _dense_topk(
         self, scores_of: Callable[[Tensor], Tensor], hidden: Tensor, k: int, selection: Selection | None
     ) -> tuple[Tensor, Tensor]:
-        """The best of `scores_of(hidden)`, `(N, V)`, that the selection permits, a chunk of rows at a time."""
-        best, start = [], 0
-        for rows in self._row_chunks(hidden):
+        """The best of `scores_of(hidden)`, `(N, V)`, that the selection permits."""
+
+        def of_chunk(rows: Tensor, own: Selection | None) -> tuple[Tensor, Tensor]:
             scores = scores_of(rows)
-            if selection is not None:
-                scores = selection.rows(slice(start, start + len(rows))).bar(scores)
-            best.append(scores.topk(k))
+            values, indices = (scores if own is None else own.bar(scores)).topk(k)
+            return values, indices
+
+        return self._chunked_topk(of_chunk, hidden, selection)
+
+    def _searched_topk(
+        self, search: Search, cost: SearchCost, hidden: Tensor, k: int, selection: Selection | None
+    ) -> tuple[Tensor, Tensor]:
+        """The best classes by `search`, where that is worth it: no gradient flows through it, but through `_score`
+        of what it found. Rows that it gives up, and all rows of a small problem, are answered from all
+        log-probabilities."""
+
+        def of_chunk(rows: Tensor, own: Selection | None) -> tuple[Tensor, Tensor]:
+            log_prob, indices, rest = search(rows, own)
+            if len(rest):
+                own = None if own is None else own.rows(rest)
+                log_prob[rest], indices[rest] = self._dense_topk(self._log_prob, rows[rest], k, own)
+            return log_prob, indices
+
+        with torch.no_grad():
+            if worth_searching(cost, len(hidden), self.num_classes, self.in_features, k):
+                log_prob, indices = self._chunked_topk(of_chunk, hidden, selection)
+            else:
+                log_prob, indices = self._dense_topk(self._log_prob, hidden, k, selection)
+        if torch.is_grad_enabled():  # the search is not differentiable, its result is
+            absent = log_prob == -torch.inf
+            log_prob = self._score(hidden, indices.masked_fill(absent, 0)).masked_fill(absent, -torch.inf)
+        return log_prob, indices
+
+    def _chunked_topk(
+        self,
+        of_chunk: Callable[[Tensor, Selection | None], tuple[Tensor, Tensor]],
+        hidden: Tensor,
+        selection: Selection | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`of_chunk(rows, selection of these rows)` for a chunk of rows after the other."""
+        found, start = [], 0
+        for rows in self._row_chunks(hidden):
+            own = None if selection is None else selection.rows(slice(start, start + len(rows)))
+            found.append(of_chunk(rows, own))
             start += len(rows)
-        return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
+        if len(found) == 1:
+            return found[0]
+        return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
 
     def _row_chunks(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """`hidden (N, d)` in pieces whose `(rows, V)` log-probabilities stay small; one empty piece if N = 0."""

@@ -9,15 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lastlayer.functional.best_first import best_first_topk, sample_two_level
+from lastlayer.functional.best_classes import SearchCost
 from lastlayer.functional.checks import check_vector
 from lastlayer.functional.clusters import check_clusters, even
 from lastlayer.functional.linear_chunks import as_exact
-from lastlayer.functional.one_level import one_level, row_clusters, two_levels
+from lastlayer.functional.one_level import one_level, two_levels
 from lastlayer.functional.row_sparse import GradientMemory
+from lastlayer.functional.segments import cluster_sums, padded_columns, row_clusters
 from lastlayer.functional.selection import Selection
 from lastlayer.functional.theano_layout import TheanoParameters, block_ids, blocks_of, check_theano, class_rows
 from lastlayer.functional.two_level import TwoLevel, two_level_log_prob
+from lastlayer.functional.two_level_samples import sample_two_level
+from lastlayer.functional.two_level_search import topk_two_level
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.full import FullSoftmax
 
@@ -81,6 +84,7 @@ class HierarchicalSoftmax(OutputLayer):
     offsets: Tensor
     _slots: Tensor  # (V,), the row of each class
     _clusters: Tensor  # (V,), the cluster of each class
+    _columns: Tensor | None  # (C, S), the rows of each cluster, padded
 
     def __init__(
         self,
@@ -109,6 +113,7 @@ class HierarchicalSoftmax(OutputLayer):
         self.register_buffer("offsets", F.pad(sizes.cumsum(0), (1, 0)).to(self.weight.device))
         self.register_buffer("_slots", None, persistent=False)
         self.register_buffer("_clusters", None, persistent=False)
+        self.register_buffer("_columns", None, persistent=False)
         self._derive()
         self._memory = GradientMemory()
         self.reset_parameters()
@@ -243,11 +248,11 @@ class HierarchicalSoftmax(OutputLayer):
         yield "bias", self.bias, (self.num_classes,)
 
     def _log_prob(self, hidden: Tensor) -> Tensor:
-        sizes = self.offsets.diff().tolist()
         logits = as_exact(F.linear(hidden, self.weight, self.bias))
-        heads = self._head_log_prob(hidden).split(1, 1)
-        parts = [own.log_softmax(1) + head for own, head in zip(logits.split(sizes, 1), heads, strict=True)]
-        return torch.cat(parts, 1).index_select(1, self._slots)
+        peak, log_sum = cluster_sums(logits, self.offsets, self._columns)
+        shift = self._head_log_prob(hidden) - log_sum
+        shifted = logits.index_select(1, self._slots) - peak.index_select(1, self._clusters)
+        return shifted + shift.index_select(1, self._clusters)
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return two_level_log_prob(
@@ -261,16 +266,11 @@ class HierarchicalSoftmax(OutputLayer):
         )
 
     def _topk(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:
-        if selection is not None:
-            return super()._topk(hidden, k, selection)
-        with torch.no_grad():
-            head = self._head_log_prob(hidden)
-            log_prob, slots = best_first_topk(head, self.offsets, partial(self._inner_log_prob, hidden), k)
-        indices = self.order[slots]
-        if torch.is_grad_enabled():  # the search is not differentiable, its answer is
-            rows = hidden.repeat_interleave(k, 0)
-            log_prob = self._target_log_prob(rows, indices.reshape(-1)).reshape(-1, k)
-        return log_prob, indices
+        def search(rows: Tensor, own: Selection | None) -> tuple[Tensor, Tensor, Tensor]:
+            levels = self._levels()
+            return topk_two_level(rows, self._head_log_prob(rows), levels, self.offsets, self.order, k, own)
+
+        return self._searched_topk(search, SearchCost(1 << 22, self.num_clusters), hidden, k, selection)
 
     def _sample(self, hidden: Tensor, num_samples: int) -> Tensor:
         drawn = [
@@ -302,9 +302,10 @@ class HierarchicalSoftmax(OutputLayer):
         self._derive()
 
     def _derive(self) -> None:
-        """Sets what follows from `order` and `offsets`: the row and the cluster of each class."""
+        """Sets what follows from `order` and `offsets`: row and cluster of each class, rows of each cluster."""
         self._slots = self.order.argsort()
         self._clusters = row_clusters(self.offsets, self.num_classes).index_select(0, self._slots)
+        self._columns = padded_columns(self.offsets)
 
 
 def _is_partition(offsets: Tensor, num_classes: int) -> bool:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lastlayer.functional.best_classes import SearchCost
 from lastlayer.functional.clusters import check_counts
 from lastlayer.functional.linear_chunks import as_exact
 from lastlayer.functional.paths import path_log_prob
 from lastlayer.functional.selection import Selection
-from lastlayer.functional.tree_search import sample_tree, topk_tree
+from lastlayer.functional.tree_search import FIRST_WIDTH, sample_tree, topk_tree
 from lastlayer.functional.trees import Tree, balanced, huffman
 from lastlayer.layers.base import OutputLayer
 
@@ -123,13 +124,12 @@ class TreeSoftmax(OutputLayer):
         return torch.cat(leaves, 1).index_select(1, self._tree.leaves.to(hidden.device))
 
     def _topk(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:
-        if selection is not None:
-            return super()._topk(hidden, k, selection)
-        with torch.no_grad():
-            log_prob, indices = topk_tree(hidden, self.weight, self.nodes, self._tree.root, k)
-        if torch.is_grad_enabled():  # the search is not differentiable, its answer is
-            log_prob = self._target_log_prob(hidden.repeat_interleave(k, 0), indices.reshape(-1)).reshape(-1, k)
-        return log_prob, indices
+        def search(rows: Tensor, own: Selection | None) -> tuple[Tensor, Tensor, Tensor]:
+            return topk_tree(rows, self.weight, self.nodes, self._tree.root, k, own)
+
+        return self._searched_topk(
+            search, SearchCost(1 << 23, FIRST_WIDTH * self.num_classes.bit_length()), hidden, k, selection
+        )
 
     def _sample(self, hidden: Tensor, num_samples: int) -> Tensor:
         return sample_tree(hidden, self.weight, self.nodes, self._tree.root, num_samples)
