@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cache_hints.h"
 #include "engine.h"
 #include "parallel.h"
 #include "products.h"
@@ -11,6 +12,7 @@
 namespace lastlayer {
 namespace {
 
+constexpr int64_t NODES_AHEAD = 3;  // whose rows are fetched before they are needed: they lie anywhere
 constexpr int64_t WORK_A_CHUNK = 1 << 17;  // multiply-adds that a thread takes at a time
 
 int64_t items_a_chunk(int64_t num_items, int64_t num_pairs, int64_t width) {
@@ -20,11 +22,14 @@ int64_t items_a_chunk(int64_t num_items, int64_t num_pairs, int64_t width) {
 template <class Real>
 void forward(const int64_t* starts, const int64_t* nodes, const int8_t* signs, const Real* hidden, const Real* weight,
              Real* log_prob, Real* factors, Real* slope, int64_t num_rows, int64_t width) {
-    parallel_for(num_rows, items_a_chunk(num_rows, starts[num_rows], width), [&](int64_t begin, int64_t end) {
+    const int64_t num_pairs = starts[num_rows];
+    parallel_for(num_rows, items_a_chunk(num_rows, num_pairs, width), [&](int64_t begin, int64_t end) {
         for (int64_t n = begin; n < end; ++n) {
             const Real* row = hidden + n * width;
             Real total = 0;
             for (int64_t p = starts[n]; p < starts[n + 1]; ++p) {
+                if (p + NODES_AHEAD < num_pairs)
+                    prefetch(weight + nodes[p + NODES_AHEAD] * width, width * static_cast<int64_t>(sizeof(Real)));
                 const Real* node = weight + nodes[p] * width;
                 const Real sign = signs[p], score = sign * dot(row, node, width);
                 const Real decay = std::exp(-std::fabs(score));
@@ -81,5 +86,20 @@ LASTLAYER_KERNEL(paths_backward)
                             static_cast<const Real*>(hidden), static_cast<Real*>(of_weight), num_nodes, width);
     };
     in_float64 ? run(double{}) : run(float{});
+    return 0;
+}
+
+// The inner nodes on the way from each class to the root, and on which side each was left: 1 first child, -1 second.
+LASTLAYER_KERNEL(walk_to_root)
+(const int64_t* classes, const int64_t* starts, const int64_t* parents, const int8_t* sides, int64_t num_rows,
+ int64_t num_classes, int64_t* nodes, int8_t* signs) {
+    for (int64_t n = 0; n < num_rows; ++n) {
+        int64_t current = classes[n];
+        for (int64_t p = starts[n]; p < starts[n + 1]; ++p) {
+            nodes[p] = parents[current];
+            signs[p] = sides[current];
+            current = num_classes + parents[current];
+        }
+    }
     return 0;
 }

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lastlayer.functional.logit_map import LogitMap
+from lastlayer.functional.precision import exact_dtype
 
 # What the logits of one chunk may take. Larger chunks mean fewer passes over the weight's gradient.
 CHUNK_BYTES = 1 << 28
@@ -33,22 +34,6 @@ class Gradients(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     logit_map: tuple[Tensor | None, ...]
-
-
-def product_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype that the matrix products run in: autocast's where it is on."""
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-
-
-def exact_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logarithms and sums: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def as_exact(logits: Tensor) -> Tensor:
-    """`logits` in the dtype of logarithms and sums."""
-    return logits.to(exact_dtype(logits.dtype))
 
 
 class LinearChunks:

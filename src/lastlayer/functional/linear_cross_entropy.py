@@ -16,8 +16,9 @@ from lastlayer.functional.checks import (
     eager_on_cpu,
 )
 from lastlayer.functional.first_order import first_order
-from lastlayer.functional.linear_chunks import Gradients, LinearChunks, Wanted, exact_dtype, product_dtype
+from lastlayer.functional.linear_chunks import Gradients, LinearChunks, Wanted
 from lastlayer.functional.logit_map import LogitMap, check_logit_map
+from lastlayer.functional.precision import exact_dtype, no_autocast, product_dtype
 from lastlayer.kernels.backends import softmax_rows_backend_for
 from lastlayer.kernels.softmax_rows import NO_MAP, RowTerms, fused, plain
 
@@ -84,7 +85,7 @@ def linear_cross_entropy(
     dtype = product_dtype(hidden)
     terms, absent = _terms(ids, kept, class_weights, label_smoothing, z_loss, len(weight), reduction, dtype)
     parameters = () if logit_map is None else tuple(logit_map.parameters())
-    with torch.autocast(hidden.device.type, enabled=False):
+    with no_autocast(hidden.device.type):
         loss = _LinearCrossEntropy.apply(
             rows, weight, bias, terms, logit_map, dtype, reduction, torch.is_grad_enabled(), *parameters
         )
@@ -110,7 +111,7 @@ def linear_nll(
     """
     dtype = product_dtype(hidden)
     terms = RowTerms(ids, hidden.new_full((len(ids),), scale, dtype=exact_dtype(dtype)), None, None, None)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with no_autocast(hidden.device.type):
         return _LinearCrossEntropy.apply(  # pyright: ignore[reportReturnType]
             hidden, weight, bias, terms, None, dtype, "sum", torch.is_grad_enabled()
         )

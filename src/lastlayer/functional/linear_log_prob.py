@@ -1,10 +1,9 @@
 """All log-probabilities of a linear layer's softmax: the one place where the whole `(N, V)` tensor is wanted."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lastlayer.functional.linear_chunks import as_exact
+from lastlayer.functional.precision import as_exact, no_autocast
 
 
 def linear_log_prob(
@@ -18,6 +17,6 @@ def linear_log_prob(
     if bias is not None:
         logits = logits + bias
     if logit_map is not None:
-        with torch.autocast(hidden.device.type, enabled=False):
+        with no_autocast(hidden.device.type):
             logits = logit_map(logits)
     return logits.log_softmax(-1)

@@ -8,8 +8,9 @@ from torch import Tensor
 from lastlayer.functional.answers import TopK
 from lastlayer.functional.checks import check_count, check_linear, check_targets, eager_on_cpu
 from lastlayer.functional.first_order import first_order
-from lastlayer.functional.linear_chunks import LinearChunks, Wanted, product_dtype
+from lastlayer.functional.linear_chunks import LinearChunks, Wanted
 from lastlayer.functional.logit_map import LogitMap, check_logit_map
+from lastlayer.functional.precision import no_autocast, product_dtype
 from lastlayer.functional.selection import Selection
 
 
@@ -83,7 +84,7 @@ def linear_statistics(
         k = check_count("k", k, 1, len(weight))
     parameters = () if logit_map is None else tuple(logit_map.parameters())
     dtype = product_dtype(hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with no_autocast(hidden.device.type):
         found = _LinearStatistics.apply(rows, weight, bias, ids, logit_map, k, selection, dtype, *parameters)
     if absent is not None:
         found = [_without(part, -1 if part.dtype == torch.int64 else 0, absent, at) for part in found]

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from lastlayer.functional.checks import eager_on_cpu
 from lastlayer.functional.first_order import first_order
-from lastlayer.functional.linear_chunks import Gradients, LinearChunks, Wanted, exact_dtype, product_dtype
+from lastlayer.functional.linear_chunks import Gradients, LinearChunks, Wanted
 from lastlayer.functional.logit_map import LogitMap
+from lastlayer.functional.precision import exact_dtype, no_autocast, product_dtype
 from lastlayer.kernels.backends import softmax_rows_backend_for
 from lastlayer.kernels.softmax_rows import NO_MAP, RowTerms, fused, plain
 
@@ -36,7 +37,7 @@ def mixture_cross_entropy(
     """
     dtype = product_dtype(latent)
     parameters = () if logit_map is None else tuple(logit_map.parameters())
-    with torch.autocast(latent.device.type, enabled=False):
+    with no_autocast(latent.device.type):
         return _MixtureCrossEntropy.apply(
             latent.flatten(0, 1),
             log_prior.to(exact_dtype(dtype)),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lastlayer.functional.first_order import first_order
-from lastlayer.functional.linear_chunks import as_exact, product_dtype
+from lastlayer.functional.precision import as_exact, no_autocast, product_dtype
 from lastlayer.functional.row_sparse import row_sparse
 
 # Numbers of one block of gathered class vectors.
@@ -30,7 +30,7 @@ def sampled_logits(
     autocast's dtype where it is on; logits are in float32 at least. Once differentiable.
     """
     dtype = product_dtype(hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with no_autocast(hidden.device.type):
         return _SampledLogits.apply(hidden, weight, bias, targets, candidates, dtype, sparse)  # pyright: ignore[reportReturnType]
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lastlayer.functional.best_classes import LARGEST_SHARE, gathered_scores, merge
-from lastlayer.functional.linear_chunks import as_exact, exact_dtype
+from lastlayer.functional.precision import as_exact, exact_dtype
 from lastlayer.functional.selection import Selection
 
 # Numbers of a gathered (pairs, d) that are held at once.

@@ -7,8 +7,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from lastlayer.functional.clusters import positive_counts
+from lastlayer.kernels import engine
+from lastlayer.kernels.paths import walk_to_root
 
 
 def huffman(
@@ -49,9 +52,9 @@ class Tree(NamedTuple):
     """What follows from the children of each inner node, for walks in both directions."""
 
     root: int  # as an id: V + its node
-    parents: NDArray[np.int64]  # (2V - 1,), the inner node above each id; -1 above the root
-    signs: NDArray[np.int8]  # (2V - 1,), 1 for a first child, -1 for a second
-    depths: NDArray[np.int64]  # (V,), the length of each class's path
+    parents: Tensor  # (2V - 1,) int64, the inner node above each id; -1 above the root
+    sides: Tensor  # (2V - 1,) int8, 1 for a first child, -1 for a second
+    depths: Tensor  # (V,) int64, the length of each class's path
     levels: list[tuple[Tensor, Tensor, Tensor]]  # nodes; which of their (first, second) children are inner; leaves
     leaves: Tensor  # (V,), the place of each class when the leaves are listed level by level
 
@@ -60,9 +63,9 @@ class Tree(NamedTuple):
         """The tree, or an error unless `children (V - 1, 2)` is one binary tree over all classes."""
         table = _check_children(children)
         V = len(table) + 1
-        parents, signs = np.full(2 * V - 1, -1), np.zeros(2 * V - 1, dtype=np.int8)
+        parents, sides = np.full(2 * V - 1, -1), np.zeros(2 * V - 1, dtype=np.int8)
         parents[table[:, 0]] = parents[table[:, 1]] = np.arange(V - 1)
-        signs[table[:, 0]], signs[table[:, 1]] = 1, -1
+        sides[table[:, 0]], sides[table[:, 1]] = 1, -1
         root = int(np.flatnonzero(parents < 0)[0])
         levels, listed, depths, depth = [], [], np.zeros(V, dtype=np.int64), 0
         nodes = np.array([root - V]) if V > 1 else np.empty(0, dtype=np.int64)
@@ -77,18 +80,25 @@ class Tree(NamedTuple):
         order = np.concatenate(listed) if listed else np.zeros(1, dtype=np.int64)
         if len(order) < V:
             raise ValueError("tree must be one binary tree: some classes cannot be reached from the root")
-        return cls(root, parents, signs, depths, levels, torch.from_numpy(order.argsort()))
+        of_ids = (torch.from_numpy(part) for part in (parents, sides, depths))
+        return cls(root, *of_ids, levels, torch.from_numpy(order.argsort()))
 
-    def paths(self, classes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int8]]:
-        """`(starts (N + 1,), nodes, signs)` of the paths of some classes, leaf to root, one after the other."""
-        starts = np.append(0, self.depths[classes].cumsum())
-        nodes, signs = np.empty(starts[-1], dtype=np.int64), np.empty(starts[-1], dtype=np.int8)
+    def paths(
+        self,
+        classes: Tensor,  # (N,) int64, on the CPU
+    ) -> tuple[Tensor, Tensor, Tensor]:  # (N + 1,), (P,), (P,)
+        """`starts, nodes, signs` of the paths of some classes, leaf to root, one after the other."""
+        starts = F.pad(self.depths.index_select(0, classes).cumsum(0), (1, 0))
+        if engine.available():
+            return starts, *walk_to_root(classes.contiguous(), starts, self.parents, self.sides)
+        num_pairs = int(starts[-1])
+        nodes, signs = starts.new_empty(num_pairs), self.sides.new_empty(num_pairs)
         place, current = starts[:-1], classes
         while len(current):
             above = self.parents[current]
             on_the_way = above >= 0
             place, current, above = place[on_the_way], current[on_the_way], above[on_the_way]
-            nodes[place], signs[place] = above, self.signs[current]
+            nodes[place], signs[place] = above, self.sides[current]
             place, current = place + 1, above + len(self.depths)
         return starts, nodes, signs
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lastlayer.functional.groups import Targets, group_by_cluster, touched_rows, whole_batch
-from lastlayer.functional.linear_chunks import exact_dtype, product_dtype
 from lastlayer.functional.outside_graphs import outside_graphs
+from lastlayer.functional.precision import exact_dtype, no_autocast, product_dtype
 from lastlayer.functional.row_sparse import GradientMemory, row_sparse
 from lastlayer.functional.softmaxes import Softmaxes
 
@@ -52,9 +52,7 @@ def two_level_log_prob(
         hidden.to(product_dtype(hidden)),
         *parameters,
     )
-    if not torch.is_autocast_enabled(hidden.device.type):  # entering its context costs microseconds
-        return _TwoLevelLogProb.apply(*arguments)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with no_autocast(hidden.device.type):
         return _TwoLevelLogProb.apply(*arguments)
 
 

@@ -9,6 +9,21 @@ from lastlayer.kernels.engine import Kernel
 _FORWARD = Kernel("paths_forward", "ppppppppnnn")
 # starts, pairs, rows, factors, scale, hidden, of_weight, U, d, in float64
 _BACKWARD = Kernel("paths_backward", "pppppppnnn")
+# classes, starts, parents, sides, N, V, nodes, signs
+_WALK = Kernel("walk_to_root", "ppppnnpp")
+
+
+def walk_to_root(
+    classes: Tensor,  # (N,) int64
+    starts: Tensor,  # (N + 1,) int64, where each path is to begin
+    parents: Tensor,  # (2V - 1,) int64, the inner node above each id; -1 above the root
+    sides: Tensor,  # (2V - 1,) int8, 1 for a first child, -1 for a second
+) -> tuple[Tensor, Tensor]:  # (P,) int64, (P,) int8
+    """The inner nodes on the way from each class to the root, and the side on which each was left."""
+    num_pairs = int(starts[-1])
+    nodes, signs = starts.new_empty(num_pairs), sides.new_empty(num_pairs)
+    _WALK(classes, starts, parents, sides, len(classes), (len(parents) + 1) // 2, nodes, signs)
+    return nodes, signs
 
 
 def forward(

@@ -12,11 +12,12 @@ from lastlayer.functional.best_classes import SearchCost, merge
 from lastlayer.functional.checks import check_count, eager_on_cpu
 from lastlayer.functional.clusters import by_falling_count, positive_counts
 from lastlayer.functional.cutoffs import best_cutoffs, check_cutoffs, default_cutoffs, measure_costs, tail_widths
-from lastlayer.functional.linear_chunks import as_exact, exact_dtype
 from lastlayer.functional.linear_cross_entropy import linear_cross_entropy, linear_nll
+from lastlayer.functional.precision import as_exact, exact_dtype
 from lastlayer.functional.selection import Selection
 from lastlayer.functional.two_level_samples import OpenCluster, sample_two_level
 from lastlayer.layers.base import OutputLayer
+from lastlayer.layers.parts import tied
 
 
 class _Part(NamedTuple):
@@ -116,7 +117,7 @@ class AdaptiveSoftmax(OutputLayer):
         self.div_value = div_value
         widths = self._tail_widths = tail_widths(self.in_features, div_value, len(self.cutoffs))
         if weight is not None:
-            _check_tied(weight, (self.num_classes, self.in_features))
+            tied(weight, (self.num_classes, self.in_features))
             device, dtype = weight.device, weight.dtype
         self.register_parameter("weight", weight)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -310,10 +311,3 @@ class AdaptiveSoftmax(OutputLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.order is not None:
             self._ranks = self.order.argsort()
-
-
-def _check_tied(weight: nn.Parameter, shape: tuple[int, int]) -> None:
-    if not isinstance(weight, nn.Parameter):
-        raise TypeError(f"weight must be an nn.Parameter, such as embedding.weight; got {type(weight).__name__}")
-    if weight.shape != shape:
-        raise ValueError(f"weight must have shape {shape}, got {tuple(weight.shape)}")

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from lastlayer.functional.best_classes import SearchCost
 from lastlayer.functional.checks import check_vector
 from lastlayer.functional.clusters import check_clusters, even
-from lastlayer.functional.linear_chunks import as_exact
 from lastlayer.functional.one_level import one_level, two_levels
+from lastlayer.functional.precision import as_exact
 from lastlayer.functional.row_sparse import GradientMemory
 from lastlayer.functional.segments import cluster_sums, padded_columns, row_clusters
 from lastlayer.functional.selection import Selection

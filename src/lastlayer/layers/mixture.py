@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lastlayer.functional.checks import check_fraction, check_positive, eager_on_cpu
-from lastlayer.functional.linear_chunks import as_exact
 from lastlayer.functional.linear_log_prob import linear_log_prob
 from lastlayer.functional.logit_map import LogitMap
 from lastlayer.functional.mixture_cross_entropy import mixture_cross_entropy
+from lastlayer.functional.precision import as_exact
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.parts import map_beside, tied_or_new
 

@@ -17,6 +17,11 @@ def tied_or_new(
         new = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         nn.init.uniform_(new, -(shape[1] ** -0.5), shape[1] ** -0.5)
         return new
+    return tied(weight, shape)
+
+
+def tied(weight: nn.Parameter, shape: tuple[int, int]) -> nn.Parameter:
+    """The Parameter, or an error unless it is one of this shape."""
     if not isinstance(weight, nn.Parameter):
         raise TypeError(f"weight must be an nn.Parameter, such as embedding.weight; got {type(weight).__name__}")
     if weight.shape != shape:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from lastlayer.functional.checks import check_vector
-from lastlayer.functional.linear_chunks import as_exact
 from lastlayer.functional.linear_cross_entropy import linear_cross_entropy
 from lastlayer.functional.linear_log_prob import linear_log_prob
 from lastlayer.functional.linear_statistics import linear_statistics
 from lastlayer.functional.logit_map import LogitMap
+from lastlayer.functional.precision import as_exact
 from lastlayer.functional.selection import Selection
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.parts import map_beside, tied_or_new

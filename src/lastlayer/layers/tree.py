@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from lastlayer.functional.best_classes import SearchCost
 from lastlayer.functional.clusters import check_counts
-from lastlayer.functional.linear_chunks import as_exact
 from lastlayer.functional.paths import path_log_prob
+from lastlayer.functional.precision import as_exact
+from lastlayer.functional.row_sparse import GradientMemory
 from lastlayer.functional.selection import Selection
 from lastlayer.functional.tree_search import FIRST_WIDTH, sample_tree, topk_tree
 from lastlayer.functional.trees import Tree, balanced, huffman
@@ -91,13 +92,14 @@ class TreeSoftmax(OutputLayer):
         if len(tree) != self.num_classes - 1:
             raise ValueError(f"tree must have shape ({self.num_classes - 1}, 2), got {tuple(tree.shape)}")
         self.sparse = sparse
+        self._memory = GradientMemory()
         self.weight = nn.Parameter(torch.zeros(len(tree), self.in_features, device=device, dtype=dtype))
         self.register_buffer("nodes", tree.detach().to(self.weight.device, copy=True))
 
     @property
     def path_lengths(self) -> Tensor:  # (V,)
         """How many decisions each class takes."""
-        return torch.from_numpy(self._tree.depths)
+        return self._tree.depths.clone()
 
     def sparse_parameters(self) -> list[nn.Parameter]:
         return [self.weight] if self.sparse else []
@@ -106,7 +108,8 @@ class TreeSoftmax(OutputLayer):
         yield "weight", self.weight, (self.num_classes - 1, self.in_features)
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return path_log_prob(hidden, self.weight, targets, self._tree, sparse=self.sparse)
+        tree, memory = self._tree, self._memory
+        return path_log_prob(hidden, self.weight, targets, tree, sparse=self.sparse, memory=memory)
 
     def _log_prob(self, hidden: Tensor) -> Tensor:
         """By levels: a child's log-probability is its parent's plus that of the turn."""
