@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lastlayer.functional.linear_chunks import as_exact
+from lastlayer.functional.precision import as_exact
 
 # Numbers of a gathered (rows, classes, d) that are held at once.
 CHUNK_NUMBERS = 1 << 18

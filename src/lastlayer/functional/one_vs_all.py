@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lastlayer.functional.checks import eager_on_cpu
 from lastlayer.functional.first_order import first_order
-from lastlayer.functional.linear_chunks import exact_dtype, product_dtype
+from lastlayer.functional.precision import exact_dtype, product_dtype
 
 # Numbers of one block of logits, and the fewest classes that one has.
 BLOCK_NUMBERS, LEAST_CLASSES = 1 << 20, 256
