@@ -11,10 +11,13 @@ from typer.testing import CliRunner
 
 from lastlayer import ScreenedSoftmax
 from lastlayer.cli.app import app
+from lastlayer.screening import choose
+from lastlayer.screening.trials import query_times
+from lastlayer.study.report import frontier
 
 FIELDS = {
     "preview", "window", "candidates", "agreement_top1", "agreement_topk", "kl",
-    "bytes_read_fraction", "ms", "full_ms", "ratio", "certified_fraction", "chosen",
+    "bytes_read_fraction", "ms", "full_ms", "ratio", "certified_fraction", "dropped", "chosen",
 }  # fmt: skip
 
 
@@ -41,6 +44,19 @@ def hidden(tmp_path):
     return path
 
 
+@pytest.fixture(params=[3.0])
+def times_as_fast(request, monkeypatch):
+    """What every screen is found to gain, whatever it would on a head of test size."""
+
+    def times(queries, hidden, rounds, warmup):
+        query_times(queries, hidden, 1, 0)
+        if rounds == choose.FEW:  # the screen, then the full layer
+            return [1.0, request.param]
+        return [request.param, *(1.0 for _ in queries[1:])]
+
+    monkeypatch.setattr(choose, "query_times", times)
+
+
 def weight():
     return torch.randn(2000, 16, generator=torch.Generator().manual_seed(2))
 
@@ -63,6 +79,7 @@ def save_head(path):
     return path
 
 
+@pytest.mark.usefixtures("times_as_fast")
 @pytest.mark.parametrize("suffix", [".npy", ".NPY", ".safetensors", ".pt", ".pth"])
 def test_heads(run, tmp_path, hidden, suffix):
     path = save_head(tmp_path / f"head{suffix}")
@@ -75,9 +92,10 @@ def test_heads(run, tmp_path, hidden, suffix):
     assert "…" not in result.output  # every figure is whole at 80 columns
     screen = ScreenedSoftmax.load(tmp_path / "out" / "screen")
     assert torch.equal(screen.weight, weight())
-    assert "too small to gain" in result.output or "times as fast" in result.output
+    assert "times as fast as the full layer, agreement" in result.output
 
 
+@pytest.mark.usefixtures("times_as_fast")
 def test_transformers_folder(run, tmp_path):
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
@@ -270,3 +288,63 @@ def test_name_of_a_tensor(run, tmp_path, hidden):
     result = run(path, "--calibration", hidden, "--tensor", "lm_head.weight")
     assert result.exit_code == 2
     assert "--tensor lm_head.weight is for files of several named tensors" in result.stderr
+
+
+@pytest.mark.usefixtures("times_as_fast")
+@pytest.mark.parametrize("times_as_fast", [0.4, 0.9], indirect=True)
+def test_no_screen_slower_than_the_full_layer_is_saved(run, tmp_path, hidden):
+    result = run(save_head(tmp_path / "head.npy"), "--calibration", hidden, "--k", 3)
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "out" / "screen").exists()
+    output = " ".join(result.output.split())
+    assert "Keep the full layer: the fastest screen that agrees" in output
+    assert "The cause: this head is too small to gain" in output
+    assert "No screen is saved" in output
+    records = json.loads((tmp_path / "out" / "results.json").read_text())["records"]
+    assert sum(record["chosen"] for record in records) == 1
+
+
+@pytest.mark.usefixtures("times_as_fast")
+def test_progress_and_what_is_left(run, tmp_path, hidden):
+    """A line for each step, in a log too."""
+    output = run(save_head(tmp_path / "head.npy"), "--calibration", hidden, "--k", 3).output
+    lines = [line for line in output.splitlines() if " done" in line]
+    assert lines[0] == "querying the full layer (0 of 1 done)"
+    assert all(" left)" in line for line in lines[1:])
+    assert [line.split(" (")[0] for line in lines[1:3]] == [
+        "trying int8, certified",
+        "trying SVD, calibrated, float32",
+    ]
+    assert lines[-1].startswith("comparing their times")
+
+
+def slow_record(**fields):
+    record = {"preview": "int8, certified", "window": None, "candidates": 96, "certified_fraction": 1.0}
+    record |= {"agreement_topk": 1.0, "ms": 2.0, "full_ms": 1.0, "ratio": 0.5, "dropped": None, "chosen": True}
+    return record | fields
+
+
+@pytest.mark.parametrize(
+    ("weight_bytes", "here", "records", "said"),
+    [
+        (10**6, {"engine": "compiled"}, [], "this head is too small to gain: its 1.0 MB stay in the cache"),
+        (10**8, {"engine": "plain", "why": "no compiler"}, [], "plain PyTorch here (no compiler)"),
+        (
+            10**8,
+            {"engine": "compiled"},
+            [slow_record(window=8, dropped="it needs 9 of 9 classes as candidates", chosen=False)],
+            "no preview tells these classes apart",
+        ),
+        (
+            10**8,
+            {"engine": "compiled", "processor": "Abacus 3", "isa": "portable"},
+            [slow_record(window=8, dropped="2.0 times as slow as the full layer", chosen=False)],
+            "this processor (Abacus 3, kernels for portable) runs the full layer as fast",
+        ),
+    ],
+)
+def test_the_true_cause_is_named(monkeypatch, weight_bytes, here, records, said):
+    monkeypatch.setattr(frontier, "config", lambda: here)
+    text = frontier.verdict([slow_record(), *records], weight_bytes, 0.999)
+    assert said in text
+    assert "is slower than it, 2.00 ms against 1.00 ms" in text

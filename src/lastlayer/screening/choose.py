@@ -1,6 +1,6 @@
 """choose_screen: which preview, window and candidates answer this layer's queries fastest, and still agree."""
 
-import statistics
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,29 +18,35 @@ from lastlayer.screening.int8_preview import Int8Preview
 from lastlayer.screening.preview import Preview
 from lastlayer.screening.screened import ScreenedSoftmax
 from lastlayer.screening.svd_preview import SVDPreview
+from lastlayer.screening.trials import (
+    Make,
+    Query,
+    Truth,
+    certified_screen,
+    described,
+    preview_name,
+    quality,
+    query_times,
+    tuned_screen,
+)
 from lastlayer.screening.watched_head import check_head
 
 LEAST_ROWS = 16  # hidden states below which halves say nothing
-TUNING_ROWS, MEASURED_ROWS, KL_ROWS = 512, 2048, 128
-ROUNDS = 15
-ROOM = 1.5  # candidates beyond what the tuning rows needed
-WINDOWS = (16, 8, 4)  # of the width: d/16, d/8, d/4
-CERTIFIED_CANDIDATES = {Int8Preview: 96, Int4Preview: 32}  # what could be better is rescored besides
-Make = Callable[..., ScreenedSoftmax]  # of a preview and its settings
+TUNING_ROWS, MEASURED_ROWS, FALLBACK_ROWS = 512, 2048, 64
+ROUNDS, FEW = 15, 3
+HOPELESS = 1.5  # times the full layer's time, from which a screen is dropped after a few queries
+MOST_CANDIDATES = 0.5  # of the classes, above which rescoring reads about what the full layer does
+LAST_START = 0.6  # of the time allowed, after which no further preview is prepared
+WINDOWS = (8, 16, 4)  # parts of the width: d/8, d/16, d/4
 
 
-class Truth(NamedTuple):
-    """What the full layer says of some hidden states."""
+class Progress(NamedTuple):
+    """What `choose_screen` is about to do."""
 
-    hidden: Tensor  # (n, d)
-    best: Tensor  # (n, k), best first
-
-    @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, hidden: Tensor, k: int) -> "Truth":
-        """Asks the full layer, few rows at a time."""
-        rows = max(1, (1 << 25) // len(weight))
-        best = [full_logits(part, weight, bias).topk(k).indices for part in hidden.split(rows)]
-        return cls(hidden, torch.cat(best))
+    doing: str
+    done: int  # steps, of `total`
+    total: int
+    seconds_left: float | None  # as far as it can be told
 
 
 @torch.no_grad()
@@ -51,28 +57,35 @@ def choose_screen(
     *,
     agreement: float = 0.999,
     k: int = 1,
+    seconds: float = math.inf,
+    on_progress: Callable[[Progress], object] = lambda progress: None,
 ) -> tuple[ScreenedSoftmax, list[dict[str, Any]]]:
     """The fastest screen of a trained layer whose top-k agrees with the full layer's, and all that were tried.
 
-    Calibrated and plain SVD previews of several windows, and the 8-bit and 4-bit previews with proof. The first
+    The 8-bit and 4-bit previews with proof, and calibrated and plain SVD previews of several windows. The first
     half of the hidden states calibrates and says how many candidates are needed; the second, never seen by either,
     measures agreement, divergence and certificates. Times are of one query at a time, interleaved with the full
-    layer.
+    layer. A screen that after a few queries is clearly slower than the full layer, or needs most classes as
+    candidates, is dropped: its record says why, and has no agreement.
 
     Args:
         weight, bias: the trained layer.
         hidden: at least 16 hidden states that the layer really meets; some thousands are better.
         agreement: share of the true top-k that the screen must keep on the held-out half.
         k: how many best classes matter.
+        seconds: about how long it may take; previews whose turn does not come are not tried, and their records say
+            so. The first is always tried.
+        on_progress: called before each step.
 
     Returns:
         the screen, and one record for each that was tried, fastest first: `preview, window, candidates,
-        agreement_top1, agreement_topk, kl, bytes_read_fraction, ms, full_ms, ratio, certified_fraction, chosen`.
-        When no preview agrees by itself, the certified one is chosen: it agrees by proof.
+        agreement_top1, agreement_topk, kl, bytes_read_fraction, ms, full_ms, ratio, certified_fraction, dropped,
+        chosen`. When no preview agrees by itself, the certified one is chosen: it agrees by proof. Its `ratio` may
+        be below 1, and then the full layer is the faster one.
 
     Raises:
         ValueError, TypeError: a layer that `ScreenedSoftmax` does not take; hidden states that do not fit, fewer
-            than 16, or NaN; `agreement` outside (0, 1]; `k` above V.
+            than 16, or NaN; `agreement` outside (0, 1]; `k` above V; `seconds` that are not above 0.
 
     Cost: preparing each screen, and about `30 * n` queries of the full layer. When NOT to use it: within training.
 
@@ -86,23 +99,56 @@ def choose_screen(
     k = check_count("k", k, 1, len(weight))
     if not 0 < agreement <= 1:
         raise ValueError(f"agreement must be above 0 and at most 1, got {agreement}")
+    if not seconds > 0:
+        raise ValueError(f"seconds must be above 0, got {seconds}")
     rows = _checked(hidden, weight)
     first, second = rows.tensor_split(2)  # in their order: neighbours in a text are alike
     share = min(TUNING_ROWS, max(2, len(first) // 4))
+    clock = _Clock(seconds, on_progress)
+    clock.step("querying the full layer")
     tuning = Truth.of(weight, bias, first[:share], k)
     measuring = Truth.of(weight, bias, second[:MEASURED_ROWS], k)
-
     make = partial(ScreenedSoftmax, weight, bias, gram=gram_matrix(weight))  # of the weight: once for all
-    screens = [_certified(make, preview, k) for preview in (Int8Preview(), Int4Preview(calibration=first))]
-    screens += [_tuned(make, preview, tuning, agreement, k) for preview in _previews(weight, first[share:])]
-    records = [_measured(screen, measuring, k) for screen in screens]
-    for record, ms, full_ms in zip(records, *_times(screens, second, k), strict=True):
-        record |= {"ms": ms, "full_ms": full_ms, "ratio": full_ms / ms}
-    agreeing = [i for i, record in enumerate(records) if record["agreement_topk"] >= agreement] or [0]
-    best = min(agreeing, key=lambda i: records[i]["ms"])
-    for i, record in enumerate(records):
-        record["chosen"] = i == best
-    return screens[best], sorted(records, key=lambda record: record["ms"])
+
+    previews = _previews(weight, first, share)
+    clock.total = len(previews) + 1
+    trials = []
+    for number, preview in enumerate(previews):
+        if number and clock.is_late():
+            trials.append(_untried(preview))
+            continue
+        clock.step(f"trying {preview_name(preview)}")
+        limit = seconds / (2 * len(previews))
+        trials.append(_try(make, preview, tuning, measuring, agreement, k, limit))
+    clock.step("comparing their times")
+    return _chosen(trials, measuring, agreement, k)
+
+
+class _Trial(NamedTuple):
+    screen: ScreenedSoftmax | None  # None: it was not tried
+    record: dict[str, Any]
+
+
+class _Clock:
+    """Says what is done next and how long all of it will still take."""
+
+    def __init__(self, seconds: float, on_progress: Callable[[Progress], object]) -> None:
+        self.seconds, self.on_progress = seconds, on_progress
+        self.start, self.done, self.total = time.perf_counter(), -1, 1
+
+    def spent(self) -> float:
+        return time.perf_counter() - self.start
+
+    def is_late(self) -> bool:
+        return self.spent() > LAST_START * self.seconds
+
+    def step(self, doing: str) -> None:
+        """The steps to come take as long as those before did, on the average, and no longer than is allowed."""
+        self.done += 1
+        left = None
+        if self.done > 0:
+            left = min(self.spent() / self.done * (self.total - self.done), max(0.0, self.seconds - self.spent()))
+        self.on_progress(Progress(doing, self.done, self.total, left))
 
 
 def _checked(hidden: Tensor, weight: Tensor) -> Tensor:  # (n, d) in the weight's dtype
@@ -115,93 +161,77 @@ def _checked(hidden: Tensor, weight: Tensor) -> Tensor:  # (n, d) in the weight'
     return rows
 
 
-def _previews(weight: Tensor, hidden: Tensor) -> list[Preview]:
-    width, calibration = weight.shape[-1], second_moment(hidden)
-    windows = sorted({max(1, width // part) for part in WINDOWS})
-    calibrated: list[Preview] = [
+def _previews(weight: Tensor, hidden: Tensor, tuning_rows: int) -> list[Preview]:
+    """What is tried: the likeliest first, for where time is short."""
+    width, calibration = weight.shape[-1], second_moment(hidden[tuning_rows:])
+    windows = list(dict.fromkeys(max(1, width // part) for part in WINDOWS))
+    of_window = [
         SVDPreview(window, calibration=calibration, storage=storage)
         for window in windows
         for storage in ("float32", "bfloat16")
     ]
-    return [*calibrated, SVDPreview(max(1, width // 8))]
+    plain = SVDPreview(max(1, width // 8))
+    return [Int8Preview(), *of_window[:2], Int4Preview(calibration=hidden), *of_window[2:], plain]
 
 
-def _certified(make: Make, preview: Preview, k: int) -> ScreenedSoftmax:
-    screen = make(preview=preview, candidates=1, exact=True)
-    screen.candidates = min(screen.out_features, max(CERTIFIED_CANDIDATES[type(preview)], 2 * k))
-    return screen
+def _untried(preview: Preview) -> _Trial:
+    names = (
+        *("candidates", "agreement_top1", "agreement_topk", "kl", "bytes_read_fraction", "certified_fraction"),
+        *("ms", "full_ms", "ratio"),
+    )
+    window = preview.window if isinstance(preview, SVDPreview) else None
+    record = {"preview": preview_name(preview), "window": window, **dict.fromkeys(names)}
+    return _Trial(None, record | {"dropped": "no time was left to try it"})
 
 
-def _tuned(make: Make, preview: Preview, tuning: Truth, agreement: float, k: int) -> ScreenedSoftmax:
-    """A screen with the candidates that the tuning rows needed, and some room."""
-    screen = make(preview=preview, candidates=1)
-    needed = []
-    for hidden, best in zip(tuning.hidden.split(16), tuning.best.split(16), strict=True):
-        scores = screen.preview_scores(hidden)
-        of_best = scores.gather(-1, best).unsqueeze(
-            -1
-        )  # a true class is kept if as many candidates as score higher
-        needed.append(torch.stack([(scores >= of_best[:, i]).sum(-1) for i in range(best.shape[-1])], dim=-1))
-    ranks = torch.cat(needed).flatten().sort().values  # of the tuning rows' classes, not of all
-    at = min(len(ranks) - 1, int(agreement * len(ranks)))
-    candidates = int(ROOM * int(ranks[at]))
-    screen.candidates = min(screen.out_features, max(candidates, 4 * k, 16))
-    return screen
+def _try(
+    make: Make, preview: Preview, tuning: Truth, measuring: Truth, agreement: float, k: int, limit: float
+) -> _Trial:
+    """Tunes one screen; a few queries say whether it is worth measuring."""
+    if isinstance(preview, SVDPreview):
+        screen = tuned_screen(make, preview, tuning, agreement, k)
+    else:
+        screen = certified_screen(make, preview, k)
+    record = described(screen)
+    ms, full_ms = query_times([_query(screen, k), _full_query(screen, k)], measuring.hidden, FEW, 1)
+    record |= {"ms": ms, "full_ms": full_ms, "ratio": full_ms / ms, "dropped": None}
+    if screen.candidates > max(MOST_CANDIDATES * screen.out_features, 4 * k):
+        record["dropped"] = f"it needs {screen.candidates:,} of {screen.out_features:,} classes as candidates"
+    elif ms > HOPELESS * full_ms:
+        record["dropped"] = f"{ms / full_ms:.1f} times as slow as the full layer"
+    else:
+        record |= quality(screen, measuring, k, limit)
+    return _Trial(screen, record)
 
 
-def _measured(screen: ScreenedSoftmax, truth: Truth, k: int) -> dict[str, Any]:
-    """Agreement and divergence on held-out rows, so few at a time that the screen is what answers."""
-    rows = max(1, min(64, (screen.out_features - 1) // screen.candidates))
-    found, certified = [], []
-    for part in truth.hidden.split(rows):
-        answer = screen.topk(part, k)
-        found.append(answer.indices)
-        certified.append(answer.certified)
-    indices = torch.cat(found)
-    kept = (indices.unsqueeze(-1) == truth.best.unsqueeze(-2)).any(-2)  # (n, k): of the true ones
-    preview = screen.preview
-    return {
-        "preview": _name(preview),
-        "window": preview.window if isinstance(preview, SVDPreview) else None,
-        "candidates": screen.candidates,
-        "agreement_top1": float((indices[:, 0] == truth.best[:, 0]).double().mean()),
-        "agreement_topk": float(kept.double().mean()),
-        "kl": _divergence(screen, truth.hidden[:KL_ROWS], rows),
-        "bytes_read_fraction": screen.bytes_read / (screen.weight.nbytes),
-        "certified_fraction": float(torch.cat(certified).double().mean()),
-    }
+def _query(screen: ScreenedSoftmax, k: int) -> Query:
+    return lambda row: screen.topk(row, k)
 
 
-def _name(preview: Preview) -> str:
-    if not isinstance(preview, SVDPreview):
-        return "int8, certified" if isinstance(preview, Int8Preview) else "int4, calibrated, certified"
-    kind = "SVD, plain" if preview.calibration is None else "SVD, calibrated"
-    return f"{kind}, {preview.storage}" if preview.storage else kind
+def _full_query(screen: ScreenedSoftmax, k: int) -> Query:
+    return lambda row: full_logits(row, screen.weight, screen.bias).topk(k)
 
 
-def _divergence(screen: ScreenedSoftmax, hidden: Tensor, rows: int) -> float:
-    total = 0.0
-    for part in hidden.split(rows):
-        full = full_logits(part, screen.weight, screen.bias).double().log_softmax(-1)
-        total += float((full.exp() * (full - screen.log_prob(part).double())).sum())
-    return max(0.0, total / len(hidden))
-
-
-def _times(screens: list[ScreenedSoftmax], hidden: Tensor, k: int) -> tuple[list[float], list[float]]:
-    """Milliseconds of one query of each screen, and of the full layer beside it; medians, interleaved."""
-    layer = screens[0]
-    weight, bias = layer.weight, layer.bias
-    calls: list[Callable[[Tensor], object]] = [lambda row: full_logits(row, weight, bias).topk(k)]
-    calls += [lambda row, screen=screen: screen.topk(row, k) for screen in screens]
-    taken: list[list[float]] = [[] for _ in calls]
-    for turn in range(-2, ROUNDS):
-        for call, times in zip(calls, taken, strict=True):
-            row = hidden[turn % len(hidden)][None]
-            start = time.perf_counter()
-            call(row)
-            if row.is_cuda:
-                torch.cuda.synchronize()
-            if turn >= 0:
-                times.append(1e3 * (time.perf_counter() - start))
-    full, *of_screens = (statistics.median(times) for times in taken)
-    return of_screens, [full] * len(screens)
+def _chosen(
+    trials: list[_Trial], measuring: Truth, agreement: float, k: int
+) -> tuple[ScreenedSoftmax, list[dict[str, Any]]]:
+    """Times those that were not dropped side by side; the fastest that agrees, or else a certified one."""
+    left = [trial for trial in trials if trial.record["dropped"] is None]
+    if not any(trial.screen is not None and trial.screen.exact for trial in left):
+        proved = next(trial for trial in trials if trial.screen is not None and trial.screen.exact)
+        few = Truth(measuring.hidden[:FALLBACK_ROWS], measuring.best[:FALLBACK_ROWS])
+        proved.record.update(quality(proved.screen, few, k))
+        left.append(proved)
+    screens = [trial.screen for trial in left if trial.screen is not None]
+    queries = [_full_query(screens[0], k), *(_query(screen, k) for screen in screens)]
+    full_ms, *times = query_times(queries, measuring.hidden, ROUNDS, 2)
+    for trial, ms in zip(left, times, strict=True):
+        trial.record.update({"ms": ms, "full_ms": full_ms, "ratio": full_ms / ms})
+    agreeing = [t for t in left if t.record["agreement_topk"] >= agreement]
+    agreeing = agreeing or [t for t in left if t.screen is not None and t.screen.exact]
+    best = min(agreeing, key=lambda trial: trial.record["ms"])
+    for trial in trials:
+        trial.record["chosen"] = trial is best
+    assert best.screen is not None
+    records = sorted((trial.record for trial in trials), key=lambda r: math.inf if r["ms"] is None else r["ms"])
+    return best.screen, records
