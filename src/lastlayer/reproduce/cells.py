@@ -28,13 +28,13 @@ class Cells:
     def __init__(self, folder: Path, resume: bool) -> None:
         self.path = make_folder(folder) / "results.json"
         self.records: list[Record] = []
-        write_json(folder / "environment.json", environment())
-        if not self.path.exists():
-            return
-        if not resume:
+        if self.path.exists() and not resume:
             raise UsageError(
                 f"{folder} holds results: --resume goes on with them, another --out starts beside them"
             )
+        write_json(folder / "environment.json", environment())
+        if not self.path.exists():
+            return
         try:
             self.records = json.loads(self.path.read_text(encoding="utf-8"))
             if not all(isinstance(record, dict) for record in self.records):

@@ -22,7 +22,7 @@ from lastlayer.study.text.lines import read_lines
 from lastlayer.study.text.sources import STANDARD_INPUT, find_files
 
 WINDOW, BATCH = 256, 4  # tokens in a row, rows at a time
-SECONDS = 180.0  # about how long all of it may take, loading left out
+SECONDS = 120.0  # about how long all of it may take, loading left out
 SHARE_OF_STATES = 0.4  # of that, for the hidden states: fewer of them where the model is slow
 LEAST_STATES = 2048  # collected in any case, where the text has them
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}  # a name may hold brackets
