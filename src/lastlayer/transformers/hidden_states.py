@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lastlayer.transformers.replace import replace_lm_head
+from lastlayer.transformers.replaced_head import put_head
 
 
 class _Catcher(nn.Module):
@@ -35,7 +35,7 @@ def hidden_states(
     catcher = _Catcher()
     for ids in batches:
         more = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
-        with replace_lm_head(model, catcher):
+        with put_head(model, catcher):
             model(input_ids=ids, **more)
         caught, catcher.caught = catcher.caught, None
         if caught is None:

@@ -1,43 +1,14 @@
 """replace_lm_head: a model's own `generate` on another output layer, and back."""
 
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from torch import nn
 
 from lastlayer.layers.base import OutputLayer
-
-
-class ReplacedHead:
-    """What `replace_lm_head` did to a model; `undo()`, or leaving its `with` block, restores it."""
-
-    def __init__(self, model: Any, original: nn.Module, head: nn.Module) -> None:
-        self.model = model
-        self.original = original
-        self.head = head
-        self._undone = False
-
-    def undo(self) -> None:
-        """Puts the model's own head back, the very module; a second call does nothing.
-
-        Raises RuntimeError where another head was put in the place of this one and is still there.
-        """
-        if self._undone:
-            return
-        if self.model.get_output_embeddings() is not self.head:
-            raise RuntimeError(
-                "another head stands where this one was put: undo the later replacement first, then this one"
-            )
-        self.model.set_output_embeddings(self.original)
-        self._undone = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.undo()
+from lastlayer.screening.mixture_screen import ScreenedMixture
+from lastlayer.screening.screened import ScreenedSoftmax
+from lastlayer.transformers.after_head import after_head
+from lastlayer.transformers.replaced_head import ReplacedHead, own_head, put_head
 
 
 def replace_lm_head(model: Any, head: nn.Module) -> ReplacedHead:
@@ -56,9 +27,15 @@ def replace_lm_head(model: Any, head: nn.Module) -> ReplacedHead:
     Raises:
         TypeError: a model without an output head to replace, a head that is no module, or an `OutputLayer`, which
             takes targets.
-        ValueError: a head whose `in_features` or `out_features` are not the model's.
+        ValueError: a head whose `in_features` or `out_features` are not the model's; one with a `logit_map`, under
+            a model that caps or scales logits itself (Gemma 2, Cohere: it would be done twice); a screen under a
+            model that adds to each class's logit (Marian), whose best classes then are not the screen's.
 
-    Cost: none. When NOT to use it: in training; a screen is for a weight that stays.
+    A model that caps or scales its head's logits goes on doing so: `ScreenedSoftmax.from_linear` of its own head,
+    which has no map, gives the model's logits. For its loss without logits see `output_layer`.
+
+    Cost: none; for a screen or a head with a map two forward passes of one token, as `logit_map_of`. When NOT to
+    use it: in training; a screen is for a weight that stays.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> from lastlayer import Int8Preview, ScreenedSoftmax
@@ -69,9 +46,7 @@ def replace_lm_head(model: Any, head: nn.Module) -> ReplacedHead:
     >>> with replace_lm_head(model, head):
     ...     ids = model.generate(max_new_tokens=4, do_sample=False, bos_token_id=0, pad_token_id=0)
     """
-    original = getattr(model, "get_output_embeddings", lambda: None)()
-    if not isinstance(original, nn.Module) or not hasattr(model, "set_output_embeddings"):
-        raise TypeError(f"model must have an output head to replace, which {type(model).__name__} does not")
+    original = own_head(model)
     if not isinstance(head, nn.Module):
         raise TypeError(f"head must be a torch.nn.Module, got {type(head).__name__}")
     if isinstance(head, OutputLayer):
@@ -83,9 +58,29 @@ def replace_lm_head(model: Any, head: nn.Module) -> ReplacedHead:
         wanted, given = getattr(original, name, None), getattr(head, name, None)
         if wanted is not None and given is not None and wanted != given:
             raise ValueError(f"head must have the model's {name}={wanted}, got {given}")
+    _check_agreement(model, head)
+    return put_head(model, head)
+
+
+def _check_agreement(model: Any, head: nn.Module) -> None:
+    """An error where what the model does to its head's logits does not go with what the head gives."""
+    mapped = getattr(head, "logit_map", None) is not None or isinstance(head, ScreenedMixture)
+    if not mapped and not isinstance(head, ScreenedSoftmax):
+        return
+    name, kind = type(model).__name__, type(head).__name__
     try:
-        model.set_output_embeddings(head)
-    except BaseException:  # some models take what else they need of a head, and it may lack that
-        model.set_output_embeddings(original)
-        raise
-    return ReplacedHead(model, original, head)
+        found = after_head(model)
+    except TypeError:
+        if mapped:
+            raise
+        return  # what the model does to plain logits, it goes on doing
+    if isinstance(found, str):
+        raise ValueError(
+            f"head must not be a {kind} here: {name} {found}, so that its best classes are not the head's"
+        )
+    if mapped and found is not None:
+        what = "log-probabilities" if isinstance(head, ScreenedMixture) else f"logits after {head.logit_map}"
+        raise ValueError(
+            f"head must give plain logits, as {name} applies {found} to them itself; this {kind} gives {what}: "
+            "make it with logit_map=None"
+        )

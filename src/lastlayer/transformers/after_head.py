@@ -1,0 +1,168 @@
+"""What a model does to its head's logits, found by giving it known ones; and its head as a layer that does so."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lastlayer.functional.logit_map import LogitMap
+from lastlayer.layers.full import FullSoftmax
+from lastlayer.layers.soft_cap import SoftCap
+from lastlayer.transformers.replaced_head import own_head, put_head
+
+EXPONENTS = range(-10, 21, 2)  # the logits tried are plus and minus these powers of 2
+TOLERANCE = 1e-5  # relative
+
+
+class ScaledLogits(LogitMap):
+    """`f(x) = scale * x`, or `cap * tanh(scale * x / cap)`, as Cohere's, Granite's and other models have it.
+
+    Args:
+        scale: positive.
+        cap: the bound, positive; None: no bound.
+
+    Raises:
+        ValueError: a scale or cap that is not.
+    """
+
+    def __init__(self, scale: float, cap: float | None = None) -> None:
+        super().__init__()
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"scale must be a positive finite number, got {scale!r}")
+        self.scale = float(scale)
+        self.cap = None if cap is None else SoftCap(cap)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        scaled = logits * self.scale
+        return scaled if self.cap is None else self.cap(scaled)
+
+    def vjp(self, logits: Tensor, gradient: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        if self.cap is not None:
+            gradient = gradient * self.cap.derivative(logits * self.scale)
+        return gradient * self.scale, ()
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale:g}"
+
+
+class _Probe(nn.Module):
+    """Stands where the head stood, and answers every hidden state with the same logits."""
+
+    bias = None  # some models ask their head for it
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.logits.expand(*hidden.shape[:-1], -1).clone()
+
+
+def logit_map_of(model: Any) -> LogitMap | None:
+    """The function that a Transformers model applies to every logit of its head before it answers or takes a loss.
+
+    None where it applies none; a `SoftCap` for Gemma 2 and its relatives, `ScaledLogits` for Cohere and Granite.
+    Found by forward passes with known logits in place of the head's, not by the model's name, so that it is right
+    for models that are not known here. The model is left as it was.
+
+    Raises:
+        TypeError: a model without an output head, or that does not run on token ids alone, or that does anything
+            else: adds a number to each class's logit (`final_logits_bias` of Marian), or bars classes.
+
+    Cost: two forward passes of one token, without the head.
+
+    >>> from transformers import Gemma2Config, Gemma2ForCausalLM
+    >>> sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    >>> more = {"vocab_size": 99, "num_key_value_heads": 1, "head_dim": 8}
+    >>> config = Gemma2Config(final_logit_softcapping=30.0, **sizes, **more)
+    >>> logit_map_of(Gemma2ForCausalLM(config))
+    SoftCap(cap=30)
+    """
+    found = after_head(model)
+    if isinstance(found, str):
+        raise TypeError(f"the logits of {type(model).__name__} are no function of its head's alone: it {found}")
+    return found
+
+
+def output_layer(model: Any, **options: Any) -> FullSoftmax:
+    """The head of a Transformers model as a `FullSoftmax` on the very same parameters, with the model's logit map.
+
+    For hidden states as the head meets them (`hidden_states` yields them), equals the model's own logits after all
+    that it does to them, `log_softmax` taken, and its own loss and gradients, without the `(N, V)` logits. Without
+    the map the loss of Gemma 2 would be silently another.
+
+    Args:
+        model: any model whose head is one matrix, with or without a bias.
+        options: those of `FullSoftmax`, such as `reduction` or `z_loss`.
+
+    Raises:
+        TypeError: a model whose head is no matrix, or as `logit_map_of`.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=99, **sizes))
+    >>> layer, ids = output_layer(model), torch.randint(99, (2, 5))
+    >>> hidden = model.model(ids).last_hidden_state
+    >>> torch.allclose(layer(hidden[:, :-1], ids[:, 1:]), model(ids, labels=ids).loss)
+    True
+    """
+    head = own_head(model)
+    weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
+        raise TypeError(f"the head of {type(model).__name__} must be one matrix, got {type(head).__name__}")
+    num_classes, width = weight.shape
+    layer = FullSoftmax(width, num_classes, bias=False, weight=weight, logit_map=logit_map_of(model), **options)
+    layer.bias = bias
+    return layer
+
+
+@torch.no_grad()
+def after_head(model: Any) -> LogitMap | str | None:
+    """As `logit_map_of`; a string, "it ...", where what the model does is no increasing function of each logit."""
+    head: Any = own_head(model)
+    num_classes = getattr(head, "out_features", None) or len(head.weight)
+    sizes = torch.tensor([2.0**exponent for exponent in EXPONENTS])
+    tried = torch.cat([sizes, -sizes])
+    if not torch.equal(_answers(model, tried.new_zeros(num_classes)), tried.new_zeros(num_classes)):
+        return "adds something of its own to the logits of some classes, or bars them"
+    parts = [
+        _answers(model, part.repeat(-(-num_classes // len(part)))[:num_classes])
+        for part in tried.split(num_classes)
+    ]
+    answered = torch.cat(
+        [part[: len(logits)] for part, logits in zip(parts, tried.split(num_classes), strict=True)]
+    )
+    scale = float(answered[0] / tried[0])
+    if not 0 < scale < float("inf"):
+        return "does not let them rise with the head's"
+    scale = 1.0 if abs(scale - 1) < TOLERANCE else scale
+    if _close(answered, scale * tried):
+        return None if scale == 1 else ScaledLogits(scale)
+    cap = float(answered.max())
+    found = SoftCap(cap) if scale == 1 else ScaledLogits(scale, cap)
+    return (
+        found if _close(answered, found(tried)) else "applies a function to them that is no scale and no soft cap"
+    )
+
+
+def _answers(model: Any, logits: Tensor) -> Tensor:  # (V,) to (V,)
+    """What the model makes of its head's `logits`, in float32."""
+    head = model.get_output_embeddings()
+    device = head.weight.device
+    ids = torch.full((1, 1), min(1, len(logits) - 1), device=device)
+    more = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
+    probe = _Probe(logits.to(device))
+    # Dropout in training mode must not use up random numbers of the caller's.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), put_head(model, probe):
+        try:
+            answer = model(input_ids=ids, return_dict=True, **more)
+        except Exception as problem:  # a model of speech, say; each fails in its own way
+            name = type(model).__name__
+            raise TypeError(
+                f"{name} does not run on token ids alone, which shows its logits: {problem}"
+            ) from problem
+    return answer.logits[0, -1].float().cpu()
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    return bool(((actual - expected).abs() <= TOLERANCE * expected.abs()).all())
