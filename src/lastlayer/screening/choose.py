@@ -219,6 +219,7 @@ def _chosen(
     left = [trial for trial in trials if trial.record["dropped"] is None]
     if not any(trial.screen is not None and trial.screen.exact for trial in left):
         proved = next(trial for trial in trials if trial.screen is not None and trial.screen.exact)
+        assert proved.screen is not None
         few = Truth(measuring.hidden[:FALLBACK_ROWS], measuring.best[:FALLBACK_ROWS])
         proved.record.update(quality(proved.screen, few, k))
         left.append(proved)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from lastlayer.study.choices import build_layer
 from lastlayer.study.errors import UsageError
@@ -32,6 +32,7 @@ TOP = 10
 TOP_TOKENS = 2_000  # held-out tokens whose top-10 is asked for
 HELD_OUT_BATCH, HELD_OUT_WINDOW = 10, 50
 STEPS_OF_BAR = 1000
+WIDE = 80  # columns, below which progress is a percentage without a bar
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False}  # a name may hold brackets
 
 
@@ -264,10 +265,11 @@ class Comparison:
 @contextmanager
 def _progress(name: str, trainer: Trainer, console: Console) -> Iterator[Any]:
     """A bar of the budget used, with the speed and the last held-out perplexity."""
+    bar = (BarColumn(), TextColumn("{task.fields[speed]:>7,.0f} tokens/s"))
     columns = (
-        TextColumn("{task.description:<14}"),
-        BarColumn(),
-        TextColumn("{task.fields[speed]:>7,.0f} tokens/s  perplexity {task.fields[perplexity]}"),
+        TextColumn("{task.description}"),
+        *(bar if console.width >= WIDE else (TaskProgressColumn(),)),
+        TextColumn("perplexity {task.fields[perplexity]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

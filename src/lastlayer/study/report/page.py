@@ -139,7 +139,10 @@ def _curves(results: dict[str, Any], colours: dict[str, int]) -> str:
         Line(name, colours[name], [(p["seconds"], p["perplexity"]) for p in curve], ends[name]["perplexity"])
         for name, curve in results["curves"].items()
     ]
-    labels = {"x_label": "seconds of training", "y_label": "held-out perplexity over training time"}
+    labels: dict[str, Any] = {
+        "x_label": "seconds of training",
+        "y_label": "held-out perplexity over training time",
+    }
     wide = line_chart(lines, width=760, height=340, css="wide", **labels)
     narrow = line_chart(lines, width=380, height=320, css="narrow", figures=False, **labels)
     tokens = max(record["held_out_tokens"] for record in results["records"])
