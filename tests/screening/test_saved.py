@@ -243,3 +243,17 @@ def test_loaded_weight_is_the_one_given(tmp_path):
     linear = nn.Linear(12, 300)
     ScreenedSoftmax.from_linear(linear, preview=Int8Preview(), candidates=9).save(tmp_path, include_weight=False)
     assert ScreenedSoftmax.load(tmp_path, linear.weight, linear.bias).weight is linear.weight
+
+
+def test_a_planted_link_is_not_written_through(tmp_path):
+    """In a folder that others can write to, under the names that a save uses."""
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    folder = tmp_path / "screen"
+    folder.mkdir()
+    for name in ("screen.safetensors", "screen.json"):
+        (folder / f".{name}.partial").symlink_to(mine)
+        (folder / name).symlink_to(mine)
+    ScreenedSoftmax(torch.randn(50, 4), preview=Int8Preview(), candidates=5).save(folder)
+    assert mine.read_text() == "precious"
+    assert ScreenedSoftmax.load(folder).out_features == 50

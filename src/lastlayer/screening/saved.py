@@ -7,6 +7,7 @@ what is not so, and preparing takes seconds.
 import hashlib
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,15 +75,12 @@ def save_screen(screen: "ScreenedSoftmax", folder: Path, include_weight: bool, f
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(sealed(described), indent=1) + "\n"
     whole = {TENSORS: content, SETTINGS: text.encode()}
-    partial = {name: folder / f".{name}.partial" for name in whole}
-    try:
+    # written in a folder of a random name that only this user may enter: nobody can put a link in a file's place
+    with TemporaryDirectory(suffix=".partial", prefix=".", dir=folder) as own:
         for name, data in whole.items():
-            partial[name].write_bytes(data)
+            (Path(own) / name).write_bytes(data)
         for name in whole:  # a kill between the two leaves files that do not fit, which `load` says
-            partial[name].replace(folder / name)
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
+            (Path(own) / name).replace(folder / name)
 
 
 def sealed(described: dict[str, Any]) -> dict[str, Any]:
