@@ -11,7 +11,6 @@ from lastlayer.functional.checks import (
     check_fraction,
     check_linear,
     check_not_negative,
-    check_targets,
     check_vector,
     eager_on_cpu,
 )
@@ -19,6 +18,7 @@ from lastlayer.functional.first_order import first_order
 from lastlayer.functional.linear_chunks import Gradients, LinearChunks, Wanted
 from lastlayer.functional.logit_map import LogitMap, check_logit_map
 from lastlayer.functional.precision import exact_dtype, no_autocast, product_dtype
+from lastlayer.functional.soft_targets import DenseRows, TargetRows, target_rows
 from lastlayer.kernels.backends import softmax_rows_backend_for
 from lastlayer.kernels.softmax_rows import NO_MAP, RowTerms, fused, plain
 
@@ -26,8 +26,9 @@ from lastlayer.kernels.softmax_rows import NO_MAP, RowTerms, fused, plain
 def linear_cross_entropy(
     hidden: Tensor,  # (..., d)
     weight: Tensor,  # (V, d)
-    targets: Tensor,  # (...), of any integer dtype
+    targets: Tensor,  # (...), or soft: (..., K), sparse (N, V), or floating (..., V)
     *,
+    target_weights: Tensor | None = None,  # (..., K)
     bias: Tensor | None = None,  # (V,)
     logit_map: LogitMap | None = None,
     label_smoothing: float = 0.0,
@@ -43,6 +44,12 @@ def linear_cross_entropy(
         F.cross_entropy(f(hidden @ weight.T + bias), targets, weight=class_weights, reduction=reduction,
                         ignore_index=ignore_index, label_smoothing=label_smoothing)
         + z_loss * (lse ** 2), reduced alike ("mean": over the rows that are not ignored)
+
+    Soft targets are K classes a row (of a teacher's best logits, or a mixture of labels), each counting
+    `target_weights`, or 1 without, padded with `ignore_index`; a sparse `(N, V)` matrix; or the weights of all
+    classes, floating `(..., V)`. With weights w the first term is `-(w * class_weights * log_prob).sum(-1)`, as
+    for the probabilities that `F.cross_entropy` takes, and "mean" is over the rows. Weights are at least 0; their
+    sum may be any. A row of nothing but `ignore_index` is ignored.
 
     The rows are taken in chunks. For "mean" and "sum" the gradients are formed in the forward pass, while a
     chunk's logits are at hand, and scaled by the upstream gradient in the backward pass: three matrix products
@@ -69,7 +76,8 @@ def linear_cross_entropy(
     True
     """
     check_linear(hidden, weight, bias)
-    targets, _ = check_targets(targets, hidden.shape[:-1], len(weight), ignore_index)
+    shape = hidden.shape[:-1]
+    given = target_rows(targets, target_weights, shape, len(weight), ignore_index)
     check_logit_map(logit_map)
     check_choice("reduction", reduction, REDUCTIONS)
     check_fraction("label_smoothing", label_smoothing)
@@ -77,23 +85,37 @@ def linear_cross_entropy(
     if class_weights is not None:
         check_vector("class_weights", class_weights, len(weight))
 
-    rows, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    kept, at = ids != ignore_index, None
-    if eager_on_cpu(ids) and not bool(kept.all()):  # ignored rows cost nothing
-        at = kept.nonzero().squeeze(1)
-        rows, ids, kept = rows.index_select(0, at), ids.index_select(0, at), kept.index_select(0, at)
+    rows, at = hidden.reshape(-1, hidden.shape[-1]), None
+    if given.kept is not None and eager_on_cpu(rows) and not bool(given.kept.all()):  # ignored rows cost nothing
+        at = given.kept.nonzero().squeeze(1)
+        weights = None if given.weights is None else given.weights[at]
+        rows, given = rows.index_select(0, at), TargetRows(given.ids[at], weights, None)
     dtype = product_dtype(hidden)
-    terms, absent = _terms(ids, kept, class_weights, label_smoothing, z_loss, len(weight), reduction, dtype)
-    parameters = () if logit_map is None else tuple(logit_map.parameters())
-    with no_autocast(hidden.device.type):
-        loss = _LinearCrossEntropy.apply(
-            rows, weight, bias, terms, logit_map, dtype, reduction, torch.is_grad_enabled(), *parameters
-        )
+    terms, absent = row_terms(given, class_weights, label_smoothing, z_loss, len(weight), reduction, dtype)
+    loss = loss_of(rows, weight, bias, terms, given.dense, logit_map, dtype, reduction)
     if reduction != "none":
         return loss + absent
     if at is not None:
-        loss = loss.new_zeros(targets.numel()).index_copy(0, at, loss)
-    return loss.reshape(targets.shape)
+        loss = loss.new_zeros(shape.numel()).index_copy(0, at, loss)
+    return loss.reshape(shape)
+
+
+def loss_of(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    terms: RowTerms,
+    dense: DenseRows | None,
+    logit_map: LogitMap | None,
+    dtype: torch.dtype,
+    reduction: str,
+) -> Tensor:  # (), or (N,) for "none"
+    """The loss by its terms; `dense` gives the weights of all classes."""
+    parameters = () if logit_map is None else tuple(logit_map.parameters())
+    with no_autocast(rows.device.type):
+        return _LinearCrossEntropy.apply(  # pyright: ignore[reportReturnType]
+            rows, weight, bias, terms, dense, logit_map, dtype, reduction, torch.is_grad_enabled(), *parameters
+        )
 
 
 def linear_nll(
@@ -113,13 +135,12 @@ def linear_nll(
     terms = RowTerms(ids, hidden.new_full((len(ids),), scale, dtype=exact_dtype(dtype)), None, None, None)
     with no_autocast(hidden.device.type):
         return _LinearCrossEntropy.apply(  # pyright: ignore[reportReturnType]
-            hidden, weight, bias, terms, None, dtype, "sum", torch.is_grad_enabled()
+            hidden, weight, bias, terms, None, None, dtype, "sum", torch.is_grad_enabled()
         )
 
 
-def _terms(
-    ids: Tensor,
-    kept: Tensor,
+def row_terms(
+    given: TargetRows,
     class_weights: Tensor | None,
     smoothing: float,
     z_loss: float,
@@ -127,25 +148,32 @@ def _terms(
     reduction: str,
     dtype: torch.dtype,
 ) -> tuple[RowTerms, Tensor | float]:
-    """The coefficients of every row; and what to add to a mean: nan where it is over nothing, else 0."""
+    """The coefficients of every row; and what to add to a mean: nan where it is over nothing, else 0.
+
+    A mean is over the rows, or over the class weights of their one class, as in `F.cross_entropy`.
+    """
     exact = exact_dtype(dtype)
-    counted = kept.to(exact)
-    ids = ids.masked_fill(~kept, 0)
-    of_target = counted
+    ids, weights, kept, dense = given
+    counted = torch.ones(len(ids), dtype=exact, device=ids.device) if kept is None else kept.to(exact)
+    if weights is None:
+        ids, of_targets = ids.masked_fill(counted == 0, 0), counted
+    else:
+        of_targets = weights.to(exact) * counted[:, None]
     if class_weights is not None:
         class_weights = class_weights.detach().to(device=ids.device, dtype=exact)
-        of_target = class_weights[ids] * counted
+        of_targets = class_weights[ids] * of_targets
     share, square_share, absent = 1.0, 1.0, 0.0
     if reduction == "mean":
-        whole = of_target.sum()
+        whole = of_targets.sum() if weights is None else counted.sum()
         absent = whole / whole - 1
         share, square_share = whole.reciprocal().nan_to_num(posinf=0.0), 1 / counted.sum().clamp(min=1)
     terms = RowTerms(
         ids,
-        (1 - smoothing) * share * of_target,
+        (1 - smoothing) * share * of_targets,
         smoothing / num_classes * share * counted if smoothing else None,
         z_loss * square_share * counted if z_loss else None,
         class_weights,
+        None if dense is None else (1 - smoothing) * share * counted,
     )
     return terms, absent
 
@@ -158,6 +186,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         terms: RowTerms,
+        dense: DenseRows | None,
         logit_map: LogitMap | None,
         dtype: torch.dtype,
         reduction: str,
@@ -165,8 +194,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         needs = ctx.needs_input_grad
-        ctx.wanted = Wanted(needs[0], needs[1], needs[2], any(needs[8:]))
-        ctx.settings = terms, logit_map, dtype
+        ctx.wanted = Wanted(needs[0], needs[1], needs[2], any(needs[9:]))
+        ctx.settings = terms, dense, logit_map, dtype
         ctx.save_for_backward(hidden, weight, bias, *parameters)
         form = with_gradients and reduction != "none" and any(ctx.wanted)
         row_loss, formed = _run(hidden, weight, bias, *ctx.settings, ctx.wanted if form else None)
@@ -180,13 +209,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.no_grad():
             if formed is None:  # "none", or a second pass over a retained graph
                 hidden, weight, bias, *_ = ctx.saved_tensors
-                terms, logit_map, dtype = ctx.settings
-                _, formed = _run(hidden, weight, bias, terms.scaled(scale), logit_map, dtype, ctx.wanted)
+                terms, dense, logit_map, dtype = ctx.settings
+                terms = terms.scaled(scale)
+                _, formed = _run(hidden, weight, bias, terms, dense, logit_map, dtype, ctx.wanted)
             elif not (eager_on_cpu(scale) and float(scale) == 1.0):
                 for gradient in (*formed[:3], *formed.logit_map):
                     if gradient is not None:  # nobody else holds it
                         gradient.mul_(scale)
-        gradients = (*formed[:3], None, None, None, None, None, *formed.logit_map)
+        gradients = (*formed[:3], None, None, None, None, None, None, *formed.logit_map)
         return first_order("linear_cross_entropy", gradients)
 
 
@@ -195,6 +225,7 @@ def _run(
     weight: Tensor,
     bias: Tensor | None,
     terms: RowTerms,
+    dense: DenseRows | None,
     logit_map: LogitMap | None,
     dtype: torch.dtype,
     wanted: Wanted | None,
@@ -202,24 +233,27 @@ def _run(
     """The loss of every row (N,); and the gradients of their sum that are wanted."""
     kernel_map = None
     backend = softmax_rows_backend_for(hidden.device, dtype, label_smoothing=terms.soft is not None)
-    if backend == "compiled":
+    if backend == "compiled" and terms.ids.dim() == 1:
         kernel_map = NO_MAP if logit_map is None else logit_map.kernel_map()
     chunks = LinearChunks(hidden, weight, bias, logit_map, dtype)
     form = wanted is not None
     if wanted is not None:
         chunks.want(wanted)
         kernel_map = None if kernel_map is None else kernel_map._replace(counted=wanted.logit_map)
-    row_loss = torch.empty_like(terms.hard)
+    row_loss = hidden.new_empty(len(hidden), dtype=chunks.exact)
     for rows in chunks:
         if kernel_map is not None:
             row_loss[rows], sums = fused(chunks.multiply(rows), chunks.bias, terms.of(rows), form, kernel_map)
             if form:
                 chunks.add_to_map(sums)
         else:
+            if dense is not None:
+                dense.begin(chunks, rows)
             for part in chunks.parts(rows):
                 logits = chunks.logits(part)
                 values = chunks.map(logits)
-                row_loss[part] = plain(values, terms.of(part), form)
+                of_all = None if dense is None else dense.part(part, chunks.exact)
+                row_loss[part] = plain(values, terms.of(part), form, of_all)
                 if form:
                     chunks.map_back(part, logits, values)
         if form:

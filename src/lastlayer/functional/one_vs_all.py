@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lastlayer.functional.checks import eager_on_cpu
 from lastlayer.functional.first_order import first_order
-from lastlayer.functional.precision import exact_dtype, product_dtype
+from lastlayer.functional.precision import exact_dtype, no_autocast, product_dtype
 
 # Numbers of one block of logits, and the fewest classes that one has.
 BLOCK_NUMBERS, LEAST_CLASSES = 1 << 20, 256
@@ -64,7 +64,7 @@ def one_vs_all_loss(
     logits are at hand; otherwise the backward pass computes the blocks again.
     """
     dtype = product_dtype(hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with no_autocast(hidden.device.type):
         return _OneVsAll.apply(  # pyright: ignore[reportReturnType]
             hidden, weight, bias, positives, row_weights, dtype, torch.is_grad_enabled()
         )

@@ -7,6 +7,9 @@ With f a row's logits, y its class and u the class weights, the loss of a row is
 and so its gradient with respect to f_c is
 
     p_c (hard + soft Σ_c u_c + 2 square lse) - hard [c = y] - soft u_c
+
+A row may have several classes y, each with its own `hard`; or weights of all classes, which are `hard` of each.
+The plain form takes these.
 """
 
 from typing import NamedTuple
@@ -23,54 +26,75 @@ _SOFTMAX_ROWS = Kernel("softmax_rows", "ppppppnnnnnffpnp")
 class RowTerms(NamedTuple):
     """The coefficients of some rows' loss; None where there is no such term."""
 
-    ids: Tensor  # (n,) valid classes y
-    hard: Tensor  # (n,)
+    ids: Tensor  # (n,) or (n, K) valid classes y
+    hard: Tensor  # the shape of ids
     soft: Tensor | None  # (n,)
     square: Tensor | None  # (n,)
     class_weights: Tensor | None  # (V,) u; None: all 1
+    dense_scale: Tensor | None = None  # (n,): of weights of all classes
 
     def of(self, rows: slice) -> "RowTerms":
         """Those of some of the rows."""
-        soft, square = (None if part is None else part[rows] for part in (self.soft, self.square))
-        return RowTerms(self.ids[rows], self.hard[rows], soft, square, self.class_weights)
+        ids, hard, soft, square, weights, dense_scale = self
+        soft, square, dense_scale = (None if part is None else part[rows] for part in (soft, square, dense_scale))
+        return RowTerms(ids[rows], hard[rows], soft, square, weights, dense_scale)
 
     def scaled(self, scale: Tensor) -> "RowTerms":
         """The terms of `scale * loss`, `scale` one number or one a row."""
-        soft, square = (None if part is None else part * scale for part in (self.soft, self.square))
-        return self._replace(hard=self.hard * scale, soft=soft, square=square)
+        _, hard, soft, square, _, dense_scale = self
+        soft, square, dense_scale = (
+            None if part is None else part * scale for part in (soft, square, dense_scale)
+        )
+        hard = hard * (scale[:, None] if scale.dim() and hard.dim() > 1 else scale)
+        return self._replace(hard=hard, soft=soft, square=square, dense_scale=dense_scale)
 
 
 def plain(
     values: Tensor,  # (n, V) mapped logits; overwritten, by their gradient if `form`
     terms: RowTerms,
     form: bool,
+    of_all: tuple[Tensor, Tensor | float]
+    | None = None,  # (n, V) weights of all classes; what to add to the losses
 ) -> Tensor:  # (n,) the loss of every row
     """The reference, for any dtype and device."""
-    ids, hard, soft, square, weights = terms
+    ids, hard, soft, square, weights, dense_scale = terms
+    if ids.dim() == 1:
+        ids, hard = ids[:, None], hard[:, None]
     peak = values.amax(1)
     values.sub_(peak[:, None])  # first of all: a large common part of the logits must cost no digits
-    at_target = values.gather(1, ids[:, None])[:, 0]
+    at_targets = values.gather(1, ids).masked_fill(hard == 0, 0)  # where nothing counts, not 0 times -inf
     weighted = total = torch.zeros((), dtype=values.dtype, device=values.device)
     if soft is not None:
         weighted = values.sum(1) if weights is None else values @ weights
         total = total + values.shape[1] if weights is None else weights.sum()
+    dense, of_dense, added = None, values.new_zeros(len(values)), 0.0
+    if of_all is not None and dense_scale is not None:
+        dense, added = of_all[0] * dense_scale[:, None], of_all[1] * dense_scale
+        dense = dense if weights is None else dense * weights
+        of_dense = (dense * values.masked_fill(dense == 0, 0)).sum(1)
 
     mass = values.exp_().sum(1)
     log_mass = mass.log()
 
-    loss, of_normalizer = hard * (log_mass - at_target), hard
+    loss, of_normalizer = (hard * (log_mass[:, None] - at_targets)).sum(1), hard.sum(1)
     if soft is not None:
         loss = loss + soft * (total * log_mass - weighted)
         of_normalizer = of_normalizer + soft * total
+    if dense is not None:
+        whole = dense.sum(1)
+        loss = loss + whole * log_mass - of_dense + added
+        of_normalizer = of_normalizer + whole
     if square is not None:
         normalizer = peak + log_mass
         loss = loss + square * normalizer.square()
         of_normalizer = of_normalizer + 2 * square * normalizer
     if form:
         values.mul_((of_normalizer / mass)[:, None])
-        values.scatter_add_(1, ids[:, None], -hard[:, None])
+        values.scatter_add_(1, ids, -hard)
         if soft is not None:
             values.sub_(soft[:, None] if weights is None else torch.outer(soft, weights))
+        if dense is not None:
+            values.sub_(dense)
     return loss
 
 

@@ -84,11 +84,19 @@ class FullSoftmax(SoftmaxHead):
         self.label_smoothing = check_fraction("label_smoothing", label_smoothing)
         self.z_loss = check_not_negative("z_loss", z_loss)
 
-    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,  # (..., d)
+        targets: Tensor,  # (...), or soft: (..., K), sparse (N, V), or floating (..., V)
+        target_weights: Tensor | None = None,  # (..., K)
+    ) -> Tensor:  # (), or (...) for "none"
+        """The training loss of one class a row, or of soft targets: `functional.linear_cross_entropy`."""
+        self._rows(hidden)  # checked
         return linear_cross_entropy(
             hidden,
             self.weight,
             targets,
+            target_weights=target_weights,
             bias=self.bias,
             logit_map=self.logit_map,
             label_smoothing=self.label_smoothing,

@@ -263,6 +263,11 @@ def test_a_screen_and_the_sampler_are_moved_with_the_layer():
             lambda: make(SampledSoftmax)(torch.zeros(2, D), torch.zeros(2, 3).long(), torch.ones(2)),
         ),
         (
+            ValueError,
+            "target_weights must be weights that are finite and at least 0",
+            lambda: make(SampledSoftmax)(torch.zeros(2, D), torch.zeros(2, 3).long(), -torch.ones(2, 3)),
+        ),
+        (
             IndexError,
             "targets must be class ids",
             lambda: make(SampledSoftmax)(torch.zeros(2, D), torch.full((2, 3), V)),

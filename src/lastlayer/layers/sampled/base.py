@@ -11,6 +11,7 @@ from lastlayer.functional.outside_graphs import outside_graphs
 from lastlayer.functional.reduce import reduce_loss
 from lastlayer.functional.sampled_logits import sampled_logits
 from lastlayer.functional.sampled_losses import accidental_hits
+from lastlayer.functional.soft_targets import check_target_weights
 from lastlayer.functional.sparse_targets import sparse_targets
 from lastlayer.layers.sampled.drawing import Drawing, check_sampler
 from lastlayer.layers.samplers.base import Sampler
@@ -108,6 +109,7 @@ class SampledLayer(SoftmaxHead):
         """
         rows, shape = self._rows(hidden), hidden.shape[:-1]
         ids, weights, kept = sparse_targets(targets, target_weights, shape, self.num_classes, self.ignore_index)
+        check_target_weights("targets" if target_weights is None else "target_weights", weights)
         by_class_weight = self.class_weights is not None and target_weights is None and targets.shape == shape
         loss = self._sampled_loss(rows, ids, weights, kept, by_class_weight)
         return loss.reshape(shape) if self.reduction == "none" else loss
