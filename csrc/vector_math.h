@@ -20,8 +20,21 @@ struct bfloat16 {
     uint16_t bits;
 };
 
+struct float16 {  // finite
+    uint16_t bits;
+};
+
 inline float load(float value) { return value; }
 inline float load(bfloat16 value) { return bits_as<float>(static_cast<uint32_t>(value.bits) << 16); }
+
+inline float load(float16 value) {
+    constexpr uint32_t REBIAS = 112u << 23, LEAST = 1u << 23;  // a smaller magnitude is subnormal: m * 2^-24
+    const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
+    const float normal = bits_as<float>(magnitude + REBIAS);
+    const float subnormal = bits_as<float>(magnitude + REBIAS + LEAST) - 6.103515625e-05f;
+    const uint32_t bits = bits_as<uint32_t>(magnitude < LEAST ? subnormal : normal);
+    return bits_as<float>(bits | static_cast<uint32_t>(value.bits & 0x8000) << 16);
+}
 
 inline void store(float& place, float value) { place = value; }
 inline void store(bfloat16& place, float value) {  // to the nearest, ties to even; a NaN stays one

@@ -110,7 +110,7 @@ def test_a_screen_answers_as_ever(name, others):
     weight, hidden = torch.randn(V, D), torch.randn(N, D)
 
     def make():
-        return ScreenedSoftmax(weight, preview=PREVIEWS[name](hidden), candidates=32, exact=True)
+        return ScreenedSoftmax(weight, preview=PREVIEWS[name](hidden), candidates=32, exact=True, use="screen")
 
     before, expected = make(), screened(make(), hidden)
     with settings(**others):

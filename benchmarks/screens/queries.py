@@ -40,8 +40,6 @@ def queries(asked: int = HELD_OUT) -> list[Record]:
         ),
         "SVD d/8, 1,024 candidates, plain": lambda: svd_screen(weight, width // 8, 1024),
     }
-    for name in (EXACT, FOUR):  # kernels are compiled, or read from numba's cache
-        makers[name]().topk(held_out[:1], 10)
     screens, records = {}, []
     truth = Truth.of(weight, held_out[:asked])
     for name, make in makers.items():

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lastlayer import HierarchicalSoftmax, Int4Preview, Int8Preview, ScreenedSoftmax, SVDPreview, TreeSoftmax
-from lastlayer.screening.fused import FusedScreen
-from lastlayer.screening.summary import kernels
+from lastlayer.kernels import engine
+from lastlayer.screening.compiled import EngineScreen
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -39,16 +39,20 @@ def test_compiled_model_trains_as_the_eager_one(kind, sparse):
 
 @pytest.mark.parametrize("preview", [Int8Preview(), Int4Preview(), SVDPreview(4)], ids=["int8", "int4", "svd"])
 def test_compiled_model_queries_its_screen_as_the_eager_one(preview, monkeypatch):
-    by_kernels, answer = [], FusedScreen.answer
-    monkeypatch.setattr(FusedScreen, "answer", lambda *asked: by_kernels.append(1) or answer(*asked))
+    compiled, query = [], EngineScreen.query
+    monkeypatch.setattr(EngineScreen, "query", lambda *arguments: compiled.append(1) or query(*arguments))
     linear, hidden = nn.Linear(16, 600), torch.randn(4, 16)
     full = linear(hidden)
-    for rows, k in ((1, 3), (4, 1), (4, 5)):  # the first has the kernels prepared inside the compiled model
-        screen = ScreenedSoftmax.from_linear(linear, preview=preview, candidates=40, exact=True)
+    for rows, k in (
+        (1, 3),
+        (4, 1),
+        (4, 5),
+    ):  # the first prepares the engine's view of the screen inside the compiled model
+        screen = ScreenedSoftmax.from_linear(linear, preview=preview, candidates=40, exact=True, use="screen")
         some = hidden[:rows]
         found = torch.compile(lambda x, screen=screen, k=k: screen.topk(2 * x, k), backend="eager")(some / 2)
         assert torch.equal(found.indices, full[:rows].topk(k).indices)
-        assert not kernels() or by_kernels.pop(), "the plain form ran"
+        assert not engine.available() or compiled.pop(), "the plain code ran"
         logits = torch.compile(lambda x, screen=screen: screen(2 * x) + 1, backend="eager")(some / 2)
         torch.testing.assert_close(logits, screen(some) + 1)
         with torch.no_grad():

@@ -5,7 +5,7 @@ import torch
 from screened_head import coarse_head as head
 
 from lastlayer import Int8Preview, ScreenedSoftmax
-from lastlayer.screening.quantised import split_in_two
+from lastlayer.screening.quantised import whole_numbers
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -24,14 +24,17 @@ def test_bound_holds(dtype, width):
         assert bound.mean() < 0.1 * truth.std()
 
 
-def test_two_parts_of_hidden():
+def test_whole_numbers_of_hidden():
     hidden = torch.randn(20, 30, dtype=torch.float64) * torch.logspace(-3, 3, 20, dtype=torch.float64)[:, None]
     hidden[3] = 0
-    parts = split_in_two(hidden)
-    again = parts.high * parts.step_high.double() + parts.low * parts.step_low.double()
+    hidden[4] *= 1e-43  # its step would be subnormal
+    whole = whole_numbers(hidden)
+    assert whole.high.abs().max() <= 64
+    assert whole.low.abs().max() <= 64
+    again = (128 * whole.high + whole.low) * whole.step.double()
     left = torch.linalg.vector_norm(hidden - again, dim=-1, keepdim=True)
-    torch.testing.assert_close(parts.left_over, left)
-    assert (left <= 1e-4 * hidden.norm(dim=-1, keepdim=True)).all()
+    torch.testing.assert_close(whole.left_over, left)
+    assert (left <= 4e-4 * hidden.norm(dim=-1, keepdim=True) + 1e-38).all()
 
 
 def test_most_answers_need_no_widening():
@@ -43,4 +46,4 @@ def test_most_answers_need_no_widening():
 
 def test_bytes_read():
     weight, bias, _ = head(700, 48, torch.float32)
-    assert Int8Preview().prepare(weight, bias).bytes_read == 700 * (64 + 4)
+    assert Int8Preview().prepare(weight, bias).bytes_read == 704 * 64 + 700 * 4  # padded to blocks of 64

@@ -175,7 +175,7 @@ def test_bounds_hold():
     layer, hidden = mixture(), hidden_of()
     screened = ScreenedSoftmax.from_layer(layer, preview=Int8Preview(), candidates=20)
     with torch.no_grad():
-        mixed, _ = screened._mixed(hidden, 3, False)
+        mixed, _ = screened._mixed(hidden, screened._query(3, False, None), "screen")
         exact = full_logits(layer.latents(hidden).flatten(0, 1), layer.weight, layer.bias).view_as(mixed.logits)
         assert ((exact - mixed.logits).abs() <= mixed.error + 1e-12).all()
         assert (mixed.error[~mixed.rescored[:, None].expand_as(mixed.error)] > 0).all()

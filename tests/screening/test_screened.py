@@ -48,7 +48,7 @@ def test_no_rows_by_the_kernels(preview, exact):
 def test_non_contiguous_and_chunked(monkeypatch):
     layer, hidden = screened(*head(), candidates=3), states(9)
     expected = layer.topk(hidden, 3), layer.log_prob(hidden)
-    monkeypatch.setattr("lastlayer.screening.screened.CHUNK_NUMBERS", 2 * V)
+    monkeypatch.setattr("lastlayer.screening.base.CHUNK_NUMBERS", 2 * V)
     strided = torch.stack([hidden, hidden], dim=-1)[..., 0]
     assert not strided.is_contiguous()
     for mine, theirs in zip(
@@ -223,12 +223,27 @@ def test_sample_follows_log_prob():
     assert ((drawn - expected).abs() < 5 * (expected / 40_000).sqrt() + 1e-4).all()
 
 
-def test_inference_mode_and_shared_storage():
+def test_queries_in_inference_mode():
     layer, hidden = screened(*head()), states(2)
+    expected = layer.topk(hidden, 3)
     with torch.inference_mode():
-        expected = layer.topk(hidden, 3)
-        inside = screened(*head())
-        assert torch.equal(inside.topk(hidden, 3).indices, expected.indices)
+        assert torch.equal(layer.topk(hidden, 3).indices, expected.indices)
+        layer.weight.mul_(2)
+        with pytest.raises(RuntimeError, match="refresh"):
+            layer.topk(hidden, 3)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_inference_tensors_are_refused(which):
+    """Their changes cannot be noticed: a stale preview certified a wrong class."""
+    given = list(head())
+    with torch.inference_mode():
+        given[which] = given[which].clone()
+    name = ("weight", "bias")[which]
+    with pytest.raises(ValueError, match=rf"{name} must not be an inference tensor.*{name}\.clone\(\)"):
+        screened(*given)
+    given[which] = given[which].clone()
+    screened(*given)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_bytes_read():
     weight, bias, _ = head(torch.float32)
     assert SVDPreview(4).prepare(weight, bias).bytes_read == 300 * 4 * 4
     assert SVDPreview(4, storage="bfloat16").prepare(weight, bias).bytes_read == 300 * 4 * 2
-    assert SVDPreview(4, storage="int8").prepare(weight, bias).bytes_read == 300 * (64 + 4)  # padded to 64
+    assert SVDPreview(4, storage="int8").prepare(weight, bias).bytes_read == 320 * 64 + 300 * 4  # padded to 64
 
 
 def test_follow_is_the_score():

@@ -88,6 +88,9 @@ def rotation_of(
     if calibration is None:
         return principal_rotation(gram)
     moment = calibration.moment.to(gram.device)
+    moment = moment / (
+        moment.trace() / len(moment)
+    )  # the rotation's scale is free: no power of 10 under- or overflows
     if moment.shape != gram.shape:
         raise ValueError(f"calibration must have the weight's width {len(gram)}, got {len(moment)}")
     return calibrated_rotation(gram, shrunk_moment(moment, calibration.rows))

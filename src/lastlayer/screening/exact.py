@@ -55,6 +55,16 @@ def no_autocast(hidden: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
+def size_of(
+    bias: Tensor | None,  # (V,), where -inf bars a class
+    norms: Tensor,  # (V,), which says dtype and device
+) -> Tensor:  # (V,)
+    """`|bias|`, and 0 where a class is barred: its logit is -inf whatever rounding does."""
+    if bias is None:
+        return torch.zeros_like(norms)
+    return torch.where(bias.isinf(), 0.0, bias.abs()).to(norms.dtype)
+
+
 def rounding_share(width: int, dtype: torch.dtype) -> float:
     """What rounding adds to a dot product of `width` terms, as a share of the two norms' product (or less)."""
     return (width + 4) * torch.finfo(working_dtype(dtype)).eps

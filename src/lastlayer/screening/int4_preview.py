@@ -2,17 +2,15 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lastlayer.functional.gram import Rotation
 from lastlayer.screening.calibration import Calibration, SecondMoment, rotation_of, second_moment
-from lastlayer.screening.exact import rounding_share, row_norms, working_dtype
+from lastlayer.screening.exact import rounding_share, row_norms, size_of, working_dtype
 from lastlayer.screening.int4_rows import FINER, Int4Rows
-from lastlayer.screening.preview import ErrorBound, OneCall, PreparedPreview, Preview
-from lastlayer.screening.quantised import split_in_two
-from lastlayer.screening.summary import Summary, kernels
+from lastlayer.screening.preview import ErrorBound, PreparedPreview, Preview
+from lastlayer.screening.quantised import whole_numbers
 
 FINE = 16  # one coordinate of so many has 8 bits
 SUMMED = 64  # products of a rotation that the kernels sum in float32
@@ -80,10 +78,9 @@ class PreparedInt4(PreparedPreview):
         self.dtype, width = working_dtype(weight.dtype), weight.shape[-1]
         shares = rotation.squares.clamp(min=0).sqrt()  # of the logits, by coordinate, when h is I in them
         shares = shares.clamp(min=LEAST * float(shares[0])) if shares[0] > 0 else torch.ones_like(shares)
-        self.to_turned, inverse = _rounded(
-            rotation.hidden_side * (shares / shares[0])
-        )  # (d, d) both, B and its inverse
-        exact = self.to_turned.double()
+        kept, inverse = _rounded(rotation.hidden_side * (shares / shares[0]))  # (d, d) both, B and its inverse
+        self.rotation = kept.T.contiguous()  # (d, d), B^T
+        exact = kept.double()
         fine = width // FINE
         balance = (shares / shares[0]).sqrt()
         balance[:fine] *= FINER**0.5
@@ -92,13 +89,14 @@ class PreparedInt4(PreparedPreview):
         self.bias = torch.zeros(len(weight), dtype=self.dtype, device=weight.device)
         if bias is not None:
             self.bias = bias.to(self.dtype)
-        norms = row_norms(weight) + self.bias.abs()
+        norms = row_norms(weight)
+        norms = norms + size_of(bias, norms)
         both = float(inverse.norm() * exact.norm()) * rounding_share(width, torch.float64)
         inverted = float(_from_identity(inverse @ exact)) + both
         self.of_classes = torch.cat(
             [self.rows.of_classes, (rounding_share(width, self.dtype) + inverted) * norms[None]]
         )
-        self.bytes_read = self.rows.bytes_read + self.to_turned.nbytes
+        self.bytes_read = self.rows.bytes_read + self.rotation.nbytes
         # of B^T h in float32, as shares of ||h||: in the balanced norm, and in that of what is multiplied
         share = rounding_share(SUMMED, torch.float32)
         lengths = exact.norm(dim=0)
@@ -117,33 +115,16 @@ class PreparedInt4(PreparedPreview):
 
     def error(self, hidden: Tensor) -> ErrorBound:
         widened = self._widened(hidden)
-        return ErrorBound(self._of_rows(hidden, widened, split_in_two(widened).left_over), self.of_classes)
-
-    def summary(self, hidden: Tensor, workers: int) -> tuple[Summary, np.ndarray]:
-        widened = self._widened(hidden)
-        summary, left_over = self.rows.summary(widened, self.bias, workers)
-        return summary, self._of_rows(hidden, widened, left_over).numpy()
-
-    def one_call(self) -> OneCall | None:
-        run, width = kernels(), self.rows.width
-        if not run.HAS_VNNI:
-            return None
-        bits = self.to_turned.dtype == torch.bfloat16
-        to_turned = self.to_turned.view(torch.int16) if bits else self.to_turned
-        rotation = tuple(part.numpy() for part in (to_turned, self.unbalance, self.rounding))
-        turned = np.zeros((1, len(self.to_turned) + self.rows.fine), dtype=np.float32)
-        parts = np.zeros((1, 2, width), dtype=np.int8)
-        stored = self.rows.packed.numpy(), self.rows.scale.numpy(), parts, turned
-        return OneCall(run.ask_int4, (rotation, stored), np.empty(3, dtype=np.float32))
+        return ErrorBound(self._of_rows(hidden, widened, whole_numbers(widened).left_over), self.of_classes)
 
     def _widened(self, hidden: Tensor) -> Tensor:  # (N, d) -> (N, d + fine), float64
-        return self.rows.widened(hidden.double() @ self.to_turned.double())
+        return self.rows.widened(hidden.double() @ self.rotation.double().T)
 
     def _of_rows(self, hidden: Tensor, widened: Tensor, left_over: Tensor) -> Tensor:  # (N, 3)
         """The rows' part of the bound."""
         norm = torch.linalg.vector_norm(hidden.double(), dim=-1, keepdim=True)
-        turned = widened[:, self.rows.fine :]
-        balanced = torch.linalg.vector_norm(turned * self.unbalance, dim=-1, keepdim=True)
+        rotated = widened[:, self.rows.fine :]
+        balanced = torch.linalg.vector_norm(rotated * self.unbalance, dim=-1, keepdim=True)
         of_all = torch.linalg.vector_norm(widened, dim=-1, keepdim=True)
         first, second, third = self.rounding
         parts = [balanced + first * norm, left_over + second * norm + third * of_all, norm + 1]

@@ -1,15 +1,13 @@
 """Int4Rows: rows in 4-bit steps, their first coordinates in 8-bit ones, packed as the kernels read them."""
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lastlayer.screening.quantised import IntegerRows, rounded_up, split_in_two
-from lastlayer.screening.summary import BLOCK, Summary, kernels
+from lastlayer.kernels.screening import BLOCK, CHUNK, GROUP
+from lastlayer.screening.quantised import IntegerRows, rounded_up
 
-AT_ONCE = 2048  # rows rounded at once: few enough that their memory is used again, not asked for anew
-BESIDE, CHUNK, GROUPS = 16, 8, 2  # of kernels/screening/nibbles.py
+AT_ONCE = 2048  # rows rounded at once: few enough that the allocator hands the same memory out again
 FINER = 16  # 8-bit steps in a 4-bit one
 MOST = 7.5  # steps from zero to the last 4-bit code; codes stand for -7.5, -6.5, ..., 7.5
 REACHES = 1.0, 0.85, 0.7, 0.6, 0.5  # shares of a row's largest number at which its last code may stand
@@ -40,7 +38,7 @@ class Int4Rows(IntegerRows):
     ) -> None:
         classes, self.fine, self.dtype = len(weight), fine, dtype
         self.width = _padded(len(balance) + fine, CHUNK)
-        packed = _padded(classes, BESIDE * GROUPS), self.width // 2
+        packed = _padded(classes, BLOCK), self.width // 2
         self.packed = torch.zeros(packed, dtype=torch.int8, device=weight.device).view(-1)
         self.scale = torch.empty(classes, dtype=torch.float32, device=weight.device)  # of half a step
         norms = torch.empty(2, classes, dtype=torch.float64, device=weight.device)
@@ -52,7 +50,7 @@ class Int4Rows(IntegerRows):
             codes = codes_of(levels, fine)
             norms[1, at] = torch.linalg.vector_norm(codes.double() - MOST, dim=-1) * steps[:, 0]
             self.scale[at] = steps[:, 0] / 2
-            codes = F.pad(codes, (0, self.width - codes.shape[-1], 0, -len(codes) % BESIDE))
+            codes = F.pad(codes, (0, self.width - codes.shape[-1], 0, -len(codes) % GROUP))
             begin = start * self.width // 2
             self.packed[begin : begin + codes.numel() // 2] = pack(codes)
         self.of_classes = rounded_up(norms).to(dtype)  # (2, V)
@@ -64,25 +62,8 @@ class Int4Rows(IntegerRows):
 
     def integers(self, start: int, stop: int) -> Tensor:
         stop = min(stop, len(self.scale))
-        packed = self.packed[start * self.width // 2 : _padded(stop, BESIDE) * self.width // 2]
+        packed = self.packed[start * self.width // 2 : _padded(stop, GROUP) * self.width // 2]
         return unpack(packed, self.width)[: stop - start]
-
-    def summary(
-        self,
-        widened: Tensor,  # (N, d + fine), float64
-        bias: Tensor,  # (V,) float32
-        workers: int,
-    ) -> tuple[Summary, Tensor]:  # and (N, 1)
-        """Scores summarised for the fused kernels, and the norms of what the parts of hidden states leave over."""
-        run, count = kernels(), len(widened)
-        if not run.HAS_VNNI:
-            parts = split_in_two(widened)
-            return self.summarised(parts, bias, workers), parts.left_over
-        room, left_over = Summary.empty(count, len(self.scale)), np.empty(count)
-        parts = np.zeros((count, 2, self.width), dtype=np.int8)
-        rows = self.packed.numpy(), self.scale.numpy(), bias.numpy()
-        run.scan_int4(widened.float().numpy(), *rows, parts, BLOCK, workers, left_over, *room)
-        return room, torch.from_numpy(left_over)[:, None]
 
 
 def nearest(
@@ -128,16 +109,17 @@ def codes_of(
 
 
 def pack(codes: Tensor) -> Tensor:  # (n, w) uint8 -> (n * w / 2,) int8
-    """Two codes a byte; BESIDE rows beside each other, four bytes of each."""
-    pairs = codes.view(-1, BESIDE, codes.shape[-1] // CHUNK, 2, CHUNK // 2)
-    both = pairs[..., 0, :] | (pairs[..., 1, :] << 4)
-    return both.transpose(1, 2).reshape(-1).view(torch.int8)
+    """GROUP rows interleaved, four bytes of each a chunk: codes 0, 2, 4, 6 in two of them, 1, 3, 5, 7 in two."""
+    chunks = codes.view(-1, GROUP, codes.shape[-1] // CHUNK, CHUNK // 4, 2, 2)  # of a chunk: byte, nibble, parity
+    both = chunks[..., 0, :] | (chunks[..., 1, :] << 4)  # (groups, rows, chunks, byte, parity)
+    return both.permute(0, 2, 1, 4, 3).reshape(-1).view(torch.int8)
 
 
 def unpack(packed: Tensor, width: int) -> Tensor:  # (n * w / 2,) int8 -> (n, w) int8
     """`2 code - 15`: odd numbers from -15 to 15, in units of half a step."""
-    both = packed.view(torch.uint8).view(-1, width // CHUNK, BESIDE, CHUNK // 2)
-    codes = torch.stack([both & 15, both >> 4], dim=-2).transpose(1, 2).reshape(-1, width)
+    both = packed.view(torch.uint8).view(-1, width // CHUNK, GROUP, 2, CHUNK // 4)
+    codes = torch.stack([both & 15, both >> 4], dim=-1)  # (groups, chunks, rows, parity, byte, nibble)
+    codes = codes.permute(0, 2, 1, 4, 5, 3).reshape(-1, width)
     return codes.view(torch.int8).mul_(2).sub_(15)
 
 

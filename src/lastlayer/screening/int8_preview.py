@@ -2,19 +2,17 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lastlayer.screening.exact import rounding_share, row_norms, working_dtype
-from lastlayer.screening.preview import ErrorBound, OneCall, PreparedPreview, Preview
+from lastlayer.screening.exact import rounding_share, row_norms, size_of, working_dtype
+from lastlayer.screening.preview import ErrorBound, PreparedPreview, Preview
 from lastlayer.screening.quantised import Int8Rows
-from lastlayer.screening.summary import Summary, kernels
 
 
 @dataclass(frozen=True)
 class Int8Preview(Preview):
-    """Scores all classes by 8-bit rows and hidden states in two 8-bit parts: `|score - logit|` is provably small.
+    """Scores all classes by 8-bit rows and hidden states of 14 bits: `|score - logit|` is provably small.
 
         |w . h - q . h'|  <=  ||w - q|| ||h||  +  ||q|| ||h - h'||        q, h': what the integers stand for
 
@@ -51,7 +49,7 @@ class PreparedInt8(PreparedPreview):
         if bias is not None:
             self.bias = bias.to(self.dtype)
         # the full layer's rounding is a share of ||w|| ||h|| + |b| + ||w|| + |b| ||h||
-        rounding = rounding_share(weight.shape[-1], self.dtype) * (norms + self.bias.abs())
+        rounding = rounding_share(weight.shape[-1], self.dtype) * (norms + size_of(bias, norms))
         integers, leftovers = self.rows.of_classes
         self.of_classes = torch.stack([integers + rounding, leftovers, rounding])
         self.bytes_read = self.rows.bytes_read
@@ -61,14 +59,6 @@ class PreparedInt8(PreparedPreview):
 
     def error(self, hidden: Tensor) -> ErrorBound:
         return ErrorBound(self._of_rows(self.rows.of_rows(hidden)), self.of_classes)
-
-    def summary(self, hidden: Tensor, workers: int) -> tuple[Summary, np.ndarray]:
-        summary, of_rows = self.rows.summary(hidden, self.bias, workers)
-        return summary, self._of_rows(of_rows).numpy()
-
-    def one_call(self) -> OneCall | None:
-        run, of_row = kernels(), np.ones(3, dtype=np.float32)  # the last stays 1
-        return OneCall(run.ask_int8, (self.rows.kept(),), of_row) if run.HAS_VNNI else None
 
     def _of_rows(self, of_rows: Tensor) -> Tensor:  # (N, 2) -> (N, 3)
         return torch.cat([of_rows, torch.ones_like(of_rows[:, :1])], dim=-1).to(self.dtype)

@@ -6,10 +6,14 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from lastlayer.screening.exact import full_logits, no_autocast
+from lastlayer.functional.answers import ScreenedTopK
+from lastlayer.kernels.screening import Query
+from lastlayer.screening.base import Screen
+from lastlayer.screening.exact import full_logits, no_autocast, working_dtype
+from lastlayer.screening.plan import BATCHES, Plan, Use
 from lastlayer.screening.preview import Preview
 from lastlayer.screening.saved import MIXTURE, load_screen, save_screen
-from lastlayer.screening.screened import ScreenedSoftmax
+from lastlayer.screening.screen import selection_of
 
 HEAVY_SHARE = 8  # one in so many classes is rescored where the order hangs on the normalisers
 
@@ -58,7 +62,7 @@ class Normalizers(NamedTuple):
     high: Tensor
 
 
-class ScreenedMixture(ScreenedSoftmax):
+class ScreenedMixture(Screen):
     """A `MixtureOfSoftmaxes` queried by one preview of its weight; `ScreenedSoftmax.from_layer(mixture)` makes it.
 
     The preview scores all classes for the K latents of a query in one pass over its rows. The `candidates` best
@@ -83,30 +87,14 @@ class ScreenedMixture(ScreenedSoftmax):
     """
 
     def __init__(self, layer: Any, *, preview: Preview, candidates: int, **settings: Any) -> None:
-        _check_mixture(layer)
+        if not is_mixture(layer):
+            raise TypeError(f"layer must be a mixture with latents() and log_prior(), got {type(layer).__name__}")
         settings = {"logit_map": layer.logit_map, **settings}
         super().__init__(layer.weight, layer.bias, preview=preview, candidates=candidates, **settings)
         self.layer: MixtureLayer = layer
         self.in_features = layer.in_features
-
-    @torch.no_grad()
-    def log_normalizer_error(self, hidden: Tensor) -> Tensor:
-        def answer(rows: Tensor) -> Tensor:
-            used, low, high = self._normalizers(self._mixed(rows, 1, self.exact)[0])
-            return torch.maximum(high - used, used - low).amax(-1)
-
-        return self._each_row(hidden, answer)
-
-    @torch.no_grad()
-    def preview_scores(self, hidden: Tensor) -> Tensor:
-        """The log-probabilities of the mixture of the preview's scores, no candidate rescored."""
-        return self._each_row(hidden, lambda rows: self._log_prob(self._scored(*self._components(rows))))
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes that one query reads: the preview, and the candidates' rows, for all components."""
-        row = self.weight.shape[1] * self.weight.element_size()
-        return self._prepared.bytes_read + self.candidates * row
+        self.watch(layer)
+        self._plan = self._measured_plan()
 
     def save(self, folder: str | Path, include_weight: bool = False) -> None:
         """Writes the screen as `ScreenedSoftmax.save` does, but never its layer: keep the layer's `state_dict`."""
@@ -120,21 +108,51 @@ class ScreenedMixture(ScreenedSoftmax):
 
         Raises ValueError as `ScreenedSoftmax.load` does.
         """
-        _check_mixture(layer)
+        if not is_mixture(layer):
+            raise TypeError(f"layer must be a mixture with latents() and log_prior(), got {type(layer).__name__}")
         return cls(layer, **load_screen(Path(folder), layer.weight, layer.bias, MIXTURE)[2])
 
-    def _chunks(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        parts = super()._chunks(hidden)
-        components = max(1, self.layer.latents(parts[0][:1]).shape[1])
-        return tuple(part for rows in parts for part in rows.split(max(1, -(-len(parts[0]) // components))))
+    def _adopt(self) -> None:
+        super()._adopt()
+        self.in_features = self.layer.in_features
 
-    def _topk(self, rows: Tensor, k: int, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _measured_plan(self) -> Plan:
+        return super()._measured_plan() if hasattr(self, "layer") else Plan(())  # made again when it is there
+
+    def _likely_states(self) -> Tensor:
+        generator = torch.Generator("cpu").manual_seed(0)
+        states = torch.randn(BATCHES[-1], self.in_features, generator=generator, device="cpu")
+        return states.to(self.weight.dtype).to(self.weight.device)
+
+    def _rows_at_once(self) -> int:
+        components = self.layer.latents(self.weight.new_zeros(1, self.in_features)).shape[1]
+        return max(1, super()._rows_at_once() // max(1, components))
+
+    def _topk(self, rows: Tensor, query: Query, use: Use | None = None) -> ScreenedTopK:
         with torch.no_grad():
-            return self._mixed(rows, k, exact)[1][:3]
+            ranked = self._mixed(rows, query, use or self.use)[1]
+        return ScreenedTopK(ranked.log_prob, ranked.indices, ranked.certified)
+
+    def _score(self, rows: Tensor, ids: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # the candidates' exact logits alone would lose the normaliser's gradient
+            return self._logits(rows, True).gather(1, ids)
+        mixed, _ = self._mixed(rows, self._query(1, self.exact, None), self.use)
+        shares = mixed.log_prior - self._used_normalizers(mixed)  # of the mixture that `log_prob` is of
+        with no_autocast(rows):
+            exact = self._exact_logits(self._components(rows)[0], ids)
+        return (self._below_peak(mixed, exact) + shares[..., None]).logsumexp(1)
+
+    def _normalizer_error(self, rows: Tensor) -> Tensor:
+        used, low, high = self._normalizers(self._mixed(rows, self._query(1, self.exact, None), self.use)[0])
+        return torch.maximum(high - used, used - low).amax(-1).nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+    def _preview_scores(self, rows: Tensor) -> Tensor:
+        """The log-probabilities of the mixture of the preview's scores, no candidate rescored."""
+        return self._log_prob(self._scored(*self._components(rows)))
 
     def _logits(self, rows: Tensor, normalised: bool) -> Tensor:
         with torch.no_grad():
-            mixed, _ = self._mixed(rows, 1, self.exact)
+            mixed, _ = self._mixed(rows, self._query(1, self.exact, None), self.use)
         if torch.is_grad_enabled():
             with no_autocast(rows):
                 latents, log_prior = self._components(rows)
@@ -148,27 +166,29 @@ class ScreenedMixture(ScreenedSoftmax):
     def _components(self, rows: Tensor) -> tuple[Tensor, Tensor]:  # (N, K, d), (N, K)
         return self.layer.latents(rows), self.layer.log_prior(rows)
 
-    def _mixed(self, rows: Tensor, k: int, exact: bool) -> tuple[Mixed, Ranked]:
+    def _mixed(self, rows: Tensor, query: Query, use: Use) -> tuple[Mixed, Ranked]:
         """The candidates rescored, and with `exact` whatever else must be; and the k best."""
         latents, log_prior = self._components(rows)
         with no_autocast(rows):
-            if len(rows) * self.candidates >= self.out_features:
+            if self._backend(len(rows), use) == "full":
                 mixed = self._full(latents, log_prior)
-                return mixed, self._rank(mixed, k)
+                return mixed, self._rank(mixed, query)
             mixed = self._scored(latents, log_prior)
-            self._rescore(latents, mixed, self._log_prob(mixed).topk(self.candidates, sorted=False).indices)
-            ranked = self._rank(mixed, k)
-            if exact and not bool(ranked.certified.all()):
-                self._widen(latents, mixed, ranked, k)
-                ranked = self._rank(mixed, k)
-                ranked = ranked._replace(certified=torch.ones_like(ranked.certified))
+            permitted = selection_of(query).bar(self._log_prob(mixed))
+            self._rescore(latents, mixed, permitted.topk(query.candidates, sorted=False).indices)
+            ranked = self._rank(mixed, query)
+            if query.exact and not bool(ranked.certified.all()):
+                self._widen(latents, mixed, ranked, query)
+                ranked = self._rank(mixed, query)
+                finite = self._used_normalizers(mixed).isfinite().all(-1)
+                ranked = ranked._replace(certified=finite)
             return mixed, ranked
 
     def _scored(self, latents: Tensor, log_prior: Tensor) -> Mixed:
         """Every logit by the preview."""
-        shape = (*latents.shape[:2], self.out_features)
-        flat = latents.flatten(0, 1)
-        scores = self._prepared.scores(flat).view(shape)
+        shape, compiled = (*latents.shape[:2], self.out_features), self._engine()
+        flat = latents.flatten(0, 1).contiguous()
+        scores = (self._prepared if compiled is None else compiled).scores(flat).view(shape)
         error = self._prepared.error(flat).all().view(shape)
         rescored = torch.zeros(shape[0], shape[2], dtype=torch.bool, device=scores.device)
         return Mixed(scores, error, rescored, log_prior.to(scores.dtype), self._mapped(scores).amax(-1))
@@ -182,23 +202,25 @@ class ScreenedMixture(ScreenedSoftmax):
         peak = self._mapped(logits).amax(-1)
         return Mixed(logits, torch.zeros_like(logits), rescored, log_prior.to(logits.dtype), peak)
 
-    def _rescore(self, latents: Tensor, mixed: Mixed, classes: Tensor) -> None:  # (N, C)
+    def _exact_logits(self, latents: Tensor, classes: Tensor) -> Tensor:  # (N, C) to (N, K, C)
         """Exact logits of some classes of each row, in all components, from one copy of their weight rows."""
-        dtype = mixed.logits.dtype
+        dtype = working_dtype(self.weight.dtype)
         rows = self.weight.index_select(0, classes.reshape(-1)).to(dtype)
-        rows = rows.view(*classes.shape, self.weight.shape[1])
-        exact = latents.to(dtype) @ rows.transpose(1, 2)  # (N, K, C)
-        if self.bias is not None:
-            exact = exact + self.bias.to(dtype)[classes][:, None]
+        exact = latents.to(dtype) @ rows.view(*classes.shape, self.weight.shape[1]).transpose(1, 2)
+        return exact if self.bias is None else exact + self.bias.to(dtype)[classes][:, None]
+
+    def _rescore(self, latents: Tensor, mixed: Mixed, classes: Tensor) -> None:  # (N, C)
+        exact = self._exact_logits(latents, classes)
         at = classes[:, None].expand_as(exact)
         mixed.logits.scatter_(2, at, exact)
         mixed.error.scatter_(2, at, 0.0)
         mixed.rescored.scatter_(1, classes, True)
 
-    def _widen(self, latents: Tensor, mixed: Mixed, ranked: Ranked, k: int) -> None:
+    def _widen(self, latents: Tensor, mixed: Mixed, ranked: Ranked, query: Query) -> None:
         """Rescores, in open rows, what is in play; then what the normalisers depend on; then everything."""
         for row in (~ranked.certified).nonzero().squeeze(1).tolist():
             own = slice(row, row + 1)
+            one_query = query.rows(own)
             one, found = Mixed(*(part[own] for part in mixed)), Ranked(*(part[own] for part in ranked))
             for heaviest in (0, self.out_features // HEAVY_SHARE):
                 wanted = found.in_play.scatter(1, self._heaviest(one, heaviest), True)
@@ -206,7 +228,7 @@ class ScreenedMixture(ScreenedSoftmax):
                 if more.shape[1] > self.out_features // 4:
                     break
                 self._rescore(latents[own], one, more)
-                found = self._rank(one, k)
+                found = self._rank(one, one_query)
                 if bool(found.certified):
                     break
             if not bool(found.certified):
@@ -242,28 +264,34 @@ class ScreenedMixture(ScreenedSoftmax):
     def _below_peak(self, mixed: Mixed, logits: Tensor) -> Tensor:  # (N, K, V)
         return self._mapped(logits) - mixed.peak[..., None]
 
-    def _rank(self, mixed: Mixed, k: int) -> Ranked:
+    def _rank(self, mixed: Mixed, query: Query) -> Ranked:
         """The k best of the rescored classes, and what is proved of them."""
+        k, selection = query.k, selection_of(query)
         used, low, high = self._normalizers(mixed)
         joint = self._below_peak(mixed, mixed.logits) + mixed.log_prior[..., None]  # (N, K, V)
         log_prob = (joint - used[..., None]).logsumexp(1).masked_fill_(~mixed.rescored, -torch.inf)
-        best, indices = log_prob.topk(self.candidates)
+        best, indices = selection.bar(log_prob).topk(query.candidates)
+        missing = best == -torch.inf  # no class is left for that place
         joint = joint.gather(2, indices[:, None].expand(-1, joint.shape[1], -1))
 
-        least = (joint[..., k - 1] - high).logsumexp(1, keepdim=True)
+        least = (
+            (joint[..., k - 1] - high).logsumexp(1, keepdim=True).masked_fill(missing[:, k - 1 : k], -torch.inf)
+        )
         most = self._below_peak(mixed, mixed.logits + mixed.error) + (mixed.log_prior - low)[..., None]
         below = most.logsumexp(1) + _slack(most) < least  # written as "not below" so that nan stays in play
-        in_play = below.logical_not_().scatter_(1, indices, False)
+        barred = selection.bar(mixed.logits[:, 0]) == -torch.inf
+        in_play = below.logical_or_(barred).logical_not_().scatter_(1, indices, False)
 
-        after = torch.arange(1, self.candidates, device=indices.device)
-        ordered = _not_worse(joint[..., (after - 1).clamp(max=k - 1)], joint[..., after], low, high).all(-1)
-        certified = (ordered & ~in_play.any(-1)) | mixed.rescored.all(-1)
-        return Ranked(best[:, :k], indices[:, :k], certified, in_play)
+        after = torch.arange(1, query.candidates, device=indices.device)
+        ordered = _not_worse(joint[..., (after - 1).clamp(max=k - 1)], joint[..., after], low, high)
+        ordered = (ordered | missing[:, 1:]).all(-1)
+        certified = (ordered & ~in_play.any(-1)) | (mixed.rescored.all(-1) & used.isfinite().all(-1))
+        return Ranked(best[:, :k], indices[:, :k].masked_fill(missing[:, :k], -1), certified, in_play)
 
 
-def _check_mixture(layer: Any) -> None:
-    if not (hasattr(layer, "latents") and hasattr(layer, "log_prior")):
-        raise TypeError(f"layer must be a mixture with latents() and log_prior(), got {type(layer).__name__}")
+def is_mixture(layer: object) -> bool:
+    """Whether a layer is a mixture over one weight."""
+    return hasattr(layer, "latents") and hasattr(layer, "log_prior")
 
 
 def _slack(logits: Tensor) -> float:

@@ -1,13 +1,11 @@
 """What every preview is: settings that, given a weight, make something that scores all classes cheaply."""
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 from torch import Tensor
 
 from lastlayer.screening.exact import full_logits
-from lastlayer.screening.summary import Summary
 
 
 class ErrorBound(NamedTuple):
@@ -58,29 +56,6 @@ class PreparedPreview(ABC):
         """
         logits = full_logits(hidden, weight, bias)
         return logits + (self.scores(hidden.detach()) - logits.detach())
-
-    def summary(
-        self,
-        hidden: Tensor,  # (N, d), float32 on a CPU
-        workers: int,
-    ) -> tuple[Summary, np.ndarray]:
-        """Scores summarised for the fused kernels, and the rows' part of the error bound, `(N, m)` float32.
-
-        Override it where scores and summary can be made in one pass.
-        """
-        return Summary.of(self.scores(hidden)), self.error(hidden).of_rows.contiguous().numpy()
-
-    def one_call(self) -> "OneCall | None":
-        """The kernel that scans and answers for one hidden state in one call, where there is one."""
-        return None
-
-
-class OneCall(NamedTuple):
-    """A kernel of `kernels.screening.query`, and what it keeps between calls."""
-
-    kernel: Any
-    kept: tuple[Any, ...]  # what it has before `room` and `layer`
-    of_row: np.ndarray  # (m,) float32, the rows' part of the error bound: room, all but constants
 
 
 class Preview(ABC):

@@ -8,7 +8,7 @@ import hashlib
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,24 @@ from lastlayer.screening.int8_preview import Int8Preview
 from lastlayer.screening.preview import Preview
 from lastlayer.screening.svd_preview import SVDPreview
 
-if TYPE_CHECKING:
-    from lastlayer.screening.screened import ScreenedSoftmax
-
 SETTINGS, TENSORS, VERSION = "screen.json", "screen.safetensors", 2
 SCREEN, MIXTURE = "lastlayer screen", "lastlayer screened mixture"  # formats
 HASHED_ROWS = 8192
 MAP = "logit_map."  # before the names of a map's parameters
+
+
+class Saveable(Protocol):
+    """What is written of a screen."""
+
+    weight: Tensor
+    bias: Tensor | None
+    preview: Preview
+    candidates: int
+    exact: bool
+    use: Any
+    logit_map: nn.Module | None
+    out_features: int
+    in_features: int
 
 
 def fingerprint(weight: Tensor, bias: Tensor | None) -> str:
@@ -40,7 +51,7 @@ def fingerprint(weight: Tensor, bias: Tensor | None) -> str:
     return digest.hexdigest()
 
 
-def save_screen(screen: "ScreenedSoftmax", folder: Path, include_weight: bool, format_name: str = SCREEN) -> None:
+def save_screen(screen: Saveable, folder: Path, include_weight: bool, format_name: str = SCREEN) -> None:
     """Writes both files; the JSON names the fingerprints of the weight and of the tensors' file."""
     from safetensors.torch import save
 
@@ -66,6 +77,7 @@ def save_screen(screen: "ScreenedSoftmax", folder: Path, include_weight: bool, f
         "preview": settings,
         "candidates": screen.candidates,
         "exact": screen.exact,
+        "use": screen.use,
         "logit_map": logit_map,
         "num_classes": screen.out_features,
         "in_features": screen.in_features,
@@ -130,6 +142,7 @@ def load_screen(
         )
     preview = _preview(described["preview"], tensors.get("calibration"), folder)
     settings = {"preview": preview, "candidates": described["candidates"], "exact": described["exact"]}
+    settings["use"] = described.get("use", "fastest")  # screens of 0.1 had no choice
     return weight, bias, settings | {"logit_map": _map(described["logit_map"], tensors, folder)}
 
 

@@ -1,6 +1,7 @@
-"""The screen itself, written once for all previews: candidates, exact logits, certificate, widening.
+"""The screen itself in plain PyTorch, once for all previews: candidates, exact logits, certificate, widening.
 
-Pure functions of rows; `ScreenedSoftmax` owns the state. This is also the plain twin of the fused kernels.
+Pure functions of rows; `ScreenedSoftmax` owns the state. This is the plain twin of the compiled queries
+(`kernels/screening.py`), and what runs where these do not: on a GPU, in float64, without the extension.
 """
 
 from typing import NamedTuple
@@ -8,10 +9,47 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lastlayer.screening.exact import full_logits, logits_at
+from lastlayer.functional.selection import Selection
+from lastlayer.kernels.screening import Query
+from lastlayer.screening.exact import full_logits, logits_at, row_norms, size_of
 from lastlayer.screening.preview import ErrorBound, PreparedPreview
 
-PARTS, LEAST = 16, 4096  # of the classes; what is only needed for a moment is made for one part after another
+PARTS, LEAST = 16, 4096  # of the classes; temporary tensors are made for one part after another
+MODERATE = {torch.float32: 1e30, torch.float64: 1e300}  # up to here nothing overflows, with 10^8 to spare
+MOST_WIDENED = 4  # the full layer runs where more than one class in so many is in play
+
+
+class Screened(NamedTuple):
+    """What screening knows of some rows: raw logits, exact where `rescored`, and their k best rescored ones."""
+
+    logits: Tensor  # (N, V)
+    rescored: Tensor  # (N, V), bool
+    values: Tensor  # (N, k), best first; -inf where fewer than k classes are left
+    indices: Tensor  # (N, k); -1 there
+    certified: Tensor  # (N,), bool
+
+
+class Head(NamedTuple):
+    """The layer that is screened."""
+
+    weight: Tensor  # (V, d)
+    bias: Tensor | None  # (V,)
+
+    def full(self, hidden: Tensor, query: Query) -> Screened:
+        """The full layer: every logit exact. Certified where the normaliser is finite."""
+        logits = full_logits(hidden, self.weight, self.bias)
+        return full_answer(logits, query)
+
+
+def full_answer(
+    logits: Tensor,  # (N, V), exact
+    query: Query,
+) -> Screened:
+    """The best of exact logits."""
+    values, indices = selection_of(query).bar(logits).topk(query.k, dim=-1)
+    rescored = torch.ones((), dtype=torch.bool, device=logits.device).expand_as(logits)
+    finite = torch.cat([logits[:, at].logsumexp(-1, keepdim=True) for at in class_parts(logits.shape[-1])], -1)
+    return Screened(logits, rescored, values, _named(values, indices), finite.logsumexp(-1).isfinite())
 
 
 def class_parts(classes: int) -> list[slice]:
@@ -37,67 +75,73 @@ def best(
     return classes.gather(-1, values.topk(count, dim=-1, sorted=False).indices)
 
 
-class Screened(NamedTuple):
-    """What screening knows of some rows: raw logits, exact where `rescored`, and their k best rescored ones."""
+class Limits(NamedTuple):
+    """What the numbers of a layer and of its preview are at most."""
 
-    logits: Tensor  # (N, V)
-    rescored: Tensor  # (N, V), bool
-    values: Tensor  # (N, k), best first
-    indices: Tensor  # (N, k)
-    certified: Tensor  # (N,), bool
+    of_terms: Tensor  # (m,) float64, of the classes' part of the error bound
+    norm: float  # of a row of the weight
+    bias: float  # of the finite |bias|
 
+    @classmethod
+    def of(cls, head: Head, prepared: PreparedPreview) -> "Limits":
+        """Those of a layer and its preview."""
+        norms = row_norms(head.weight)
+        return cls(
+            prepared.of_classes.amax(-1).double(), float(norms.max()), float(size_of(head.bias, norms).max())
+        )
 
-class Head(NamedTuple):
-    """The layer that is screened."""
-
-    weight: Tensor  # (V, d)
-    bias: Tensor | None  # (V,)
-
-    def dense(self, hidden: Tensor, k: int) -> Screened:
-        """The full layer: every logit exact."""
-        logits = full_logits(hidden, self.weight, self.bias)
-        values, indices = logits.topk(k, dim=-1)
-        everything = torch.ones((), dtype=torch.bool, device=logits.device)
-        return Screened(logits, everything.expand_as(logits), values, indices, everything.expand(len(logits)))
+    def moderate(
+        self,
+        hidden: Tensor,  # (N, d)
+        of_rows: Tensor,  # (N, m), the rows' part of the error bound
+    ) -> Tensor:  # (N,), bool
+        """The rows for which no logit, score or bound is NaN or can overflow."""
+        norm = torch.linalg.vector_norm(hidden.double(), dim=-1)
+        most = norm * self.norm + self.bias + of_rows.double() @ self.of_terms
+        return (norm < MODERATE[of_rows.dtype]) & (most < MODERATE[of_rows.dtype])  # False for NaN as well
 
 
 def screen(
     head: Head,
-    preview: PreparedPreview,
+    prepared: PreparedPreview,
+    limits: Limits,
     hidden: Tensor,  # (N, d)
-    candidates: int,
-    k: int,
-    exact: bool,
+    query: Query,
 ) -> Screened:
-    """The `candidates` best classes of the preview get their exact logits; with `exact`, all that could be better.
+    """The best classes of the preview get their exact logits; with `query.exact`, all that could be better.
 
-    Where gathering the candidates' rows would move more numbers than the full layer reads, the full layer runs.
+    Where gathering the candidates' rows would move more numbers than the full layer reads, the full layer runs;
+    also for rows where a number is not finite, or could overflow.
     """
-    if len(hidden) * candidates >= len(head.weight):
-        return head.dense(hidden, k)
-    scores = preview.scores(hidden)
-    chosen = best(scores, candidates)
-    logits_chosen = logits_at(hidden, head.weight, head.bias, chosen)
-    values, order = logits_chosen.topk(k, dim=-1)
+    if len(hidden) * query.candidates >= len(head.weight):
+        return head.full(hidden, query)
+    scores, bound = prepared.scores(hidden), prepared.error(hidden)
+    permitted = selection_of(query).bar(scores)
+    chosen = best(permitted, query.candidates)
+    exact = logits_at(hidden, head.weight, head.bias, chosen)
+    values, order = exact.masked_fill(permitted.gather(-1, chosen) == -torch.inf, -torch.inf).topk(query.k, dim=-1)
     rescored = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
-    in_play = could_be_in(scores, preview.error(hidden), rescored, values[:, -1:])
-    result = Screened(
-        scores.scatter_(-1, chosen, logits_chosen), rescored, values, chosen.gather(-1, order), ~in_play.any(-1)
-    )
-    return widen(head, hidden, result, in_play) if exact else result
+    in_play = could_be_in(permitted, bound, rescored, values[:, -1:])
+    indices = _named(values, chosen.gather(-1, order))
+    result = Screened(scores.scatter_(-1, chosen, exact), rescored, values, indices, ~in_play.any(-1))
+    overflowing = limits.moderate(hidden, bound.of_rows).logical_not_().nonzero().squeeze(1)
+    if len(overflowing):
+        _fill(head, hidden, result, overflowing, query)
+        in_play[overflowing] = False
+    return widen(head, hidden, result, in_play, query, overflowing) if query.exact else result
 
 
 def could_be_in(
-    scores: Tensor,  # (N, V)
+    scores: Tensor,  # (N, V), -inf at classes that may not be returned
     bound: ErrorBound,
     rescored: Tensor,  # (N, V), bool
     kth: Tensor,  # (N, 1), the k-th best exact logit so far
 ) -> Tensor:  # (N, V), bool
-    """The classes not rescored whose logit could reach `kth`; written as "not below" so that NaN stays in play."""
+    """The other classes whose logit could reach `kth`; written as "not below" so that NaN stays in play."""
     in_play = rescored.logical_not()
     for at in class_parts(scores.shape[-1]):
         upper = torch.addmm(scores[:, at], bound.of_rows, bound.of_classes[:, at])
-        in_play[:, at].logical_and_((upper < kth).logical_not_())
+        in_play[:, at].logical_and_((upper < kth).logical_not_()).logical_and_(scores[:, at] != -torch.inf)
     return in_play
 
 
@@ -106,26 +150,27 @@ def widen(
     hidden: Tensor,  # (N, d)
     screened: Screened,
     in_play: Tensor,  # (N, V), bool
+    query: Query,
+    overflowing: Tensor,  # (n,), rows that the full layer answered already
 ) -> Screened:
-    """Rescores every class in play, so that all rows become certified."""
-    k, parts = screened.values.shape[-1], class_parts(len(head.weight))
+    """Rescores every class in play, so that all rows whose numbers are finite become certified."""
+    parts = class_parts(len(head.weight))
     counts = torch.stack([in_play[:, at].sum(-1) for at in parts]).sum(0)  # a sum of bools holds them as int64
-    dense_rows = (counts * 4 > len(head.weight)).nonzero().squeeze(1)
-    if len(dense_rows):
-        _fill(head, hidden, screened, dense_rows)
-        in_play[dense_rows] = False
-    for row in (~screened.certified).nonzero().squeeze(1).tolist():
+    full_rows = (counts * MOST_WIDENED > len(head.weight)).nonzero().squeeze(1)
+    if len(full_rows):
+        _fill(head, hidden, screened, full_rows, query)
+        in_play[full_rows] = False
+    for row in in_play.any(-1).nonzero().squeeze(1).tolist():
         more = in_play[row].nonzero().squeeze(1)
-        if not len(more):
-            continue
         logits = logits_at(hidden[row : row + 1], head.weight, head.bias, more[None])[0]
         screened.logits[row, more] = logits
         screened.rescored[row, more] = True
-        both = torch.cat([screened.values[row], logits])
-        values, order = both.topk(k)
+        values, order = torch.cat([screened.values[row], logits]).topk(query.k)
         screened.values[row] = values
-        screened.indices[row] = torch.cat([screened.indices[row], more])[order]
-    return screened._replace(certified=torch.ones_like(screened.certified))
+        screened.indices[row] = _named(values, torch.cat([screened.indices[row], more])[order])
+    certified = torch.ones_like(screened.certified)
+    certified[overflowing] = screened.certified[overflowing]
+    return screened._replace(certified=certified)
 
 
 def _fill(
@@ -133,14 +178,24 @@ def _fill(
     hidden: Tensor,  # (N, d)
     screened: Screened,
     rows: Tensor,  # (n,), which of them
+    query: Query,
 ) -> None:
-    """Gives some rows the full layer's logits, a part of the classes at a time."""
+    """Gives some rows the full layer's answer, a part of the classes at a time."""
     for at in class_parts(len(head.weight)):
         bias = head.bias if head.bias is None else head.bias[at]
         screened.logits[rows, at] = full_logits(hidden[rows], head.weight[at], bias)
     screened.rescored[rows] = True
-    k = screened.values.shape[-1]
     for row in rows.tolist():
-        classes = best(screened.logits[row : row + 1], k)[0]
-        screened.values[row], order = screened.logits[row, classes].topk(k)
-        screened.indices[row] = classes[order]
+        found = full_answer(screened.logits[row : row + 1], query.rows(slice(row, row + 1)))
+        for mine, theirs in zip(screened[2:], found[2:], strict=True):
+            mine[row] = theirs[0]
+
+
+def selection_of(query: Query) -> Selection:
+    """The classes that a query may return."""
+    return Selection(query.exclude, query.barred)
+
+
+def _named(values: Tensor, indices: Tensor) -> Tensor:
+    """-1 for a class whose logit is -inf: it is barred, or there is none."""
+    return torch.where(values == -torch.inf, -1, indices)

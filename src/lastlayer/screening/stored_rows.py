@@ -1,12 +1,10 @@
 """How a preview keeps its rows: numbers, their rounding, and the scores of all of them."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lastlayer.screening.exact import CAST_ROWS, rounding_share
 from lastlayer.screening.quantised import Int8Rows
-from lastlayer.screening.summary import Summary
 
 STORAGES = ("float32", "bfloat16", "int8")
 
@@ -53,17 +51,3 @@ class FloatRows:
             block = self.columns[:, start : start + CAST_ROWS].to(self.dtype)
             torch.matmul(hidden, block, out=scores[:, start : start + CAST_ROWS])
         return scores.add_(bias)
-
-    def kept(self) -> tuple[np.ndarray, ...]:
-        """The rows as the fused kernels take them."""
-        bits = self.columns.dtype == torch.bfloat16
-        return ((self.columns.view(torch.int16) if bits else self.columns).numpy(),)
-
-    def summary(
-        self,
-        hidden: Tensor,  # (N, w)
-        bias: Tensor,  # (V,) float32
-        workers: int,
-    ) -> tuple[Summary, Tensor]:
-        """Scores summarised for the fused kernels, and `of_rows`."""
-        return Summary.of(self.scores(hidden, bias)), self.of_rows(hidden)

@@ -2,18 +2,15 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lastlayer.functional.checks import check_choice, check_not_negative, check_positive
 from lastlayer.functional.gram import Rotation
 from lastlayer.screening.calibration import Calibration, SecondMoment, rotation_of, second_moment
-from lastlayer.screening.exact import CAST_ROWS, full_logits, rounding_share, row_norms, working_dtype
-from lastlayer.screening.preview import ErrorBound, OneCall, PreparedPreview, Preview
-from lastlayer.screening.quantised import Int8Rows
+from lastlayer.screening.exact import CAST_ROWS, full_logits, rounding_share, row_norms, size_of, working_dtype
+from lastlayer.screening.preview import ErrorBound, PreparedPreview, Preview
 from lastlayer.screening.stored_rows import STORAGES, store_rows
-from lastlayer.screening.summary import Summary, kernels
 
 
 @dataclass(frozen=True, init=False)
@@ -102,7 +99,7 @@ class PreparedSVD(PreparedPreview):
             tail[start : start + CAST_ROWS] = torch.linalg.vector_norm(rotated[:, window:], dim=-1)
         self.rows = store_rows(head, settings.storage, dtype)
         self.bias = tail.new_zeros(len(weight)) if bias is None else bias.to(dtype)
-        size = row_norms(weight) + self.bias.abs()
+        size = row_norms(weight) + size_of(bias, tail)
         self.of_classes = torch.cat([self.rows.of_classes, torch.stack([tail, size])])
         self.bytes_read = self.rows.bytes_read
         self.to_head = rotation.hidden_side[:, :window].T.contiguous()  # (window, d), float64
@@ -111,7 +108,11 @@ class PreparedSVD(PreparedPreview):
         )  # for a norm; its rounding is allowed for
         self.tail_rounding = 2 * rounding_share(len(rotation.hidden_side), dtype) * float(self.to_tail.norm())
         if settings.tail_correction:
-            self.normalizer_shift = 0.5 * settings.tail_correction * tail.square()
+            moment = settings.calibration
+            variance = (
+                1.0 if moment is None else float(moment.moment.trace()) / len(moment.moment)
+            )  # of a coordinate
+            self.normalizer_shift = 0.5 * settings.tail_correction * variance * tail.square()
 
     def scores(self, hidden: Tensor) -> Tensor:
         return self.rows.scores(hidden.double() @ self.to_head.T, self.bias)
@@ -120,20 +121,6 @@ class PreparedSVD(PreparedPreview):
         return ErrorBound(
             self._of_rows(hidden, self.rows.of_rows(hidden.double() @ self.to_head.T)), self.of_classes
         )
-
-    def summary(self, hidden: Tensor, workers: int) -> tuple[Summary, np.ndarray]:
-        summary, of_rows = self.rows.summary(hidden.double() @ self.to_head.T, self.bias, workers)
-        return summary, self._of_rows(hidden, of_rows).numpy()
-
-    def one_call(self) -> OneCall | None:
-        run, whole = kernels(), isinstance(self.rows, Int8Rows)
-        if whole and not run.HAS_VNNI:
-            return None
-        shares = np.array([self.tail_rounding, rounding_share(self.to_head.shape[-1], self.dtype)])
-        room = np.empty(self.window, dtype=np.float32), np.empty(len(self.of_classes), dtype=np.float32)
-        rotation = self.to_head.numpy(), self.to_tail.numpy(), shares, room[0]
-        kernel = run.ask_rotated_int8 if whole else run.ask_rotated_float
-        return OneCall(kernel, (rotation, self.rows.kept()), room[1])
 
     def follow(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # (h A) (W B)^T with both rotations held fixed is h (A B^T) W^T: linear in h and in W

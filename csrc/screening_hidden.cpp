@@ -1,0 +1,184 @@
+// Hidden states made ready for the stored rows: rotated where the preview asks for it, rounded to whole numbers, and
+// measured: the rows' part of the error bound.
+#include <cmath>
+
+#include "integer_products.h"
+#include "parallel.h"
+#include "screening.h"
+
+namespace lastlayer {
+namespace {
+
+constexpr int64_t PART = 64;   // products that are summed in float32 before they are added in float64
+constexpr int64_t GRAIN = 16;  // coordinates of a rotated state that a thread makes at once
+constexpr float WHOLE = 8128;  // the largest whole number of a hidden state, see integer_products.h
+constexpr float FINER = 16;    // 8-bit steps in a 4-bit one
+
+double norm_of(const float* values, int64_t count) {
+    double total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t j = 0; j < count; ++j) total += static_cast<double>(values[j]) * values[j];
+    return std::sqrt(total);
+}
+
+template <class Number>
+double dot(const Number* row, const float* hidden, int64_t count) {
+    double total = 0;
+    for (int64_t start = 0; start < count; start += PART) {
+        const int64_t end = std::min(start + PART, count);
+        float part = 0;
+#pragma omp simd reduction(+ : part)
+        for (int64_t j = start; j < end; ++j) part += load(row[j]) * hidden[j];
+        total += part;
+    }
+    return total;
+}
+
+double dot(const double* row, const float* hidden, int64_t count) {
+    double total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t j = 0; j < count; ++j) total += row[j] * hidden[j];
+    return total;
+}
+
+// Coordinate i of the rotated hidden state: first those of `rotation`, then those of `rotated_tail`.
+float rotated_coordinate(const Screen& screen, const float* hidden, int64_t i) {
+    const int64_t width = screen.width;
+    if (i >= screen.rotated) return static_cast<float>(dot(screen.rotated_tail + (i - screen.rotated) * width, hidden, width));
+    if (screen.preview != INT4_ROWS)
+        return static_cast<float>(dot(static_cast<const double*>(screen.rotation) + i * width, hidden, width));
+    if (screen.rotation_type == BFLOAT16)
+        return static_cast<float>(dot(static_cast<const bfloat16*>(screen.rotation) + i * width, hidden, width));
+    return static_cast<float>(dot(static_cast<const float*>(screen.rotation) + i * width, hidden, width));
+}
+
+// Rounds to whole numbers times a step; returns the norm of what that leaves over.
+double quantise(const float* numbers, int64_t count, const Screen& screen, Vector& vector) {
+    float most = 0;
+    for (int64_t j = 0; j < count; ++j) most = std::max(most, std::fabs(numbers[j]));
+    vector.step = std::max(most / WHOLE, std::numeric_limits<float>::min());
+    std::vector<int16_t> whole(static_cast<size_t>(screen.rows_width));
+    double left = 0;
+    for (int64_t j = 0; j < count; ++j) {
+        const double exact = static_cast<double>(numbers[j]) / vector.step, nearest = std::nearbyint(exact);
+        whole[static_cast<size_t>(j)] = static_cast<int16_t>(nearest);
+        vector.sum += static_cast<int64_t>(nearest);
+        left += (exact - nearest) * (exact - nearest);
+    }
+    vector.packed.resize(whole.size());
+    const auto pack = screen.preview == INT4_ROWS ? pack_hidden_chunks : pack_hidden;
+    pack(whole.data(), screen.rows_width, vector.packed.data());
+    return std::sqrt(left) * vector.step;
+}
+
+struct Measures {
+    double norm;           // of the hidden state
+    double tail = 0;       // of the coordinates that the preview leaves out
+    double balanced = 0;   // of INT4: of the rotated state, each coordinate in its own units
+    double in_rows;        // of the vector that the rows are multiplied with
+    double left_over = 0;  // of what its whole numbers leave over
+};
+
+void fill_terms(const Screen& screen, const Measures& found, float* terms) {
+    const double* rounding = screen.rounding;
+    int64_t n = 0;
+    if (screen.preview == INT4_ROWS) {
+        terms[n++] = static_cast<float>(found.balanced + rounding[0] * found.norm);
+        terms[n++] = static_cast<float>(found.left_over + rounding[1] * found.norm + rounding[2] * found.in_rows);
+        terms[n++] = static_cast<float>(found.norm + 1);
+        return;
+    }
+    terms[n++] = static_cast<float>(found.in_rows);
+    if (screen.preview == INT8_ROWS) terms[n++] = static_cast<float>(found.left_over);
+    if (screen.rotated == 0) {
+        terms[n++] = 1;
+        return;
+    }
+    terms[n++] = static_cast<float>(found.tail + rounding[0] * found.norm);
+    terms[n++] = static_cast<float>(rounding[1] * (found.norm + 1));
+}
+
+bool moderate(const Screen& screen, const Measures& found, const float* terms) {
+    double most = found.norm * screen.limits[screen.terms] + screen.limits[screen.terms + 1];
+    for (int64_t m = 0; m < screen.terms; ++m) most += terms[m] * screen.limits[m];
+    return found.norm < MODERATE && found.in_rows < MODERATE && most < MODERATE;  // false for NaN as well
+}
+
+// From the rotated hidden state (or the hidden state itself) to the vector and the bound.
+bool finish(const Screen& screen, const float* hidden, const float* rotated, Vector& vector, float* terms) {
+    Measures found{};
+    found.norm = norm_of(hidden, screen.width);
+    std::vector<float> own;  // what the rows are multiplied with
+    const float* numbers = screen.rotated ? rotated : hidden;
+    int64_t count = screen.rotated ? screen.rotated : screen.width;
+    if (screen.preview == INT4_ROWS) {
+        own.resize(static_cast<size_t>(screen.fine + count));
+        for (int64_t j = 0; j < screen.fine; ++j) own[static_cast<size_t>(j)] = numbers[j] / FINER;
+        std::copy(numbers, numbers + count, own.begin() + screen.fine);
+        std::vector<float> balanced(numbers, numbers + count);
+        for (int64_t j = 0; j < count; ++j) balanced[static_cast<size_t>(j)] *= screen.unbalance[j];
+        found.balanced = norm_of(balanced.data(), count);
+        numbers = own.data();
+        count += screen.fine;
+    } else if (screen.tail) {
+        found.tail = norm_of(rotated + screen.rotated, screen.tail);
+    }
+    found.in_rows = norm_of(numbers, count);
+    const bool finite = found.norm < MODERATE && found.in_rows < MODERATE;
+    if (screen.preview == FLOAT_COLUMNS) {
+        vector.numbers.assign(static_cast<size_t>(screen.rows_width), 0);
+        if (finite) std::copy(numbers, numbers + count, vector.numbers.begin());
+    } else if (finite) {
+        found.left_over = quantise(numbers, count, screen, vector);
+    } else {
+        vector.packed.assign(static_cast<size_t>(screen.rows_width), 0);
+    }
+    fill_terms(screen, found, terms);
+    return moderate(screen, found, terms);
+}
+
+bool is_finite(const Screen& screen, const Query& query, int64_t row) {
+    const float* scores = query.scores + row * screen.classes;
+    constexpr float INFINITE = std::numeric_limits<float>::infinity();
+    int bad = 0;
+#pragma omp simd reduction(| : bad)
+    for (int64_t i = 0; i < screen.classes; ++i) bad |= !(scores[i] < INFINITE);
+    if (query.of_rows == nullptr) return !bad;
+    double most = norm_of(query.hidden + row * screen.width, screen.width) * screen.limits[screen.terms] +
+                  screen.limits[screen.terms + 1];
+    for (int64_t m = 0; m < screen.terms; ++m) most += query.of_rows[row * screen.terms + m] * screen.limits[m];
+    return !bad && most < MODERATE;
+}
+
+}  // namespace
+
+void check_given(const Screen& screen, const Query& query) {
+    parallel_for(query.count, query.grain(query.count, 1), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row)
+            query.status[row] = is_finite(screen, query, row) ? DONE : OVERFLOWS;
+    });
+}
+
+Prepared prepare_hidden(const Screen& screen, const Query& query) {
+    Prepared prepared;
+    prepared.vectors.resize(static_cast<size_t>(query.count));
+    prepared.of_rows.resize(static_cast<size_t>(query.count * screen.terms));
+    const int64_t coordinates = screen.rotated ? screen.rotated + screen.tail : 0;
+    std::vector<float> rotated(static_cast<size_t>(query.count * coordinates));
+    const int64_t total = query.count * coordinates;
+    parallel_for(total, query.grain(total, GRAIN), [&](int64_t begin, int64_t end) {
+        for (int64_t at = begin; at < end; ++at)
+            rotated[static_cast<size_t>(at)] =
+                rotated_coordinate(screen, query.hidden + at / coordinates * screen.width, at % coordinates);
+    });
+    parallel_for(query.count, query.grain(query.count, 4), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            const bool fits = finish(screen, query.hidden + row * screen.width, rotated.data() + row * coordinates,
+                                     prepared.vectors[static_cast<size_t>(row)], prepared.of_rows.data() + row * screen.terms);
+            query.status[row] = fits ? DONE : OVERFLOWS;
+        }
+    });
+    return prepared;
+}
+
+}  // namespace lastlayer

@@ -1,0 +1,154 @@
+// One pass over the stored rows for all hidden states: scores, summarised while they are in the first cache.
+#include "integer_products.h"
+#include "parallel.h"
+#include "screening.h"
+#include "summaries.h"
+
+namespace lastlayer {
+namespace {
+
+constexpr int64_t TILE = 16 * BLOCK;  // classes that a thread takes at once
+
+#if defined(__AVX512BW__)
+constexpr int TOGETHER = 4, GROUPS_ALONE = 4, GROUPS_TOGETHER = 2;  // as many as the registers hold
+#elif defined(__AVX2__)
+constexpr int TOGETHER = 2, GROUPS_ALONE = 2, GROUPS_TOGETHER = 2;
+#else
+constexpr int TOGETHER = 2, GROUPS_ALONE = 1, GROUPS_TOGETHER = 1;
+#endif
+
+struct Place {  // where the scores of one block go
+    const Screen& screen;
+    const Query& query;
+    Summaries& summaries;
+    int64_t first, count;  // classes
+
+    float* scores(int64_t row) const { return query.scores + row * screen.classes + first; }
+
+    void summarise(int64_t row) const {
+        const int64_t at = row * num_blocks(screen) + first / BLOCK;
+        summarise_block(scores(row), count, summaries.block_max[at], summaries.block_sum[at]);
+    }
+};
+
+// Of `HIDDEN` hidden states from `row` on.
+template <int HIDDEN>
+void int8_block(const Place& place, const Vector* vectors, int64_t row) {
+    const Screen& screen = place.screen;
+    const int8_t* rows = static_cast<const int8_t*>(screen.rows) + place.first * screen.rows_width;
+    const int16_t* packed[HIDDEN];
+    for (int h = 0; h < HIDDEN; ++h) packed[h] = vectors[row + h].packed.data();
+    float totals[BLOCK / 4][HIDDEN][4];
+    for (int64_t i = 0; i < place.count; i += 4)
+        multiply_rows<HIDDEN>(rows + i * screen.rows_width, screen.rows_width, packed, &totals[i / 4][0][0]);
+    const float *scale = screen.scale + place.first, *bias = screen.bias + place.first;
+    for (int h = 0; h < HIDDEN; ++h) {
+        float* scores = place.scores(row + h);
+        const float step = vectors[row + h].step;
+        for (int64_t i = 0; i < place.count; ++i) scores[i] = scale[i] * (step * totals[i / 4][h][i % 4]) + bias[i];
+        place.summarise(row + h);
+    }
+}
+
+template <int GROUPS, int HIDDEN>
+void int4_block(const Place& place, const Vector* vectors, int64_t row) {
+    constexpr int64_t CLASSES = GROUPS * GROUP;
+    const Screen& screen = place.screen;
+    const int64_t chunks = screen.rows_width / CHUNK;
+    const int16_t* packed[HIDDEN];
+    for (int h = 0; h < HIDDEN; ++h) packed[h] = vectors[row + h].packed.data();
+    for (int64_t start = 0; start < place.count; start += CLASSES) {
+        const int64_t first = place.first + start, count = std::min(CLASSES, place.count - start);
+        int32_t sums[HIDDEN][CLASSES];
+        multiply_codes<GROUPS, HIDDEN>(
+            static_cast<const uint8_t*>(screen.rows) + first / GROUP * chunks * CHUNK_BYTES, chunks, packed, sums);
+        for (int h = 0; h < HIDDEN; ++h) {
+            float* scores = place.scores(row + h) + start;
+            const float step = vectors[row + h].step;
+            const auto middle = static_cast<int32_t>(15 * vectors[row + h].sum);  // codes are 0 to 15
+            for (int64_t i = 0; i < count; ++i) {
+                const auto number = static_cast<float>(2 * sums[h][i] - middle);
+                scores[i] = screen.scale[first + i] * (step * number) + screen.bias[first + i];
+            }
+        }
+    }
+    for (int h = 0; h < HIDDEN; ++h) place.summarise(row + h);
+}
+
+template <class Number>
+void float_block(const Place& place, const Vector& vector, int64_t row) {
+    const Screen& screen = place.screen;
+    const Number* columns = static_cast<const Number*>(screen.rows) + place.first;
+    float* scores = place.scores(row);
+    std::copy(screen.bias + place.first, screen.bias + place.first + place.count, scores);
+    int64_t j = 0;
+    for (; j + 4 <= screen.rows_width; j += 4) {  // four at once: a score is loaded and stored a quarter as often
+        const Number* column[4];
+        for (int n = 0; n < 4; ++n) column[n] = columns + (j + n) * screen.classes;
+        const float *h = vector.numbers.data() + j;
+#pragma omp simd
+        for (int64_t i = 0; i < place.count; ++i)
+            scores[i] += (load(column[0][i]) * h[0] + load(column[1][i]) * h[1]) +
+                         (load(column[2][i]) * h[2] + load(column[3][i]) * h[3]);
+    }
+    for (; j < screen.rows_width; ++j) {
+        const Number* column = columns + j * screen.classes;
+        const float h = vector.numbers[static_cast<size_t>(j)];
+#pragma omp simd
+        for (int64_t i = 0; i < place.count; ++i) scores[i] += load(column[i]) * h;
+    }
+}
+
+void integer_block(const Place& place, const std::vector<Vector>& vectors) {
+    const bool by_bytes = place.screen.preview == INT8_ROWS;
+    const int64_t rows = place.query.count;
+    int64_t row = 0;
+    for (; row + TOGETHER <= rows; row += TOGETHER) {
+        if (by_bytes) int8_block<TOGETHER>(place, vectors.data(), row);
+        else int4_block<GROUPS_TOGETHER, TOGETHER>(place, vectors.data(), row);
+    }
+    for (; row < rows; ++row) {
+        if (by_bytes) int8_block<1>(place, vectors.data(), row);
+        else int4_block<GROUPS_ALONE, 1>(place, vectors.data(), row);
+    }
+}
+
+void float_tile(const Place& tile, const std::vector<Vector>& vectors) {
+    for (int64_t row = 0; row < tile.query.count; ++row) {
+        const Vector& vector = vectors[static_cast<size_t>(row)];
+        if (tile.screen.columns_type == BFLOAT16) float_block<bfloat16>(tile, vector, row);
+        else float_block<float>(tile, vector, row);
+    }
+}
+
+}  // namespace
+
+void scan(const Screen& screen, const Query& query, const Prepared& prepared, Summaries& summaries) {
+    parallel_for(screen.classes, query.grain(screen.classes, TILE), [&](int64_t begin, int64_t end) {
+        for (int64_t start = begin; start < end; start += TILE) {
+            const Place tile{screen, query, summaries, start, std::min(TILE, end - start)};
+            if (screen.preview == FLOAT_COLUMNS) float_tile(tile, prepared.vectors);
+            for (int64_t first = start; first < start + tile.count; first += BLOCK) {
+                const Place block{screen, query, summaries, first, std::min(BLOCK, start + tile.count - first)};
+                if (screen.preview != FLOAT_COLUMNS) {
+                    integer_block(block, prepared.vectors);
+                    continue;
+                }
+                for (int64_t row = 0; row < query.count; ++row) block.summarise(row);
+            }
+        }
+    });
+}
+
+void summarise(const Screen& screen, const Query& query, Summaries& summaries) {
+    const int64_t blocks = num_blocks(screen);
+    parallel_for(query.count * blocks, query.grain(query.count * blocks, 256), [&](int64_t begin, int64_t end) {
+        for (int64_t at = begin; at < end; ++at) {
+            const int64_t first = at % blocks * BLOCK;
+            const Place block{screen, query, summaries, first, std::min(BLOCK, screen.classes - first)};
+            block.summarise(at / blocks);
+        }
+    });
+}
+
+}  // namespace lastlayer

@@ -1,0 +1,274 @@
+// From summarised scores to the best classes: candidates, exact logits, certificate, widening, normaliser.
+//
+// Every loop runs over classes, blocks or candidates once. Nothing here is NaN or +inf: `prepare_hidden` marks the
+// hidden states for which a number could be.
+#include <cmath>
+
+#include "parallel.h"
+#include "screening.h"
+#include "summaries.h"
+
+namespace lastlayer {
+namespace {
+
+constexpr int64_t EIGHTH = BLOCK / 8;      // scores that a finer maximum is of
+constexpr int64_t SHARED = 1 << 17;        // numbers of the weight that one thread reads before others help
+constexpr int64_t MOST_WIDENED = 4;        // the full layer runs where more than one class in so many is in play
+constexpr float CANCELLED = 0.05f;         // of a block's sum: less than this is left with too few digits
+
+struct Scored {
+    float value;
+    int32_t id;
+};
+
+bool is_better(const Scored& one, const Scored& other) {
+    return one.value > other.value || (one.value == other.value && one.id < other.id);
+}
+
+struct Row {  // the scores of one hidden state
+    const Screen& screen;
+    const Query& query;
+    const float* hidden;
+    float* scores;     // -inf where a class was set aside
+    float* block_max;  // no less than the largest score of each block
+    float* block_sum;
+    const float* of_row;  // (terms,); null: the scores are exact logits
+    int64_t parallel;     // whether other threads may help
+
+    int64_t end_of(int64_t block) const { return std::min((block + 1) * BLOCK, screen.classes); }
+};
+
+float count_th_largest(std::vector<float>& values, int64_t count) {
+    const auto place = values.begin() + (count - 1);
+    std::nth_element(values.begin(), place, values.end(), [](float a, float b) { return a > b; });
+    return *place;
+}
+
+// A score that at least `count` classes reach (-inf where there are fewer), and not many more.
+//
+// The count-th largest of maxima over disjoint sets of classes is one: so many sets hold a class that reaches it.
+float threshold(const Row& row, int64_t count) {
+    const int64_t classes = row.screen.classes, blocks = num_blocks(row.screen);
+    if (count >= classes) return MINUS_INFINITY;
+    if (2 * count <= blocks) {
+        std::vector<float> maxima(row.block_max, row.block_max + blocks);
+        return count_th_largest(maxima, count);
+    }
+    if (2 * count * EIGHTH <= classes) {
+        std::vector<float> maxima;
+        maxima.reserve(static_cast<size_t>(classes / EIGHTH + 1));
+        for (int64_t first = 0; first < classes; first += EIGHTH)
+            maxima.push_back(largest(row.scores + first, std::min(EIGHTH, classes - first)));
+        return count_th_largest(maxima, count);
+    }
+    std::vector<float> all(row.scores, row.scores + classes);
+    return count_th_largest(all, count);
+}
+
+void collect_reaching(const Row& row, int64_t block, float least, std::vector<Scored>& found) {
+    const int64_t first = block * BLOCK, count = row.end_of(block) - first;
+    const float* scores = row.scores + first;
+    for (int64_t start = 0; start < count; start += EIGHTH) {
+        const int64_t end = std::min(start + EIGHTH, count);
+        bool any = false;
+        for (int64_t i = start; i < end; ++i) any |= scores[i] >= least;
+        if (!any) continue;
+        for (int64_t i = start; i < end; ++i)
+            if (scores[i] >= least && scores[i] > MINUS_INFINITY)
+                found.push_back({scores[i], static_cast<int32_t>(first + i)});
+    }
+}
+
+// The `count` best scores that are above -inf, in no order.
+std::vector<Scored> choose(const Row& row, int64_t count) {
+    const float least = threshold(row, count);
+    std::vector<Scored> found;
+    for (int64_t block = 0; block < num_blocks(row.screen); ++block)
+        if (row.block_max[block] >= least) collect_reaching(row, block, least, found);
+    if (static_cast<int64_t>(found.size()) > count) {
+        std::nth_element(found.begin(), found.begin() + (count - 1), found.end(), is_better);
+        found.resize(static_cast<size_t>(count));
+    }
+    return found;
+}
+
+template <class Number>
+float exact_logit(const Row& row, int64_t id) {
+    const Number* weight = static_cast<const Number*>(row.screen.weight) + id * row.screen.width;
+    float total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t j = 0; j < row.screen.width; ++j) total += load(weight[j]) * row.hidden[j];
+    return total + row.screen.bias[id];
+}
+
+float exact_logit(const Row& row, int64_t id) {
+    switch (row.screen.weight_type) {
+        case BFLOAT16: return exact_logit<bfloat16>(row, id);
+        case FLOAT16: return exact_logit<float16>(row, id);
+        default: return exact_logit<float>(row, id);
+    }
+}
+
+// The same classes with their exact logits.
+std::vector<Scored> rescored(const Row& row, const std::vector<Scored>& classes) {
+    std::vector<Scored> exact(classes);
+    const auto count = static_cast<int64_t>(exact.size());
+    const int64_t grain = row.parallel ? std::max<int64_t>(1, SHARED / 2 / row.screen.width) : std::max<int64_t>(count, 1);
+    parallel_for(count, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n) exact[static_cast<size_t>(n)].value = exact_logit(row, exact[static_cast<size_t>(n)].id);
+    });
+    return exact;
+}
+
+void summarise_again(const Row& row, int64_t block) {
+    const int64_t first = block * BLOCK;
+    summarise_block(row.scores + first, row.end_of(block) - first, row.block_max[block], row.block_sum[block]);
+}
+
+// Takes classes out of the scores and out of the sums of their blocks. Maxima stay, as upper bounds, unless `exactly`.
+void set_aside(const Row& row, const std::vector<Scored>& classes, bool exactly) {
+    const int64_t blocks = num_blocks(row.screen);
+    const bool most = static_cast<int64_t>(classes.size()) > blocks;
+    std::vector<float> left;
+    if (!most && !exactly) left.assign(row.block_sum, row.block_sum + blocks);
+    std::vector<uint8_t> touched(static_cast<size_t>(blocks));
+    for (const Scored& one : classes) {
+        const int64_t block = one.id / BLOCK;
+        touched[static_cast<size_t>(block)] = 1;
+        if (!left.empty()) left[static_cast<size_t>(block)] -= exp(row.scores[one.id] - row.block_max[block]);
+        row.scores[one.id] = MINUS_INFINITY;
+    }
+    for (int64_t block = 0; block < blocks; ++block) {
+        if (!touched[static_cast<size_t>(block)]) continue;
+        if (left.empty() || left[static_cast<size_t>(block)] < CANCELLED * row.block_sum[block]) summarise_again(row, block);
+        else row.block_sum[block] = left[static_cast<size_t>(block)];
+    }
+}
+
+// The classes, not set aside, whose logit could reach `kth`; false where they are more than `limit`.
+bool find_in_play(const Row& row, float kth, int64_t limit, std::vector<Scored>& found) {
+    const Screen& screen = row.screen;
+    const int64_t blocks = num_blocks(screen);
+    for (int64_t block = 0; block < blocks; ++block) {
+        float most = row.block_max[block];
+        for (int64_t m = 0; m < screen.terms; ++m) most += row.of_row[m] * screen.of_blocks[m * blocks + block];
+        if (most < kth) continue;
+        const int64_t first = block * BLOCK, count = row.end_of(block) - first;
+        float upper[BLOCK];
+        std::copy(row.scores + first, row.scores + first + count, upper);
+        for (int64_t m = 0; m < screen.terms; ++m) {
+            const float share = row.of_row[m], *of_classes = screen.of_classes + m * screen.classes + first;
+#pragma omp simd
+            for (int64_t i = 0; i < count; ++i) upper[i] += share * of_classes[i];
+        }
+        if (largest(upper, count) < kth) continue;
+        for (int64_t i = 0; i < count; ++i)
+            if (upper[i] >= kth && row.scores[first + i] > MINUS_INFINITY)
+                found.push_back({row.scores[first + i], static_cast<int32_t>(first + i)});
+        if (static_cast<int64_t>(found.size()) > limit) return false;
+    }
+    return true;
+}
+
+// Of the classes that were not set aside and of those that were.
+double log_sum_exp(const Row& row, const std::vector<Scored>& exact, const std::vector<Scored>& barred) {
+    const int64_t blocks = num_blocks(row.screen);
+    float most = largest(row.block_max, blocks);
+    for (const auto* part : {&exact, &barred})
+        for (const Scored& one : *part) most = std::max(most, one.value);
+    if (most == MINUS_INFINITY) return most;
+    double total = 0;
+    for (int64_t block = 0; block < blocks; ++block)
+        total += static_cast<double>(row.block_sum[block]) * exp(row.block_max[block] - most);
+    for (const auto* part : {&exact, &barred})
+        for (const Scored& one : *part) total += exp(one.value - most);
+    return most + std::log(total);  // in float64, as the logits may be large
+}
+
+// The classes that this row may not return, with their scores.
+std::vector<Scored> barred_classes(const Row& row, int64_t number) {
+    std::vector<Scored> barred;
+    if (row.query.barred != nullptr)
+        for (int64_t i = 0; i < row.screen.classes; ++i)
+            if (row.query.barred[i]) barred.push_back({row.scores[i], static_cast<int32_t>(i)});
+    for (int64_t n = 0; n < row.query.num_excluded; ++n) {
+        const int64_t id = row.query.excluded[number * row.query.num_excluded + n];
+        if (id < 0 || id >= row.screen.classes) continue;
+        barred.push_back({row.scores[id], static_cast<int32_t>(id)});
+    }
+    std::sort(barred.begin(), barred.end(), [](const Scored& a, const Scored& b) { return a.id < b.id; });
+    const auto same = [](const Scored& a, const Scored& b) { return a.id == b.id; };
+    barred.erase(std::unique(barred.begin(), barred.end(), same), barred.end());
+    return barred;
+}
+
+float kth_best(std::vector<Scored> found, int64_t k) {
+    if (static_cast<int64_t>(found.size()) < k) return MINUS_INFINITY;
+    std::nth_element(found.begin(), found.begin() + (k - 1), found.end(), is_better);
+    return found[static_cast<size_t>(k - 1)].value;
+}
+
+void write_best(const Query& query, int64_t number, std::vector<Scored> found, double log_normalizer) {
+    const int64_t k = query.k, there = std::min<int64_t>(k, static_cast<int64_t>(found.size()));
+    std::partial_sort(found.begin(), found.begin() + there, found.end(), is_better);
+    float* log_prob = query.log_prob + number * k;
+    int64_t* indices = query.indices + number * k;
+    for (int64_t n = 0; n < k; ++n) {
+        const bool is_class = n < there && found[static_cast<size_t>(n)].value > MINUS_INFINITY;
+        log_prob[n] = is_class ? static_cast<float>(found[static_cast<size_t>(n)].value - log_normalizer) : MINUS_INFINITY;
+        indices[n] = is_class ? found[static_cast<size_t>(n)].id : -1;
+    }
+    query.log_normalizer[number] = log_normalizer;
+}
+
+void put_back(const Row& row, const std::vector<Scored>& classes) {
+    for (const Scored& one : classes) row.scores[one.id] = one.value;
+}
+
+Status select_row(const Row& row, int64_t number) {
+    const Query& query = row.query;
+    const std::vector<Scored> barred = barred_classes(row, number);
+    if (!barred.empty()) set_aside(row, barred, true);
+    if (row.of_row == nullptr) {  // exact logits: their best
+        std::vector<Scored> best = choose(row, query.k);
+        write_best(query, number, best, log_sum_exp(row, {}, barred));
+        query.certified[number] = 1;
+        put_back(row, barred);
+        return DONE;
+    }
+    const std::vector<Scored> chosen = choose(row, query.candidates);
+    std::vector<Scored> exact = rescored(row, chosen);
+    set_aside(row, chosen, query.exact != 0);
+    std::vector<Scored> in_play;
+    const int64_t limit = query.exact ? row.screen.classes / MOST_WIDENED : 0;
+    const bool within = find_in_play(row, kth_best(exact, query.k), limit, in_play);
+    if (query.exact && !within) return DENSE;
+    if (query.exact && !in_play.empty()) {
+        const std::vector<Scored> more = rescored(row, in_play);
+        set_aside(row, in_play, false);
+        exact.insert(exact.end(), more.begin(), more.end());
+    }
+    query.certified[number] = within;
+    write_best(query, number, exact, log_sum_exp(row, exact, barred));
+    put_back(row, exact);
+    put_back(row, barred);
+    return DONE;
+}
+
+}  // namespace
+
+void select(const Screen& screen, const Query& query, const float* of_rows, Summaries& summaries) {
+    const int64_t blocks = num_blocks(screen);
+    const int64_t alone = query.count == 1 && !query.serial;
+    parallel_for(query.count, query.grain(query.count, 1), [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n) {
+            if (query.status[n] != DONE) continue;
+            const Row row{screen, query, query.hidden + n * screen.width, query.scores + n * screen.classes,
+                          summaries.block_max.data() + n * blocks, summaries.block_sum.data() + n * blocks,
+                          of_rows == nullptr ? nullptr : of_rows + n * screen.terms, alone};
+            query.status[n] = select_row(row, n);
+        }
+    });
+}
+
+}  // namespace lastlayer
