@@ -347,7 +347,7 @@ class Screen(WatchedHead):
         return logits - peak - log_mass
 
     def _normalizer(self, found: Answer | Screened) -> tuple[Tensor, Tensor]:  # (N, 1) each
-        """The log-normaliser as two terms: one near the largest logit, and the rest, which a sum could round off."""
+        """The log-normaliser as two terms: one near the largest logit, and the rest, which a sum could lose."""
         if isinstance(found, Answer):
             if self.logit_map is None:
                 peak = found.log_normalizer.float()
