@@ -154,7 +154,7 @@ class CompiledScreen:
         only_scores: bool,
         serial: bool,
     ) -> None:
-        exclude = query.exclude
+        exclude = None if query.exclude is None else query.exclude.contiguous()
         numbers = (
             *(len(hidden), query.k, query.candidates, query.exact, hidden, *outputs, of_rows),
             *(0 if exclude is None else exclude.shape[1], exclude, query.barred, only_scores, serial),

@@ -13,7 +13,7 @@ from lastlayer.screening.exact import full_logits, no_autocast, working_dtype
 from lastlayer.screening.plan import BATCHES, Plan, Use
 from lastlayer.screening.preview import Preview
 from lastlayer.screening.saved import MIXTURE, load_screen, save_screen
-from lastlayer.screening.screen import selection_of
+from lastlayer.screening.screen import permitted
 
 HEAVY_SHARE = 8  # one in so many classes is rescored where the order hangs on the normalisers
 
@@ -174,8 +174,8 @@ class ScreenedMixture(Screen):
                 mixed = self._full(latents, log_prior)
                 return mixed, self._rank(mixed, query)
             mixed = self._scored(latents, log_prior)
-            permitted = selection_of(query).bar(self._log_prob(mixed))
-            self._rescore(latents, mixed, permitted.topk(query.candidates, sorted=False).indices)
+            allowed = permitted(query, self._log_prob(mixed))
+            self._rescore(latents, mixed, allowed.topk(query.candidates, sorted=False).indices)
             ranked = self._rank(mixed, query)
             if query.exact and not bool(ranked.certified.all()):
                 self._widen(latents, mixed, ranked, query)
@@ -266,11 +266,11 @@ class ScreenedMixture(Screen):
 
     def _rank(self, mixed: Mixed, query: Query) -> Ranked:
         """The k best of the rescored classes, and what is proved of them."""
-        k, selection = query.k, selection_of(query)
+        k = query.k
         used, low, high = self._normalizers(mixed)
         joint = self._below_peak(mixed, mixed.logits) + mixed.log_prior[..., None]  # (N, K, V)
         log_prob = (joint - used[..., None]).logsumexp(1).masked_fill_(~mixed.rescored, -torch.inf)
-        best, indices = selection.bar(log_prob).topk(query.candidates)
+        best, indices = permitted(query, log_prob).topk(query.candidates)
         missing = best == -torch.inf  # no class is left for that place
         joint = joint.gather(2, indices[:, None].expand(-1, joint.shape[1], -1))
 
@@ -279,7 +279,7 @@ class ScreenedMixture(Screen):
         )
         most = self._below_peak(mixed, mixed.logits + mixed.error) + (mixed.log_prior - low)[..., None]
         below = most.logsumexp(1) + _slack(most) < least  # written as "not below" so that nan stays in play
-        barred = selection.bar(mixed.logits[:, 0]) == -torch.inf
+        barred = permitted(query, mixed.logits[:, 0]) == -torch.inf
         in_play = below.logical_or_(barred).logical_not_().scatter_(1, indices, False)
 
         after = torch.arange(1, query.candidates, device=indices.device)

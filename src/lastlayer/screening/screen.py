@@ -46,7 +46,7 @@ def full_answer(
     query: Query,
 ) -> Screened:
     """The best of exact logits."""
-    values, indices = selection_of(query).bar(logits).topk(query.k, dim=-1)
+    values, indices = permitted(query, logits).topk(query.k, dim=-1)
     rescored = torch.ones((), dtype=torch.bool, device=logits.device).expand_as(logits)
     finite = torch.cat([logits[:, at].logsumexp(-1, keepdim=True) for at in class_parts(logits.shape[-1])], -1)
     return Screened(logits, rescored, values, _named(values, indices), finite.logsumexp(-1).isfinite())
@@ -116,12 +116,12 @@ def screen(
     if len(hidden) * query.candidates >= len(head.weight):
         return head.full(hidden, query)
     scores, bound = prepared.scores(hidden), prepared.error(hidden)
-    permitted = selection_of(query).bar(scores)
-    chosen = best(permitted, query.candidates)
+    allowed = permitted(query, scores)
+    chosen = best(allowed, query.candidates)
     exact = logits_at(hidden, head.weight, head.bias, chosen)
-    values, order = exact.masked_fill(permitted.gather(-1, chosen) == -torch.inf, -torch.inf).topk(query.k, dim=-1)
+    values, order = exact.masked_fill(allowed.gather(-1, chosen) == -torch.inf, -torch.inf).topk(query.k, dim=-1)
     rescored = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
-    in_play = could_be_in(permitted, bound, rescored, values[:, -1:])
+    in_play = could_be_in(allowed, bound, rescored, values[:, -1:])
     indices = _named(values, chosen.gather(-1, order))
     result = Screened(scores.scatter_(-1, chosen, exact), rescored, values, indices, ~in_play.any(-1))
     overflowing = limits.moderate(hidden, bound.of_rows).logical_not_().nonzero().squeeze(1)
@@ -191,9 +191,14 @@ def _fill(
             mine[row] = theirs[0]
 
 
-def selection_of(query: Query) -> Selection:
-    """The classes that a query may return."""
-    return Selection(query.exclude, query.barred)
+def permitted(
+    query: Query,
+    scores: Tensor,  # (N, V)
+) -> Tensor:  # (N, V)
+    """`scores` with -inf at the classes that the query may not return; as they are where it may return all."""
+    if query.exclude is None and query.barred is None:
+        return scores
+    return Selection(query.exclude, query.barred).bar(scores)
 
 
 def _named(values: Tensor, indices: Tensor) -> Tensor:
