@@ -1,7 +1,7 @@
 """Output layers for very many classes: train them without computing every logit, query them without
 reading every weight."""
 
-from lastlayer import functional
+from lastlayer import functional, metrics
 from lastlayer.functional import clusters
 from lastlayer.functional.answers import ScoreTopK, ScreenedTopK, TopK
 from lastlayer.functional.logit_map import LogitMap
@@ -78,6 +78,7 @@ __all__ = [
     "SVDSoftmax",
     "clusters",
     "functional",
+    "metrics",
     "show_config",
     "rank",
     "Rank",

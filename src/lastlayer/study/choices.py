@@ -14,6 +14,12 @@ from lastlayer.layers.full import FullSoftmax
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
 from lastlayer.layers.mixture import MixtureOfSoftmaxes
 from lastlayer.layers.plif import PLIF
+from lastlayer.layers.sampled.black_out import BlackOut
+from lastlayer.layers.sampled.negative_sampling import NegativeSampling
+from lastlayer.layers.sampled.noise_contrastive import NoiseContrastive
+from lastlayer.layers.sampled.sampled_softmax import SampledSoftmax
+from lastlayer.layers.samplers.log_uniform import LogUniform
+from lastlayer.layers.samplers.unigram import Unigram
 from lastlayer.layers.sigsoftmax import Sigsoftmax
 from lastlayer.layers.tree import TreeSoftmax
 from lastlayer.study.errors import UsageError
@@ -42,6 +48,32 @@ def _adaptive(in_features: int, counts: Tensor) -> OutputLayer:
     return AdaptiveSoftmax(in_features, len(counts), div_value=div_value)
 
 
+def _sampled(in_features: int, counts: Tensor) -> OutputLayer:
+    sampler = LogUniform(len(counts), replacement=False)
+    return SampledSoftmax(in_features, len(counts), sampler, _num_samples(counts), sparse=True)
+
+
+def _nce(in_features: int, counts: Tensor) -> OutputLayer:
+    return NoiseContrastive(in_features, len(counts), _unigram(counts, 1.0), _num_samples(counts), sparse=True)
+
+
+def _negative_sampling(in_features: int, counts: Tensor) -> OutputLayer:
+    return NegativeSampling(in_features, len(counts), _unigram(counts, 0.75), _num_samples(counts), sparse=True)
+
+
+def _blackout(in_features: int, counts: Tensor) -> OutputLayer:
+    return BlackOut(in_features, len(counts), _unigram(counts, 0.4), _num_samples(counts), sparse=True)
+
+
+def _unigram(counts: Tensor, power: float) -> Unigram:
+    return Unigram(counts.clamp(min=1), power)
+
+
+def _num_samples(counts: Tensor) -> int:
+    """1,024, or of few classes a quarter."""
+    return min(1024, max(1, len(counts) // 4))
+
+
 CHOICES: dict[str, Choice] = {
     "full": Choice("exact softmax over all classes", lambda d, counts: FullSoftmax(d, len(counts))),
     "hierarchical": Choice(
@@ -68,6 +100,10 @@ CHOICES: dict[str, Choice] = {
         "spherical softmax, its exact SGD step at a cost without V",
         lambda d, counts: FactoredOutput(d, len(counts), loss=SphericalSoftmax()),
     ),
+    "sampled": Choice("softmax over the target and 1,024 sampled classes", _sampled),
+    "nce": Choice("the target told from 1,024 classes of noise", _nce),
+    "negative-sampling": Choice("word2vec's loss, with 1,024 negatives", _negative_sampling),
+    "blackout": Choice("discriminative softmax over 1,024 sampled classes", _blackout),
 }
 
 DEFAULT_LAYERS = "full,hierarchical,adaptive"
