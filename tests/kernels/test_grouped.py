@@ -1,8 +1,11 @@
-"""The gradient of many small softmaxes; one larger than the caches is written past them, to the same numbers."""
+"""Many small softmaxes: a gradient larger than the caches is written past them, to the same numbers; threads."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from lastlayer import FullSoftmax, HierarchicalSoftmax, TreeSoftmax
 from lastlayer.kernels.grouped import softmax_backward
 
 SIZES, COUNTS = torch.tensor([30_000, 1, 9_999]), torch.tensor([1, 2, 7])
@@ -41,3 +44,20 @@ def test_large_gradients_at_any_address_and_width(dtype, width, shift, threads, 
     torch.testing.assert_close(of_bias, sums, rtol=tolerance, atol=tolerance)
     assert memory[:shift].isnan().all()
     assert memory[shift + NUM_CLASSES * width :].isnan().all()
+
+
+@pytest.mark.parametrize("kind", [HierarchicalSoftmax, TreeSoftmax, FullSoftmax])
+def test_eight_python_threads_on_one_layer(kind, isa):
+    """The interpreter's lock is released inside: what a call needs must be its own."""
+    torch.manual_seed(0)
+    layer = kind(16, 500)
+    batches = [(torch.randn(40, 16), torch.randint(500, (40,))) for _ in range(16)]
+
+    def gradient(batch):
+        hidden = batch[0].clone().requires_grad_()
+        return torch.autograd.grad(layer(hidden, batch[1]), hidden)[0]
+
+    expected = [gradient(batch) for batch in batches]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(gradient, batches))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

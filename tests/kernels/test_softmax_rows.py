@@ -80,8 +80,9 @@ def test_no_less_exact_than_pytorch(isa, make, shape):
     theirs = terms.hard * -values.log_softmax(1).gather(1, terms.ids[:, None])[:, 0]
     (their_gradient,) = torch.autograd.grad(theirs.sum(), leaf)
     ours = fused(logits, bias, terms, True, kernel_map)[0]
-    assert (ours - loss).norm() <= 1.5 * (theirs.detach() - loss).norm() + 1e-7
-    assert (logits - gradient).norm() <= 1.5 * (their_gradient - gradient).norm() + 1e-7
+    # Where nothing is vectorised, as in `make sanitize`, a sum of 1,024 numbers in a row loses a little more.
+    assert (ours - loss).norm() <= 1.5 * (theirs.detach() - loss).norm() + 3e-7 * loss.norm() + 1e-7
+    assert (logits - gradient).norm() <= 1.5 * (their_gradient - gradient).norm() + 5e-7 * gradient.norm() + 1e-7
 
 
 @pytest.mark.parametrize("make", MAPS.values(), ids=MAPS.keys())

@@ -79,9 +79,10 @@ def whole_batch(
     num_classes: int,
 ) -> Groups:
     """One group: all rows over all classes; none where there are no rows. Its order is not formed."""
-    group = [[0, len(rows), 0, num_classes]] if len(rows) else []
+    num_rows = rows.shape[0]
+    group = [[0, num_rows, 0, num_classes]] if num_rows else []
     table = torch.tensor(group, dtype=torch.int64, device="cpu").view(-1, 4)
-    num_logits = len(rows) * num_classes
+    num_logits = num_rows * num_classes
     return Groups(rows.new_empty(0), table, num_logits, num_logits, num_classes)
 
 

@@ -51,8 +51,8 @@ class Softmaxes(NamedTuple):
     ) -> Tensor:  # flat, a group after the other
         """Residuals `softmax(rows @ weight.T + bias) - one_hot(target)` of every group."""
         residual = log_prob.new_empty(self.num_residuals)
-        if self.compiled and len(self.plain) < len(self.table):
-            formed = slope if len(slope) else None
+        if self.compiled and len(self.plain) < self.table.shape[0]:
+            formed = slope if slope.shape[0] else None
             arrays = (rows, weight, None if bias is None else bias.contiguous(), slots, residual, log_prob, formed)
             kernels.softmax_forward(self.table, backends.GROUP_WORK, *arrays)
         for row, count, start, size, place, _ in self.plain:
@@ -75,7 +75,7 @@ class Softmaxes(NamedTuple):
         of_bias: Tensor,  # (R,), likewise
     ) -> None:
         """Writes the gradients of weight and bias, `(scale * residual).T @ rows` and its sums, each row once."""
-        if self.compiled and len(self.plain) < len(self.table):
+        if self.compiled and len(self.plain) < self.table.shape[0]:
             arrays = (rows, residual, scale, of_weight, of_bias)
             kernels.softmax_backward(self.table, backends.GROUP_WORK, *arrays, compact=self.compact)
         if not self.plain:

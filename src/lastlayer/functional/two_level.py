@@ -74,18 +74,19 @@ class _TwoLevelLogProb(torch.autograd.Function):
         *parameters: Any,  # of `TwoLevel`
     ) -> Tensor:  # (N,)
         head_weight, head_bias, weight, bias = parameters
+        num_clusters, num_classes = head_weight.shape[0], weight.shape[0]
         groups = group_by_cluster(targets.clusters, targets.offsets)
         order = groups.order
         rows, slots, clusters = (t.index_select(0, order) for t in (hidden, targets.slots, targets.clusters))
-        head = Softmaxes.of(whole_batch(rows, len(head_weight)), rows, head_weight)
+        head = Softmaxes.of(whole_batch(rows, num_clusters), rows, head_weight)
         inner = Softmaxes.of(groups, rows, weight, compact=targets.sparse)
-        log_prob = rows.new_zeros(len(rows), dtype=exact_dtype(rows.dtype))
+        log_prob = rows.new_zeros(rows.shape[0], dtype=exact_dtype(rows.dtype))
         slope = torch.zeros_like(rows) if ctx.needs_input_grad[1] else rows[:0]
         head_residual = head.forward(rows, head_weight, head_bias, clusters, log_prob, slope)
         residual = inner.forward(rows, weight, bias, slots, log_prob, slope)
         ctx.save_for_backward(order, rows, slope, head_residual, residual)
         ctx.levels, ctx.groups, ctx.sparse, ctx.memory = (head, inner), groups, targets.sparse, targets.memory
-        ctx.like, ctx.num_clusters, ctx.num_classes = weight[:0], len(head_weight), len(weight)
+        ctx.like, ctx.num_clusters, ctx.num_classes = weight[:0], num_clusters, num_classes
         return torch.empty_like(log_prob).index_copy_(0, order, log_prob)
 
     @staticmethod
@@ -118,7 +119,7 @@ def _inner_gradients(
         inner.backward(rows, residual, scale, of_weight, of_bias)
         return of_weight, of_bias
     touched = touched_rows(ctx.groups)
-    of_weight = (ctx.memory or GradientMemory()).lend((len(touched), rows.shape[1]), like)
-    of_bias = like.new_empty(len(touched))
+    shape = ctx.groups.num_touched, rows.shape[1]
+    of_weight, of_bias = (ctx.memory or GradientMemory()).lend(shape, like), like.new_empty(shape[0])
     inner.backward(rows, residual, scale, of_weight, of_bias)
     return row_sparse(touched, of_weight, num_classes), row_sparse(touched, of_bias, num_classes)

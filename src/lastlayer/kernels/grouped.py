@@ -30,7 +30,7 @@ def softmax_forward(
 ) -> None:
     """For every group `log_softmax(hidden @ weight.T + bias)` at the targets, and what its gradient needs."""
     _FORWARD(
-        table, len(table), most_work, hidden, weight, bias, slots, residual, log_prob, slope,
+        table, table.shape[0], most_work, hidden, weight, bias, slots, residual, log_prob, slope,
         *weight.shape, hidden.dtype == torch.float64,
     )  # fmt: skip
 
@@ -48,7 +48,7 @@ def softmax_backward(
 ) -> None:
     """The gradients of weight and bias, every row written once."""
     _BACKWARD(
-        table, len(table), most_work, compact, hidden, residual, scale, of_weight, of_bias,
+        table, table.shape[0], most_work, compact, hidden, residual, scale, of_weight, of_bias,
         *of_weight.shape, hidden.dtype == torch.float64,
     )  # fmt: skip
 
@@ -62,13 +62,14 @@ def group_by_cluster(
     And of these the sum and the largest of count * size, and the sum of the sizes.
     """
     clusters, offsets = clusters.contiguous(), offsets.contiguous()
-    order, table, totals = torch.empty_like(clusters), clusters.new_empty(len(clusters), 4), clusters.new_empty(3)
-    num_groups = _GROUP(clusters, offsets, len(clusters), len(offsets) - 1, order, table, totals)
+    num_rows, num_clusters = clusters.shape[0], offsets.shape[0] - 1
+    order, table, totals = torch.empty_like(clusters), clusters.new_empty(num_rows, 4), clusters.new_empty(3)
+    num_groups = _GROUP(clusters, offsets, num_rows, num_clusters, order, table, totals)
     return order, table[:num_groups], totals.tolist()
 
 
 def touched_rows(table: Tensor, num_touched: int) -> Tensor:  # (R,)
     """The weight rows of the groups of a table, whose sizes sum to `num_touched`."""
     rows = table.new_empty(num_touched)
-    _TOUCHED(table, len(table), rows)
+    _TOUCHED(table, table.shape[0], rows)
     return rows
