@@ -6,13 +6,17 @@ The logits are multiples of 1/4 around 2^20, which float32 holds exactly, so tha
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from lastlayer import (
     AdaptiveSoftmax,
+    BlackOut,
     FullSoftmax,
     HierarchicalSoftmax,
     Int8Preview,
+    LogUniform,
     MixtureOfSoftmaxes,
+    SampledSoftmax,
     ScreenedSoftmax,
     Sigsoftmax,
     SVDPreview,
@@ -142,6 +146,20 @@ def test_layers(name):
     close(layer.target_log_prob(hidden, targets), expected.gather(1, targets[:, None])[:, 0], 1e-5)
     best = layer.topk(hidden[:6], 3)
     close(best.log_prob, expected[:6].topk(3).values, 1e-5)
+
+
+@pytest.mark.parametrize("kind", [SampledSoftmax, BlackOut])
+def test_sampled_losses(kind):
+    """The same candidates with and without the common number."""
+    answers = []
+    for common in (0.0, 2.0**10):
+        hidden, weight, targets = head(*SHAPE, common=common)
+        layer = kind(5, SHAPE[1], LogUniform(SHAPE[1]), 50, bias=False, weight=nn.Parameter(weight))
+        torch.manual_seed(4)
+        loss = layer(hidden, targets)
+        (slope,) = torch.autograd.grad(loss, layer.weight)
+        answers.append((loss, slope[:, 1:]))
+    close(*answers)
 
 
 def trained(kind, mapped):

@@ -28,6 +28,18 @@ def accidental_hits(
     return hits
 
 
+def below_peak(
+    target_logits: Tensor,  # (N, K)
+    candidate_logits: Tensor,  # (N, S)
+    target_weights: Tensor,  # (N, K)
+) -> tuple[Tensor, Tensor]:
+    """Both, less the row's largest: the same softmax, and log counts keep their digits where logits are large."""
+    present = target_logits.masked_fill(target_weights == 0, -torch.inf)
+    peak = torch.cat([present, candidate_logits], 1).detach().amax(1, keepdim=True)
+    peak = peak.masked_fill(peak == -torch.inf, 0)  # nothing is there
+    return target_logits - peak, candidate_logits - peak
+
+
 def sampled_softmax_loss(
     target_logits: Tensor,  # (N, K)
     candidate_logits: Tensor,  # (N, S), both corrected
@@ -36,8 +48,8 @@ def sampled_softmax_loss(
     """The cross-entropy of a softmax over the row's targets and its candidates."""
     none = target_weights == 0
     logits = torch.cat([target_logits.masked_fill(none, -torch.inf), candidate_logits], 1)
-    normalizer = logits.logsumexp(1)
-    return target_weights.sum(1) * normalizer - (target_weights * target_logits.masked_fill(none, 0)).sum(1)
+    log_prob = logits.log_softmax(1)[:, : target_logits.shape[1]]
+    return -(target_weights * log_prob.masked_fill(none, 0)).sum(1)
 
 
 def noise_contrastive_loss(

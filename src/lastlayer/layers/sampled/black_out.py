@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lastlayer.functional.sampled_losses import black_out_loss
+from lastlayer.functional.sampled_losses import below_peak, black_out_loss
 from lastlayer.layers.sampled.base import Batch, SampledLayer
 from lastlayer.layers.samplers.base import Sampler
 
@@ -54,6 +54,7 @@ class BlackOut(SampledLayer):
         super().__init__(in_features, num_classes, sampler, num_samples, remove_hits=True, **options)
 
     def _batch_loss(self, batch: Batch) -> Tensor:
-        of_targets = batch.target_logits - self._target_log_counts(batch)
-        of_candidates = batch.candidate_logits - batch.candidate_log_counts
+        of_targets, of_candidates = below_peak(batch.target_logits, batch.candidate_logits, batch.target_weights)
+        of_targets = of_targets - self._target_log_counts(batch)
+        of_candidates = of_candidates - batch.candidate_log_counts
         return black_out_loss(of_targets, of_candidates, batch.loss_weights, batch.noise_weights)

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from lastlayer.functional.checks import check_choice
-from lastlayer.functional.sampled_losses import sampled_softmax_loss
+from lastlayer.functional.sampled_losses import below_peak, sampled_softmax_loss
 from lastlayer.layers.sampled.base import Batch, SampledLayer
 from lastlayer.layers.samplers.base import Sampler
 
@@ -77,7 +77,7 @@ class SampledSoftmax(SampledLayer):
         self.correction = check_choice("correction", correction, CORRECTIONS)
 
     def _batch_loss(self, batch: Batch) -> Tensor:
-        of_targets, of_candidates = batch.target_logits, batch.candidate_logits
+        of_targets, of_candidates = below_peak(batch.target_logits, batch.candidate_logits, batch.target_weights)
         if self.correction == "all":
             of_targets = of_targets - self._target_log_counts(batch)
         if self.correction != "none":
