@@ -12,7 +12,7 @@ NO_COMPILER := true
 export CXX := env -u PYTHONPATH $(abspath $(BIN))/python -m ziglang c++
 endif
 
-.PHONY: demo test lint types docs format engine sanitize
+.PHONY: demo test lint types docs format engine sanitize test-arm
 
 .venv/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
@@ -56,3 +56,11 @@ sanitize: .venv/installed
 	LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest $(KERNEL_TESTS)
 	rm -rf src/lastlayer/kernels/engines
+
+# The Arm build of the engine, its primitives run by an emulator: needs the compiler g++-aarch64-linux-gnu and qemu-user.
+test-arm:
+	cmake -S . -B build/arm -DLASTLAYER_CHECKS=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	    -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+	cmake --build build/arm --parallel
+	for isa in portable neon_dotprod neon_i8mm; do \
+	    qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu build/arm/check_$$isa || exit 1; done

@@ -1,0 +1,109 @@
+// Checks the primitives that differ between instruction sets against plain loops, without Python: for a processor that
+// is emulated (`make test-arm`). On a processor that is there, tests/kernels and tests/screening do it.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "../integer_products.h"
+#include "../vector_math.h"
+
+namespace {
+
+using namespace lastlayer;
+
+int failures = 0;
+
+void expect(bool holds, const char* what, int64_t at) {
+    if (holds) return;
+    std::printf("FAILED %s at %lld\n", what, static_cast<long long>(at));
+    ++failures;
+}
+
+std::mt19937 generator(0);
+
+int64_t drawn(int64_t least, int64_t most) { return std::uniform_int_distribution<int64_t>(least, most)(generator); }
+
+template <int HIDDEN>
+struct Hidden {  // whole numbers of 14 bits, the largest among them, as rows and as codes are multiplied with them
+    explicit Hidden(int64_t width) : numbers(HIDDEN, std::vector<int16_t>(width)), rows(numbers), chunks(numbers) {
+        for (int h = 0; h < HIDDEN; ++h) {
+            for (int16_t& n : numbers[h]) n = static_cast<int16_t>(drawn(0, 4) ? drawn(-8128, 8128) : 8128);
+            pack_hidden(numbers[h].data(), width, rows[h].data());
+            pack_hidden_chunks(numbers[h].data(), width, chunks[h].data());
+        }
+    }
+    std::vector<std::vector<int16_t>> numbers, rows, chunks;
+};
+
+template <int HIDDEN>
+void check_rows(int64_t width) {
+    std::vector<int8_t> rows(4 * width);
+    for (int8_t& number : rows) number = static_cast<int8_t>(drawn(-127, 127));
+    const Hidden<HIDDEN> hidden(width);
+    const int16_t* packed[HIDDEN];
+    for (int h = 0; h < HIDDEN; ++h) packed[h] = hidden.rows[h].data();
+    float totals[4 * HIDDEN];
+    multiply_rows<HIDDEN>(rows.data(), width, packed, totals);
+    for (int h = 0; h < HIDDEN; ++h)
+        for (int r = 0; r < 4; ++r) {
+            double exact = 0, sizes = 0;
+            for (int64_t j = 0; j < width; ++j) {
+                exact += double(rows[r * width + j]) * hidden.numbers[h][j];
+                sizes += std::abs(double(rows[r * width + j]) * hidden.numbers[h][j]);
+            }
+            expect(std::abs(totals[4 * h + r] - exact) <= 1e-6 * sizes, "multiply_rows", width);
+        }
+}
+
+template <int GROUPS, int HIDDEN>
+void check_codes(int64_t chunks) {
+    std::vector<uint8_t> codes(GROUPS * chunks * CHUNK_BYTES);
+    for (uint8_t& byte : codes) byte = static_cast<uint8_t>(drawn(0, 255));
+    const Hidden<HIDDEN> hidden(CHUNK * chunks);
+    const int16_t* packed[HIDDEN];
+    for (int h = 0; h < HIDDEN; ++h) packed[h] = hidden.chunks[h].data();
+    int32_t sums[HIDDEN][GROUPS * GROUP];
+    multiply_codes<GROUPS, HIDDEN>(codes.data(), chunks, packed, sums);
+    for (int h = 0; h < HIDDEN; ++h)
+        for (int64_t i = 0; i < GROUPS * GROUP; ++i) {
+            int64_t exact = 0;
+            for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+                // A class has four bytes of a chunk: two 16-bit words, whose nibbles belong to coordinates in pairs.
+                const uint8_t* four = &codes[((i / GROUP) * chunks + chunk) * CHUNK_BYTES + i % GROUP * 4];
+                for (int place = 0; place < CHUNK; ++place) {
+                    const unsigned word = four[place % 2 * 2] | unsigned{four[place % 2 * 2 + 1]} << 8;
+                    exact += int64_t(word >> (4 * (place / 2)) & 15) * hidden.numbers[h][CHUNK * chunk + place];
+                }
+            }
+            expect(sums[h][i] == exact, "multiply_codes", i);
+        }
+}
+
+void check_exponential() {
+    for (double x = -86; x < 88; x += 1e-3) {
+        const double exact = std::exp(static_cast<double>(static_cast<float>(x)));
+        expect(std::abs(lastlayer::exp(static_cast<float>(x)) - exact) <= 2e-7 * exact, "exp", std::lround(1e3 * x));
+    }
+    expect(lastlayer::exp(-INFINITY) == 0 && std::isinf(lastlayer::exp(INFINITY)), "exp of infinity", 0);
+    expect(std::isnan(lastlayer::exp(NAN)), "exp of NaN", 0);
+}
+
+}  // namespace
+
+int main() {
+    for (const int64_t width : {64, 128, 576, 4096}) {
+        check_rows<1>(width);
+        check_rows<2>(width);
+        check_rows<4>(width);
+    }
+    for (const int64_t chunks : {1, 2, 9, 72}) {
+        check_codes<1, 1>(chunks);
+        check_codes<2, 1>(chunks);
+        check_codes<1, 4>(chunks);
+    }
+    check_exponential();
+    std::puts(failures ? "primitives: FAILED" : "primitives: all equal");
+    return failures != 0;
+}
