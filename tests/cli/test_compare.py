@@ -103,7 +103,13 @@ def test_a_signal_says_where_the_checkpoint_is(tmp_path, story, sent, code, said
     out = tmp_path / "out"
     options = ["--text", story, *TINY, "--steps", 20_000, "--out", out]
     command = [sys.executable, "-m", "lastlayer", "compare", *map(str, options)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
+    )
     deadline = time.monotonic() + 60
     while not (out / "full.safetensors").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
