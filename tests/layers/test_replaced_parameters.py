@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from lastlayer import OneVsAll
 from law_table import CASES
 
 # A factored layer has no weight to replace: `set_weight` checks what it is given.
@@ -69,3 +70,22 @@ def test_an_equal_shape_serves(case):
     if case.likelihood:
         torch.testing.assert_close(layer(hidden, targets), case.loss(layer, hidden, targets))
     layer(hidden, targets).backward()
+
+
+def test_a_layer_without_probabilities():
+    layer = OneVsAll(4, 9, dtype=torch.float64)
+    hidden, targets = arguments(layer)
+    for name in ("weight", "bias"):
+        parameter = layer.get_parameter(name)
+        for shape in other_shapes(parameter.shape):
+            replace(layer, name, torch.zeros(shape, dtype=torch.float64))
+            for call in (
+                lambda: layer(hidden, targets),
+                lambda: layer.scores(hidden),
+                lambda: layer.topk(hidden, 1),
+            ):
+                with pytest.raises(ValueError, match=rf"^{name} must have the shape .*was replaced"):
+                    call()
+        replace(layer, name, 2 * parameter.detach())
+    torch.testing.assert_close(layer.scores(hidden), hidden @ layer.weight.T + layer.bias)
+    torch.testing.assert_close(layer(hidden, targets.to(torch.uint8)), layer(hidden, targets))

@@ -1,6 +1,6 @@
 """One sigmoid for each class: the output layer of multi-label classifiers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from lastlayer.functional.sampled_logits import sampled_logits
 from lastlayer.functional.sampled_losses import accidental_hits
 from lastlayer.functional.sparse_targets import SparseTargets, sparse_targets
 from lastlayer.layers.base import OutputLayer
-from lastlayer.layers.parts import tied_or_new
+from lastlayer.layers.parts import matrix_shapes, tied_or_new
 from lastlayer.layers.sampled.drawing import Drawing, check_sampler
 from lastlayer.layers.samplers.base import Sampler
 
@@ -162,6 +162,9 @@ class OneVsAll(OutputLayer):
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     # The hooks.
+
+    def _parameter_shapes(self) -> Iterable[tuple[str, Tensor | None, tuple[int, ...]]]:
+        return matrix_shapes(self)
 
     def _log_prob(self, hidden: Tensor) -> Tensor:
         raise TypeError(

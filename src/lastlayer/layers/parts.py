@@ -1,7 +1,10 @@
-"""What the constructors of layers over one weight share."""
+"""What layers over one weight share."""
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lastlayer.functional.logit_map import LogitMap, check_logit_map
 
@@ -27,6 +30,12 @@ def tied(weight: nn.Parameter, shape: tuple[int, int]) -> nn.Parameter:
     if weight.shape != shape:
         raise ValueError(f"weight must have shape {shape}, got {tuple(weight.shape)}")
     return weight
+
+
+def matrix_shapes(layer: Any) -> Iterator[tuple[str, Tensor | None, tuple[int, ...]]]:
+    """What `OutputLayer._parameter_shapes` of a layer with `weight (V, d)` and `bias (V,)` gives."""
+    yield "weight", layer.weight, (layer.num_classes, layer.in_features)
+    yield "bias", layer.bias, (layer.num_classes,)
 
 
 def map_beside(logit_map: LogitMap | None, weight: nn.Parameter) -> LogitMap | None:

@@ -14,7 +14,7 @@ from lastlayer.functional.logit_map import LogitMap
 from lastlayer.functional.precision import as_exact
 from lastlayer.functional.selection import Selection
 from lastlayer.layers.base import OutputLayer
-from lastlayer.layers.parts import map_beside, tied_or_new
+from lastlayer.layers.parts import map_beside, matrix_shapes, tied_or_new
 
 
 class SoftmaxHead(OutputLayer):
@@ -84,8 +84,7 @@ class SoftmaxHead(OutputLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _parameter_shapes(self) -> Iterable[tuple[str, Tensor | None, tuple[int, ...]]]:
-        yield "weight", self.weight, (self.num_classes, self.in_features)
-        yield "bias", self.bias, (self.num_classes,)
+        return matrix_shapes(self)
 
     def _log_prob(self, hidden: Tensor) -> Tensor:
         return linear_log_prob(hidden, self.weight, self.bias, self.logit_map)
