@@ -1,6 +1,6 @@
 """A whole training step (forward, backward, SGD) of HierarchicalSoftmax(sparse=True) against all logits.
 
-python benchmarks/hierarchical_softmax.py [--rounds 9]
+python benchmarks/hierarchical_softmax.py [--rounds 9] [--results PATH]
 
 Three cases: the Keras thread's own (V=100,000, N=1000, d=500, uniform targets), a grid of small sizes, and the
 growth with V up to a million at small N. The gradient of the hidden states is formed too, as under a network.
@@ -27,7 +27,9 @@ def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=9)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    rounds = arguments.rounds
     torch.manual_seed(0)
     records = compare("Keras thread", 100_000, 1000, rounds, memory=True)
     for num_classes in (1000, 4000, 16_000):
@@ -45,7 +47,7 @@ def main() -> None:
             )
     for line in records:
         print("  ".join(f"{key}={value}" for key, value in line.items()))
-    write_records(RESULTS, records, notes="forward + backward + torch.optim.SGD step, uniform targets")
+    write_records(arguments.results, records, notes="forward + backward + torch.optim.SGD step, uniform targets")
 
 
 def compare(

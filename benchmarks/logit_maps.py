@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--maps", nargs="*", choices=[*MAPS][1:], default=[*MAPS][1:-1])
+    parser.add_argument("--results", type=Path, help="none: by the number of classes")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     records = race(arguments.rows, arguments.num_classes, arguments.rounds, arguments.maps)
@@ -45,7 +46,8 @@ def main() -> None:
         print("  ".join(f"{key}={value}" for key, value in record.items()), flush=True)
     which = "_network" if arguments.maps == [SLOW] else ""
     notes = "forward + backward; memory beyond the parameters and their gradients"
-    write_records(RESULTS / f"logit_maps_{arguments.num_classes}{which}.json", records, notes=notes)
+    path = arguments.results or RESULTS / f"logit_maps_{arguments.num_classes}{which}.json"
+    write_records(path, records, notes=notes)
 
 
 def race(rows: int, num_classes: int, rounds: int, maps: list[str]) -> list[dict[str, Any]]:

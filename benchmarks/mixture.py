@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument(
         "--few", type=int, default=256, help="rows of the usual implementation: several (N, K, V) tensors"
     )
+    parser.add_argument("--results", type=Path, help="none: by the number of classes")
     arguments = parser.parse_args()
     num_classes = arguments.num_classes
     torch.manual_seed(0)
@@ -66,7 +67,7 @@ def main() -> None:
     for record in records:
         print("  ".join(f"{key}={value}" for key, value in record.items()))
     notes = "forward + backward; memory beyond the parameters and their gradients"
-    write_records(RESULTS / f"mixture_{num_classes}.json", records, notes=notes)
+    write_records(arguments.results or RESULTS / f"mixture_{num_classes}.json", records, notes=notes)
 
 
 def step_of(

@@ -1,10 +1,12 @@
 // Logit maps f as `softmax_rows.cpp` takes them: over a block of logits that is in the first-level cache.
 //
-// `forward(logits, slopes, count)` turns logits x into exp(f(x) - shift), with f'(x) in `slopes`, and returns the
-// shift and the sum. `value(x)` and `slope(x)` are f and f' of one logit, exact to its rounding.
+// `forward(logits, slopes, count, peak)` turns logits x, of which `peak` is the largest, into exp(f(x) - shift), with
+// f'(x) in `slopes`, and returns the shift and the sum: as f increases, the shift is f(peak) for all but one of them.
+// `value(x)` and `slope(x)` are f and f' of one logit, exact to its rounding.
 #pragma once
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 
 #include "engine.h"
@@ -15,21 +17,26 @@ namespace lastlayer {
 
 constexpr int64_t BLOCK = 1024;  // logits
 
-struct Mass {
-    double shift;  // finite even where every value is -inf, so that none becomes NaN
-    float sum;     // of exp(value - shift)
+struct alignas(64) Block {  // as long as a cache line, so that no vector lies in two
+    float at[BLOCK];
 };
 
-inline Mass exponentiate(float* values, int64_t count) {  // in place
-    const float peak = largest(values, count);
+struct Mass {
+    double shift;
+    float sum;  // of exp(value - shift)
+};
+
+inline Mass exponentiate(float* values, int64_t count, double peak) {  // in place
+    // Finite even where all values are -infinity, so that none becomes NaN.
+    const float shift = static_cast<float>(std::max<double>(peak, -FLT_MAX));
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < count; ++j) {
-        const float part = exp_of_negative(values[j] - peak);
+        const float part = exp_of_negative(values[j] - shift);
         values[j] = part;
         sum += part;
     }
-    return {peak, sum};
+    return {shift, sum};
 }
 
 // f(x) = x
@@ -38,7 +45,7 @@ struct Identity {
 
     double value(float x) const { return x; }
     double slope(float) const { return 1; }
-    Mass forward(float* logits, float*, int64_t count) const { return exponentiate(logits, count); }
+    Mass forward(float* logits, float*, int64_t count, float peak) const { return exponentiate(logits, count, peak); }
 };
 
 // f(x) = x + log sigmoid(x), with one exponential a logit. With m the largest logit and E = exp(x - m):
@@ -53,8 +60,7 @@ struct Sigsoftmax {
     double value(float x) const { return x + std::min<double>(x, 0) - std::log1p(std::exp(-std::fabs(double{x}))); }
     double slope(float x) const { return 1 + 1 / (1 + std::exp(double{x})); }
 
-    Mass forward(float* logits, float* slopes, int64_t count) const {
-        const float peak = largest(logits, count);
+    Mass forward(float* logits, float* slopes, int64_t count, float peak) const {
         const float a = peak >= 0 ? 1.0f : exp_of_negative(peak);
         const float b = peak >= 0 ? std::max(exp_of_negative(-peak), 1e-37f) : 1.0f;  // never 0 / 0
         float sum = 0;
@@ -78,7 +84,7 @@ struct SoftCap {
     double value(float x) const { return cap * std::tanh(double{x} / cap); }
     double slope(float x) const { return 1 / std::pow(std::cosh(double{x} / cap), 2); }
 
-    Mass forward(float* logits, float* slopes, int64_t count) const {
+    Mass forward(float* logits, float* slopes, int64_t count, float peak) const {
         const float rate = -2.0f / cap;
 #pragma omp simd
         for (int64_t j = 0; j < count; ++j) {
@@ -86,7 +92,7 @@ struct SoftCap {
             slopes[j] = 4.0f * t * inverse * inverse;
             logits[j] = std::copysign(cap * (1.0f - t) * inverse, logits[j]);
         }
-        return exponentiate(logits, count);
+        return exponentiate(logits, count, value(peak));
     }
 };
 
@@ -104,12 +110,12 @@ struct Plif {
 
     double slope(float x) const { return lines[segment_of(x)].slope; }
 
-    Mass forward(float* logits, float* slopes, int64_t count) const {
-        int32_t segments[BLOCK];
-        float inside[BLOCK];
+    Mass forward(float* logits, float* slopes, int64_t count, float peak) const {
+        alignas(64) int32_t segments[BLOCK];
+        alignas(64) float inside[BLOCK];
         find_segments(logits, segments, inside, count);
         look_up(lines, segments, logits, slopes, count);
-        return exponentiate(logits, count);
+        return exponentiate(logits, count, value(peak));
     }
 
     // The segment of each logit, clamp(floor((x + bound) / width), 0, last), 0 for NaN; and where inside of it.

@@ -28,10 +28,17 @@ struct Terms {            // of n rows over V classes
 
 constexpr int64_t LOGITS_A_CHUNK = 1 << 17;  // that a thread takes at a time
 
+// The logits; returns the largest, finite even where all are -infinity.
 template <class Number>
-void add_bias(const Number* row, const float* bias, float* logits, int64_t count) {
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) logits[j] = load(row[j]) + bias[j];
+float add_bias(const Number* row, const float* bias, float* logits, int64_t count) {
+    float peak = -FLT_MAX;
+#pragma omp simd reduction(max : peak)
+    for (int64_t j = 0; j < count; ++j) {
+        const float logit = load(row[j]) + bias[j];
+        logits[j] = logit;
+        peak = logit > peak ? logit : peak;
+    }
+    return peak;
 }
 
 // One row after the other, by one thread.
@@ -42,18 +49,19 @@ class RowPass {
         : terms(terms),
           map(map),
           sums(sums),
-          parts(static_cast<size_t>(terms.num_classes)),
+          parts(static_cast<size_t>((terms.num_classes + BLOCK - 1) / BLOCK)),
           slopes(Map::HAS_SLOPES ? parts.size() : 0),
-          masses(static_cast<size_t>((terms.num_classes + BLOCK - 1) / BLOCK)) {}
+          masses(parts.size()) {}
 
     void run(Number* row, int64_t i) {
         const int64_t target = terms.ids[i];
         const float logit = load(row[target]) + terms.bias[target];
         double shift = -DBL_MAX, total = 0;
-        each_block([&](Mass& mass, int64_t start, int64_t count) {
-            add_bias(row + start, terms.bias + start, &parts[start], count);
-            mass = map.forward(&parts[start], slopes.data() + (Map::HAS_SLOPES ? start : 0), count);
-            shift = std::max(shift, mass.shift);
+        each_block([&](int64_t b, int64_t start, int64_t count) {
+            float* part = parts[b].at;
+            const float peak = add_bias(row + start, terms.bias + start, part, count);
+            masses[b] = map.forward(part, Map::HAS_SLOPES ? slopes[b].at : nullptr, count, peak);
+            shift = std::max(shift, masses[b].shift);
         });
         for (const Mass& mass : masses) total += mass.sum * std::exp(mass.shift - shift);
         const double log_mass = std::log(total), normalizer = shift + log_mass;
@@ -61,57 +69,55 @@ class RowPass {
         const double below = map.value(logit) - shift;  // first of all: a large normaliser has rounded log_mass
         terms.loss[i] = static_cast<float>(hard * (log_mass - below) + square * normalizer * normalizer);
         if (!terms.form) return;
-        form_gradient(row, target, terms.hard[i], (hard + 2 * square * normalizer) / total, shift);
-        store(row[target], static_cast<float>(parts[target] * map.slope(logit)));
+        const double share = (hard + 2 * square * normalizer) / total;
+        store(row[target], static_cast<float>(form_gradient(row, target, share, shift, hard) * map.slope(logit)));
     }
 
    private:
-    // The gradient of f_c, `share exp(f_c - shift) - hard [c = target]`, in `parts`; times f', in the row.
-    void form_gradient(Number* row, int64_t target, float hard, double share, double shift) {
-        each_block([&](const Mass& mass, int64_t start, int64_t count) {
-            float* part = &parts[start];
+    // Row becomes `share exp(f_c - shift) f'_c`; returns `share exp(f_y - shift) - hard`, of the mapped target.
+    double form_gradient(Number* row, int64_t target, double share, double shift, double hard) {
+        double of_target = 0;
+        each_block([&](int64_t b, int64_t start, int64_t count) {
+            const float *part = parts[b].at, *slope = Map::HAS_SLOPES ? slopes[b].at : nullptr;
             Number* own = row + start;
-            const float scale = static_cast<float>(share * std::exp(mass.shift - shift));
+            const float scale = static_cast<float>(share * std::exp(masses[b].shift - shift));
+            const bool has_target = start <= target && target < start + count;
+            if (has_target) of_target = static_cast<double>(part[target - start]) * scale - hard;
+            if (sums != nullptr) add_to_sums(own, b, count, scale, has_target ? target - start : -1, of_target);
 #pragma omp simd
-            for (int64_t j = 0; j < count; ++j) part[j] *= scale;
-            if (start <= target && target < start + count) parts[target] -= hard;
-            if constexpr (Map::HAS_SLOPES) {
-                if (sums != nullptr) add_to_sums(own, start, count);
-                const float* slope = &slopes[start];
-#pragma omp simd
-                for (int64_t j = 0; j < count; ++j) store(own[j], part[j] * slope[j]);
-            } else {
-#pragma omp simd
-                for (int64_t j = 0; j < count; ++j) store(own[j], part[j]);
-            }
+            for (int64_t j = 0; j < count; ++j) store(own[j], part[j] * scale * (Map::HAS_SLOPES ? slope[j] : 1.0f));
         });
+        return of_target;
     }
 
     // With g the gradient of f: the sums of g (x - l_k) / width and of g over the logits x of each segment, whose left
     // end is l_k. The segments are found again, which costs less than to keep them.
-    void add_to_sums(const Number* row, int64_t start, int64_t count) {
+    void add_to_sums(const Number* row, int64_t b, int64_t count, float scale, int64_t target, double of_target) {
         if constexpr (std::is_same_v<Map, Plif>) {
-            float logits[BLOCK], inside[BLOCK];
-            int32_t segments[BLOCK];
-            const float* gradient = &parts[start];
-            add_bias(row, terms.bias + start, logits, count);
-            map.find_segments(logits, segments, inside, count);
+            Block logits, inside, gradient;
+            alignas(64) int32_t segments[BLOCK];
+            const float* part = parts[b].at;
+            add_bias(row, terms.bias + b * BLOCK, logits.at, count);
+            map.find_segments(logits.at, segments, inside.at, count);
 #pragma omp simd
-            for (int64_t j = 0; j < count; ++j) inside[j] *= gradient[j];
-            add_pairs(sums, segments, inside, gradient, count);
+            for (int64_t j = 0; j < count; ++j) gradient.at[j] = part[j] * scale;
+            if (target >= 0) gradient.at[target] = static_cast<float>(of_target);
+#pragma omp simd
+            for (int64_t j = 0; j < count; ++j) inside.at[j] *= gradient.at[j];
+            add_pairs(sums, segments, inside.at, gradient.at, count);
         }
     }
 
     template <class Body>
-    void each_block(const Body& body) {  // body(mass, first class, number of classes)
-        for (int64_t start = 0; start < terms.num_classes; start += BLOCK)
-            body(masses[start / BLOCK], start, std::min(BLOCK, terms.num_classes - start));
+    void each_block(const Body& body) {  // body(block, first class, number of classes)
+        for (int64_t b = 0; b < static_cast<int64_t>(parts.size()); ++b)
+            body(b, b * BLOCK, std::min(BLOCK, terms.num_classes - b * BLOCK));
     }
 
     const Terms& terms;
     const Map& map;
     PairSums* sums;  // of PLIF's segments; or null
-    std::vector<float> parts, slopes;
+    std::vector<Block> parts, slopes;
     std::vector<Mass> masses;
 };
 
