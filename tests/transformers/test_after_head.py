@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lastlayer import FullSoftmax, Int8Preview, MixtureOfSoftmaxes, ScreenedSoftmax, SoftCap
+from lastlayer.study.errors import StudyError
+from lastlayer.study.heads import load_head
 
 transformers = pytest.importorskip("transformers")
 
@@ -46,6 +48,7 @@ MODELS = {
     "cohere": (lambda: causal("Cohere", logit_scale=0.0625), "ScaledLogits(scale=0.0625)"),
     "granite": (lambda: causal("Granite", logits_scaling=6.0), "ScaledLogits(scale=0.166667)"),
     "llama": (lambda: causal("Llama"), "None"),
+    "qwen2": (lambda: causal("Qwen2"), "None"),
 }
 
 
@@ -163,6 +166,18 @@ def test_a_bias_after_the_head():
         replace_lm_head(model, screen)
     with replace_lm_head(model, nn.Linear(32, 120, bias=False)):  # which keeps what is added
         pass
+
+
+def test_speedup_reads_what_follows_the_head(tmp_path):
+    """A soft cap leaves the order as it is; numbers added to some classes do not."""
+    torch.manual_seed(0)
+    capped, shifted = MODELS["gemma2"][0](), marian()
+    shifted.final_logits_bias[0, 7] = 4.0
+    for name, model in (("capped", capped), ("shifted", shifted)):
+        model.save_pretrained(tmp_path / name)
+    assert load_head(tmp_path / "capped").weight.shape == (120, 32)
+    with pytest.raises(StudyError, match=r"MarianMTModel adds something of its own to the logits"):
+        load_head(tmp_path / "shifted")
 
 
 def test_maps_that_are_none_of_these():

@@ -179,6 +179,12 @@ def _from_transformers(path: Path) -> LoadedHead:
     head = model.get_output_embeddings()
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):
         raise StudyError(f"{path} has no output head")
+    from lastlayer.transformers.after_head import after_head
+
+    if isinstance(found := after_head(model), str):
+        raise StudyError(
+            f"{path}: {type(model).__name__} {found}, so that its best classes are not those of its head's logits"
+        )
     weight, bias = _checked(path, head.weight.detach(), getattr(head, "bias", None))
     return LoadedHead(path.name, weight, bias, model, tokenizer)
 
