@@ -109,6 +109,25 @@ def _without(
     return part.new_full((len(absent), *part.shape[1:]), value).index_copy(0, at, part)
 
 
+def linear_score(
+    hidden: Tensor,  # (N, d)
+    weight: Tensor,  # (V, d)
+    ids: Tensor,  # (N, M), valid classes
+    *,
+    bias: Tensor | None = None,  # (V,)
+    logit_map: LogitMap | None = None,
+) -> Tensor:  # (N, M), float32 at least
+    """`logit_map(hidden @ weight.T + bias).log_softmax(-1).gather(-1, ids)` in the same chunks, differentiable.
+
+    Nothing is checked.
+    """
+    parameters = () if logit_map is None else tuple(logit_map.parameters())
+    dtype = product_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        found: Any = _LinearStatistics.apply(hidden, weight, bias, ids, logit_map, None, None, dtype, *parameters)
+    return found[0]
+
+
 class _LinearStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -116,7 +135,7 @@ class _LinearStatistics(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        ids: Tensor | None,  # (N, 1)
+        ids: Tensor | None,  # (N, M)
         logit_map: LogitMap | None,
         k: int | None,
         selection: Selection | None,
@@ -125,7 +144,8 @@ class _LinearStatistics(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         chunks = LinearChunks(hidden, weight, bias, logit_map, dtype)
         # The normaliser is kept as peak + log_mass, whose sum would round away digits where the peak is large.
-        target, peak, log_mass, entropy = (hidden.new_empty(len(hidden), dtype=chunks.exact) for _ in range(4))
+        peak, log_mass, entropy = (hidden.new_empty(len(hidden), dtype=chunks.exact) for _ in range(3))
+        target = hidden.new_empty(len(hidden), 0 if ids is None else ids.shape[1], dtype=chunks.exact)
         best = hidden.new_empty(len(hidden), k or 0, dtype=chunks.exact)
         indices = torch.empty_like(best, dtype=torch.int64)
         for rows in chunks.all_parts():
@@ -136,7 +156,7 @@ class _LinearStatistics(torch.autograd.Function):
             values = chunks.map(logits)
             peak[rows] = values.amax(1)
             shifted = values - peak[rows, None]
-            at_target = None if ids is None else shifted.gather(1, ids[rows])[:, 0]
+            at_target = None if ids is None else shifted.gather(1, ids[rows])
             at_best = shifted.gather(1, indices[rows].clamp(min=0))
             # The shift is bounded so that a class of probability 0 adds 0 to the entropy, not nan.
             shifted.clamp_(min=-1e4)
@@ -145,7 +165,7 @@ class _LinearStatistics(torch.autograd.Function):
             entropy[rows] = log_mass[rows] - torch.einsum("nv,nv->n", values, shifted) / mass
             best[rows] = (at_best - log_mass[rows, None]).masked_fill_(indices[rows] < 0, -torch.inf)
             if at_target is not None:
-                target[rows] = at_target - log_mass[rows]
+                target[rows] = at_target - log_mass[rows, None]
         ctx.settings = logit_map, dtype
         ctx.save_for_backward(hidden, weight, bias, ids, indices, peak, log_mass, entropy, *parameters)
         ctx.mark_non_differentiable(indices)
@@ -170,7 +190,7 @@ class _LinearStatistics(torch.autograd.Function):
             if of_normalizer is not None:
                 of_mass += of_normalizer
             if of_target is not None:
-                of_mass -= of_target
+                of_mass -= of_target.sum(1)
             if of_best is not None:
                 of_best, indices = of_best.masked_fill(indices < 0, 0.0), indices.clamp(min=0)
                 of_mass -= of_best.sum(1)
@@ -185,7 +205,7 @@ class _LinearStatistics(torch.autograd.Function):
                         surprise = log_prob.clamp_(min=-1e4).add_(entropy[part, None])
                         gradient.mul_(surprise.mul_(-of_entropy[part, None]).add_(of_mass[part, None]))
                     if of_target is not None:
-                        gradient.scatter_add_(1, ids[part], of_target[part, None])
+                        gradient.scatter_add_(1, ids[part], of_target[part])
                     if of_best is not None:
                         gradient.scatter_add_(1, indices[part], of_best[part])
                     chunks.map_back(part, logits, gradient)

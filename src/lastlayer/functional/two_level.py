@@ -30,6 +30,7 @@ def two_level_log_prob(
     slots: Tensor,  # (N,), the row of each target in `weight`
     offsets: Tensor,  # (C + 1,): cluster c holds the rows from offsets[c] up to offsets[c + 1]
     *,
+    with_head: bool = True,
     sparse: bool = False,
     memory: GradientMemory | None = None,
 ) -> Tensor:  # (N,)
@@ -44,13 +45,14 @@ def two_level_log_prob(
     touched clusters are written, once. Once differentiable.
 
     Args:
+        with_head: whether the first term is in it; without, only the second level is computed.
         sparse: the gradients of `weight` and `bias` hold the touched clusters' rows only, coalesced.
         memory: lends the memory for the sparse gradient of `weight`.
     """
     arguments: Any = (
         Targets(clusters, slots, offsets, sparse, memory),
         hidden.to(product_dtype(hidden)),
-        *parameters,
+        *(parameters if with_head else (None, None, *parameters[2:])),
     )
     with no_autocast(hidden.device.type):
         return _TwoLevelLogProb.apply(*arguments)
@@ -71,18 +73,21 @@ class _TwoLevelLogProb(torch.autograd.Function):
         ctx: Any,
         targets: Targets,
         hidden: Tensor,  # (N, d)
-        *parameters: Any,  # of `TwoLevel`
+        *parameters: Any,  # of `TwoLevel`; those of the head may be None
     ) -> Tensor:  # (N,)
         head_weight, head_bias, weight, bias = parameters
-        num_clusters, num_classes = head_weight.shape[0], weight.shape[0]
+        num_clusters, num_classes = targets.offsets.shape[0] - 1, weight.shape[0]
         groups = group_by_cluster(targets.clusters, targets.offsets)
         order = groups.order
         rows, slots, clusters = (t.index_select(0, order) for t in (hidden, targets.slots, targets.clusters))
-        head = Softmaxes.of(whole_batch(rows, num_clusters), rows, head_weight)
+        head = None
         inner = Softmaxes.of(groups, rows, weight, compact=targets.sparse)
         log_prob = rows.new_zeros(rows.shape[0], dtype=exact_dtype(rows.dtype))
         slope = torch.zeros_like(rows) if ctx.needs_input_grad[1] else rows[:0]
-        head_residual = head.forward(rows, head_weight, head_bias, clusters, log_prob, slope)
+        head_residual = None
+        if head_weight is not None:
+            head = Softmaxes.of(whole_batch(rows, num_clusters), rows, head_weight)
+            head_residual = head.forward(rows, head_weight, head_bias, clusters, log_prob, slope)
         residual = inner.forward(rows, weight, bias, slots, log_prob, slope)
         ctx.save_for_backward(order, rows, slope, head_residual, residual)
         ctx.levels, ctx.groups, ctx.sparse, ctx.memory = (head, inner), groups, targets.sparse, targets.memory

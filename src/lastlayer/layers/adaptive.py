@@ -14,6 +14,7 @@ from lastlayer.functional.clusters import by_falling_count, positive_counts
 from lastlayer.functional.cutoffs import best_cutoffs, check_cutoffs, default_cutoffs, measure_costs, tail_widths
 from lastlayer.functional.linear_cross_entropy import linear_cross_entropy, linear_nll
 from lastlayer.functional.precision import as_exact, exact_dtype
+from lastlayer.functional.linear_statistics import linear_score
 from lastlayer.functional.selection import Selection
 from lastlayer.functional.two_level_samples import OpenCluster, sample_two_level
 from lastlayer.layers.base import OutputLayer
@@ -201,12 +202,30 @@ class AdaptiveSoftmax(OutputLayer):
             total = total + log_prob if at is None else total.index_add(0, at, log_prob)
         return total
 
+    def _score(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # no shape may depend on the candidates
+            return super()._score(hidden, ids)
+        ranks, tails, head_ids = self._places(ids)
+        total = linear_score(hidden, self._head_weight(), head_ids, bias=self.head.bias)
+        for i, (start, stop) in enumerate(pairwise([*self.cutoffs, self.num_classes])):
+            at = (tails == i + 1).any(1).nonzero().squeeze(1)
+            if len(at):
+                project, classes = self._tail(i)
+                own = (ranks.index_select(0, at) - start).clamp_(0, stop - start - 1)
+                inside = linear_score(project(hidden.index_select(0, at)), classes.weight, own)
+                total = total.index_add(0, at, inside.masked_fill(tails.index_select(0, at) != i + 1, 0))
+        return total
+
+    def _places(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For each class its rank, the number of its tail (0: none), and the head's entry for it."""
+        ranks = ids if self._ranks is None else self._ranks[ids]
+        edges = torch.tensor(self.cutoffs, device=ids.device)
+        tails = torch.bucketize(ranks.contiguous(), edges, right=True)
+        return ranks, tails, torch.where(tails == 0, ranks, self.cutoffs[0] - 1 + tails)
+
     def _parts(self, hidden: Tensor, targets: Tensor) -> Iterator[_Part]:
         """The head, and every tail that a target is in."""
-        ranks = targets if self._ranks is None else self._ranks.index_select(0, targets)
-        edges = torch.tensor(self.cutoffs, device=targets.device)
-        tails = torch.bucketize(ranks.contiguous(), edges, right=True)  # 0: the head's own class
-        head_ids = torch.where(tails == 0, ranks, self.cutoffs[0] - 1 + tails)
+        ranks, tails, head_ids = self._places(targets)
         yield _Part(hidden, self._head_weight(), head_ids, self.head.bias, None)
         for i, start in enumerate(self.cutoffs):
             at = (tails == i + 1).nonzero().squeeze(1)

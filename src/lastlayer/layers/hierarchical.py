@@ -20,6 +20,7 @@ from lastlayer.functional.selection import Selection
 from lastlayer.functional.theano_layout import TheanoParameters, block_ids, blocks_of, check_theano, class_rows
 from lastlayer.functional.two_level import TwoLevel, two_level_log_prob
 from lastlayer.functional.two_level_samples import sample_two_level
+from lastlayer.functional.two_level_score import two_level_score
 from lastlayer.functional.two_level_search import topk_two_level
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.full import FullSoftmax
@@ -264,6 +265,13 @@ class HierarchicalSoftmax(OutputLayer):
             sparse=self.sparse,
             memory=self._memory,
         )
+
+    def _score(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        most_clusters = ids.shape[1] >= self.num_clusters  # hold some candidate of every row
+        if most_clusters and not (self.sparse and torch.is_grad_enabled()):
+            return super()._score(hidden, ids)
+        places = self._clusters[ids], self._slots[ids]
+        return two_level_score(hidden, self._levels(), *places, self.offsets, sparse=self.sparse)
 
     def _topk(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:
         def search(rows: Tensor, own: Selection | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lastlayer.functional.checks import check_fraction, check_positive, eager_on_cpu
 from lastlayer.functional.linear_log_prob import linear_log_prob
+from lastlayer.functional.linear_statistics import linear_score
 from lastlayer.functional.logit_map import LogitMap
 from lastlayer.functional.mixture_cross_entropy import mixture_cross_entropy
 from lastlayer.functional.precision import as_exact
@@ -153,6 +154,14 @@ class MixtureOfSoftmaxes(OutputLayer):
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return -self._nll(hidden, self.log_prior(hidden), targets)
+
+    def _score(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        K = self.num_components
+        latents = self.latents(hidden).flatten(0, 1)
+        inside = linear_score(
+            latents, self.weight, ids.repeat_interleave(K, 0), bias=self.bias, logit_map=self.logit_map
+        )
+        return (inside.unflatten(0, (len(hidden), K)) + self.log_prior(hidden)[:, :, None]).logsumexp(1)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_components={self.num_components}, dropout={self.dropout:g}"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lastlayer.functional.checks import check_vector
 from lastlayer.functional.linear_cross_entropy import linear_cross_entropy
 from lastlayer.functional.linear_log_prob import linear_log_prob
-from lastlayer.functional.linear_statistics import linear_statistics
+from lastlayer.functional.linear_statistics import linear_score, linear_statistics
 from lastlayer.functional.logit_map import LogitMap
 from lastlayer.functional.precision import as_exact
 from lastlayer.functional.selection import Selection
@@ -93,6 +93,9 @@ class SoftmaxHead(OutputLayer):
         return -linear_cross_entropy(
             hidden, self.weight, targets, bias=self.bias, logit_map=self.logit_map, reduction="none"
         )
+
+    def _score(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        return linear_score(hidden, self.weight, ids, bias=self.bias, logit_map=self.logit_map)
 
     def _topk(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:
         answer = linear_statistics(

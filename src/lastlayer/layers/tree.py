@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lastlayer.functional.best_classes import SearchCost
+from lastlayer.functional.best_classes import GATHERED, SearchCost
 from lastlayer.functional.clusters import check_counts
 from lastlayer.functional.paths import path_log_prob
 from lastlayer.functional.precision import as_exact
 from lastlayer.functional.row_sparse import GradientMemory
 from lastlayer.functional.selection import Selection
-from lastlayer.functional.tree_search import FIRST_WIDTH, sample_tree, topk_tree
+from lastlayer.functional.tree_search import CHUNK_NUMBERS, FIRST_WIDTH, sample_tree, topk_tree
 from lastlayer.functional.trees import Tree, balanced, huffman
 from lastlayer.layers.base import OutputLayer
 
@@ -125,6 +125,17 @@ class TreeSoftmax(OutputLayer):
         if not leaves:
             return above
         return torch.cat(leaves, 1).index_select(1, self._tree.leaves.to(hidden.device))
+
+    def _score(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        nodes = int(self._tree.depths[ids.cpu().numpy()].sum())
+        if nodes * GATHERED >= len(ids) * len(self.weight) and not (self.sparse and torch.is_grad_enabled()):
+            return super()._score(hidden, ids)
+        columns = ids.split(max(1, CHUNK_NUMBERS // max(1, hidden.numel())), 1)
+        of_columns = [
+            self._target_log_prob(hidden.repeat_interleave(part.shape[1], 0), part.flatten()).view(part.shape)
+            for part in columns
+        ]
+        return torch.cat(of_columns, 1)
 
     def _topk(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:
         def search(rows: Tensor, own: Selection | None) -> tuple[Tensor, Tensor, Tensor]:
