@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lastlayer.functional.barred import barred_classes, map_barred
 from lastlayer.functional.logit_map import LogitMap
 from lastlayer.functional.precision import exact_dtype
 
@@ -68,6 +69,7 @@ class LinearChunks:
         self.weight = weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(self.exact)
         self.map_pass = None if logit_map is None else logit_map.begin()
+        self.barred = None if logit_map is None else barred_classes(bias)  # that the map must not see
         row_bytes = len(weight) * dtype.itemsize
         most = len(hidden) if group == 1 else 3 * len(hidden) // (4 * group)
         self.chunk_rows = max(group, min(CHUNK_BYTES // row_bytes, most) // group * group)
@@ -116,12 +118,13 @@ class LinearChunks:
 
     def map(self, logits: Tensor) -> Tensor:
         """The logits as the softmax sees them."""
-        return logits if self.map_pass is None else self.map_pass.values(logits)
+        return logits if self.map_pass is None else map_barred(self.map_pass.values, logits, self.barred)
 
     def map_back(self, part: slice, logits: Tensor, gradient: Tensor) -> None:
         """Carries `gradient (n, V)`, of the mapped logits, back to the map and to the logits: into their place."""
         if self.map_pass is not None:
-            gradient = self.map_pass.back(logits, gradient)
+            seen = logits if self.barred is None else logits.masked_fill(self.barred, 0)
+            gradient = self.map_pass.back(seen, gradient)
         place = self._products(part)
         if gradient is not logits or gradient.dtype != place.dtype:  # else it is in its place
             place.copy_(gradient)

@@ -236,6 +236,7 @@ def _run(
     if backend == "compiled" and terms.ids.dim() == 1:
         kernel_map = NO_MAP if logit_map is None else logit_map.kernel_map()
     chunks = LinearChunks(hidden, weight, bias, logit_map, dtype)
+    kernel_map = None if chunks.barred is not None else kernel_map  # no kernel's map knows barred classes
     form = wanted is not None
     if wanted is not None:
         chunks.want(wanted)

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lastlayer.functional.barred import barred_classes, map_barred
 from lastlayer.functional.precision import as_exact, no_autocast
 
 
@@ -18,5 +19,5 @@ def linear_log_prob(
         logits = logits + bias
     if logit_map is not None:
         with no_autocast(hidden.device.type):
-            logits = logit_map(logits)
+            logits = map_barred(logit_map, logits, barred_classes(bias))
     return logits.log_softmax(-1)

@@ -117,6 +117,7 @@ def _run(
     if softmax_rows_backend_for(latent.device, dtype) == "compiled" and not of_map:
         kernel_map = NO_MAP if logit_map is None else logit_map.kernel_map()
     chunks = LinearChunks(latent, weight, bias, logit_map, dtype, group=components)
+    kernel_map = None if chunks.barred is not None else kernel_map  # no kernel's map knows barred classes
     if wanted is not None:
         chunks.want(wanted)
     row_loss, of_prior = log_prior.new_empty(len(log_prior)), torch.empty_like(log_prior)
@@ -129,7 +130,8 @@ def _run(
         row_loss[examples] = -log_prob[:, 0]
         if shares is None:
             return nll
-        scale = (joint - log_prob).exp_().mul_(shares[examples, None])
+        # A barred target has no responsible component, and its row no gradient.
+        scale = (joint - log_prob.masked_fill(log_prob == -torch.inf, 0)).exp_().mul_(shares[examples, None])
         torch.neg(scale, out=of_prior[examples])
         return scale.reshape(-1)
 

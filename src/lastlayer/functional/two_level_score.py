@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lastlayer.functional.linear_chunks import as_exact
 from lastlayer.functional.linear_statistics import linear_score
+from lastlayer.functional.precision import as_exact
 from lastlayer.functional.row_sparse import row_sparse
 from lastlayer.functional.two_level import TwoLevel, two_level_log_prob
 

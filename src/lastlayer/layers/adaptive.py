@@ -13,8 +13,8 @@ from lastlayer.functional.checks import check_count, eager_on_cpu
 from lastlayer.functional.clusters import by_falling_count, positive_counts
 from lastlayer.functional.cutoffs import best_cutoffs, check_cutoffs, default_cutoffs, measure_costs, tail_widths
 from lastlayer.functional.linear_cross_entropy import linear_cross_entropy, linear_nll
-from lastlayer.functional.precision import as_exact, exact_dtype
 from lastlayer.functional.linear_statistics import linear_score
+from lastlayer.functional.precision import as_exact, exact_dtype
 from lastlayer.functional.selection import Selection
 from lastlayer.functional.two_level_samples import OpenCluster, sample_two_level
 from lastlayer.layers.base import OutputLayer

@@ -57,6 +57,9 @@ class OutputLayer(nn.Module, ABC):
     7. `state_dict`, `copy.deepcopy`, pickling and `.to(dtype)` keep the model
     8. bad input is a `ValueError`, `TypeError` or `IndexError` that names the argument; the layer is unchanged
 
+    A bias of -inf bars a class: `topk` and `sample` never return it, its probability is 0, and it has no gradient.
+    As a target its loss is infinite.
+
     A subclass writes hooks over plain rows, `hidden (N, d)` and valid `targets (N,)`: `_log_prob` and
     `_target_log_prob`, and where it can do better than their defaults `_topk`, `_score`, `_sample`, `_row_loss`
     (a training loss that is not the likelihood) or `_loss` (one that ignores and reduces by itself).

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lastlayer.functional.barred import barred_classes
 from lastlayer.functional.best_classes import SearchCost
 from lastlayer.functional.checks import check_vector
 from lastlayer.functional.clusters import check_clusters, even
@@ -58,6 +59,9 @@ class HierarchicalSoftmax(OutputLayer):
         sparse: row-sparse gradients for `weight` and `bias`.
         reduction: "mean", "sum" or "none".
         ignore_index: the target that marks a row as absent.
+
+    A bias of -inf bars a class: the others of its cluster share its probability, and its loss is infinite. A
+    cluster whose classes are all barred has no probability either.
 
     Attributes:
         head_weight: `(C, d)`; head_bias: `(C,)`.
@@ -173,7 +177,7 @@ class HierarchicalSoftmax(OutputLayer):
         """
         at = self.weight.new_zeros(self.in_features) if at is None else at
         check_vector("at", at, self.in_features)
-        weight, bias = one_level(self._levels(), self.offsets, at.to(self.weight))
+        weight, bias = one_level(self._levels(None), self.offsets, at.to(self.weight))
         full = FullSoftmax(
             self.in_features,
             self.num_classes,
@@ -239,8 +243,19 @@ class HierarchicalSoftmax(OutputLayer):
             return []
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
-    def _levels(self) -> TwoLevel:
-        return TwoLevel(self.head_weight, self.head_bias, self.weight, self.bias)
+    def _levels(self, barred: Tensor | None) -> TwoLevel:
+        """The parameters; `barred` clusters have a bias of -inf."""
+        head_bias = self.head_bias
+        if barred is not None and head_bias is not None:
+            head_bias = head_bias.masked_fill(barred, -torch.inf)
+        return TwoLevel(self.head_weight, head_bias, self.weight, self.bias)
+
+    def _barred_clusters(self) -> Tensor | None:  # (C,) bool
+        """The clusters whose classes are all barred by a bias of -inf; None where no cluster begins with one."""
+        if self.bias is None or barred_classes(self.bias.index_select(0, self.offsets[:-1])) is None:
+            return None
+        barred = F.pad((self.bias.detach() == -torch.inf).cumsum(0), (1, 0))[self.offsets].diff()
+        return barred == self.offsets.diff()
 
     def _parameter_shapes(self) -> Iterable[tuple[str, Tensor | None, tuple[int, ...]]]:
         yield "head_weight", self.head_weight, (self.num_clusters, self.in_features)
@@ -251,31 +266,41 @@ class HierarchicalSoftmax(OutputLayer):
     def _log_prob(self, hidden: Tensor) -> Tensor:
         logits = as_exact(F.linear(hidden, self.weight, self.bias))
         peak, log_sum = cluster_sums(logits, self.offsets, self._columns)
-        shift = self._head_log_prob(hidden) - log_sum
+        shift = self._head_log_prob(hidden) - log_sum.masked_fill(log_sum == -torch.inf, 0)
         shifted = logits.index_select(1, self._slots) - peak.index_select(1, self._clusters)
         return shifted + shift.index_select(1, self._clusters)
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return two_level_log_prob(
-            hidden,
-            self._levels(),
-            self._clusters.index_select(0, targets),
-            self._slots.index_select(0, targets),
-            self.offsets,
-            sparse=self.sparse,
-            memory=self._memory,
+        clusters, slots = self._clusters.index_select(0, targets), self._slots.index_select(0, targets)
+        barred, absent = self._barred_clusters(), None
+        if barred is not None and self.bias is not None:
+            # Another class in place of targets whose clusters have no class left, in which all would be NaN.
+            absent, other = barred[clusters], self.bias.argmax()
+            clusters = torch.where(absent, self._clusters[self.order[other]], clusters)
+            slots = torch.where(absent, other, slots)
+        log_prob = two_level_log_prob(
+            hidden, self._levels(barred), clusters, slots, self.offsets, sparse=self.sparse, memory=self._memory
         )
+        return log_prob if absent is None else log_prob.masked_fill(absent, -torch.inf)
 
     def _score(self, hidden: Tensor, ids: Tensor) -> Tensor:
         most_clusters = ids.shape[1] >= self.num_clusters  # hold some candidate of every row
         if most_clusters and not (self.sparse and torch.is_grad_enabled()):
             return super()._score(hidden, ids)
-        places = self._clusters[ids], self._slots[ids]
-        return two_level_score(hidden, self._levels(), *places, self.offsets, sparse=self.sparse)
+        slots = self._slots[ids]
+        barred = None
+        if self.bias is not None:  # another class in place of barred ones, of which the gradients might be NaN
+            barred = self.bias.detach()[slots] == -torch.inf
+            slots = torch.where(barred, self.bias.argmax(), slots)
+            ids = self.order[slots]
+        clusters = self._clusters[ids]
+        levels = self._levels(self._barred_clusters())
+        log_prob = two_level_score(hidden, levels, clusters, slots, self.offsets, sparse=self.sparse)
+        return log_prob if barred is None else log_prob.masked_fill(barred, -torch.inf)
 
     def _topk(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:
         def search(rows: Tensor, own: Selection | None) -> tuple[Tensor, Tensor, Tensor]:
-            levels = self._levels()
+            levels = self._levels(None)
             return topk_two_level(rows, self._head_log_prob(rows), levels, self.offsets, self.order, k, own)
 
         return self._searched_topk(search, SearchCost(1 << 22, self.num_clusters), hidden, k, selection)
@@ -290,7 +315,8 @@ class HierarchicalSoftmax(OutputLayer):
         return self.order[torch.cat(drawn)]
 
     def _head_log_prob(self, hidden: Tensor) -> Tensor:  # (N, C)
-        return as_exact(F.linear(hidden, self.head_weight, self.head_bias)).log_softmax(1)
+        head_bias = self._levels(self._barred_clusters()).head_bias
+        return as_exact(F.linear(hidden, self.head_weight, head_bias)).log_softmax(1)
 
     def _inner_log_prob(self, hidden: Tensor, rows: Tensor, start: int, size: int) -> Tensor:  # (rows, size)
         """Log-probabilities within the cluster of `size` classes from `start`, of some rows of `hidden`."""

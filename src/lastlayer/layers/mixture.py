@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lastlayer.functional.barred import barred_classes
 from lastlayer.functional.checks import check_fraction, check_positive, eager_on_cpu
 from lastlayer.functional.linear_log_prob import linear_log_prob
 from lastlayer.functional.linear_statistics import linear_score
@@ -145,12 +146,14 @@ class MixtureOfSoftmaxes(OutputLayer):
 
     def _log_prob(self, hidden: Tensor) -> Tensor:
         latents, log_prior = self.latents(hidden), self.log_prior(hidden)
-        total: Tensor | None = None
+        total, barred = None, barred_classes(self.bias)
         for latent, share in zip(latents.unbind(1), log_prior.unbind(1), strict=True):
             part = linear_log_prob(latent, self.weight, self.bias, self.logit_map) + share[:, None]
+            if barred is not None:
+                part = part.masked_fill(barred, 0)  # of two -inf, logaddexp has no gradient
             total = part if total is None else torch.logaddexp(total, part)
         assert total is not None  # there is at least one component
-        return total
+        return total if barred is None else total.masked_fill(barred, -torch.inf)
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return -self._nll(hidden, self.log_prior(hidden), targets)
@@ -161,7 +164,9 @@ class MixtureOfSoftmaxes(OutputLayer):
         inside = linear_score(
             latents, self.weight, ids.repeat_interleave(K, 0), bias=self.bias, logit_map=self.logit_map
         )
-        return (inside.unflatten(0, (len(hidden), K)) + self.log_prior(hidden)[:, :, None]).logsumexp(1)
+        joint = inside.unflatten(0, (len(hidden), K)) + self.log_prior(hidden)[:, :, None]
+        absent = joint.detach().amax(1) == -torch.inf  # of -inf alone, logsumexp has no gradient
+        return joint.masked_fill(absent[:, None], 0).logsumexp(1).masked_fill(absent, -torch.inf)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_components={self.num_components}, dropout={self.dropout:g}"

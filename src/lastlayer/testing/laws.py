@@ -128,6 +128,55 @@ def law_topk_of_a_selection(case: LayerCase) -> None:
     assert layer.topk(hidden[:0], 1, exclude=some[:0]).indices.shape == (0, 1)
 
 
+def law_a_bias_of_minus_infinity_bars(case: LayerCase) -> None:
+    """A class with a bias of -inf has no probability and no gradient, and no query returns it."""
+    layer = case.build(reduction="sum")
+    bias = layer._parameters.get("bias")
+    if bias is None or bias.shape != (layer.num_classes,) or layer.num_classes < 3:
+        return
+    V, order = layer.num_classes, getattr(layer, "order", None)
+    places = torch.arange(V // 2 + 1)  # of the first clusters all, where there are clusters
+    with torch.no_grad():
+        bias[places] = -torch.inf
+    barred = torch.zeros(V, dtype=torch.bool)
+    barred[places if order is None else order[places]] = True
+    left = (~barred).nonzero()[:, 0]
+    hidden, _ = rows_for(layer)
+    targets = left[torch.arange(ROWS) % len(left)]
+
+    log_prob = layer.log_prob(hidden)
+    assert bool((log_prob[:, barred] == -torch.inf).all() and log_prob[:, ~barred].isfinite().all())
+    assert_equal(log_prob.exp().sum(-1), torch.ones(ROWS, dtype=torch.float64))
+    assert_equal(layer.target_log_prob(hidden, targets), log_prob.gather(1, targets[:, None])[:, 0])
+    everything = torch.arange(V).expand(ROWS, V)
+    for ids in (everything, everything[:, :2]):
+        assert_equal(layer.score(hidden, ids), log_prob.gather(1, ids))
+    best = layer.topk(hidden, V)
+    assert_equal(best.log_prob, log_prob.topk(V).values)
+    assert bool(((best.indices == -1) == (best.log_prob == -torch.inf)).all())
+    assert not bool(barred[layer.sample(hidden, 50)].any()), "a barred class was drawn"
+
+    losses = [layer.target_log_prob(hidden, targets).sum(), log_prob.exp()[:, ::2].sum()]
+    losses += [best.log_prob[:, 0].sum(), layer.score(hidden, targets[:, None]).sum()]
+    if case.likelihood and not getattr(layer, "label_smoothing", 0):  # which gives every class a share
+        losses.append(layer(hidden, targets))
+    for loss in losses:
+        assert loss.isfinite()
+        for name, slope in _slopes(layer, loss).items():
+            assert slope.isfinite().all(), f"the gradient of {name} is infinite or NaN"
+            assert name != "bias" or not slope[places].any(), "a barred class has a gradient"
+    lost = layer.target_log_prob(hidden[:1], barred.nonzero()[:1, 0])
+    assert lost.item() == -torch.inf
+    assert not any(slope.isnan().any() for slope in _slopes(layer, lost.sum()).values())
+
+
+def _slopes(layer: OutputLayer, loss: Tensor) -> dict[str, Tensor]:
+    """The gradients of all parameters, dense."""
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+    return {name: slope.to_dense() for name, slope in zip(names, found, strict=True)}
+
+
 def law_loss_is_likelihood(case: LayerCase) -> None:
     """4. The loss and all its gradients are the oracle's, for every reduction and a non-uniform upstream."""
     if not case.likelihood:
@@ -434,6 +483,7 @@ LAWS: tuple[Callable[[LayerCase], None], ...] = (
     law_score_is_gathered,
     law_topk_is_sorted,
     law_topk_of_a_selection,
+    law_a_bias_of_minus_infinity_bars,
     law_loss_is_likelihood,
     law_any_shape,
     law_any_integer_targets,
