@@ -105,8 +105,8 @@ class _TwoLevelLogProb(torch.autograd.Function):
             sorted_gradient = (slope * scale[:, None]).to(slope.dtype)
             of_hidden = torch.empty_like(slope).index_copy_(0, order, sorted_gradient)
         if wanted[1] or wanted[2]:
-            of_head_weight = like.new_zeros(ctx.num_clusters, rows.shape[1])
-            of_head_bias = like.new_zeros(ctx.num_clusters)
+            make = like.new_empty if rows.shape[0] else like.new_zeros  # any row of the batch has them all written
+            of_head_weight, of_head_bias = make(ctx.num_clusters, rows.shape[1]), make(ctx.num_clusters)
             head.backward(rows, head_residual, scale, of_head_weight, of_head_bias)
         if wanted[3] or wanted[4]:
             of_weight, of_bias = _inner_gradients(ctx, inner, rows, residual, scale)
