@@ -22,7 +22,9 @@ def hierarchical_softmax(
         float, typer.Option(min=0.1, help="Training time of each layer, where time is equal.")
     ] = 30.0,
     width: Annotated[int, typer.Option(min=1, help="Of embedding, LSTM and hidden states.")] = 256,
-    largest: Annotated[int, typer.Option(help="Classes of the largest speed case.")] = max(CLASSES),
+    largest: Annotated[int, typer.Option(min=min(CLASSES), help="Classes of the largest speed case.")] = max(
+        CLASSES
+    ),
     rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each layer.")] = 5,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("lastlayer-reproduce"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the models in --out.")] = False,
