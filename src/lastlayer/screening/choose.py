@@ -108,7 +108,8 @@ def choose_screen(
     clock.step("querying the full layer")
     tuning = Truth.of(weight, bias, first[:share], k)
     measuring = Truth.of(weight, bias, second[:MEASURED_ROWS], k)
-    make = partial(ScreenedSoftmax, weight, bias, gram=gram_matrix(weight))  # of the weight: once for all
+    # what is measured is the screen, also where it is the slower one; the Gram matrix is made once for all
+    make = partial(ScreenedSoftmax, weight, bias, gram=gram_matrix(weight), use="screen")
 
     previews = _previews(weight, first, share)
     clock.total = len(previews) + 1
@@ -119,7 +120,7 @@ def choose_screen(
             continue
         clock.step(f"trying {preview_name(preview)}")
         limit = seconds / (2 * len(previews))
-        trials.append(_try(make, preview, tuning, measuring, agreement, k, limit))
+        trials.append(_try(make, preview, len(weight), tuning, measuring, agreement, k, limit))
     clock.step("comparing their times")
     return _chosen(trials, measuring, agreement, k)
 
@@ -185,13 +186,20 @@ def _untried(preview: Preview) -> _Trial:
 
 
 def _try(
-    make: Make, preview: Preview, tuning: Truth, measuring: Truth, agreement: float, k: int, limit: float
+    make: Make,
+    preview: Preview,
+    num_classes: int,
+    tuning: Truth,
+    measuring: Truth,
+    agreement: float,
+    k: int,
+    limit: float,
 ) -> _Trial:
     """Tunes one screen; a few queries say whether it is worth measuring."""
     if isinstance(preview, SVDPreview):
         screen = tuned_screen(make, preview, tuning, agreement, k)
     else:
-        screen = certified_screen(make, preview, k)
+        screen = certified_screen(make, preview, num_classes, k)
     record = described(screen)
     ms, full_ms = query_times([_query(screen, k), _full_query(screen, k)], measuring.hidden, FEW, 1)
     record |= {"ms": ms, "full_ms": full_ms, "ratio": full_ms / ms, "dropped": None}
@@ -234,5 +242,8 @@ def _chosen(
     for trial in trials:
         trial.record["chosen"] = trial is best
     assert best.screen is not None
+    best.screen.use = "fastest"
+    if not best.screen.exact:
+        best.screen.refresh()  # its plan was made before its candidates were known
     records = sorted((trial.record for trial in trials), key=lambda r: math.inf if r["ms"] is None else r["ms"])
     return best.screen, records

@@ -38,11 +38,10 @@ class Truth(NamedTuple):
         return cls(hidden, torch.cat(best))
 
 
-def certified_screen(make: Make, preview: Preview, k: int) -> ScreenedSoftmax:
+def certified_screen(make: Make, preview: Preview, num_classes: int, k: int) -> ScreenedSoftmax:
     """A screen whose every answer is proved."""
-    screen = make(preview=preview, candidates=1, exact=True)
-    screen.candidates = min(screen.out_features, max(CERTIFIED_CANDIDATES[type(preview)], 2 * k))
-    return screen
+    candidates = min(num_classes, max(CERTIFIED_CANDIDATES[type(preview)], 2 * k))
+    return make(preview=preview, candidates=candidates, exact=True)
 
 
 def tuned_screen(make: Make, preview: Preview, tuning: Truth, agreement: float, k: int) -> ScreenedSoftmax:
