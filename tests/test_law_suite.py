@@ -67,6 +67,38 @@ class SamplesUniformly(NaiveSoftmax):
         return torch.randint(self.num_classes, (len(hidden), num_samples))
 
 
+class ConstantGradient(torch.autograd.Function):
+    """The identity, whose gradient claims to depend on nothing."""
+
+    @staticmethod
+    def forward(log_prob):
+        return log_prob.view_as(log_prob)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream.detach()
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent.view_as(tangent)
+
+
+class OnceDifferentiable(NaiveSoftmax):
+    def _target_log_prob(self, hidden, targets):
+        return ConstantGradient.apply(super()._target_log_prob(hidden, targets))
+
+
+class ReadsValues(NaiveSoftmax):
+    """Right, but not under `vmap`."""
+
+    def _log_prob(self, hidden):
+        return super()._log_prob(hidden) if hidden.sum().item() != 0.5 else hidden
+
+
 class AcceptsAnything(NaiveSoftmax):
     def topk(self, hidden, k, **selection):
         return super().topk(hidden, min(max(int(k), 1), self.num_classes), **selection)
@@ -116,6 +148,8 @@ def test_right_layer_is_certified(num_classes):
         CountsIgnored,
         ForgetsItsOptions,
         SamplesUniformly,
+        OnceDifferentiable,
+        ReadsValues,
         AcceptsAnything,
         ForgetsExclusions,
         ScoresOfTheSelection,

@@ -124,13 +124,30 @@ def test_backward_again():
         torch.autograd.grad(loss, weight)
 
 
-def test_second_derivative_is_refused():
+def test_third_derivative():
     hidden, weight, _, targets = leaves()
-    hidden.requires_grad_()
-    loss = linear_cross_entropy(hidden, weight, targets)
-    (slope,) = torch.autograd.grad(loss, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        slope.square().sum().backward()
+
+    def third(call):
+        leaf = hidden.clone().requires_grad_()
+        found = call(leaf)
+        for _ in range(3):
+            (slope,) = torch.autograd.grad(found, leaf, create_graph=True)
+            found = slope.square().sum()
+        return slope
+
+    ours = third(lambda h: linear_cross_entropy(h, weight, targets))
+    torch.testing.assert_close(ours, third(lambda h: F.cross_entropy(h @ weight.T, targets)))
+
+
+def test_hidden_computed_from_the_weight():
+    """The gradient of the weight at fixed hidden states, though these depend on it."""
+    _, weight, _, targets = leaves()
+    found = []
+    for call in (linear_cross_entropy, lambda h, w, t: F.cross_entropy(h @ w.T, t)):
+        leaf = weight.detach().clone().requires_grad_()
+        (slope,) = torch.autograd.grad(call(leaf[targets].tanh(), leaf, targets), leaf, create_graph=True)
+        found.append(torch.autograd.grad(slope.square().sum(), leaf)[0])
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -6,6 +6,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lastlayer.functional.ordinary import eager_on_cpu, ordinary
+from lastlayer.functional.precision import autocast_is_on
+
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -45,7 +48,7 @@ def check_hidden(hidden: Tensor, in_features: int, dtype: torch.dtype | None = N
         raise ValueError(
             f"hidden must have shape (..., {in_features}), in_features last; got {tuple(hidden.shape)}"
         )
-    if dtype is not None and hidden.dtype != dtype and not torch.is_autocast_enabled(hidden.device.type):
+    if dtype is not None and hidden.dtype != dtype and not autocast_is_on(hidden.device.type):
         raise TypeError(
             f"hidden must have the layer's dtype {dtype}, got {hidden.dtype}; "
             f"cast it with hidden.to({dtype}), the layer with layer.to({hidden.dtype}), or use torch.autocast"
@@ -80,9 +83,7 @@ def check_targets(
     if ignore_index is not None:
         valid |= targets == ignore_index
     if not eager_on_cpu(targets):
-        torch.ops.aten._assert_async.msg(
-            valid.all(), "targets must be class ids below num_classes, or ignore_index"
-        )
+        assert_on_device(valid, "targets must be class ids below num_classes, or ignore_index")
     elif not bool(valid.all()):
         wrong = int(targets[~valid].reshape(-1)[0])
         also = "" if ignore_index is None else f", or ignore_index={ignore_index}"
@@ -90,9 +91,10 @@ def check_targets(
     return targets, False
 
 
-def eager_on_cpu(tensor: Tensor) -> bool:
-    """Whether values of `tensor` may be read by Python at no cost: not on a GPU, not while compiling."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+def assert_on_device(valid: Tensor, message: str) -> None:
+    """An assertion that `valid` is true all over, without a synchronisation; none where there are no values."""
+    if torch.compiler.is_compiling() or ordinary(valid):
+        torch.ops.aten._assert_async.msg(valid.all(), message)
 
 
 def check_fraction(name: str, value: float) -> float:

@@ -1,5 +1,6 @@
 """Cross-entropy of a linear layer without its `(N, V)` logits."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from lastlayer.functional.checks import (
     check_vector,
     eager_on_cpu,
 )
-from lastlayer.functional.first_order import first_order
 from lastlayer.functional.linear_chunks import Gradients, LinearChunks, Wanted
-from lastlayer.functional.logit_map import LogitMap, check_logit_map
+from lastlayer.functional.linear_twin import linear_logits, row_loss
+from lastlayer.functional.logit_map import LogitMap, bound, check_logit_map
+from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.precision import exact_dtype, no_autocast, product_dtype
+from lastlayer.functional.second_order import gradients
 from lastlayer.functional.soft_targets import DenseRows, TargetRows, target_rows
 from lastlayer.kernels.backends import softmax_rows_backend_for
 from lastlayer.kernels.softmax_rows import NO_MAP, RowTerms, fused, plain
@@ -57,13 +60,12 @@ def linear_cross_entropy(
     Memory beyond the gradients: one chunk of logits. Sums are in float32 at least; under autocast the products
     run in its dtype.
 
-    Not for second derivatives (they are refused), nor where a smaller layer would do: the cost is still that of
-    all V classes.
+    Second derivatives, the transforms of `torch.func` and forward-mode AD are right, at the price of the `(N, V)`
+    logits. Not for where a smaller layer would do: the cost is still that of all V classes.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape or range.
         IndexError: a target that is no class (on a GPU: a device-side assertion).
-        RuntimeError: a second derivative.
 
     Source: the idea of gradients in the forward pass is that of Apple's cut-cross-entropy and of Liger.
 
@@ -112,10 +114,25 @@ def loss_of(
 ) -> Tensor:  # (), or (N,) for "none"
     """The loss by its terms; `dense` gives the weights of all classes."""
     parameters = () if logit_map is None else tuple(logit_map.parameters())
+    if not ordinary(rows, weight, bias, terms.ids, *parameters):
+        return _twin(terms, dense, logit_map, dtype, reduction)(rows, weight, bias, *parameters)
     with no_autocast(rows.device.type):
         return _LinearCrossEntropy.apply(  # pyright: ignore[reportReturnType]
             rows, weight, bias, terms, dense, logit_map, dtype, reduction, torch.is_grad_enabled(), *parameters
         )
+
+
+def _twin(
+    terms: RowTerms, dense: DenseRows | None, logit_map: LogitMap | None, dtype: torch.dtype, reduction: str
+) -> Callable[..., Tensor]:
+    """The same by PyTorch's own operations, of hidden, weight, bias and the map's parameters."""
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, *parameters: Tensor) -> Tensor:
+        _, values = linear_logits(hidden, weight, bias, logit_map, parameters, dtype)
+        losses = row_loss(values, terms, None if dense is None else dense.whole(values.dtype))
+        return losses if reduction == "none" else losses.sum()
+
+    return loss
 
 
 def linear_nll(
@@ -133,10 +150,7 @@ def linear_nll(
     """
     dtype = product_dtype(hidden)
     terms = RowTerms(ids, hidden.new_full((len(ids),), scale, dtype=exact_dtype(dtype)), None, None, None)
-    with no_autocast(hidden.device.type):
-        return _LinearCrossEntropy.apply(  # pyright: ignore[reportReturnType]
-            hidden, weight, bias, terms, None, None, dtype, "sum", torch.is_grad_enabled()
-        )
+    return loss_of(hidden, weight, bias, terms, None, None, dtype, "sum")
 
 
 def row_terms(
@@ -195,7 +209,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         needs = ctx.needs_input_grad
         ctx.wanted = Wanted(needs[0], needs[1], needs[2], any(needs[9:]))
-        ctx.settings = terms, dense, logit_map, dtype
+        ctx.settings, ctx.reduction = (terms, dense, logit_map, dtype), reduction
         ctx.save_for_backward(hidden, weight, bias, *parameters)
         form = with_gradients and reduction != "none" and any(ctx.wanted)
         row_loss, formed = _run(hidden, weight, bias, *ctx.settings, ctx.wanted if form else None)
@@ -204,20 +218,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (scale,) = upstream
-        formed, ctx.formed = ctx.formed, None
-        with torch.no_grad():
+        (scale,), (terms, dense, logit_map, dtype) = upstream, ctx.settings
+        hidden, weight, bias, *parameters = ctx.saved_tensors
+
+        def form() -> tuple[Tensor | None, ...]:
+            formed, ctx.formed = ctx.formed, None
             if formed is None:  # "none", or a second pass over a retained graph
-                hidden, weight, bias, *_ = ctx.saved_tensors
-                terms, dense, logit_map, dtype = ctx.settings
-                terms = terms.scaled(scale)
-                _, formed = _run(hidden, weight, bias, terms, dense, logit_map, dtype, ctx.wanted)
+                arguments = hidden, weight, bias, terms.scaled(scale), dense, logit_map, dtype, ctx.wanted
+                _, formed = bound(logit_map, parameters, lambda: _run(*arguments))
             elif not (eager_on_cpu(scale) and float(scale) == 1.0):
                 for gradient in (*formed[:3], *formed.logit_map):
                     if gradient is not None:  # nobody else holds it
                         gradient.mul_(scale)
-        gradients = (*formed[:3], None, None, None, None, None, None, *formed.logit_map)
-        return first_order("linear_cross_entropy", gradients)
+            return *formed[:3], *formed.logit_map
+
+        found = gradients(form, _twin(*ctx.settings, ctx.reduction), ctx.saved_tensors, upstream)
+        return *found[:3], None, None, None, None, None, None, *found[3:]
 
 
 def _run(

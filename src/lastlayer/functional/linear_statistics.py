@@ -1,5 +1,6 @@
 """Log-probability, normaliser, entropy and top-k of a linear layer's softmax without its `(N, V)` logits."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -7,10 +8,12 @@ from torch import Tensor
 
 from lastlayer.functional.answers import TopK
 from lastlayer.functional.checks import check_count, check_linear, check_targets, eager_on_cpu
-from lastlayer.functional.first_order import first_order
-from lastlayer.functional.linear_chunks import LinearChunks, Wanted
-from lastlayer.functional.logit_map import LogitMap, check_logit_map
+from lastlayer.functional.linear_chunks import Gradients, LinearChunks, Wanted
+from lastlayer.functional.linear_twin import linear_logits
+from lastlayer.functional.logit_map import LogitMap, bound, check_logit_map
+from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.precision import no_autocast, product_dtype
+from lastlayer.functional.second_order import gradients
 from lastlayer.functional.selection import Selection
 
 
@@ -57,7 +60,6 @@ def linear_statistics(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape or range.
         IndexError: a target that is no class (on a GPU: a device-side assertion).
-        RuntimeError: a second derivative.
 
     >>> import torch
     >>> hidden, weight = torch.randn(2, 3, 8), torch.randn(1000, 8)
@@ -84,8 +86,11 @@ def linear_statistics(
         k = check_count("k", k, 1, len(weight))
     parameters = () if logit_map is None else tuple(logit_map.parameters())
     dtype = product_dtype(hidden)
-    with no_autocast(hidden.device.type):
-        found = _LinearStatistics.apply(rows, weight, bias, ids, logit_map, k, selection, dtype, *parameters)
+    if ordinary(rows, weight, bias, ids, *parameters):
+        with no_autocast(hidden.device.type):
+            found = _LinearStatistics.apply(rows, weight, bias, ids, logit_map, k, selection, dtype, *parameters)
+    else:
+        found = _plain(rows, weight, bias, ids, logit_map, parameters, k, selection, dtype)
     if absent is not None:
         found = [_without(part, -1 if part.dtype == torch.int64 else 0, absent, at) for part in found]
     target, normalizer, entropy, best, indices = found
@@ -123,9 +128,35 @@ def linear_score(
     """
     parameters = () if logit_map is None else tuple(logit_map.parameters())
     dtype = product_dtype(hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
+    if not ordinary(hidden, weight, bias, ids, *parameters):
+        return _plain(hidden, weight, bias, ids, logit_map, parameters, None, None, dtype)[0]
+    with no_autocast(hidden.device.type):
         found: Any = _LinearStatistics.apply(hidden, weight, bias, ids, logit_map, None, None, dtype, *parameters)
     return found[0]
+
+
+def _plain(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor | None,
+    logit_map: LogitMap | None,
+    parameters: Sequence[Tensor],
+    k: int | None,
+    selection: Selection | None,
+    dtype: torch.dtype,
+    indices: Tensor | None = None,  # (N, k); None: they are looked for
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `_LinearStatistics` returns, by PyTorch's own operations."""
+    logits, values = linear_logits(hidden, weight, bias, logit_map, parameters, dtype)
+    log_prob = values.log_softmax(1)
+    target = log_prob[:, :0] if ids is None else log_prob.gather(1, ids)
+    entropy = -(log_prob.exp() * log_prob.clamp(min=-1e4)).sum(1)
+    if indices is None:
+        found = (logits if selection is None else selection.bar(logits)).topk(k or 0)
+        indices = found.indices.masked_fill(found.values == -torch.inf, -1)
+    best = log_prob.gather(1, indices.clamp(min=0)).masked_fill(indices < 0, -torch.inf)
+    return target, values.logsumexp(1), entropy, best, indices
 
 
 class _LinearStatistics(torch.autograd.Function):
@@ -179,37 +210,56 @@ class _LinearStatistics(torch.autograd.Function):
         d target / d f_c = [c = y] - p_c        d normalizer / d f_c = p_c
         d best_j / d f_c = [c = i_j] - p_c      d entropy / d f_c = -p_c (log p_c + H)
         """
-        of_target, of_normalizer, of_entropy, of_best, _ = upstream
-        hidden, weight, bias, ids, indices, peak, log_mass, entropy, *_ = ctx.saved_tensors
-        logit_map, dtype = ctx.settings
-        needs = ctx.needs_input_grad
-        with torch.no_grad():
+        hidden, weight, bias, ids, indices, peak, log_mass, entropy, *parameters = ctx.saved_tensors
+        (logit_map, dtype), needs = ctx.settings, ctx.needs_input_grad
+
+        def form() -> tuple[Tensor | None, ...]:
             chunks = LinearChunks(hidden, weight, bias, logit_map, dtype)
             chunks.want(Wanted(needs[0], needs[1], needs[2], any(needs[8:])))
-            of_mass = torch.zeros_like(log_mass)  # what p_c is multiplied by
-            if of_normalizer is not None:
-                of_mass += of_normalizer
-            if of_target is not None:
-                of_mass -= of_target.sum(1)
+            formed = _form(chunks, upstream, ids, indices, peak, log_mass, entropy)
+            return *formed[:3], *formed.logit_map
+
+        def twin(hidden: Tensor, weight: Tensor, bias: Tensor | None, *parameters: Tensor) -> tuple[Tensor, ...]:
+            return _plain(hidden, weight, bias, ids, logit_map, parameters, None, None, dtype, indices)[:4]
+
+        inputs = hidden, weight, bias, *parameters
+        found = gradients(lambda: bound(logit_map, parameters, form), twin, inputs, upstream[:4])
+        return *found[:3], None, None, None, None, None, *found[3:]
+
+
+def _form(
+    chunks: LinearChunks,
+    upstream: Sequence[Tensor | None],
+    ids: Tensor | None,
+    indices: Tensor,
+    peak: Tensor,
+    log_mass: Tensor,
+    entropy: Tensor,
+) -> Gradients:
+    """The gradients of `_LinearStatistics`, chunk by chunk."""
+    of_target, of_normalizer, of_entropy, of_best, *_ = upstream
+    of_mass = torch.zeros_like(log_mass)  # what p_c is multiplied by
+    if of_normalizer is not None:
+        of_mass += of_normalizer
+    if of_target is not None and ids is not None:
+        of_mass -= of_target.sum(1)
+    if of_best is not None:
+        of_best, indices = of_best.masked_fill(indices < 0, 0.0), indices.clamp(min=0)
+        of_mass -= of_best.sum(1)
+    for rows in chunks:
+        for part in chunks.parts(rows):
+            logits = chunks.logits(part)
+            log_prob = (chunks.map(logits) - peak[part, None]).sub_(log_mass[part, None])
+            gradient = log_prob.exp()
+            if of_entropy is None:
+                gradient.mul_(of_mass[part, None])
+            else:
+                surprise = log_prob.clamp_(min=-1e4).add_(entropy[part, None])
+                gradient.mul_(surprise.mul_(-of_entropy[part, None]).add_(of_mass[part, None]))
+            if of_target is not None and ids is not None:
+                gradient.scatter_add_(1, ids[part], of_target[part])
             if of_best is not None:
-                of_best, indices = of_best.masked_fill(indices < 0, 0.0), indices.clamp(min=0)
-                of_mass -= of_best.sum(1)
-            for rows in chunks:
-                for part in chunks.parts(rows):
-                    logits = chunks.logits(part)
-                    log_prob = (chunks.map(logits) - peak[part, None]).sub_(log_mass[part, None])
-                    gradient = log_prob.exp()
-                    if of_entropy is None:
-                        gradient.mul_(of_mass[part, None])
-                    else:
-                        surprise = log_prob.clamp_(min=-1e4).add_(entropy[part, None])
-                        gradient.mul_(surprise.mul_(-of_entropy[part, None]).add_(of_mass[part, None]))
-                    if of_target is not None:
-                        gradient.scatter_add_(1, ids[part], of_target[part])
-                    if of_best is not None:
-                        gradient.scatter_add_(1, indices[part], of_best[part])
-                    chunks.map_back(part, logits, gradient)
-                chunks.multiply_back(rows)
-            formed = chunks.gradients()
-        gradients = (*formed[:3], None, None, None, None, None, *formed.logit_map)
-        return first_order("linear_statistics", gradients)
+                gradient.scatter_add_(1, indices[part], of_best[part])
+            chunks.map_back(part, logits, gradient)
+        chunks.multiply_back(rows)
+    return chunks.gradients()

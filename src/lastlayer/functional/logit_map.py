@@ -1,14 +1,17 @@
 """Increasing functions of one logit, applied to every logit before the softmax."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lastlayer.functional.first_order import first_order
+from lastlayer.functional.ordinary import ordinary
+from lastlayer.functional.second_order import gradients
 from lastlayer.kernels.softmax_rows import KernelMap
+
+Result = TypeVar("Result")
 
 GRID = 50.0  # a user's map is checked on [-GRID, GRID]
 
@@ -41,6 +44,14 @@ class LogitMap(nn.Module, ABC):
         logits: Tensor,  # any shape
     ) -> Tensor:  # the same shape
         """`f(logits)`, elementwise, differentiable."""
+
+    def evaluate(self, logits: Tensor) -> Tensor:
+        """`forward` where no gradient is wanted."""
+        return self(logits)
+
+    def plain(self, logits: Tensor) -> Tensor:
+        """`forward` by PyTorch's own operations, for a map whose `forward` has a gradient formed by hand."""
+        return self(logits)
 
     def derivative(self, logits: Tensor) -> Tensor:
         """`f'(logits)`, elementwise; not differentiable itself."""
@@ -89,7 +100,7 @@ class MapPass:
 
     def values(self, logits: Tensor) -> Tensor:
         """`f(logits)`, always a new tensor."""
-        values = self.logit_map(logits)
+        values = self.logit_map.evaluate(logits)
         return values.clone() if values is logits else values
 
     def back(self, logits: Tensor, gradient: Tensor) -> Tensor:
@@ -115,23 +126,58 @@ class MapPass:
 
 
 class MapFunction(torch.autograd.Function):
-    """`logit_map.evaluate(logits)` with the gradient of `logit_map.vjp`: autograd keeps no temporaries of it.
-
-    Called as `MapFunction.apply(logit_map, logits, *logit_map.parameters())`.
-    """
+    """`logit_map.evaluate(logits)` with the gradient of `logit_map.vjp`."""
 
     @staticmethod
-    def forward(ctx: Any, logit_map: Any, logits: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, logit_map: LogitMap, logits: Tensor, *parameters: Tensor) -> Tensor:
         ctx.logit_map = logit_map
         ctx.save_for_backward(logits, *parameters)
         return logit_map.evaluate(logits)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        logits, *_ = ctx.saved_tensors  # reading them checks that no parameter has changed since
-        with torch.no_grad():
-            of_logits, of_parameters = ctx.logit_map.vjp(logits, upstream[0])
-        return None, *first_order(type(ctx.logit_map).__name__, (of_logits, *of_parameters))
+        logit_map, (logits, *parameters) = ctx.logit_map, ctx.saved_tensors
+
+        def form() -> tuple[Tensor | None, ...]:
+            of_logits, of_parameters = bound(logit_map, parameters, lambda: logit_map.vjp(logits, upstream[0]))
+            return of_logits, *of_parameters
+
+        def twin(logits: Tensor, *parameters: Tensor) -> Tensor:
+            return bound(logit_map, parameters, lambda: logit_map.plain(logits))
+
+        return None, *gradients(form, twin, ctx.saved_tensors, upstream)
+
+
+def apply_map(logit_map: LogitMap, logits: Tensor) -> Tensor:
+    """`logit_map.evaluate(logits)` with the gradient of `logit_map.vjp`: autograd keeps no temporaries of it."""
+    parameters = tuple(logit_map.parameters())
+    if not ordinary(logits, *parameters):
+        return logit_map.plain(logits)
+    return MapFunction.apply(logit_map, logits, *parameters)  # pyright: ignore[reportReturnType]
+
+
+def bound(logit_map: LogitMap | None, parameters: Sequence[Tensor], work: Callable[[], Result]) -> Result:
+    """`work()` while `parameters` are the map's.
+
+    A backward pass needs those of the forward pass, which are no longer the map's own after `functional_call`.
+    """
+    own = () if logit_map is None else tuple(logit_map.parameters())
+    if torch.compiler.is_compiling() or all(a is b for a, b in zip(own, parameters, strict=True)):
+        return work()
+    holder = _Holder(logit_map)
+    names = [name for name, _ in holder.named_parameters()]
+    return torch.func.functional_call(holder, dict(zip(names, parameters, strict=True)), (work,))
+
+
+class _Holder(nn.Module):
+    """A map whose parameters `functional_call` replaces while some work is done."""
+
+    def __init__(self, logit_map: LogitMap | None) -> None:
+        super().__init__()
+        self.logit_map = logit_map
+
+    def forward(self, work: Callable[[], Result]) -> Result:
+        return work()
 
 
 def in_blocks(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

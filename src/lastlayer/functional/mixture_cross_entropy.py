@@ -1,15 +1,17 @@
 """Negative log-likelihood of a mixture of softmaxes over one matrix, without logits in memory."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lastlayer.functional.checks import eager_on_cpu
-from lastlayer.functional.first_order import first_order
 from lastlayer.functional.linear_chunks import Gradients, LinearChunks, Wanted
-from lastlayer.functional.logit_map import LogitMap
+from lastlayer.functional.linear_twin import linear_logits
+from lastlayer.functional.logit_map import LogitMap, bound
+from lastlayer.functional.ordinary import eager_on_cpu, ordinary
 from lastlayer.functional.precision import exact_dtype, no_autocast, product_dtype
+from lastlayer.functional.second_order import gradients
 from lastlayer.kernels.backends import softmax_rows_backend_for
 from lastlayer.kernels.softmax_rows import NO_MAP, RowTerms, fused, plain
 
@@ -37,10 +39,13 @@ def mixture_cross_entropy(
     """
     dtype = product_dtype(latent)
     parameters = () if logit_map is None else tuple(logit_map.parameters())
+    rows, log_prior = latent.flatten(0, 1), log_prior.to(exact_dtype(dtype))
+    if not ordinary(rows, log_prior, weight, bias, targets, *parameters):
+        return _twin(targets, shares, logit_map, dtype)(rows, log_prior, weight, bias, *parameters)
     with no_autocast(latent.device.type):
-        return _MixtureCrossEntropy.apply(
-            latent.flatten(0, 1),
-            log_prior.to(exact_dtype(dtype)),
+        return _MixtureCrossEntropy.apply(  # pyright: ignore[reportReturnType]
+            rows,
+            log_prior,
             weight,
             bias,
             targets,
@@ -50,6 +55,23 @@ def mixture_cross_entropy(
             torch.is_grad_enabled(),
             *parameters,
         )
+
+
+def _twin(
+    targets: Tensor, shares: Tensor | None, logit_map: LogitMap | None, dtype: torch.dtype
+) -> Callable[..., Tensor]:
+    """The same by PyTorch's own operations, of latent `(N K, d)`, log_prior, weight, bias, map's parameters."""
+
+    def loss(
+        latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, *parameters: Tensor
+    ) -> Tensor:
+        _, values = linear_logits(latent, weight, bias, logit_map, parameters, dtype)
+        ids = targets.repeat_interleave(log_prior.shape[1])
+        at_target = values.log_softmax(1).gather(1, ids[:, None]).reshape(log_prior.shape)
+        row_loss = -(log_prior + at_target).logsumexp(1)
+        return row_loss if shares is None else row_loss @ shares
+
+    return loss
 
 
 class _MixtureCrossEntropy(torch.autograd.Function):
@@ -79,23 +101,26 @@ class _MixtureCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (scale,) = upstream
-        formed, ctx.formed = ctx.formed, None
-        with torch.no_grad():
+        (scale,), (shares, logit_map, dtype) = upstream, ctx.settings
+        latent, log_prior, weight, bias, targets, *parameters = ctx.saved_tensors
+
+        def form() -> tuple[Tensor | None, ...]:
+            formed, ctx.formed = ctx.formed, None
             if formed is None:  # row losses, or a second pass over a retained graph
-                shares, logit_map, dtype = ctx.settings
-                latent, log_prior, weight, bias, targets, *_ = ctx.saved_tensors
                 rows = scale if shares is None else scale * shares
-                arguments = latent, log_prior, weight, bias, targets, logit_map, dtype
-                _, formed = _run(*arguments, rows, ctx.wanted)
+                arguments = latent, log_prior, weight, bias, targets, logit_map, dtype, rows, ctx.wanted
+                _, formed = bound(logit_map, parameters, lambda: _run(*arguments))
             elif not (eager_on_cpu(scale) and float(scale) == 1.0):
                 of_prior, chunked = formed
                 for gradient in (of_prior, *chunked[:3], *chunked.logit_map):
                     if gradient is not None:  # nobody else holds it
                         gradient.mul_(scale)
-        of_prior, (of_latent, of_weight, of_bias, of_map) = formed
-        gradients = of_latent, of_prior, of_weight, of_bias, None, None, None, None, None, *of_map
-        return first_order("mixture_cross_entropy", gradients)
+            of_prior, (of_latent, of_weight, of_bias, of_map) = formed
+            return of_latent, of_prior if ctx.needs_input_grad[1] else None, of_weight, of_bias, *of_map
+
+        inputs = latent, log_prior, weight, bias, *parameters
+        found = gradients(form, _twin(targets, shares, logit_map, dtype), inputs, upstream)
+        return *found[:4], None, None, None, None, None, *found[4:]
 
 
 def _run(

@@ -1,5 +1,6 @@
 """A logistic regression for every class, without the `(N, V)` logits."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -7,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lastlayer.functional.checks import eager_on_cpu
-from lastlayer.functional.first_order import first_order
+from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.precision import exact_dtype, no_autocast, product_dtype
+from lastlayer.functional.second_order import gradients
 
 # Numbers of one block of logits, and the fewest classes that one has.
 BLOCK_NUMBERS, LEAST_CLASSES = 1 << 20, 256
@@ -37,7 +39,13 @@ def find_positives(
     positive_weight: Tensor | float,  # (V,), or one number
 ) -> Positives:
     """The pairs of row and class in sparse targets."""
-    rows, places = values.nonzero(as_tuple=True)
+    try:
+        rows, places = values.nonzero(as_tuple=True)
+    except RuntimeError as failure:  # NotImplementedError is one
+        raise RuntimeError(
+            "a one-versus-all loss of lastlayer looks for the classes of each row, which it cannot inside "
+            "torch.func.vmap or on 'meta'; use F.binary_cross_entropy_with_logits(layer.scores(hidden), targets)"
+        ) from failure
     classes = ids[rows, places]
     classes, order = classes.sort(stable=True)
     rows, found = rows[order], values[rows, places][order]
@@ -65,9 +73,33 @@ def one_vs_all_loss(
     """
     dtype = product_dtype(hidden)
     with no_autocast(hidden.device.type):
+        if not ordinary(hidden, weight, bias, *positives, row_weights):
+            return _plain(positives, row_weights, dtype, hidden, weight, bias)
         return _OneVsAll.apply(  # pyright: ignore[reportReturnType]
             hidden, weight, bias, positives, row_weights, dtype, torch.is_grad_enabled()
         )
+
+
+def _plain(
+    positives: Positives,
+    row_weights: Tensor | None,
+    dtype: torch.dtype,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """The same by PyTorch's own operations, on the whole `(N, V)` tensor."""
+    exact = exact_dtype(dtype)
+    logits = F.linear(hidden.to(dtype), weight.to(dtype)).to(exact)
+    if bias is not None:
+        logits = logits + bias.to(exact)
+    rows, ids, values, weights = positives
+    at, large = logits[rows, ids], LARGE[exact]
+    change = values.to(exact) * (
+        weights.to(exact) * F.softplus(-at, threshold=large) - F.softplus(at, threshold=large)
+    )
+    row_loss = F.softplus(logits, threshold=large).sum(1).index_add(0, rows, change)
+    return row_loss if row_weights is None else (row_loss * row_weights).sum()
 
 
 class _OneVsAll(torch.autograd.Function):
@@ -93,20 +125,21 @@ class _OneVsAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (scale,) = upstream
-        formed, ctx.formed = ctx.formed, None
-        with torch.no_grad():
+        (scale,), inputs = upstream, ctx.saved_tensors
+
+        def form() -> tuple[Tensor | None, ...]:
+            formed, ctx.formed = ctx.formed, None
             if formed is None:  # the loss of every row, or a second pass over a retained graph
                 row_weights = scale if ctx.row_weights is None else scale * ctx.row_weights
-                hidden, weight, bias = ctx.saved_tensors
-                blocks = _Blocks(hidden, weight, bias, ctx.positives, ctx.dtype)
-                _, formed = blocks.run(ctx.wanted, row_weights)
+                _, formed = _Blocks(*inputs, ctx.positives, ctx.dtype).run(ctx.wanted, row_weights)
             elif not (eager_on_cpu(scale) and float(scale) == 1.0):
                 for gradient in formed:
                     if gradient is not None:  # nobody else holds it
                         gradient.mul_(scale)
-        gradients: tuple[Tensor | None, ...] = formed
-        return (*first_order("one_vs_all_loss", gradients), None, None, None, None)
+            return formed
+
+        twin = partial(_plain, ctx.positives, ctx.row_weights, ctx.dtype)
+        return *gradients(form, twin, inputs, upstream), None, None, None, None
 
 
 class _Blocks:

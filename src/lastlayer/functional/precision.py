@@ -6,10 +6,15 @@ import torch
 from torch import Tensor
 
 
+def autocast_is_on(device_type: str) -> bool:
+    """Whether autocast is on for this type of device; on "meta" it never is."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def product_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype that the matrix products run in: autocast's where it is on."""
     device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return torch.get_autocast_dtype(device) if autocast_is_on(device) else hidden.dtype
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -24,6 +29,6 @@ def as_exact(logits: Tensor) -> Tensor:
 
 def no_autocast(device_type: str) -> AbstractContextManager[object]:
     """A context in which operations keep their dtypes; where they do anyway, one that costs nothing."""
-    if not torch.is_autocast_enabled(device_type):
+    if not autocast_is_on(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)

@@ -47,7 +47,10 @@ class GradientMemory:
         num_bytes = math.prod(shape) * like.element_size()
         if like.device.type != "cpu" or num_bytes < LEAST_KEPT_BYTES:
             return like.new_empty(shape)
-        block = self._free.pop() if self._free else None
+        try:  # not asked first: another thread may take it in between
+            block = self._free.pop()
+        except IndexError:
+            block = None
         if block is None or not num_bytes <= block.nbytes <= 4 * num_bytes:
             block = np.empty(num_bytes + num_bytes // 8, dtype=np.uint8)
         array = block[:num_bytes]

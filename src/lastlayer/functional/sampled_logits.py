@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lastlayer.functional.first_order import first_order
-from lastlayer.functional.precision import as_exact, no_autocast, product_dtype
+from lastlayer.functional.ordinary import ordinary
+from lastlayer.functional.precision import as_exact, exact_dtype, no_autocast, product_dtype
 from lastlayer.functional.row_sparse import row_sparse
+from lastlayer.functional.second_order import gradients
 
 # Numbers of one block of gathered class vectors.
 BLOCK_NUMBERS = 1 << 22
@@ -27,11 +28,27 @@ def sampled_logits(
 
     Only the rows of these classes are read, and of the gradients only these are written; `sparse` ones hold no
     others (coalesced). Shared candidates are one matrix product; sets for each row are gathered. Products run in
-    autocast's dtype where it is on; logits are in float32 at least. Once differentiable.
+    autocast's dtype where it is on; logits are in float32 at least. Second derivatives are dense.
     """
     dtype = product_dtype(hidden)
     with no_autocast(hidden.device.type):
+        if not ordinary(hidden, weight, bias, targets, candidates):
+            return _plain(hidden, weight, bias, targets, candidates, dtype)
         return _SampledLogits.apply(hidden, weight, bias, targets, candidates, dtype, sparse)  # pyright: ignore[reportReturnType]
+
+
+def _plain(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, candidates: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The same by PyTorch's own operations."""
+    rows, exact = hidden.to(dtype), exact_dtype(dtype)
+
+    def logits(ids: Tensor) -> Tensor:
+        classes = weight[ids].to(dtype)  # (S, d), or (N, K, d)
+        products = rows @ classes.T if ids.dim() == 1 else (classes @ rows[:, :, None])[..., 0]
+        return products.to(exact) if bias is None else products.to(exact) + bias[ids]
+
+    return logits(targets), logits(candidates)
 
 
 class _SampledLogits(torch.autograd.Function):
@@ -63,34 +80,39 @@ class _SampledLogits(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         """With g the upstream gradients: of h the sum of `g_c w_c` over classes, of w_c that of `g_c h`."""
         hidden, weight, bias, targets, candidates = ctx.saved_tensors
-        dtype, sparse = ctx.settings
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        of_hidden = of_weight = of_bias = None
-        with torch.no_grad():
-            rows = hidden.detach().to(dtype)
-            parts = [(part.to(dtype), ids) for part, ids in zip(upstream, (targets, candidates), strict=True)]
-            if wants_hidden:
-                of_hidden = (
-                    torch.stack([_times_classes(part, weight, ids) for part, ids in parts]).sum(0).to(hidden.dtype)
-                )
-            touched, places = torch.unique(
-                torch.cat([targets.reshape(-1), candidates.reshape(-1)]), return_inverse=True
-            )
-            ends = places.split([targets.numel(), candidates.numel()])
-            placed = [(part, at.view_as(ids)) for (part, ids), at in zip(parts, ends, strict=True)]
-            if wants_weight:
-                sums = upstream[0].new_zeros(len(touched), weight.shape[1])
-                for part, at in placed:
-                    _add_outer(sums, part, at, rows)
-                of_weight = _scattered(touched, sums.to(weight.dtype), len(weight), sparse)
-            if wants_bias:
-                sums = upstream[0].new_zeros(len(touched))
-                for part, at in placed:
-                    of_ids = part.sum(0, dtype=sums.dtype) if at.dim() == 1 else part.reshape(-1).to(sums.dtype)
-                    sums.index_add_(0, at.reshape(-1), of_ids)
-                of_bias = _scattered(touched, sums.to(bias.dtype), len(weight), sparse)
-        gradients = first_order("sampled_logits", (of_hidden, of_weight, of_bias))
-        return (*gradients, None, None, None, None)
+
+        def twin(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+            return _plain(hidden, weight, bias, targets, candidates, ctx.settings[0])
+
+        found = gradients(lambda: _form(ctx, upstream), twin, (hidden, weight, bias), upstream)
+        return *found, None, None, None, None
+
+
+def _form(ctx: Any, upstream: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients of hidden, weight and bias."""
+    hidden, weight, bias, targets, candidates = ctx.saved_tensors
+    dtype, sparse = ctx.settings
+    wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    of_hidden = of_weight = of_bias = None
+    rows = hidden.to(dtype)
+    parts = [(part.to(dtype), ids) for part, ids in zip(upstream, (targets, candidates), strict=True)]
+    if wants_hidden:
+        of_hidden = torch.stack([_times_classes(part, weight, ids) for part, ids in parts]).sum(0).to(hidden.dtype)
+    touched, places = torch.unique(torch.cat([targets.reshape(-1), candidates.reshape(-1)]), return_inverse=True)
+    ends = places.split([targets.numel(), candidates.numel()])
+    placed = [(part, at.view_as(ids)) for (part, ids), at in zip(parts, ends, strict=True)]
+    if wants_weight:
+        sums = upstream[0].new_zeros(len(touched), weight.shape[1])
+        for part, at in placed:
+            _add_outer(sums, part, at, rows)
+        of_weight = _scattered(touched, sums.to(weight.dtype), len(weight), sparse)
+    if wants_bias:
+        sums = upstream[0].new_zeros(len(touched))
+        for part, at in placed:
+            of_ids = part.sum(0, dtype=sums.dtype) if at.dim() == 1 else part.reshape(-1).to(sums.dtype)
+            sums.index_add_(0, at.reshape(-1), of_ids)
+        of_bias = _scattered(touched, sums.to(bias.dtype), len(weight), sparse)
+    return of_hidden, of_weight, of_bias
 
 
 def _own_products(rows: Tensor, weight: Tensor, ids: Tensor) -> Tensor:  # (N, d), (V, d), (N, C) to (N, C)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lastlayer.functional.checks import eager_on_cpu, integer_ids
+from lastlayer.functional.checks import assert_on_device, eager_on_cpu, integer_ids
 
 
 class Selection(NamedTuple):
@@ -109,7 +109,7 @@ def check_ids(name: str, ids: Tensor, num_classes: int, ignore_index: int | None
     if ignore_index is not None:
         valid |= ids == ignore_index
     if not eager_on_cpu(ids):
-        torch.ops.aten._assert_async.msg(valid.all(), f"{name} must be class ids below num_classes")
+        assert_on_device(valid, f"{name} must be class ids below num_classes")
     elif not bool(valid.all()):
         also = "" if ignore_index is None else f", or ignore_index={ignore_index} in unused places"
         wrong = int(ids[~valid].reshape(-1)[0])

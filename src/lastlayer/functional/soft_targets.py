@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lastlayer.functional.checks import check_targets, eager_on_cpu
 from lastlayer.functional.linear_chunks import LinearChunks
@@ -32,6 +33,10 @@ class DenseRows:
         """`(n, V)` weights of some rows, and what to add to their losses."""
         return self.values[part].to(exact), 0.0
 
+    def whole(self, exact: torch.dtype) -> tuple[Tensor, Tensor | float]:
+        """`part` of all rows, by PyTorch's own operations."""
+        return self.values.to(exact), 0.0
+
 
 class TeacherRows(DenseRows):
     """The softmax of another layer's logits, computed beside the student's, a chunk at a time.
@@ -52,7 +57,14 @@ class TeacherRows(DenseRows):
 
     def part(self, part: slice, exact: torch.dtype) -> tuple[Tensor, Tensor | float]:
         assert self.chunks is not None
-        log_prob = (self.chunks.logits(part) / self.temperature).log_softmax(1).to(exact)
+        return self._of(self.chunks.logits(part), exact)
+
+    @torch.no_grad()
+    def whole(self, exact: torch.dtype) -> tuple[Tensor, Tensor | float]:
+        return self._of(F.linear(*self.head).to(exact), exact)
+
+    def _of(self, logits: Tensor, exact: torch.dtype) -> tuple[Tensor, Tensor]:
+        log_prob = (logits / self.temperature).log_softmax(1).to(exact)
         prob = log_prob.exp()
         return prob, (prob * log_prob.clamp_(min=-1e4)).sum(1)  # a class of probability 0 adds 0, not nan
 

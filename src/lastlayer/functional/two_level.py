@@ -1,16 +1,19 @@
 """`log P(cluster) + log P(class | cluster)` with the batch grouped by cluster, and its gradient."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lastlayer.functional.groups import Targets, group_by_cluster, touched_rows, whole_batch
+from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.outside_graphs import outside_graphs
 from lastlayer.functional.precision import exact_dtype, no_autocast, product_dtype
 from lastlayer.functional.row_sparse import GradientMemory, row_sparse
+from lastlayer.functional.second_order import gradients
 from lastlayer.functional.softmaxes import Softmaxes
+from lastlayer.functional.two_level_plain import plain_two_level
 
 
 class TwoLevel(NamedTuple):
@@ -22,7 +25,6 @@ class TwoLevel(NamedTuple):
     bias: Tensor | None  # (V,)
 
 
-@outside_graphs
 def two_level_log_prob(
     hidden: Tensor,  # (N, d)
     parameters: TwoLevel,
@@ -42,20 +44,25 @@ def two_level_log_prob(
 
     where cluster c holds the rows from a up to b. The batch is sorted by cluster, so there is no `(N, rows, d)`
     gather: every touched cluster is read once, forward and backward together, and of the gradient of `weight` only
-    touched clusters are written, once. Once differentiable.
+    touched clusters are written, once. Second derivatives, the transforms of `torch.func` and exported programs
+    read all classes, by `plain_two_level`.
 
     Args:
         with_head: whether the first term is in it; without, only the second level is computed.
         sparse: the gradients of `weight` and `bias` hold the touched clusters' rows only, coalesced.
         memory: lends the memory for the sparse gradient of `weight`.
     """
-    arguments: Any = (
-        Targets(clusters, slots, offsets, sparse, memory),
-        hidden.to(product_dtype(hidden)),
-        *(parameters if with_head else (None, None, *parameters[2:])),
-    )
+    targets, dtype = Targets(clusters, slots, offsets, sparse, memory), product_dtype(hidden)
+    own = parameters if with_head else (None, None, *parameters[2:])
     with no_autocast(hidden.device.type):
-        return _TwoLevelLogProb.apply(*arguments)
+        if not ordinary(hidden, *own, clusters):
+            return plain_two_level(targets, hidden.to(dtype), *own)
+        return _grouped(targets, hidden.to(dtype), *own)
+
+
+@outside_graphs
+def _grouped(*arguments: Any) -> Tensor:
+    return _TwoLevelLogProb.apply(*arguments)  # pyright: ignore[reportReturnType]
 
 
 class _TwoLevelLogProb(torch.autograd.Function):
@@ -89,29 +96,35 @@ class _TwoLevelLogProb(torch.autograd.Function):
             head = Softmaxes.of(whole_batch(rows, num_clusters), rows, head_weight)
             head_residual = head.forward(rows, head_weight, head_bias, clusters, log_prob, slope)
         residual = inner.forward(rows, weight, bias, slots, log_prob, slope)
-        ctx.save_for_backward(order, rows, slope, head_residual, residual)
-        ctx.levels, ctx.groups, ctx.sparse, ctx.memory = (head, inner), groups, targets.sparse, targets.memory
+        ctx.save_for_backward(order, rows, slope, head_residual, residual, hidden, *parameters)
+        ctx.levels, ctx.groups, ctx.targets = (head, inner), groups, targets
         ctx.like, ctx.num_clusters, ctx.num_classes = weight[:0], num_clusters, num_classes
         return torch.empty_like(log_prob).index_copy_(0, order, log_prob)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        order, rows, slope, head_residual, residual = ctx.saved_tensors
-        (head, inner), wanted, like = ctx.levels, ctx.needs_input_grad[1:], ctx.like
-        scale = upstream[0].index_select(0, order).neg_()
-        of_hidden = of_head_weight = of_head_bias = of_weight = of_bias = None
-        if wanted[0]:
-            sorted_gradient = (slope * scale[:, None]).to(slope.dtype)
-            of_hidden = torch.empty_like(slope).index_copy_(0, order, sorted_gradient)
-        if wanted[1] or wanted[2]:
-            make = like.new_empty if rows.shape[0] else like.new_zeros  # any row of the batch has them all written
-            of_head_weight, of_head_bias = make(ctx.num_clusters, rows.shape[1]), make(ctx.num_clusters)
-            head.backward(rows, head_residual, scale, of_head_weight, of_head_bias)
-        if wanted[3] or wanted[4]:
-            of_weight, of_bias = _inner_gradients(ctx, inner, rows, residual, scale)
-        gradients = (of_hidden, of_head_weight, of_head_bias, of_weight, of_bias)
-        return (None, *(g if want else None for g, want in zip(gradients, wanted, strict=True)))
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        saved, twin = ctx.saved_tensors, partial(plain_two_level, ctx.targets)
+        return None, *gradients(lambda: _form(ctx, upstream[0], *saved[:5]), twin, saved[5:], upstream)
+
+
+def _form(
+    ctx: Any, upstream: Tensor, order: Tensor, rows: Tensor, slope: Tensor, head_residual: Tensor, residual: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of hidden and all parameters."""
+    (head, inner), wanted, like = ctx.levels, ctx.needs_input_grad[1:], ctx.like
+    scale = upstream.index_select(0, order).neg_()
+    of_hidden = of_head_weight = of_head_bias = of_weight = of_bias = None
+    if wanted[0]:
+        sorted_gradient = (slope * scale[:, None]).to(slope.dtype)
+        of_hidden = torch.empty_like(slope).index_copy_(0, order, sorted_gradient)
+    if wanted[1] or wanted[2]:
+        make = like.new_empty if rows.shape[0] else like.new_zeros  # any row of the batch has them all written
+        of_head_weight, of_head_bias = make(ctx.num_clusters, rows.shape[1]), make(ctx.num_clusters)
+        head.backward(rows, head_residual, scale, of_head_weight, of_head_bias)
+    if wanted[3] or wanted[4]:
+        of_weight, of_bias = _inner_gradients(ctx, inner, rows, residual, scale)
+    formed = (of_hidden, of_head_weight, of_head_bias, of_weight, of_bias)
+    return tuple(gradient if want else None for gradient, want in zip(formed, wanted, strict=True))
 
 
 def _inner_gradients(
@@ -119,12 +132,12 @@ def _inner_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Of weight and bias: dense, or of the touched clusters' rows only."""
     like, num_classes = ctx.like, ctx.num_classes
-    if not ctx.sparse:
+    if not ctx.targets.sparse:
         of_weight, of_bias = like.new_zeros(num_classes, rows.shape[1]), like.new_zeros(num_classes)
         inner.backward(rows, residual, scale, of_weight, of_bias)
         return of_weight, of_bias
     touched = touched_rows(ctx.groups)
     shape = ctx.groups.num_touched, rows.shape[1]
-    of_weight, of_bias = (ctx.memory or GradientMemory()).lend(shape, like), like.new_empty(shape[0])
+    of_weight, of_bias = (ctx.targets.memory or GradientMemory()).lend(shape, like), like.new_empty(shape[0])
     inner.backward(rows, residual, scale, of_weight, of_bias)
     return row_sparse(touched, of_weight, num_classes), row_sparse(touched, of_bias, num_classes)

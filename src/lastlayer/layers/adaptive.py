@@ -14,6 +14,7 @@ from lastlayer.functional.clusters import by_falling_count, positive_counts
 from lastlayer.functional.cutoffs import best_cutoffs, check_cutoffs, default_cutoffs, measure_costs, tail_widths
 from lastlayer.functional.linear_cross_entropy import linear_cross_entropy, linear_nll
 from lastlayer.functional.linear_statistics import linear_score
+from lastlayer.functional.ordinary import readable
 from lastlayer.functional.precision import as_exact, exact_dtype
 from lastlayer.functional.selection import Selection
 from lastlayer.functional.two_level_samples import OpenCluster, sample_two_level
@@ -194,7 +195,7 @@ class AdaptiveSoftmax(OutputLayer):
         return loss if len(targets) or self.reduction == "sum" else loss + torch.nan  # 0 / 0, with gradients of 0
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if not readable(hidden, targets, *self.parameters()):
             return self._target_log_prob_without_picking(hidden, targets)
         total = hidden.new_zeros(len(hidden), dtype=exact_dtype(hidden.dtype))
         for rows, weight, ids, bias, at in self._parts(hidden, targets):
@@ -203,7 +204,7 @@ class AdaptiveSoftmax(OutputLayer):
         return total
 
     def _score(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # no shape may depend on the candidates
+        if not readable(hidden, ids, *self.parameters()):  # no shape may depend on the candidates
             return super()._score(hidden, ids)
         ranks, tails, head_ids = self._places(ids)
         total = linear_score(hidden, self._head_weight(), head_ids, bias=self.head.bias)

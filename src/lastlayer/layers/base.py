@@ -18,6 +18,7 @@ from lastlayer.functional.checks import (
     check_targets,
     eager_on_cpu,
 )
+from lastlayer.functional.ordinary import ordinary, readable
 from lastlayer.functional.reduce import reduce_loss
 from lastlayer.functional.sampling import sample_classes
 from lastlayer.functional.selection import Selection, check_candidates, make_selection
@@ -254,6 +255,9 @@ class OutputLayer(nn.Module, ABC):
         of what it found. Rows that it gives up, and all rows of a small problem, are answered from all
         log-probabilities."""
 
+        if not readable(hidden, *self.parameters()):
+            return self._dense_topk(self._log_prob, hidden, k, selection)
+
         def of_chunk(rows: Tensor, own: Selection | None) -> tuple[Tensor, Tensor]:
             log_prob, indices, rest = search(rows, own)
             if len(rest):
@@ -289,7 +293,9 @@ class OutputLayer(nn.Module, ABC):
 
     def _row_chunks(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """`hidden (N, d)` in pieces whose `(rows, V)` log-probabilities stay small; one empty piece if N = 0."""
-        return hidden.split(max(1, CHUNK_NUMBERS // self.num_classes)) if len(hidden) else (hidden,)
+        if not ordinary(hidden) or not len(hidden):
+            return (hidden,)
+        return hidden.split(max(1, CHUNK_NUMBERS // self.num_classes))
 
     def _rows(self, hidden: Tensor) -> Tensor:
         first = next(iter(self._parameters.values()), None)

@@ -14,6 +14,7 @@ from lastlayer.functional.best_classes import SearchCost
 from lastlayer.functional.checks import check_vector
 from lastlayer.functional.clusters import check_clusters, even
 from lastlayer.functional.one_level import one_level, two_levels
+from lastlayer.functional.ordinary import readable
 from lastlayer.functional.precision import as_exact
 from lastlayer.functional.row_sparse import GradientMemory
 from lastlayer.functional.segments import cluster_sums, padded_columns, row_clusters
@@ -285,7 +286,9 @@ class HierarchicalSoftmax(OutputLayer):
 
     def _score(self, hidden: Tensor, ids: Tensor) -> Tensor:
         most_clusters = ids.shape[1] >= self.num_clusters  # hold some candidate of every row
-        if most_clusters and not (self.sparse and torch.is_grad_enabled()):
+        if not readable(hidden, ids, *self.parameters()) or (
+            most_clusters and not (self.sparse and torch.is_grad_enabled())
+        ):
             return super()._score(hidden, ids)
         slots = self._slots[ids]
         barred = None

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lastlayer.functional.checks import check_positive
-from lastlayer.functional.logit_map import LogitMap, MapFunction, in_blocks
+from lastlayer.functional.logit_map import LogitMap, apply_map, in_blocks
 
 BLOCK_NUMBERS = 1 << 20  # of the (logits, units) matrix that exists at once
 REACH = 10.0  # the units' centres start spread over [-REACH, REACH]
@@ -50,11 +50,14 @@ class MonotoneNetwork(LogitMap):
         self.raw_heights = nn.Parameter(torch.full((hidden_units,), math.log(math.expm1(small))))
 
     def forward(self, logits: Tensor) -> Tensor:
-        return MapFunction.apply(self, logits, *self.parameters())
+        return apply_map(self, logits)
+
+    def plain(self, logits: Tensor) -> Tensor:
+        slope, rates, shifts, heights = self._positive(logits.dtype)
+        return slope * logits + torch.sigmoid(logits[..., None] * rates + shifts) @ heights
 
     @torch.no_grad()
     def evaluate(self, logits: Tensor) -> Tensor:
-        """`forward` without a graph."""
         slope, rates, shifts, heights = self._positive(logits.dtype)
         values = torch.empty_like(logits, memory_format=torch.contiguous_format)
         for x, out in in_blocks(self._block, logits, values):

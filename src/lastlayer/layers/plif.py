@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lastlayer.functional.checks import check_not_negative, check_positive
-from lastlayer.functional.logit_map import LogitMap, MapFunction, MapPass, in_blocks
+from lastlayer.functional.logit_map import LogitMap, MapPass, apply_map, in_blocks
 from lastlayer.kernels.softmax_rows import KernelMap
 
 BLOCK = 1 << 19  # logits looked up at once
@@ -74,13 +74,18 @@ class PLIF(LogitMap):
         return self._slopes().to(self.raw_slopes.dtype)
 
     def forward(self, logits: Tensor) -> Tensor:
-        return MapFunction.apply(self, logits, self.raw_slopes)
+        return apply_map(self, logits)
+
+    def plain(self, logits: Tensor) -> Tensor:
+        slopes, offsets = self.lines().to(logits.dtype).unbind(1)
+        knots, _ = self.knots(logits.detach().reshape(-1))
+        lines = (part.index_select(0, knots).reshape(logits.shape) for part in (slopes, offsets))
+        return next(lines) * logits + next(lines)
 
     def begin(self) -> "PLIFPass":
         return PLIFPass(self)
 
     def evaluate(self, logits: Tensor) -> Tensor:
-        """`forward` without a graph."""
         return self.begin().values(logits)
 
     @torch.no_grad()
@@ -131,8 +136,8 @@ class PLIF(LogitMap):
     def lines(self) -> Tensor:  # (K, 2) float64
         """`f(x) = line[0] x + line[1]` on each segment."""
         slopes = self._slopes()
-        before = slopes.cumsum(0).sub_(slopes)
-        return torch.stack([slopes, before.mul_(self.width).sub_(self._left_ends().mul_(slopes))], 1)
+        before = slopes.cumsum(0) - slopes
+        return torch.stack([slopes, before * self.width - self._left_ends() * slopes], 1)
 
     def knots(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """The segments of some logits, int32; and where on the grid they are, a new tensor, at least float32."""

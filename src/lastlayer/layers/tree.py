@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lastlayer.functional.best_classes import GATHERED, SearchCost
 from lastlayer.functional.clusters import check_counts
+from lastlayer.functional.ordinary import ordinary, readable
 from lastlayer.functional.paths import path_log_prob
 from lastlayer.functional.precision import as_exact
 from lastlayer.functional.row_sparse import GradientMemory
@@ -108,6 +109,8 @@ class TreeSoftmax(OutputLayer):
         yield "weight", self.weight, (self.num_classes - 1, self.in_features)
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        if not ordinary(hidden, self.weight, targets):
+            return self._log_prob(hidden).gather(1, targets[:, None])[:, 0]
         tree, memory = self._tree, self._memory
         return path_log_prob(hidden, self.weight, targets, tree, sparse=self.sparse, memory=memory)
 
@@ -127,6 +130,8 @@ class TreeSoftmax(OutputLayer):
         return torch.cat(leaves, 1).index_select(1, self._tree.leaves.to(hidden.device))
 
     def _score(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        if not readable(hidden, ids, self.weight):
+            return super()._score(hidden, ids)
         nodes = int(self._tree.depths[ids.cpu().numpy()].sum())
         if nodes * GATHERED >= len(ids) * len(self.weight) and not (self.sparse and torch.is_grad_enabled()):
             return super()._score(hidden, ids)

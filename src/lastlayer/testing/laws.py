@@ -13,22 +13,9 @@ from torch.autograd import gradcheck
 
 from lastlayer.layers.base import OutputLayer
 from lastlayer.testing.cases import LayerCase
-
-ROWS = 7
-
-
-def assert_equal(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
-    """Equal up to rounding in float64, in shape and dtype; nan equals nan."""
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
-
-
-def rows_for(layer: OutputLayer, rows: int = ROWS, scale: float = 1.0, seed: int = 3) -> tuple[Tensor, Tensor]:
-    """Hidden states `(rows, d)` in the layer's dtype, and targets that include the first and last class."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = scale * torch.randn(rows, layer.in_features, generator=generator, dtype=torch.float64)
-    targets = torch.randint(layer.num_classes, (rows,), generator=generator)
-    targets[:2] = torch.tensor([0, layer.num_classes - 1])[: len(targets[:2])]
-    return hidden.to(next(layer.parameters()).dtype), targets
+from lastlayer.testing.derivatives import law_functional_transforms, law_second_derivatives
+from lastlayer.testing.rows import ROWS, assert_equal, rows_for
+from lastlayer.testing.without_values import law_without_values
 
 
 def law_normalised(case: LayerCase) -> None:
@@ -488,6 +475,9 @@ LAWS: tuple[Callable[[LayerCase], None], ...] = (
     law_any_shape,
     law_any_integer_targets,
     law_gradcheck,
+    law_second_derivatives,
+    law_functional_transforms,
+    law_without_values,
     law_low_precision,
     law_large_common_logits,
     law_survives_copies,

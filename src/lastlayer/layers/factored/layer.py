@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from lastlayer.functional.answers import ScoreTopK, TopK
 from lastlayer.functional.checks import eager_on_cpu
+from lastlayer.functional.ordinary import ordinary
+from lastlayer.functional.precision import no_autocast
 from lastlayer.functional.reduce import reduce_loss
 from lastlayer.functional.selection import Selection
 from lastlayer.functional.sparse_targets import sparse_targets
@@ -21,7 +23,7 @@ from lastlayer.functional.spherical import NormalizedLoss, SphericalLoss, Spheri
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.factored.conditioning import Stabilizer
 from lastlayer.layers.factored.optimizer import FactoredSGD
-from lastlayer.layers.factored.record import Ledger, Pass, full_precision, recorded_loss
+from lastlayer.layers.factored.record import Ledger, Pass, recorded_loss
 from lastlayer.layers.factored.state import Consistency, FactoredState
 
 
@@ -131,7 +133,7 @@ class FactoredOutput(OutputLayer):
     ) -> Tensor:  # (..., V)
         """The outputs themselves, `hidden @ weight.T + bias`: O(V d) an example."""
         rows = self._rows(hidden)
-        with full_precision(self.anchor.device.type):
+        with no_autocast(self.anchor.device.type):
             return self.state.outputs(self._featured(rows)).reshape(*hidden.shape[:-1], self.num_classes)
 
     def topk(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -219,12 +221,12 @@ class FactoredOutput(OutputLayer):
 
     def _log_prob(self, hidden: Tensor) -> Tensor:
         loss = self._normalized()
-        with full_precision(self.anchor.device.type):
+        with no_autocast(self.anchor.device.type):
             return loss.log_prob(self.state.outputs(self._featured(hidden)))
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
         loss = self._normalized()
-        with full_precision(self.anchor.device.type):
+        with no_autocast(self.anchor.device.type):
             scores, squared_norm, total = self.state.statistics(self._featured(hidden), targets[:, None])
             row_loss = loss.row_loss(scores, torch.ones_like(scores), squared_norm, total, self.num_classes)
             return -row_loss.to(self.state.factor.dtype)
@@ -248,9 +250,14 @@ class FactoredOutput(OutputLayer):
         if self._trains():
             if self.anchor.dtype == torch.float16:
                 raise TypeError("a float16 FactoredOutput does not train: use layer.float() or layer.bfloat16()")
+            if not ordinary(hidden, self.anchor):
+                raise RuntimeError(
+                    "FactoredOutput of lastlayer cannot record a training step in torch.func, forward-mode AD or "
+                    "on 'meta'; use layer.eval(), or lastlayer.functional.spherical_loss with layer.weight"
+                )
             own = Pass(self.state, self._ledger, self.anchor)
             return recorded_loss(hidden, ids, weights, self.loss, own, reduction)
-        with full_precision(self.anchor.device.type):
+        with no_autocast(self.anchor.device.type):
             scores, squared_norm, total = self.state.statistics(hidden, ids)
         row_loss = self.loss.row_loss(scores, weights, squared_norm, total, self.num_classes)
         return reduce_loss(row_loss, None, reduction)

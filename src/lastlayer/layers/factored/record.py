@@ -10,17 +10,22 @@ the records, and whoever multiplies it (`clip_grad_norm_`, a loss scaler) scales
 """
 
 import weakref
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lastlayer.functional.precision import no_autocast
 from lastlayer.functional.reduce import reduce_loss
+from lastlayer.functional.second_order import refused
 from lastlayer.functional.spherical import RowDerivatives, SphericalLoss
 from lastlayer.layers.factored.state import FactoredState
 from lastlayer.layers.factored.step import Gradient
 
+NO_SECOND = (
+    "FactoredOutput forms its own gradients and cannot be differentiated twice; for second derivatives "
+    "use lastlayer.functional.spherical_loss with layer.weight"
+)
 MARK = 2.0**-100  # too small to change the norm of any other gradient
 
 
@@ -146,7 +151,7 @@ class _Loss(torch.autograd.Function):
         reduction: str,
     ) -> Tensor:
         state = own.state
-        with full_precision(hidden.device.type):
+        with no_autocast(hidden.device.type):
             ctx.rows = hidden.clone()  # the caller may refill its buffer
             ctx.products = ctx.rows @ state.reading.T
             scores, squared_norm, total = state.statistics_of(ctx.rows, ctx.products, ids)
@@ -162,11 +167,10 @@ class _Loss(torch.autograd.Function):
         ctx: Any, upstream: Tensor
     ) -> tuple[Tensor | None, ...]:
         ctx.own.check_weight()
-        with torch.no_grad(), full_precision(upstream.device.type):
+        with torch.no_grad(), no_autocast(upstream.device.type):
             gradient = ctx.own.gradient = _gradient(ctx.own.state, ctx, upstream / ctx.share)
             by_hidden = gradient.by_hidden.clone()  # which its owner may change
-        if torch.is_grad_enabled():
-            by_hidden = _Refused.apply(by_hidden, upstream, *ctx.saved_tensors)
+        by_hidden = refused(by_hidden, NO_SECOND, upstream, *ctx.saved_tensors)
         return torch.zeros_like(ctx.own.anchor), by_hidden, *[None] * 5  # pyright: ignore[reportReturnType]
 
 
@@ -191,23 +195,3 @@ def _gradient(
     by_hidden = torch.addcmul(sparse, by_norm[:, None], products[:, :d], value=2)
     mapped, shared = products[:, d : 2 * d], products[:, 2 * d :]
     return Gradient(hidden, mapped, shared, ids, by_score, by_norm, by_total, by_hidden, sparse)
-
-
-class _Refused(torch.autograd.Function):
-    """A gradient of `hidden` and `upstream`, which cannot be differentiated again."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, upstream: Tensor, hidden: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:
-        raise RuntimeError(
-            "FactoredOutput forms its own gradients and cannot be differentiated twice; for second derivatives "
-            "use lastlayer.functional.spherical_loss with layer.weight"
-        )
-
-
-def full_precision(kind: str) -> Any:
-    """Outside of any autocast on this kind of device."""
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lastlayer.functional.ordinary import readable
 from lastlayer.layers.samplers.base import Candidates, Sampler
 
 
@@ -44,6 +45,11 @@ class Drawing:
             sampler.observe(targets[target_weights != 0])
         if not sampler.follows_weight:
             return sampler.sample(num_samples, hidden)
+        if not readable(weight, bias, hidden, targets):
+            raise RuntimeError(
+                f"{type(sampler).__name__} of lastlayer keeps sums of the weight, which it cannot renew inside a "
+                "transform of torch.func or on 'meta'; use one that does not follow the weight, such as LogUniform"
+            )
         sampler.update(weight, bias, torch.cat(self._touched) if self._touched else None)
         found = sampler.sample(num_samples, hidden)
         latest = torch.unique(torch.cat([targets.reshape(-1), found.ids.reshape(-1)]))
