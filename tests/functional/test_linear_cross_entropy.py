@@ -228,3 +228,17 @@ def test_saturated_map_still_counts():
     loss = linear_cross_entropy(100 * hidden, weight, targets, logit_map=SoftCap(5.0))
     expected = F.cross_entropy(5 * torch.tanh(100 * hidden @ weight.T / 5), targets)
     torch.testing.assert_close(loss, expected)
+
+
+def test_second_derivative_of_soft_targets():
+    hidden, weight, bias, _ = leaves()
+    shares = torch.rand(len(hidden), len(weight), dtype=torch.float64)
+    found = []
+    for call in (
+        lambda h: linear_cross_entropy(h, weight, shares, bias=bias),
+        lambda h: F.cross_entropy(F.linear(h, weight, bias), shares),
+    ):
+        found.append(torch.autograd.functional.hessian(call, hidden.detach()))
+        found.append(torch.func.hessian(call)(hidden.detach()))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])

@@ -34,7 +34,6 @@ def linear_kl_div(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape or range.
-        RuntimeError: a second derivative.
 
     Source: G. Hinton et al., "Distilling the knowledge in a neural network", 2015.
 

@@ -35,8 +35,7 @@ def linear_logits(
 def row_loss(
     values: Tensor,  # (N, V), mapped logits
     terms: RowTerms,
-    of_all: tuple[Tensor, Tensor | float]
-    | None = None,  # (N, V) weights of all classes; what to add to the losses
+    of_all: tuple[Tensor, Tensor | float] | None = None,  # (N, V) weights of all classes; what to add
 ) -> Tensor:  # (N,)
     """The loss of every row, as `kernels.softmax_rows` defines it."""
     ids, hard, soft, square, class_weights, dense_scale = terms
