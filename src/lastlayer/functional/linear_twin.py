@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lastlayer.functional.barred import barred_classes, map_barred
 from lastlayer.functional.logit_map import LogitMap, bound
 from lastlayer.functional.precision import exact_dtype, no_autocast
 from lastlayer.kernels.softmax_rows import RowTerms
@@ -29,7 +30,10 @@ def linear_logits(
         logits = F.linear(hidden.to(dtype), weight.to(dtype)).to(exact)
         if bias is not None:
             logits = logits + bias.to(exact)
-        return logits, logits if logit_map is None else bound(logit_map, parameters, lambda: logit_map(logits))
+        if logit_map is None:
+            return logits, logits
+        barred = barred_classes(bias)
+        return logits, bound(logit_map, parameters, lambda: map_barred(logit_map, logits, barred))
 
 
 def row_loss(

@@ -4,11 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lastlayer.functional.linear_statistics import linear_score
+from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.precision import as_exact
 from lastlayer.functional.row_sparse import row_sparse
+from lastlayer.functional.second_order import gradients
 from lastlayer.functional.two_level import TwoLevel, two_level_log_prob
 
 
@@ -84,23 +85,25 @@ def _differences(
 
 def _rows(table: Tensor, rows: Tensor, sparse: bool) -> Tensor:
     """`table.index_select(0, rows)`, whose gradient may hold the selected rows alone, each once."""
-    selected: Any = _Rows.apply(table, rows, sparse)
+    if not sparse or not ordinary(table, rows):
+        return table.index_select(0, rows)
+    selected: Any = _Rows.apply(table, rows)
     return selected
 
 
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, table: Tensor, rows: Tensor, sparse: bool) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.shape, ctx.sparse = table.shape, sparse
+    def forward(ctx: Any, table: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(table, rows)
         return table.index_select(0, rows)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (rows,) = ctx.saved_tensors
-        if not ctx.sparse:
-            return upstream[0].new_zeros(ctx.shape).index_add_(0, rows, upstream[0]), None, None
-        touched, place = rows.unique(return_inverse=True)
-        values = upstream[0].new_zeros(len(touched), *ctx.shape[1:]).index_add_(0, place, upstream[0])
-        return row_sparse(touched, values, ctx.shape[0]), None, None
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        table, rows = ctx.saved_tensors
+
+        def form() -> tuple[Tensor]:
+            touched, place = rows.unique(return_inverse=True)
+            values = upstream[0].new_zeros(len(touched), *table.shape[1:]).index_add_(0, place, upstream[0])
+            return (row_sparse(touched, values, len(table)),)
+
+        return *gradients(form, lambda table: table.index_select(0, rows), (table,), upstream), None
