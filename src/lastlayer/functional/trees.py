@@ -80,8 +80,8 @@ class Tree(NamedTuple):
         order = np.concatenate(listed) if listed else np.zeros(1, dtype=np.int64)
         if len(order) < V:
             raise ValueError("tree must be one binary tree: some classes cannot be reached from the root")
-        of_ids = (torch.from_numpy(part) for part in (parents, sides, depths))
-        return cls(root, *of_ids, levels, torch.from_numpy(order.argsort()))
+        found = [torch.from_numpy(part) for part in (parents, sides, depths, order.argsort())]
+        return cls(root, found[0], found[1], found[2], levels, found[3])
 
     def paths(
         self,

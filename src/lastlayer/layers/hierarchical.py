@@ -268,8 +268,8 @@ class HierarchicalSoftmax(OutputLayer):
         logits = as_exact(F.linear(hidden, self.weight, self.bias))
         peak, log_sum = cluster_sums(logits, self.offsets, self._columns)
         shift = self._head_log_prob(hidden) - log_sum.masked_fill(log_sum == -torch.inf, 0)
-        shifted = logits.index_select(1, self._slots) - peak.index_select(1, self._clusters)
-        return shifted + shift.index_select(1, self._clusters)
+        shifted = logits.index_select(1, self._slots).sub_(peak.index_select(1, self._clusters))
+        return shifted.add_(shift.index_select(1, self._clusters))
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
         clusters, slots = self._clusters.index_select(0, targets), self._slots.index_select(0, targets)

@@ -132,7 +132,7 @@ class TreeSoftmax(OutputLayer):
     def _score(self, hidden: Tensor, ids: Tensor) -> Tensor:
         if not readable(hidden, ids, self.weight):
             return super()._score(hidden, ids)
-        nodes = int(self._tree.depths[ids.cpu().numpy()].sum())
+        nodes = int(self._tree.depths[ids.cpu()].sum())
         if nodes * GATHERED >= len(ids) * len(self.weight) and not (self.sparse and torch.is_grad_enabled()):
             return super()._score(hidden, ids)
         columns = ids.split(max(1, CHUNK_NUMBERS // max(1, hidden.numel())), 1)
