@@ -4,10 +4,12 @@ python benchmarks/search.py [--rounds 15] [--classes 100000,3000] [--rows 1,8] [
 
 `topk(hidden, 10)` against `log_prob(hidden).topk(10)` of the same layer, and against `F.linear` + `topk` over as
 many classes, d=64. A flat model is one early in training: weights as made, hidden states small. A peaked one has
-logits of standard deviation 3, and counts by Zipf's law in its biases or its tree.
+logits of standard deviation 3, and counts by Zipf's law in its biases or its tree. Times are the processor's, of
+one thread, so that a busy machine changes them little; all calls interleaved.
 """
 
 import argparse
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lastlayer import AdaptiveSoftmax, HierarchicalSoftmax, OutputLayer, TreeSoftmax, clusters
-from lastlayer.study.measuring.measure import interleaved, write_records
+from lastlayer.study.measuring.measure import Timing, write_records
 from lastlayer.study.measuring.peers import zipf_counts
 
 RESULTS = Path(__file__).parent / "results" / "search.json"
@@ -33,6 +35,7 @@ def main() -> None:
     parser.add_argument("--rows", default="1,8")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
+    torch.set_num_threads(1)
     records = []
     for num_classes in map(int, options.classes.split(",")):
         for model in ("flat", "peaked"):
@@ -85,7 +88,7 @@ def measure(made: dict[str, OutputLayer], rows: int, model: str, rounds: int) ->
         calls[name] = partial(layer.topk, hidden, K)
         calls[f"{name}, all"] = partial(everything, layer, hidden)
         assert torch.allclose(layer.topk(hidden, K).log_prob, layer.log_prob(hidden).topk(K).values, atol=1e-4)
-    timings = interleaved({name: torch.no_grad()(call) for name, call in calls.items()}, rounds=rounds)
+    timings = processor_times({name: torch.no_grad()(call) for name, call in calls.items()}, rounds)
     plain = timings[PLAIN].ms
     return [
         {
@@ -103,6 +106,18 @@ def measure(made: dict[str, OutputLayer], rows: int, model: str, rounds: int) ->
         }
         for name in made
     ]
+
+
+def processor_times(calls: dict[str, Any], rounds: int) -> dict[str, Timing]:
+    """Each call once a round, after two that do not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(-2, rounds):
+        for name, call in calls.items():
+            start = time.thread_time()
+            call()
+            if turn >= 0:
+                seconds[name].append(time.thread_time() - start)
+    return {name: Timing.of(times) for name, times in seconds.items()}
 
 
 def everything(layer: OutputLayer, hidden: Tensor) -> object:

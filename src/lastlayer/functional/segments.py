@@ -48,9 +48,8 @@ def cluster_sums(
 def _by_padding(logits: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     padded = F.pad(logits, (0, 1), value=-torch.inf).index_select(1, columns.flatten()).unflatten(1, columns.shape)
     peak = _finite(padded.detach().amax(2))
-    return peak, _log(
-        padded.sub_(peak[:, :, None]).exp_().sum(2)
-    )  # in place: fresh memory costs more than the sums
+    # In place: fresh memory costs more than the sums.
+    return peak, _log(padded.sub_(peak[:, :, None]).exp_().sum(2))
 
 
 def _by_scattering(logits: Tensor, clusters: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
