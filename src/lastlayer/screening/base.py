@@ -10,13 +10,14 @@ from lastlayer.functional.answers import ScreenedTopK
 from lastlayer.functional.checks import check_choice, check_count, check_hidden, check_positive
 from lastlayer.functional.logit_map import LogitMap, check_logit_map
 from lastlayer.functional.outside_graphs import outside_graphs
+from lastlayer.functional.precision import no_autocast
 from lastlayer.functional.sampling import sample_classes
 from lastlayer.functional.selection import Selection, check_candidates, make_selection
 from lastlayer.kernels import engine
 from lastlayer.kernels.screening import Query
 from lastlayer.screening.backend import Backend, backend_for, engine_takes
 from lastlayer.screening.compiled import Answer, EngineScreen
-from lastlayer.screening.exact import full_logits, logits_at, no_autocast
+from lastlayer.screening.exact import full_logits, logits_at
 from lastlayer.screening.plan import USES, Plan, Tally, Use, likely_states, measure_plan
 from lastlayer.screening.preview import Preview
 from lastlayer.screening.screen import Head, Limits, Screened, class_parts, screen
@@ -273,7 +274,7 @@ class Screen(WatchedHead):
             answer, unsettled = compiled.query(rows, query)
             self._tally.add(len(rows), unsettled)
             return answer
-        with no_autocast(rows):
+        with no_autocast(rows.device.type):
             if backend == "full":
                 return self._fixed_head().full(rows, query)
             return screen(self._fixed_head(), self._prepared, self._limits, rows, query)
@@ -302,18 +303,18 @@ class Screen(WatchedHead):
     def _score(self, rows: Tensor, ids: Tensor) -> Tensor:  # (N, d), (N, C) to (N, C)
         query = self._query(1, self.exact, None)
         found = self._following(rows, query) if self._followed(rows) else self._found(rows, query, self.use)
-        with no_autocast(rows):
+        with no_autocast(rows.device.type):
             exact = logits_at(rows, self.weight, self.bias, ids)
         return self._normalised(self._mapped(exact), found)
 
     def _preview_scores(self, rows: Tensor) -> Tensor:
         compiled = self._engine()
-        with no_autocast(rows):
+        with no_autocast(rows.device.type):
             return self._prepared.scores(rows) if compiled is None else compiled.scores(rows)
 
     def _normalizer_error(self, rows: Tensor) -> Tensor:  # (N,)
         query, use = self._query(1, self.exact, None), "full" if self.use == "full" else "screen"
-        with no_autocast(rows):
+        with no_autocast(rows.device.type):
             screened = screen(self._fixed_head(), self._prepared, self._limits, rows, query)
             error = self._prepared.error(rows).all().masked_fill(screened.rescored, 0.0)
         # the engine's scores are rounded in another way, so where they tie other classes may be candidates
@@ -330,7 +331,7 @@ class Screen(WatchedHead):
     def _following(self, rows: Tensor, query: Query) -> Screened:
         """The screen's answer as a differentiable function, the choice of classes held fixed."""
         fixed = self._fixed_head()
-        with no_autocast(rows):
+        with no_autocast(rows.device.type):
             with torch.no_grad():
                 if self._backend(len(rows), self.use) == "full":
                     screened = fixed.full(rows, query)

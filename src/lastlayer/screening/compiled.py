@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lastlayer.functional.precision import no_autocast
 from lastlayer.kernels.screening import CompiledScreen, Kind, Outputs, Query, Rotation, Rows
-from lastlayer.screening.exact import full_logits, no_autocast, rounding_share
+from lastlayer.screening.exact import full_logits, rounding_share
 from lastlayer.screening.int4_preview import PreparedInt4
 from lastlayer.screening.int8_preview import PreparedInt8
 from lastlayer.screening.preview import PreparedPreview
@@ -81,7 +82,7 @@ class EngineScreen:
     def full(self, hidden: Tensor, query: Query) -> Answer:
         """The full layer's answer: every logit exact; certified where the normaliser is finite."""
         hidden = hidden.float()
-        with no_autocast(hidden):
+        with no_autocast(hidden.device.type):
             logits = full_logits(hidden, *self.head)
         outputs = Outputs.empty(len(hidden), query.k, 0)._replace(scores=logits)
         self._given.from_scores(hidden, query, outputs, None)
@@ -100,7 +101,7 @@ class EngineScreen:
         return outputs.scores
 
     def _by_given_scores(self, hidden: Tensor, query: Query, outputs: Outputs) -> None:
-        with no_autocast(hidden):
+        with no_autocast(hidden.device.type):
             outputs.scores.copy_(self.prepared.scores(hidden))
             of_rows = self.prepared.error(hidden).of_rows.float().contiguous()
         self._given.from_scores(hidden, query, outputs, of_rows)

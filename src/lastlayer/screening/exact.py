@@ -1,18 +1,13 @@
 """The full layer, as screening measures itself against it: logits in the working dtype, and what rounding does."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lastlayer.functional.precision import exact_dtype
+
 LEAST_GATHERED = 64
 CAST_ROWS = 8192  # rows of a half-precision weight cast at once
-
-
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def full_logits(
@@ -21,7 +16,7 @@ def full_logits(
     bias: Tensor | None,  # (V,)
 ) -> Tensor:  # (N, V)
     """`hidden @ weight.T + bias` in the working dtype; a half-precision weight is cast by blocks, never whole."""
-    dtype = working_dtype(weight.dtype)
+    dtype = exact_dtype(weight.dtype)
     bias = None if bias is None else bias.to(dtype)
     if weight.dtype == dtype:
         return F.linear(hidden.to(dtype), weight, bias)
@@ -40,19 +35,13 @@ def logits_at(
 
     Gathers no more numbers at once than a row has classes (or LEAST_GATHERED rows of the weight).
     """
-    dtype, (num_classes, width) = working_dtype(weight.dtype), weight.shape
+    dtype, (num_classes, width) = exact_dtype(weight.dtype), weight.shape
     vectors, parts = hidden.to(dtype).unsqueeze(-1), []
     for some in classes.split(max(LEAST_GATHERED, num_classes // width), dim=-1):
         rows = weight.index_select(0, some.reshape(-1)).view(*some.shape, width).to(dtype)
         parts.append(torch.matmul(rows, vectors).squeeze(-1))
     logits = torch.cat(parts, dim=-1)
     return logits if bias is None else logits + bias.to(dtype)[classes]
-
-
-def no_autocast(hidden: Tensor) -> AbstractContextManager[object]:
-    """Turns autocast off where it is on: a proof needs the arithmetic that it is about."""
-    device = hidden.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def size_of(
@@ -67,10 +56,10 @@ def size_of(
 
 def rounding_share(width: int, dtype: torch.dtype) -> float:
     """What rounding adds to a dot product of `width` terms, as a share of the two norms' product (or less)."""
-    return (width + 4) * torch.finfo(working_dtype(dtype)).eps
+    return (width + 4) * torch.finfo(exact_dtype(dtype)).eps
 
 
 def row_norms(weight: Tensor) -> Tensor:  # (V, d) -> (V,)
     """Euclidean norms in the working dtype; the weight is cast by blocks."""
-    dtype = working_dtype(weight.dtype)
+    dtype = exact_dtype(weight.dtype)
     return torch.cat([torch.linalg.vector_norm(block.to(dtype), dim=-1) for block in weight.split(CAST_ROWS)])

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from lastlayer.functional.gram import Rotation
+from lastlayer.functional.precision import exact_dtype
 from lastlayer.screening.calibration import Calibration, SecondMoment, rotation_of, second_moment
-from lastlayer.screening.exact import rounding_share, row_norms, size_of, working_dtype
+from lastlayer.screening.exact import rounding_share, row_norms, size_of
 from lastlayer.screening.int4_rows import FINER, Int4Rows
 from lastlayer.screening.preview import ErrorBound, PreparedPreview, Preview
 from lastlayer.screening.quantised import whole_numbers
@@ -75,7 +76,7 @@ class PreparedInt4(PreparedPreview):
     """One weight in rotated 4-bit rows, and its norms."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rotation: Rotation) -> None:
-        self.dtype, width = working_dtype(weight.dtype), weight.shape[-1]
+        self.dtype, width = exact_dtype(weight.dtype), weight.shape[-1]
         shares = rotation.squares.clamp(min=0).sqrt()  # of the logits, by coordinate, when h is I in them
         shares = shares.clamp(min=LEAST * float(shares[0])) if shares[0] > 0 else torch.ones_like(shares)
         kept, inverse = _rounded(rotation.hidden_side * (shares / shares[0]))  # (d, d) both, B and its inverse

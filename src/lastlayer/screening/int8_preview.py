@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lastlayer.screening.exact import rounding_share, row_norms, size_of, working_dtype
+from lastlayer.functional.precision import exact_dtype
+from lastlayer.screening.exact import rounding_share, row_norms, size_of
 from lastlayer.screening.preview import ErrorBound, PreparedPreview, Preview
 from lastlayer.screening.quantised import Int8Rows
 
@@ -42,7 +43,7 @@ class PreparedInt8(PreparedPreview):
     """One weight in 8 bits, and its norms."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.dtype = working_dtype(weight.dtype)
+        self.dtype = exact_dtype(weight.dtype)
         self.rows = Int8Rows(weight, self.dtype)
         self.bias = torch.zeros(len(weight), dtype=self.dtype, device=weight.device)
         norms = row_norms(weight)

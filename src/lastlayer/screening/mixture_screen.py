@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lastlayer.functional.answers import ScreenedTopK
+from lastlayer.functional.precision import exact_dtype, no_autocast
 from lastlayer.kernels.screening import Query
 from lastlayer.screening.base import Screen
-from lastlayer.screening.exact import full_logits, no_autocast, working_dtype
+from lastlayer.screening.exact import full_logits
 from lastlayer.screening.plan import BATCHES, Plan, Use
 from lastlayer.screening.preview import Preview
 from lastlayer.screening.saved import MIXTURE, load_screen, save_screen
@@ -138,7 +139,7 @@ class ScreenedMixture(Screen):
             return self._logits(rows, True).gather(1, ids)
         mixed, _ = self._mixed(rows, self._query(1, self.exact, None), self.use)
         shares = mixed.log_prior - self._used_normalizers(mixed)  # of the mixture that `log_prob` is of
-        with no_autocast(rows):
+        with no_autocast(rows.device.type):
             exact = self._exact_logits(self._components(rows)[0], ids)
         return (self._below_peak(mixed, exact) + shares[..., None]).logsumexp(1)
 
@@ -154,7 +155,7 @@ class ScreenedMixture(Screen):
         with torch.no_grad():
             mixed, _ = self._mixed(rows, self._query(1, self.exact, None), self.use)
         if torch.is_grad_enabled():
-            with no_autocast(rows):
+            with no_autocast(rows.device.type):
                 latents, log_prior = self._components(rows)
                 flat = latents.flatten(0, 1)
                 full = full_logits(flat, self.weight, self.bias).view_as(mixed.logits)
@@ -169,7 +170,7 @@ class ScreenedMixture(Screen):
     def _mixed(self, rows: Tensor, query: Query, use: Use) -> tuple[Mixed, Ranked]:
         """The candidates rescored, and with `exact` whatever else must be; and the k best."""
         latents, log_prior = self._components(rows)
-        with no_autocast(rows):
+        with no_autocast(rows.device.type):
             if self._backend(len(rows), use) == "full":
                 mixed = self._full(latents, log_prior)
                 return mixed, self._rank(mixed, query)
@@ -204,7 +205,7 @@ class ScreenedMixture(Screen):
 
     def _exact_logits(self, latents: Tensor, classes: Tensor) -> Tensor:  # (N, C) to (N, K, C)
         """Exact logits of some classes of each row, in all components, from one copy of their weight rows."""
-        dtype = working_dtype(self.weight.dtype)
+        dtype = exact_dtype(self.weight.dtype)
         rows = self.weight.index_select(0, classes.reshape(-1)).to(dtype)
         exact = latents.to(dtype) @ rows.view(*classes.shape, self.weight.shape[1]).transpose(1, 2)
         return exact if self.bias is None else exact + self.bias.to(dtype)[classes][:, None]

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from lastlayer.functional.checks import check_choice, check_not_negative, check_positive
 from lastlayer.functional.gram import Rotation
+from lastlayer.functional.precision import exact_dtype
 from lastlayer.screening.calibration import Calibration, SecondMoment, rotation_of, second_moment
-from lastlayer.screening.exact import CAST_ROWS, full_logits, rounding_share, row_norms, size_of, working_dtype
+from lastlayer.screening.exact import CAST_ROWS, full_logits, rounding_share, row_norms, size_of
 from lastlayer.screening.preview import ErrorBound, PreparedPreview, Preview
 from lastlayer.screening.stored_rows import STORAGES, store_rows
 
@@ -88,7 +89,7 @@ class PreparedSVD(PreparedPreview):
     """The rotated window of one weight, and the norms that bound what it leaves out."""
 
     def __init__(self, settings: SVDPreview, weight: Tensor, bias: Tensor | None, rotation: Rotation) -> None:
-        window, dtype = settings.window, working_dtype(weight.dtype)
+        window, dtype = settings.window, exact_dtype(weight.dtype)
         self.dtype, self.rotation, self.window = dtype, rotation, window
         head = torch.empty(len(weight), window, dtype=torch.float64, device=weight.device)
         tail = torch.empty(len(weight), dtype=dtype, device=weight.device)
