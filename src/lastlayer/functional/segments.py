@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lastlayer.functional.ordinary import ordinary
+
 # A table of padded clusters serves up to so many times as many places as there are classes.
 MOST_PADDING = 4
 # Logits that are padded at once, so that the copy stays in cache.
@@ -40,7 +42,7 @@ def cluster_sums(
     """
     if columns is None:
         return _by_scattering(logits, row_clusters(offsets, logits.shape[1]), len(offsets) - 1)
-    blocks = logits.split(max(1, BLOCK_NUMBERS // columns.numel()))
+    blocks = logits.split(max(1, BLOCK_NUMBERS // columns.numel())) if ordinary(logits) else (logits,)
     found = [_by_padding(rows, columns) for rows in blocks]
     return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
 

@@ -1,5 +1,6 @@
 """Which classes a query may return: ids excluded for each row, and the classes allowed for all rows."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -96,7 +97,7 @@ def _as_rows(name: str, ids: Tensor, shape: torch.Size) -> Tensor:
         raise ValueError(
             f"{name} must have hidden's leading shape and one more dimension, ({expected}); got {tuple(ids.shape)}"
         )
-    return ids.reshape(shape.numel(), ids.shape[-1])
+    return ids.reshape(math.prod(shape), ids.shape[-1])  # numel() would fix the batch of an export
 
 
 def check_ids(name: str, ids: Tensor, num_classes: int, ignore_index: int | None) -> Tensor:

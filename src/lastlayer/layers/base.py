@@ -284,9 +284,9 @@ class OutputLayer(nn.Module, ABC):
         """`of_chunk(rows, selection of these rows)` for a chunk of rows after the other."""
         found, start = [], 0
         for rows in self._row_chunks(hidden):
-            own = None if selection is None else selection.rows(slice(start, start + len(rows)))
-            found.append(of_chunk(rows, own))
-            start += len(rows)
+            stop = start + rows.shape[0]  # not len(), which would fix the batch of an exported program
+            found.append(of_chunk(rows, None if selection is None else selection.rows(slice(start, stop))))
+            start = stop
         if len(found) == 1:
             return found[0]
         return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])

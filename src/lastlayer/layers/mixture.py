@@ -164,7 +164,7 @@ class MixtureOfSoftmaxes(OutputLayer):
         inside = linear_score(
             latents, self.weight, ids.repeat_interleave(K, 0), bias=self.bias, logit_map=self.logit_map
         )
-        joint = inside.unflatten(0, (len(hidden), K)) + self.log_prior(hidden)[:, :, None]
+        joint = inside.unflatten(0, (hidden.shape[0], K)) + self.log_prior(hidden)[:, :, None]
         absent = joint.detach().amax(1) == -torch.inf  # of -inf alone, logsumexp has no gradient
         return joint.masked_fill(absent[:, None], 0).logsumexp(1).masked_fill(absent, -torch.inf)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lastlayer.functional.checks import check_not_negative, check_positive
 from lastlayer.functional.logit_map import LogitMap, MapPass, apply_map, in_blocks
+from lastlayer.functional.ordinary import eager_on_cpu
 from lastlayer.kernels.softmax_rows import KernelMap
 
 BLOCK = 1 << 19  # logits looked up at once
@@ -157,42 +158,44 @@ class PLIFPass(MapPass):
         self.lines: Tensor | None = None  # (2, K) in the dtype of the logits
         self.sums: Tensor | None = None  # (2, K) float64: A_k / δ and B_k
 
-    @torch.no_grad()
-    def values(self, logits: Tensor) -> Tensor:
-        slopes, offsets = self._lines(logits.dtype)
-        values = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        for x, out in in_blocks(BLOCK, logits, values):
-            knots, _ = self.logit_map.knots(x)
-            torch.addcmul(offsets.index_select(0, knots), slopes.index_select(0, knots), x, out=out)
-        return values
+    # `with`, not the decorator: `torch.compile` cannot call a decorated method of an object made in its graph.
 
-    @torch.no_grad()
+    def values(self, logits: Tensor) -> Tensor:
+        with torch.no_grad():
+            slopes, offsets = self._lines(logits.dtype)
+            values = torch.empty_like(logits, memory_format=torch.contiguous_format)
+            for x, out in in_blocks(BLOCK, logits, values):
+                knots, _ = self.logit_map.knots(x)
+                torch.addcmul(offsets.index_select(0, knots), slopes.index_select(0, knots), x, out=out)
+            return values
+
     def back(self, logits: Tensor, gradient: Tensor) -> Tensor:
-        slopes, _ = self._lines(logits.dtype)
-        counted = self.logit_map.raw_slopes.requires_grad
-        if counted and self.sums is None:
-            self.sums = torch.zeros(2, self.logit_map.num_knots, dtype=torch.float64, device=logits.device)
-        of_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        for x, g, out in in_blocks(BLOCK, logits, gradient, of_logits):
-            knots, at = self.logit_map.knots(x)
-            torch.mul(slopes.index_select(0, knots), g, out=out)
-            if counted and self.sums is not None:
-                _count(self.sums[0], knots, (g * at.sub_(knots)).double())
-                _count(self.sums[1], knots, g.double())
-        return of_logits
+        with torch.no_grad():
+            slopes, _ = self._lines(logits.dtype)
+            counted = self.logit_map.raw_slopes.requires_grad
+            if counted and self.sums is None:
+                self.sums = torch.zeros(2, self.logit_map.num_knots, dtype=torch.float64, device=logits.device)
+            of_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+            for x, g, out in in_blocks(BLOCK, logits, gradient, of_logits):
+                knots, at = self.logit_map.knots(x)
+                torch.mul(slopes.index_select(0, knots), g, out=out)
+                if counted and self.sums is not None:
+                    _count(self.sums[0], knots, (g * at.sub_(knots)).double())
+                    _count(self.sums[1], knots, g.double())
+            return of_logits
 
     def add_sums(self, sums: Tensor) -> None:
         self.sums = sums.T if self.sums is None else self.sums.add_(sums.T)
 
-    @torch.no_grad()
     def gradients(self) -> tuple[Tensor | None, ...]:
-        if self.sums is None:
-            return super().gradients()
-        inside, whole = self.sums
-        raw = self.logit_map.raw_slopes
-        beyond = whole.sum() - whole.cumsum(0)  # Σ_{j>k} B_j
-        of_raw = beyond.add_(inside).mul_(self.logit_map.width).mul_(torch.sigmoid(raw.double() + UNIT))
-        return (of_raw.to(raw.dtype),)
+        with torch.no_grad():
+            if self.sums is None:
+                return super().gradients()
+            inside, whole = self.sums
+            raw = self.logit_map.raw_slopes
+            beyond = whole.sum() - whole.cumsum(0)  # Σ_{j>k} B_j
+            of_raw = beyond.add_(inside).mul_(self.logit_map.width).mul_(torch.sigmoid(raw.double() + UNIT))
+            return (of_raw.to(raw.dtype),)
 
     def _lines(self, dtype: torch.dtype) -> Tensor:
         if self.lines is None:
@@ -202,7 +205,7 @@ class PLIFPass(MapPass):
 
 def _count(sums: Tensor, knots: Tensor, weights: Tensor) -> None:
     """Adds each weight to the sum at its knot; deterministic on a GPU too, where that is asked for."""
-    if sums.device.type == "cpu":
+    if eager_on_cpu(sums):
         sums += torch.bincount(knots, weights, len(sums))
     else:
         sums.index_add_(0, knots, weights)

@@ -118,7 +118,7 @@ class TreeSoftmax(OutputLayer):
         """By levels: a child's log-probability is its parent's plus that of the turn."""
         scores = as_exact(F.linear(hidden, self.weight))
         turns = torch.cat([F.logsigmoid(scores), F.logsigmoid(-scores)], 1)
-        above, leaves = scores.new_zeros(len(hidden), 1), []
+        above, leaves = scores.new_zeros(hidden.shape[0], 1), []
         for nodes, inner, leaf in self._tree.levels:
             nodes, inner, leaf = (part.to(hidden.device) for part in (nodes, inner, leaf))
             both = turns.index_select(1, torch.cat([nodes, nodes + len(self.weight)]))

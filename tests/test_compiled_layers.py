@@ -1,0 +1,103 @@
+"""What `docs/compile.md` says of every layer: which calls compile whole, and which are exported for any batch."""
+
+import pytest
+import torch
+from torch import nn
+
+from lastlayer import (
+    PLIF,
+    AdaptiveSoftmax,
+    FullSoftmax,
+    HierarchicalSoftmax,
+    MixtureOfSoftmaxes,
+    MonotoneNetwork,
+    Sigsoftmax,
+    SoftCap,
+    TreeSoftmax,
+)
+
+WHOLE = {
+    "full": lambda: FullSoftmax(5, 11, label_smoothing=0.1, z_loss=0.1, class_weights=torch.linspace(0.1, 1, 11)),
+    "soft-cap": lambda: FullSoftmax(5, 11, logit_map=SoftCap(3.0)),
+    "sigsoftmax": lambda: FullSoftmax(5, 11, logit_map=Sigsoftmax()),
+    "plif": lambda: FullSoftmax(5, 11, logit_map=PLIF(7, 2.0, init_std=1.0)),
+    "monotone-network": lambda: FullSoftmax(5, 11, logit_map=MonotoneNetwork(3)),
+    "mixture": lambda: MixtureOfSoftmaxes(5, 11, 2),
+    "adaptive": lambda: AdaptiveSoftmax(5, 11, [3, 7], div_value=2.0),
+}
+GROUPED = {"hierarchical": lambda: HierarchicalSoftmax(5, 11), "tree": lambda: TreeSoftmax(5, 11)}
+
+
+class Calls(nn.Module):
+    """All calls of a layer at once: one graph, and one export."""
+
+    def __init__(self, layer, loss=True):
+        super().__init__()
+        self.layer, self.loss = layer, loss
+
+    def forward(self, hidden, targets):
+        layer, ids = self.layer, targets.clamp(min=0)
+        found = [layer.log_prob(hidden), layer.topk(hidden, 3).log_prob, layer.score(hidden, ids[:, None])]
+        return (*found, layer(hidden, targets), layer.target_log_prob(hidden, targets)) if self.loss else (*found,)
+
+
+def batch(rows):
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, 5, generator=generator, dtype=torch.float64)
+    targets = torch.randint(11, (rows,), generator=generator)
+    targets[1] = -100
+    return hidden.requires_grad_(), targets
+
+
+@pytest.mark.parametrize("name", [*WHOLE, *GROUPED])
+def test_compiles_whole_with_its_gradients(name):
+    torch.compiler.reset()
+    eager = Calls({**WHOLE, **GROUPED}[name]().double(), loss=name in WHOLE)
+    compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
+    hidden, targets = batch(6)
+    results = []
+    for model in (eager, compiled):
+        values = model(hidden, targets)
+        total = sum((value * torch.linspace(0.5, 2, value.numel()).view(value.shape)).sum() for value in values)
+        leaves = [hidden, *eager.parameters()]
+        results.append((values, torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_a_loss_that_groups_its_batch_says_so_when_compiled_whole(name):
+    torch.compiler.reset()
+    layer = GROUPED[name]()
+    hidden, targets = torch.randn(6, 5), torch.randint(11, (6,))
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(layer, fullgraph=True, backend="eager")(hidden, targets)
+    torch.testing.assert_close(torch.compile(layer, backend="eager")(hidden, targets), layer(hidden, targets))
+
+
+@pytest.mark.parametrize(
+    ("name", "strict"), [*((name, False) for name in [*WHOLE, *GROUPED]), ("plif", True), ("hierarchical", True)]
+)
+def test_exports_every_call_for_any_batch(name, strict):
+    torch.compiler.reset()
+    model = Calls({**WHOLE, **GROUPED}[name]().double())
+    rows = torch.export.Dim("rows", min=2, max=1 << 30)
+    with torch.no_grad():
+        exported = torch.export.export(model, batch(6), dynamic_shapes=({0: rows}, {0: rows}), strict=strict)
+        for size in (2, 37):
+            torch.testing.assert_close(exported.module()(*batch(size)), model(*batch(size)))
+
+
+@pytest.mark.parametrize("name", [*WHOLE, *GROUPED])
+def test_fake_tensors(name):
+    """Shapes and dtypes without memory, from a layer whose parameters have values."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = Calls({**WHOLE, **GROUPED}[name]().double())
+    expected = model(*batch(6))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        hidden, targets = (mode.from_tensor(part.detach()) for part in batch(6))
+        parameters = {n: mode.from_tensor(p.detach()).requires_grad_() for n, p in model.named_parameters()}
+        found = torch.func.functional_call(model, parameters, (hidden, targets))
+        sum(value.sum() for value in found).backward()
+    assert [(f.shape, f.dtype) for f in found] == [(e.shape, e.dtype) for e in expected]
+    assert all(p.grad.shape == p.shape for p in parameters.values())
