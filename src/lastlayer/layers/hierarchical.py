@@ -292,8 +292,9 @@ class HierarchicalSoftmax(OutputLayer):
             return super()._score(hidden, ids)
         slots = self._slots[ids]
         barred = None
-        if self.bias is not None:  # another class in place of barred ones, of which the gradients might be NaN
-            barred = self.bias.detach()[slots] == -torch.inf
+        if self.bias is not None:
+            barred = barred_classes(self.bias[slots])
+        if self.bias is not None and barred is not None:  # another class in their place: they might give NaN
             slots = torch.where(barred, self.bias.argmax(), slots)
             ids = self.order[slots]
         clusters = self._clusters[ids]
