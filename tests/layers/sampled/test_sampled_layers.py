@@ -164,12 +164,12 @@ def test_tied_weight_and_frozen_parts():
 
 def test_a_kernel_sampler_follows_the_weight():
     """After steps and a loaded state, its probabilities are those of a sampler that looks at the weight afresh."""
-    layer = make(SampledSoftmax, QuadraticKernel(V, D, leaf_size=4), 3, sparse=True)
+    layer = make(SampledSoftmax, QuadraticKernel(V, D, leaf_size=4, centred=False), 3, sparse=True)
     steps = torch.optim.SGD(layer.parameters(), lr=2.0)
     hidden, targets = batch(rows=2)
 
     def agrees():
-        fresh = QuadraticKernel(V, D, leaf_size=4)
+        fresh = QuadraticKernel(V, D, leaf_size=4, centred=False)
         fresh.update(layer.weight, layer.bias)
         everything = torch.arange(V).expand(2, V)
         return torch.allclose(

@@ -36,17 +36,40 @@ def all_log_probs(sampler, hidden):
 @pytest.mark.parametrize("leaf_size", [1, 5, 16])
 def test_leaf_probabilities_are_the_kernel(num_classes, leaf_size):
     weight, bias, hidden = layer_of(num_classes)
-    sampler = QuadraticKernel(num_classes, D, leaf_size=leaf_size)
+    sampler = QuadraticKernel(num_classes, D, leaf_size=leaf_size, centred=False)
     for own_bias in (None, bias):
         sampler.update(weight, own_bias)
         found = all_log_probs(sampler, hidden).exp()
         assert torch.allclose(found, quadratic(hidden, weight, own_bias), rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("leaf_size", [3, 16])
+def test_centred_logits_are_those_a_softmax_cannot_tell_apart(leaf_size):
+    weight, bias, hidden = layer_of(50)
+    sampler = QuadraticKernel(50, D, leaf_size=leaf_size)
+    sampler.update(weight, bias)
+    expected = quadratic(hidden, weight - weight.mean(0), bias - bias.mean())
+    assert torch.allclose(all_log_probs(sampler, hidden).exp(), expected, rtol=1e-10)
+    assert_draws(sampler, hidden)
+    sampler.update(weight + 1, bias + 7)
+    assert torch.allclose(all_log_probs(sampler, hidden).exp(), expected, rtol=1e-10)
+
+
+def test_a_centre_that_moved_is_found_after_enough_updates():
+    weight, bias, hidden = layer_of(64)
+    sampler = QuadraticKernel(64, D, leaf_size=4)
+    sampler.update(weight, bias)
+    weight += 3
+    for start in range(0, 80, 16):
+        sampler.update(weight, bias, torch.arange(start, start + 16) % 64)
+    expected = quadratic(hidden, weight - weight.mean(0), bias - bias.mean())
+    assert torch.allclose(all_log_probs(sampler, hidden).exp(), expected, rtol=1e-10)
+
+
 def test_many_walks_and_few_nodes_are_the_same_masses():
     """Gathered for each walk, or multiplied for all nodes of a level."""
     weight, bias, hidden = layer_of(300)
-    sampler = QuadraticKernel(300, D, leaf_size=2)
+    sampler = QuadraticKernel(300, D, leaf_size=2, centred=False)
     sampler.update(weight, bias)
     ids = torch.arange(299, 0, -37).expand(3, -1)
     one_by_one = torch.cat([sampler.log_prob(ids[:, i : i + 1], hidden) for i in range(ids.shape[1])], 1)
@@ -56,7 +79,7 @@ def test_many_walks_and_few_nodes_are_the_same_masses():
 
 def test_sums_do_not_drift_under_updates():
     weight, bias, hidden = layer_of(60)
-    sampler = QuadraticKernel(60, D, leaf_size=4)
+    sampler = QuadraticKernel(60, D, leaf_size=4, centred=False)
     sampler.update(weight, bias)
     generator = torch.Generator().manual_seed(2)
     for _ in range(1000):
@@ -70,7 +93,7 @@ def test_sums_do_not_drift_under_updates():
 def test_stale_sums_are_still_what_is_drawn_from():
     """A weight that moved without a word: probabilities are of the walk, and sum to one."""
     weight, bias, hidden = layer_of(40)
-    sampler = QuadraticKernel(40, D, leaf_size=4)
+    sampler = QuadraticKernel(40, D, leaf_size=4, centred=False)
     sampler.update(weight, bias)
     weight.mul_(-1.5).add_(0.3)
     found = all_log_probs(sampler, hidden).exp()
@@ -97,7 +120,7 @@ def assert_draws(sampler, hidden, draws=60_000):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_draws_follow_the_kernel(dtype):
     weight, bias, hidden = layer_of(100, dtype)
-    sampler = QuadraticKernel(100, D, leaf_size=8)
+    sampler = QuadraticKernel(100, D, leaf_size=8, centred=False)
     sampler.update(weight, bias)
     assert torch.allclose(all_log_probs(sampler, hidden).exp(), quadratic(hidden, weight, bias), rtol=1e-3)
     assert_draws(sampler, hidden)
@@ -157,7 +180,7 @@ def test_a_barred_class_is_never_drawn(make):
 
 def test_shapes_copies_and_a_mixture():
     weight, bias, hidden = layer_of(30)
-    sampler = QuadraticKernel(30, D)
+    sampler = QuadraticKernel(30, D, centred=False)
     sampler.update(weight, bias)
     assert sampler.sample(5, hidden[:, None].expand(3, 2, D)).ids.shape == (3, 2, 5)
     assert sampler.sample(5, hidden[:0]).ids.shape == (0, 5)

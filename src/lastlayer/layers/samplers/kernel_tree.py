@@ -21,6 +21,7 @@ class _Sums(NamedTuple):
 
     weight: Tensor  # (V, d), the layer's own memory
     bias: Tensor | None  # (V,)
+    centre: Tensor  # (d + 1,): taken off every class, bias last
     features: Tensor  # (2 * num_leaves, F): the sum of phi over the classes below each node
     counts: Tensor  # (2 * num_leaves,): how many classes there are, without barred ones
 
@@ -34,7 +35,7 @@ class KernelTree(Sampler):
 
     - a draw costs `O(F log(V / B) + B d)` with leaves of B classes, memory is `2 F V / B`;
     - `update` makes the leaves of changed classes, and the nodes above them, anew from the weight, so that sums do
-      not drift apart from it.
+      not drift apart from it; and the whole tree, once that has been done for as many classes as there are.
 
     The walk's own probabilities are what `log_prob` gives, so corrections are right also where the sums lag behind
     the weight, as they do under an optimizer that moves rows without a gradient (momentum, weight decay).
@@ -55,6 +56,7 @@ class KernelTree(Sampler):
         self.leaf_size = min(check_positive("leaf_size", leaf_size), self.num_classes)
         self.depth = (math.ceil(self.num_classes / self.leaf_size) - 1).bit_length()
         self._sums: _Sums | None = None
+        self._refreshed = 0  # classes, since the tree was last made whole
 
     @property
     def num_leaves(self) -> int:
@@ -76,14 +78,18 @@ class KernelTree(Sampler):
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         placed = None if self._sums is None else (self._sums.features.dtype, self._sums.features.device)
-        if self._sums is not None and ids is not None and placed == (dtype, weight.device):
-            leaves = torch.unique(ids.reshape(-1) // self.leaf_size)
+        leaves = None if ids is None else torch.unique(ids.reshape(-1) // self.leaf_size)
+        self._refreshed += 0 if leaves is None else len(leaves) * self.leaf_size
+        stale = self._refreshed > self.num_classes
+        if self._sums is not None and leaves is not None and placed == (dtype, weight.device) and not stale:
             self._sums = self._sums._replace(weight=weight, bias=bias)
         else:
+            self._refreshed = 0
             leaves = torch.arange(math.ceil(self.num_classes / self.leaf_size), device=weight.device)
             num_features = self._features(weight.new_zeros(1, self.in_features + 1, dtype=dtype)).shape[1]
             features = weight.new_zeros(2 * self.num_leaves, num_features, dtype=dtype)
-            self._sums = _Sums(weight, bias, features, features.new_zeros(len(features)))
+            centre = self._centre(weight, bias).to(dtype)
+            self._sums = _Sums(weight, bias, centre, features, features.new_zeros(len(features)))
         self._refresh(self._sums, leaves)
 
     @torch.no_grad()
@@ -120,6 +126,10 @@ class KernelTree(Sampler):
     def log_inclusion(self, ids: Tensor, num_samples: int, hidden: Tensor | None = None) -> Tensor:
         """`log(1 - (1 - q) ** num_samples)`."""
         return log_of_any(self.log_prob(ids, hidden), check_count("num_samples", num_samples, 1))
+
+    def _centre(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`(d + 1,)` to take off every class, bias last."""
+        return weight.new_zeros(self.in_features + 1)
 
     # The kernel: rows are (d + 1) wide, with the bias last for a class and 1 last for a hidden state.
 
@@ -231,7 +241,7 @@ class KernelTree(Sampler):
         rows = sums.weight.index_select(0, ids).to(sums.features.dtype)
         bias = rows.new_zeros(len(ids)) if sums.bias is None else sums.bias.index_select(0, ids).to(rows.dtype)
         alive &= (bias > -math.inf).view_as(alive)
-        rows = torch.cat([rows, bias.masked_fill(bias == -math.inf, 0)[:, None]], 1)
+        rows = torch.cat([rows, bias.masked_fill(bias == -math.inf, 0)[:, None]], 1) - sums.centre
         return rows.view(*alive.shape, -1), alive.to(rows.dtype)
 
     def _rows(self, hidden: Tensor | None) -> Tensor:  # (..., d) to (N, d + 1), in the dtype of the sums

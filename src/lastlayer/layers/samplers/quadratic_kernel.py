@@ -8,7 +8,11 @@ from lastlayer.layers.samplers.kernel_tree import KernelTree
 
 
 class QuadraticKernel(KernelTree):
-    """`q_i` proportional to `alpha * logit_i ** 2 + 1`, with `logit_i = h . weight_i + bias_i`.
+    """`q_i` proportional to `alpha * logit_i ** 2 + 1`, with `logit_i = h . weight_i + bias_i` less their mean.
+
+    The mean is that of the class vectors when the tree was last made whole. No softmax notices that it is taken
+    off; the kernel does: a trained layer's many unlikely classes have logits below 0, and would else be drawn as
+    often as likely ones. `centred=False` is the paper's kernel, of the logits as they are.
 
     The nearer q is to the softmax itself, the fewer samples a gradient of small bias needs; this one follows the
     logits of each row, at `O(d^2 log V)` a draw. The kernel is even, so a class of a very negative logit is drawn
@@ -21,6 +25,7 @@ class QuadraticKernel(KernelTree):
         num_classes: V.
         in_features: d.
         alpha: how much the logits weigh beside the constant.
+        centred: whether the mean is taken off.
         leaf_size: classes that are scored one by one at the end of a walk; None: d, at least 16.
 
     Source: G. Blanc, S. Rendle, "Adaptive sampled softmax with kernel based sampling", ICML 2018.
@@ -39,16 +44,30 @@ class QuadraticKernel(KernelTree):
     factor: Tensor
 
     def __init__(
-        self, num_classes: int, in_features: int, *, alpha: float = 100.0, leaf_size: int | None = None
+        self,
+        num_classes: int,
+        in_features: int,
+        *,
+        alpha: float = 100.0,
+        centred: bool = True,
+        leaf_size: int | None = None,
     ) -> None:
         leaf_size = max(16, in_features) if leaf_size is None else leaf_size
         super().__init__(num_classes, in_features, leaf_size=leaf_size)
-        self.alpha = check_not_negative("alpha", alpha)
+        self.alpha, self.centred = check_not_negative("alpha", alpha), centred
         # h h^T and w w^T are symmetric: each pair once, those off the diagonal counting twice in the product.
         first, second = torch.triu_indices(in_features + 1, in_features + 1, device="cpu")
         self.register_buffer("first", first, persistent=False)
         self.register_buffer("second", second, persistent=False)
         self.register_buffer("factor", torch.where(first == second, 1.0, 2.0), persistent=False)
+
+    def _centre(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        centre = weight.new_zeros(self.in_features + 1)
+        if self.centred:
+            centre[:-1] = weight.mean(0)
+            if bias is not None and bool((alive := bias > -torch.inf).any()):
+                centre[-1] = bias[alive].mean()
+        return centre
 
     def _features(self, rows: Tensor) -> Tensor:
         products = rows[:, self.first] * rows[:, self.second] * (self.alpha * self.factor).to(rows.dtype)
