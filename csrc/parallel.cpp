@@ -24,9 +24,28 @@ void run_once_or_more(int64_t, int64_t, void* context) {
     task.task(task.context);
 }
 
+constexpr std::chrono::microseconds LEAST_WAIT{300};  // that says anything: waking a thread takes some 50
+constexpr int ALONE_FOR = 30;                         // times what was waited
+constexpr std::chrono::seconds MOST_ALONE{1};
+
+std::atomic<std::chrono::steady_clock::rep> alone_until{0};
+
 }  // namespace
 
 namespace lastlayer {
+
+void Watch::region_done() const {
+    const Clock::time_point now = Clock::now();
+    const Clock::duration waited = now - last;
+    if (waited < LEAST_WAIT + 2 * longest) return;
+    const Clock::duration alone = std::min<Clock::duration>(ALONE_FOR * waited, MOST_ALONE);
+    alone_until.store((now + alone).time_since_epoch().count(), std::memory_order_relaxed);
+}
+
+bool better_alone() {
+    const auto until = alone_until.load(std::memory_order_relaxed);
+    return until != 0 && std::chrono::steady_clock::now().time_since_epoch().count() < until;
+}
 
 int64_t num_threads() {
     uint32_t number = 1;

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
+#include <thread>
 
 namespace lastlayer {
 
@@ -13,13 +15,41 @@ int64_t num_threads();
 // Calls `task(context)` on `workers` of PyTorch's threads (on fewer inside another parallel region) and waits.
 void run_on_threads(int64_t workers, void (*task)(void* context), void* context);
 
+// What the calling thread of a parallel region did, to see whether the others kept up.
+class Watch {
+   public:
+    Watch() : caller(std::this_thread::get_id()), last(Clock::now()), longest(0) {}
+
+    // Of the calling thread, after each chunk; others do nothing.
+    void chunk_done() {
+        if (std::this_thread::get_id() != caller) return;
+        const Clock::time_point now = Clock::now();
+        longest = std::max(longest, now - last);
+        last = now;
+    }
+
+    // After the region. Where the caller waited for much longer than a chunk takes, another thread did not get its
+    // processor: parallel regions would go on to wait for it, so that for a while there are none.
+    void region_done() const;
+
+   private:
+    using Clock = std::chrono::steady_clock;
+    std::thread::id caller;
+    Clock::time_point last;
+    Clock::duration longest;
+};
+
+// Whether other threads came too late lately, as the machine is busy.
+bool better_alone();
+
 // `body(begin, end)` over all of [0, count), in chunks of `grain`, which threads take as they become free: one that
-// is delayed takes fewer. Work of a single chunk stays on the calling thread. `body` must not throw.
+// is delayed takes fewer. Work of a single chunk stays on the calling thread, as does all work while the machine is
+// busy with something else. `body` must not throw.
 template <class Body>
 void parallel_for(int64_t count, int64_t grain, const Body& body) {
     const int64_t chunks = (count + grain - 1) / grain;
     const int64_t workers = std::min(num_threads(), chunks);
-    if (workers <= 1) {
+    if (workers <= 1 || better_alone()) {
         if (count > 0) body(int64_t{0}, count);
         return;
     }
@@ -27,16 +57,19 @@ void parallel_for(int64_t count, int64_t grain, const Body& body) {
         const Body& body;
         int64_t count, grain;
         std::atomic<int64_t> next;
-    } shared{body, count, grain, {0}};
+        Watch watch;
+    } shared{body, count, grain, {0}, {}};
     const auto task = [](void* context) {
         auto& work = *static_cast<Shared*>(context);
         for (;;) {
             const int64_t begin = work.next.fetch_add(work.grain, std::memory_order_relaxed);
             if (begin >= work.count) return;
             work.body(begin, std::min(begin + work.grain, work.count));
+            work.watch.chunk_done();
         }
     };
     run_on_threads(workers, task, &shared);
+    shared.watch.region_done();
 }
 
 }  // namespace lastlayer
