@@ -348,3 +348,11 @@ def test_the_true_cause_is_named(monkeypatch, weight_bytes, here, records, said)
     text = frontier.verdict([slow_record(), *records], weight_bytes, 0.999)
     assert said in text
     assert "is slower than it, 2.00 ms against 1.00 ms" in text
+
+
+@pytest.mark.usefixtures("times_as_fast")
+def test_previews_whose_turn_does_not_come_are_named(run, tmp_path, hidden, monkeypatch):
+    monkeypatch.setattr(choose, "LAST_START", 0.0)
+    output = run(save_head(tmp_path / "head.npy"), "--calibration", hidden, "--k", 3).output
+    assert "Not tried, for --seconds were over: SVD, calibrated, float32, window 2; " in output
+    assert "* int8, certified, 96 candidates: 3.00 times as fast" in output
