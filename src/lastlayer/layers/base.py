@@ -253,9 +253,10 @@ class OutputLayer(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor]:
         """The best classes by `search`, where that is worth it: no gradient flows through it, but through `_score`
         of what it found. Rows that it gives up, and all rows of a small problem, are answered from all
-        log-probabilities."""
-
-        if not readable(hidden, *self.parameters()):
+        log-probabilities, whose gradients are dense."""
+        searching = worth_searching(cost, hidden.shape[0], self.num_classes, self.in_features, k)
+        searching = searching and readable(hidden, *self.parameters())
+        if not searching and not (torch.is_grad_enabled() and self.sparse_parameters()):
             return self._dense_topk(self._log_prob, hidden, k, selection)
 
         def of_chunk(rows: Tensor, own: Selection | None) -> tuple[Tensor, Tensor]:
@@ -266,7 +267,7 @@ class OutputLayer(nn.Module, ABC):
             return log_prob, indices
 
         with torch.no_grad():
-            if worth_searching(cost, len(hidden), self.num_classes, self.in_features, k):
+            if searching:
                 log_prob, indices = self._chunked_topk(of_chunk, hidden, selection)
             else:
                 log_prob, indices = self._dense_topk(self._log_prob, hidden, k, selection)
