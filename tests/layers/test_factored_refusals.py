@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd.functional import hessian
 
 from lastlayer import FactoredOutput, FactoredSGD, SquaredError
 
@@ -47,3 +48,28 @@ def test_steps_that_diverge_end_in_a_refusal(classes, features, rows, dtype):
     assert message is not None
     assert "range of torch.float" in message
     assert torch.equal(layer.weight, before)
+
+
+def test_second_derivatives_and_transforms_are_refused_in_training():
+    layer = FactoredOutput(4, 12)
+    optimizer = FactoredSGD(layer, lr=0.1)
+    hidden, targets = torch.randn(3, 4), torch.tensor([0, 5, 11])
+
+    def loss(hidden):
+        return layer(hidden, targets)
+
+    def by_backward(hidden):
+        leaf = hidden.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+        slope.square().sum().backward(inputs=[leaf])
+
+    ways = by_backward, lambda h: torch.autograd.functional.hvp(loss, h, h), lambda h: hessian(loss, h)
+    for way in ways:
+        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+            way(hidden)
+    for transform in (torch.func.grad(loss), lambda h: torch.func.jvp(loss, (h,), (h,)), torch.func.vmap(loss)):
+        with pytest.raises(RuntimeError, match=r"FactoredOutput of lastlayer .* layer\.eval\(\)"):
+            transform(hidden)
+    layer.eval()
+    torch.testing.assert_close(torch.func.hessian(loss)(hidden), hessian(loss, hidden))
+    del optimizer

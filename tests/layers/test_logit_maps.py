@@ -261,3 +261,17 @@ def test_a_scalar_slope_of_an_earlier_version_is_loaded():
     network = MonotoneNetwork(3)
     network.load_state_dict({**MonotoneNetwork(3).state_dict(), "raw_slope": torch.tensor(2.5)})
     assert network.raw_slope.tolist() == [2.5]
+
+
+@pytest.mark.parametrize(
+    "make", [Sigsoftmax, lambda: SoftCap(2.0), lambda: PLIF(6, 2.0), lambda: MonotoneNetwork(3)]
+)
+def test_second_derivatives(make):
+    logit_map = make().double()
+    logits = torch.linspace(-1.9, 1.7, 12, dtype=torch.float64).view(3, 4).requires_grad_()
+    parameters = dict(logit_map.named_parameters())
+
+    def mapped(logits, *values):
+        return torch.func.functional_call(logit_map, dict(zip(parameters, values, strict=True)), (logits,))
+
+    assert torch.autograd.gradgradcheck(mapped, (logits, *parameters.values()))

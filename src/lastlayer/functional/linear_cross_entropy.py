@@ -232,7 +232,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                         gradient.mul_(scale)
             return *formed[:3], *formed.logit_map
 
-        found = gradients(form, _twin(*ctx.settings, ctx.reduction), ctx.saved_tensors, upstream)
+        found = gradients(form, _twin(terms, dense, logit_map, dtype, ctx.reduction), ctx.saved_tensors, upstream)
         return *found[:3], None, None, None, None, None, None, *found[3:]
 
 

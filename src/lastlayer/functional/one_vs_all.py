@@ -125,13 +125,13 @@ class _OneVsAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (scale,), inputs = upstream, ctx.saved_tensors
+        (scale,), (hidden, weight, bias) = upstream, ctx.saved_tensors
 
         def form() -> tuple[Tensor | None, ...]:
             formed, ctx.formed = ctx.formed, None
             if formed is None:  # the loss of every row, or a second pass over a retained graph
                 row_weights = scale if ctx.row_weights is None else scale * ctx.row_weights
-                _, formed = _Blocks(*inputs, ctx.positives, ctx.dtype).run(ctx.wanted, row_weights)
+                _, formed = _Blocks(hidden, weight, bias, ctx.positives, ctx.dtype).run(ctx.wanted, row_weights)
             elif not (eager_on_cpu(scale) and float(scale) == 1.0):
                 for gradient in formed:
                     if gradient is not None:  # nobody else holds it
@@ -139,7 +139,7 @@ class _OneVsAll(torch.autograd.Function):
             return formed
 
         twin = partial(_plain, ctx.positives, ctx.row_weights, ctx.dtype)
-        return *gradients(form, twin, inputs, upstream), None, None, None, None
+        return *gradients(form, twin, ctx.saved_tensors, upstream), None, None, None, None
 
 
 class _Blocks:

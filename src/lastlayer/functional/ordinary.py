@@ -1,5 +1,7 @@
 """Which tensors hand-written gradients and kernels take, and which PyTorch's own operations must take."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -16,13 +18,18 @@ def ordinary(*tensors: Tensor | None) -> bool:
         return not torch.compiler.is_exporting()
     for tensor in tensors:  # a plain loop: every small step begins with it
         if tensor is not None and not (
-            type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+            _dispatch_of(type(tensor)) is _dispatch_of(Tensor)
             and not tensor.is_meta
             and _has_memory(tensor)
             and forward_ad.unpack_dual(tensor).tangent is None
         ):
             return False
     return True
+
+
+def _dispatch_of(kind: Any) -> Any:
+    """How a class of tensors has operations done: fake tensors and DTensors have a way of their own."""
+    return kind.__torch_dispatch__
 
 
 def _has_memory(tensor: Tensor) -> bool:

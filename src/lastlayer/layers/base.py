@@ -57,6 +57,8 @@ class OutputLayer(nn.Module, ABC):
     6. `gradcheck` in float64; bfloat16 and autocast no worse than PyTorch's own operations in that dtype
     7. `state_dict`, `copy.deepcopy`, pickling and `.to(dtype)` keep the model
     8. bad input is a `ValueError`, `TypeError` or `IndexError` that names the argument; the layer is unchanged
+    9. second derivatives in every way to form them, and the transforms of `torch.func`, are right or refused
+    10. on "meta" every call gives the shapes and dtypes that it gives with values
 
     A bias of -inf bars a class: `topk` and `sample` never return it, its probability is 0, and it has no gradient.
     As a target its loss is infinite.

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,6 +118,7 @@ def _by_backward(call: Scalar, hidden: Tensor, direction: Tensor) -> Tensor:
     leaf = hidden.clone().requires_grad_()
     call(leaf).backward(create_graph=True)
     slope, leaf.grad = leaf.grad, None
+    assert slope is not None
     (slope * direction).sum().backward()
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.detach()
 
@@ -126,6 +127,7 @@ def _by_backward_of_inputs(call: Scalar, hidden: Tensor, direction: Tensor) -> T
     leaf = hidden.clone().requires_grad_()
     call(leaf).backward(create_graph=True, inputs=[leaf])
     slope, leaf.grad = leaf.grad, None
+    assert slope is not None
     (slope * direction).sum().backward(inputs=[leaf])
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.detach()
 
@@ -196,7 +198,7 @@ def _check_replaced_parameters(case: LayerCase) -> None:
         hidden, targets = rows_for(layer, 4)
         parameters = {name: p.detach().clone().requires_grad_() for name, p in moved.named_parameters()}
         loss = functional_call(layer, parameters, (hidden, targets)).sum() + _nothing(layer)
-        options = {"allow_unused": True, "materialize_grads": True}
+        options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
         found = torch.autograd.grad(loss, list(parameters.values()), **options)
         own = torch.autograd.grad(
             case.loss(moved, hidden, targets).sum() + _nothing(moved), list(moved.parameters()), **options
