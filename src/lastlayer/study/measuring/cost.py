@@ -10,6 +10,7 @@ from torch import Tensor
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.factored import FactoredOutput
 from lastlayer.screening import Int8Preview, ScreenedSoftmax
+from lastlayer.screening.base import Screen
 from lastlayer.study.measuring.measure import interleaved, peak_bytes, seconds_of
 from lastlayer.study.training.language_model import adagrad
 
@@ -112,7 +113,7 @@ def count_parameters(layer: OutputLayer) -> int:
     return sum(parameter.numel() for parameter in layer.parameters())
 
 
-def screen_of(layer: OutputLayer) -> ScreenedSoftmax | None:
+def screen_of(layer: OutputLayer) -> Screen | None:
     """A screen whose every answer is proved to be the layer's own; None for a layer without one matrix."""
     if layer.num_classes < SCREEN_FROM:
         return None
@@ -134,7 +135,7 @@ def one_by_one(topk: Callable[[Tensor, int], object], hidden: Tensor, k: int) ->
 
 
 @torch.no_grad()
-def _agreement(layer: OutputLayer, screen: ScreenedSoftmax, hidden: Tensor, k: int) -> float:
+def _agreement(layer: OutputLayer, screen: Screen, hidden: Tensor, k: int) -> float:
     """Asked one by one, as the queries are timed: a large batch would be answered by the full layer."""
     same = [
         set(screen.topk(row, k).indices[0].tolist()) == set(layer.topk(row, k).indices[0].tolist())
