@@ -71,6 +71,7 @@ def rates_of(batches, shares):
 def test_long_runs(kind, dtype, steps):
     """At each share of the bound for a fifth of the steps."""
     batches = make_batches(kind)
+    steps = min(steps, 4_000) if kind == "full rank" else steps  # they are the dearest, and see every error
     error, layer = train(batches, rates_of(batches, SHARES), steps, 8, 30, dtype)
     assert error < TOLERANCE[dtype]
     assert max(layer.consistency()[:3]) < TOLERANCE[dtype]

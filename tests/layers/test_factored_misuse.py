@@ -178,6 +178,12 @@ def test_a_refilled_input_buffer_does_not_change_the_step():
     assert torch.equal(twins.layer.weight, other.layer.weight)
 
 
+def test_hidden_states_with_the_negative_bit():
+    twins = Twins(SphericalSoftmax())
+    for hidden, ids, weights in batches(3):
+        twins.train([(torch.complex(hidden, -hidden).conj().imag, ids, weights)])
+
+
 def test_clipping_entries_has_no_effect():
     """Those of the weight's gradient are never made, so `clip_grad_value_` over a model passes the layer by."""
     layers = []

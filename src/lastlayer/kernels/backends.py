@@ -57,6 +57,14 @@ def paths_backend_for(device: torch.device, dtype: torch.dtype, weight_dtype: to
     return "compiled" if known and _engine_serves(device) else "plain"
 
 
+def factored_backend_for(device: torch.device, dtype: torch.dtype) -> Backend:
+    """What reads, differentiates and steps a `FactoredOutput` whose state has this dtype.
+
+    A step that is near singular, or of more rows than 1.5 d, is always plain.
+    """
+    return "compiled" if dtype in (torch.float32, torch.float64) and _engine_serves(device) else "plain"
+
+
 def _engine_serves(device: torch.device) -> bool:
     """Whether compiled kernels can run on this device here and now; they cannot be part of a compiled graph."""
     return device.type == "cpu" and not torch.compiler.is_compiling() and engine.available()

@@ -40,14 +40,14 @@ class FactoredOutput(OutputLayer):
     parameter, the anchor, stands for it in optimizers and schedulers). Backward in training mode without one
     raises. In `eval()` nothing is recorded, and gradients reach `hidden` alone.
 
-    Time of a step on N examples: about `7 N d^2 + 4 N^2 d` multiply-adds, whatever V; memory `V d + 3 d^2`.
+    Time of a step on N examples: about `9 N d^2 + 5 N^2 d` multiply-adds, whatever V; memory `V d + 3 d^2`.
     `log_prob`, `topk` and `weight` cost what V classes cost. Now and then the state is kept well conditioned at
-    O(V) for each direction of the hidden space that training shrank some hundredfold, and O(d) for each row that
+    O(V) for each direction of the hidden space that training shrank some tenfold, and O(d) for each row that
     notices, at first all V, later those that were targets lately. Once in 3 V examples Q is made anew at O(V d^2).
 
     When not to use it: with the ordinary softmax (no `exp` is possible here), with momentum, Adam or elementwise
-    clipping, or for few classes (a plain step is 3 V d multiply-adds an example, this one 7 d^2 + 4 N d, and a
-    third of a millisecond of small operations). bfloat16 layers compute and keep their state in float32; float16
+    clipping, or for few classes (a plain step is 3 V d multiply-adds an example, this one 9 d^2 + 5 N d, and
+    a third of a millisecond of small operations). bfloat16 layers compute and keep their state in float32; float16
     ones do not train.
 
     Args:

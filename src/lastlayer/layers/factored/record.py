@@ -19,6 +19,8 @@ from lastlayer.functional.precision import no_autocast
 from lastlayer.functional.reduce import reduce_loss
 from lastlayer.functional.second_order import refused
 from lastlayer.functional.spherical import RowDerivatives, SphericalLoss
+from lastlayer.kernels import factored as kernel
+from lastlayer.kernels.backends import factored_backend_for
 from lastlayer.layers.factored.state import FactoredState
 from lastlayer.layers.factored.step import Gradient
 
@@ -152,9 +154,13 @@ class _Loss(torch.autograd.Function):
     ) -> Tensor:
         state = own.state
         with no_autocast(hidden.device.type):
-            ctx.rows = hidden.clone()  # the caller may refill its buffer
-            ctx.products = ctx.rows @ state.reading.T
-            scores, squared_norm, total = state.statistics_of(ctx.rows, ctx.products, ids)
+            ids = ids.contiguous()
+            if factored_backend_for(hidden.device, hidden.dtype) == "compiled":
+                read = kernel.read(hidden.contiguous().resolve_neg(), state.reading, state.factor, ids)
+            else:
+                rows = hidden.clone(memory_format=torch.contiguous_format)  # the caller may refill its buffer
+                read = rows, *state.read(rows, ids)
+            ctx.rows, ctx.products, scores, squared_norm, total = read
         ctx.found = loss.derivatives(scores, weights, squared_norm, total, state.num_classes)
         ctx.own, ctx.ids = own, ids
         ctx.share = max(len(hidden), 1) if reduction == "mean" else 1
@@ -168,8 +174,7 @@ class _Loss(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.own.check_weight()
         with torch.no_grad(), no_autocast(upstream.device.type):
-            gradient = ctx.own.gradient = _gradient(ctx.own.state, ctx, upstream / ctx.share)
-            by_hidden = gradient.by_hidden.clone()  # which its owner may change
+            ctx.own.gradient, by_hidden = _gradient(ctx.own.state, ctx, upstream / ctx.share)
         by_hidden = refused(by_hidden, NO_SECOND, upstream, *ctx.saved_tensors)
         return torch.zeros_like(ctx.own.anchor), by_hidden, *[None] * 5  # pyright: ignore[reportReturnType]
 
@@ -178,20 +183,24 @@ def _gradient(
     state: FactoredState,
     ctx: Any,
     share: Tensor,  # () or (N,), float64: what each row counts
-) -> Gradient:
-    """Of the hidden states, and what the step needs of the weight's: with `Y W = (Y F) U + y offset^T`,
+) -> tuple[Gradient, Tensor]:  # and (N, d)
+    """What the step needs, and the gradient of the hidden states for its owner to change:
 
-    Z = G W = D H Q + sparse,    sparse = Y W + g_s total^T.
+    Z = G W = D H Q + sparse,    sparse = Y W + g_s total^T,    Y W = (Y F) U + y offset^T.
     """
-    hidden, products, ids, found, d = ctx.rows, ctx.products, ctx.ids, ctx.found, state.features
-    found: RowDerivatives
-    by_score = ((share[:, None] if share.dim() else share) * found.by_score).to(hidden.dtype)
-    by_norm = (share * found.by_norm).to(hidden.dtype)
-    by_total = None if found.by_total is None else (share * found.by_total).to(hidden.dtype)
-    sums = nn.functional.embedding_bag(ids, state.factor, per_sample_weights=by_score, mode="sum")
-    sparse = torch.addr(sums @ state.map, by_score.sum(1), state.offset)
-    if by_total is not None:
-        sparse.addr_(by_total, state.total)
-    by_hidden = torch.addcmul(sparse, by_norm[:, None], products[:, :d], value=2)
-    mapped, shared = products[:, d : 2 * d], products[:, 2 * d :]
-    return Gradient(hidden, mapped, shared, ids, by_score, by_norm, by_total, by_hidden, sparse)
+    ids, products, d = ctx.ids, ctx.products, state.features
+    found: RowDerivatives = ctx.found
+    by_score = ((share[:, None] if share.dim() else share) * found.by_score).to(products.dtype)
+    by_norm = (share * found.by_norm).to(products.dtype)
+    by_total = None if found.by_total is None else (share * found.by_total).to(products.dtype)
+    if factored_backend_for(ids.device, products.dtype) == "compiled":
+        given = products, state.reading, state.factor, ids, by_score.contiguous(), by_norm, by_total
+        by_hidden, sparse, copy = kernel.hidden_gradient(*given)
+    else:
+        sums = nn.functional.embedding_bag(ids, state.factor, per_sample_weights=by_score, mode="sum")
+        sparse = torch.addr(sums @ state.map, by_score.sum(1), state.offset)
+        if by_total is not None:
+            sparse.addr_(by_total, state.total)
+        by_hidden = torch.addcmul(sparse, by_norm[:, None], products[:, :d], value=2)
+        copy = by_hidden.clone()
+    return Gradient(ctx.rows, products, ids, by_score.contiguous(), by_norm, by_total, by_hidden, sparse), copy

@@ -84,19 +84,18 @@ class FactoredState:
         ids: Tensor,  # (N, K)
     ) -> tuple[Tensor, Tensor, Tensor]:  # (N, K), (N,), (N,)
         """Target scores, squared norm and sum of the outputs in float64, differentiable in `hidden`."""
-        return self.statistics_of(hidden, hidden @ self.reading.T, ids)
+        return self.read(hidden, ids)[1:]
 
-    def statistics_of(
+    def read(
         self,
         hidden: Tensor,  # (N, d)
-        products: Tensor,  # (N, 2 d + 2), hidden @ reading^T
         ids: Tensor,  # (N, K)
-    ) -> tuple[Tensor, Tensor, Tensor]:  # (N, K), (N,), (N,)
-        """The same from products that are there already."""
-        d = self.features
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (N, 2 d + 2), (N, K), (N,), (N,)
+        """The same, after the products of `hidden` with Q, U, offset and total."""
+        products, d = hidden @ self.reading.T, self.features
         squared_norm = (products[:, :d] * hidden).sum(1).double().clamp(min=0)
         scores = target_scores(products[:, d : 2 * d], self.factor, ids) + products[:, 2 * d, None]
-        return scores.double(), squared_norm, products[:, 2 * d + 1].double()
+        return products, scores.double(), squared_norm, products[:, 2 * d + 1].double()
 
     def to(self, device: torch.device) -> None:
         """Moves every part, bit for bit."""
@@ -117,7 +116,7 @@ class FactoredState:
 
     def inverse_drift(self) -> float:
         """The largest entry of |U^T R - I|, O(d^3): what a step adds to a target row of W is wrong by so much."""
-        drift = self.map.double().T @ self.inverse.double()
+        drift = self.map.T @ self.inverse
         drift.diagonal().sub_(1)
         return float(drift.abs().max())
 

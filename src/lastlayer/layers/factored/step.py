@@ -41,6 +41,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lastlayer.kernels import factored as kernel
+from lastlayer.kernels.backends import factored_backend_for
 from lastlayer.layers.factored.state import FactoredState, inverse_transpose
 
 EASY = 0.9  # lr tr(H^T D H) up to which a step is far from singular whatever the eigenvalues
@@ -52,8 +54,7 @@ class Gradient:
     """One backward pass, or several at the same weight: what the step needs, N rows in all."""
 
     hidden: Tensor  # (N, d), H
-    mapped: Tensor  # (N, d), T = H U^T
-    shared: Tensor  # (N, 2), of H with offset and total
+    products: Tensor  # (N, 2 d + 2), of H with Q, U (that is T), offset (t) and total
     ids: Tensor  # (N, K)
     by_score: Tensor  # (N, K), dL/da
     by_norm: Tensor  # (N,), dL/dq
@@ -85,7 +86,7 @@ class Gradient:
         def padded_rows(name: str) -> Tensor:
             return torch.cat([F.pad(getattr(part, name), (0, width - part.ids.shape[1])) for part in parts])
 
-        same = ("hidden", "mapped", "shared", "by_norm", "by_hidden", "sparse")
+        same = ("hidden", "products", "by_norm", "by_hidden", "sparse")
         return cls(
             ids=padded_rows("ids"),
             by_score=padded_rows("by_score"),
@@ -114,8 +115,13 @@ class Step:
 
     def apply(self, state: FactoredState) -> None:
         """Makes the step."""
-        for ids, by_score in zip(self.ids.T, self.by_score.T, strict=True):  # one target of every row at a time
-            state.factor.index_add_(0, ids, by_score[:, None] * self.solution, alpha=-self.rate)
+        if factored_backend_for(self.ids.device, self.solution.dtype) == "compiled":
+            kernel.move_targets(state.factor, self.ids, self.by_score, self.solution, self.rate)
+        else:
+            for ids, by_score in zip(
+                self.ids.T, self.by_score.T, strict=True
+            ):  # one target of every row at a time
+                state.factor.index_add_(0, ids, by_score[:, None] * self.solution, alpha=-self.rate)
         state.reading, state.inverse = self.reading, self.inverse
 
 
@@ -142,17 +148,45 @@ def plan_step(
     if max_norm is not None:
         lr *= min(1.0, max_norm / (gradient_norm(gradient, state.num_classes) + 1e-6))  # as clip_grad_norm_ does
     rate = lr / shrink
-    spread = 2 * rate * gradient.by_norm * gradient.hidden.square().sum(1)  # the diagonal of lr H H^T D
-    sums = gradient.by_score.sum() + (0.0 if gradient.by_total is None else gradient.by_total.sum())
-    shrinking, growing, probe = torch.stack([spread.clamp(min=0).sum(), -spread.clamp(max=0).sum(), sums]).tolist()
-    if not math.isfinite(shrinking + growing + probe):
-        raise ValueError("hidden, or the gradient of the loss, is not finite: the step is refused")
     by_rows = 2 * len(gradient.ids) <= 3 * state.features
-    step = _plan_by_rows(state, gradient, rate, shrinking, growing) if by_rows else None
+    compiled = factored_backend_for(gradient.ids.device, gradient.hidden.dtype) == "compiled"
+    step = _plan_easy(state, gradient, rate) if by_rows and compiled else None
     if step is None:
-        step = _plan_by_features(state, gradient, rate, lr, growing)
+        spread = 2 * rate * gradient.by_norm * gradient.hidden.square().sum(1)  # the diagonal of lr H H^T D
+        shrinking, growing = torch.stack([spread.clamp(min=0).sum(), -spread.clamp(max=0).sum()]).tolist()
+        if not math.isfinite(shrinking + growing + _probe(gradient)):
+            raise ValueError("hidden, or the gradient of the loss, is not finite: the step is refused")
+        step = _plan_by_rows(state, gradient, rate, shrinking, growing) if by_rows else None
+        if step is None:
+            step = _plan_by_features(state, gradient, rate, lr, growing)
     _check_size(step.reading[: state.features])
     return _decayed(step, shrink) if shrink != 1 else step
+
+
+def _probe(g: Gradient) -> float:
+    """Not finite where the gradient at a target, or of the sum, is not."""
+    return float(g.by_score.sum()) + (0.0 if g.by_total is None else float(g.by_total.sum()))
+
+
+def _plan_easy(state: FactoredState, g: Gradient, rate: float) -> Step | None:
+    """`_plan_by_rows` in one compiled call, where a short series solves; None where it does not."""
+    if not math.isfinite(_probe(g)):
+        return None
+    plan = kernel.plan_easy(
+        *(getattr(g, name) for name in ("hidden", "products", "by_hidden", "sparse", "ids", "by_score")),
+        g.by_norm,
+        g.by_total,
+        state.reading,
+        state.inverse,
+        rate=rate,
+        easy=EASY,
+        drift_limit=drift_limit(g.hidden.dtype),
+        num_classes=state.num_classes,
+    )
+    if plan is None:
+        return None
+    growth = math.log1p(min(plan.growing, plan.size)) - math.log1p(-min(plan.shrinking, plan.size))
+    return Step(g.ids, g.by_score, rate, plan.solution, plan.reading, plan.inverse, growth)
 
 
 def _plan_by_rows(state: FactoredState, g: Gradient, rate: float, shrinking: float, growing: float) -> Step | None:
@@ -165,11 +199,11 @@ def _plan_by_rows(state: FactoredState, g: Gradient, rate: float, shrinking: flo
     inner = _sparse_overlap(g, state.num_classes).mul_(rate)
     inner.addcmul_(hidden @ (g.by_hidden + g.sparse).T, pull[:, None])
     twice_half = torch.addmm(g.by_hidden, inner, hidden, beta=-2 * rate, alpha=rate)  # of the update of Q
-    change_shared = -pull[:, None] * g.shared
-    change_shared[:, 1] -= rate * g.by_score.sum(1)
+    left = -pull[:, None] * g.products
+    left[:, : state.features] = twice_half
+    left[:, -1] -= rate * g.by_score.sum(1)
     if g.by_total is not None:
-        change_shared -= rate * g.by_total[:, None] * g.by_total.new_tensor([1.0, state.num_classes])
-    left = torch.cat([twice_half, -pull[:, None] * g.mapped, change_shared], 1)
+        left[:, -2:] -= rate * g.by_total[:, None] * g.by_total.new_tensor([1.0, state.num_classes])
     reading = torch.addmm(state.reading, left.T, hidden)
     _make_symmetric(reading[: state.features])
     inverse, solution = _solve(state, g, pull, response, reading[state.features : 2 * state.features])
@@ -247,7 +281,7 @@ def _plan_by_features(state: FactoredState, g: Gradient, rate: float, lr: float,
     gram = step @ (state.gram.double() @ step - 2 * rate * (g.sparse.double().T @ hidden))
     gram += rate**2 * (entries.T @ entries)
     reading = torch.empty_like(state.reading)
-    change_shared = -pull[:, None] * g.shared.double()
+    change_shared = -pull[:, None] * g.products[:, 2 * d :].double()
     change_shared[:, 1] -= rate * g.by_score.double().sum(1)
     if g.by_total is not None:
         by_total = g.by_total.double()
@@ -290,13 +324,16 @@ def _growth_of(step: Tensor, growing: float, lr: float, dtype: torch.dtype) -> t
 def _inverse_of_definite(matrix: Tensor, growing: float) -> tuple[Tensor, float]:
     """The inverse, and a bound on its largest eigenvalue; infinite where `matrix` is not positive definite.
 
-    All eigenvalues of the inverse but the largest are at least `1 / (1 + growing)`, and their sum is its trace.
+    All its eigenvalues but the largest are at least `1 / (1 + growing)`, and their sum is its trace; none differs
+    from 1 by more than the norm of the inverse less I.
     """
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed):
         return factor, math.inf
     inverse = torch.cholesky_inverse(factor)
-    return inverse, max(1.0, float(inverse.trace()) - (len(matrix) - 1) / (1 + growing))
+    others, trace, square = len(matrix) - 1, float(inverse.trace()), float(inverse.square().sum())
+    by_norm = math.sqrt(max(0.0, square - 2 * trace + others + 1))  # of the inverse - I
+    return inverse, max(1.0, min(trace - others / (1 + growing), 1 + by_norm))
 
 
 def _most_growth(dtype: torch.dtype) -> float:
