@@ -106,6 +106,22 @@ def test_statistics():
         close(*slopes, 1e-5 * 1024)
 
 
+def test_the_twins_of_second_derivatives():
+    """`torch.func` takes them; the gradients are those that the chunked code forms."""
+    hidden, weight, targets = head(*SHAPE)
+
+    def square(weight):
+        return linear_cross_entropy(hidden, weight, targets, z_loss=1e-6)
+
+    def normalizer(weight):
+        return linear_statistics(hidden, weight).log_normalizer.sum()
+
+    for call in (square, normalizer):
+        leaf = weight.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(call(leaf), leaf)
+        close(torch.func.grad(call)(weight), slope, 1e-3)
+
+
 def test_a_logit_map():
     """Sigsoftmax is nearly the identity there."""
     hidden, weight, targets = head(*SHAPE)

@@ -9,7 +9,7 @@ from torch import Tensor
 from lastlayer.functional.answers import TopK
 from lastlayer.functional.checks import check_count, check_linear, check_targets, eager_on_cpu
 from lastlayer.functional.linear_chunks import Gradients, LinearChunks, Wanted
-from lastlayer.functional.linear_twin import linear_logits
+from lastlayer.functional.linear_twin import linear_logits, log_normalizer
 from lastlayer.functional.logit_map import LogitMap, bound, check_logit_map
 from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.precision import no_autocast, product_dtype
@@ -156,7 +156,7 @@ def _plain(
         found = (logits if selection is None else selection.bar(logits)).topk(k or 0)
         indices = found.indices.masked_fill(found.values == -torch.inf, -1)
     best = log_prob.gather(1, indices.clamp(min=0)).masked_fill(indices < 0, -torch.inf)
-    return target, values.logsumexp(1), entropy, best, indices
+    return target, log_normalizer(values), entropy, best, indices
 
 
 class _LinearStatistics(torch.autograd.Function):

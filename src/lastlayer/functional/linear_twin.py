@@ -36,6 +36,12 @@ def linear_logits(
         return logits, bound(logit_map, parameters, lambda: map_barred(logit_map, logits, barred))
 
 
+def log_normalizer(values: Tensor) -> Tensor:  # (N, V) to (N,)
+    """`values.logsumexp(1)`, whose own gradient would lose digits where all values are large."""
+    peak = values.detach().amax(1, keepdim=True)
+    return peak[:, 0] + (values - peak).logsumexp(1)
+
+
 def row_loss(
     values: Tensor,  # (N, V), mapped logits
     terms: RowTerms,
@@ -53,5 +59,5 @@ def row_loss(
         dense = of_all[0] if class_weights is None else of_all[0] * class_weights
         loss = loss + dense_scale * (of_all[1] - (dense * log_prob.masked_fill(dense == 0, 0)).sum(1))
     if square is not None:
-        loss = loss + square * values.logsumexp(1).square()
+        loss = loss + square * log_normalizer(values).square()
     return loss
