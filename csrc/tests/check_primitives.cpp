@@ -6,7 +6,10 @@
 #include <random>
 #include <vector>
 
+#include "../cache_hints.h"
 #include "../integer_products.h"
+#include "../lookups.h"
+#include "../products.h"
 #include "../vector_math.h"
 
 namespace {
@@ -86,8 +89,56 @@ void check_exponential() {
         const double exact = std::exp(static_cast<double>(static_cast<float>(x)));
         expect(std::abs(lastlayer::exp(static_cast<float>(x)) - exact) <= 2e-7 * exact, "exp", std::lround(1e3 * x));
     }
+    for (double x = -87; x <= 0; x += 1e-3) {
+        const double exact = std::exp(static_cast<double>(static_cast<float>(x)));
+        const float found = exp_of_negative(static_cast<float>(x));
+        expect(std::abs(found - exact) <= 2e-7 * exact, "exp_of_negative", std::lround(1e3 * x));
+    }
+    expect(exp_of_negative(-INFINITY) == 0 && std::isnan(exp_of_negative(NAN)), "exp_of_negative of infinity", 0);
     expect(lastlayer::exp(-INFINITY) == 0 && std::isinf(lastlayer::exp(INFINITY)), "exp of infinity", 0);
     expect(std::isnan(lastlayer::exp(NAN)), "exp of NaN", 0);
+}
+
+void check_lookups(int64_t count) {
+    std::vector<Line> lines(300);
+    for (Line& line : lines) line = {static_cast<float>(drawn(-9, 9)), static_cast<float>(drawn(-9, 9))};
+    std::vector<int32_t> segments(count);
+    for (int32_t& segment : segments) segment = static_cast<int32_t>(drawn(0, 299));
+    std::vector<float> values(count, 2.0f), expected(values), slopes(count), their_slopes(count);
+    look_up(lines.data(), segments.data(), values.data(), slopes.data(), count);
+    look_up_portable(lines.data(), segments.data(), expected.data(), their_slopes.data(), count);
+    for (int64_t j = 0; j < count; ++j)
+        expect(values[j] == expected[j] && slopes[j] == their_slopes[j], "look_up", j);
+}
+
+void check_products(int64_t width) {  // whole numbers, so that sums in any order are exact
+    std::vector<float> rows(2 * width), others(4 * width), into(2 * width, 1.0f), out(8);
+    for (float& number : rows) number = static_cast<float>(drawn(-9, 9));
+    for (float& number : others) number = static_cast<float>(drawn(-9, 9));
+    dot_2x4(rows.data(), others.data(), width, out.data(), out.data() + 4);
+    const float f[] = {1, -2, 3, 4}, g[] = {5, 0, -7, 8};
+    add_2x4(into.data(), f, g, others.data(), width);
+    for (int r = 0; r < 2; ++r)
+        for (int i = 0; i < 4; ++i) {
+            float exact = 0;
+            for (int64_t k = 0; k < width; ++k) exact += rows[r * width + k] * others[i * width + k];
+            expect(out[4 * r + i] == exact, "dot_2x4", width);
+        }
+    for (int64_t k = 0; k < 2 * width; ++k) {
+        float exact = 1;
+        for (int i = 0; i < 4; ++i) exact += (k < width ? f : g)[i] * others[i * width + k % width];
+        expect(into[k] == exact, "add_2x4", k);
+    }
+}
+
+void check_stream() {
+    std::vector<char> from(4096 + STREAM_BYTES), to(4096 + STREAM_BYTES, 7);
+    for (char& byte : from) byte = static_cast<char>(drawn(-128, 127));
+    const auto address = reinterpret_cast<uintptr_t>(to.data());
+    char* aligned = to.data() + (STREAM_BYTES - address % STREAM_BYTES) % STREAM_BYTES;
+    stream(aligned, from.data() + 1, 4096);
+    stream_fence();
+    for (int64_t k = 0; k < 4096; ++k) expect(aligned[k] == from[k + 1], "stream", k);
 }
 
 }  // namespace
@@ -104,6 +155,11 @@ int main() {
         check_codes<1, 4>(chunks);
     }
     check_exponential();
+    check_stream();
+    for (const int64_t count : {1, 15, 16, 47, 1024}) {
+        check_lookups(count);
+        check_products(count);
+    }
     std::puts(failures ? "primitives: FAILED" : "primitives: all equal");
     return failures != 0;
 }
