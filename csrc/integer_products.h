@@ -229,21 +229,22 @@ void add_chunk(const Row& codes, const int16_t* const (&hidden)[HIDDEN], Sums (&
 
 #endif
 
-// totals[4 * h + r] of four rows and several hidden states.
+// totals[stride * h + r] of four rows and several hidden states.
 template <int HIDDEN>
-void multiply_rows(const int8_t* rows, int64_t width, const int16_t* const (&hidden)[HIDDEN], float* totals) {
+void multiply_rows(
+    const int8_t* rows, int64_t width, const int16_t* const (&hidden)[HIDDEN], float* totals, int64_t stride) {
     Sums sums[HIDDEN][4];
     for (auto& own : sums)
         for (Sums& one : own) one = no_sums();
     for (int64_t j = 0; j < width; j += PIECE) {
-        decltype(load_row(rows)) row[4];
-        for (int r = 0; r < 4; ++r) row[r] = load_row(rows + r * width + j);
-        for (int h = 0; h < HIDDEN; ++h) {
-            const auto numbers = load_hidden(hidden[h] + j);
-            for (int r = 0; r < 4; ++r) sums[h][r] = multiply_add(sums[h][r], row[r], numbers);
+        decltype(load_hidden(hidden[0])) numbers[HIDDEN];
+        for (int h = 0; h < HIDDEN; ++h) numbers[h] = load_hidden(hidden[h] + j);
+        for (int r = 0; r < 4; ++r) {  // one row at a time: the sums alone take half of the registers
+            const auto row = load_row(rows + r * width + j);
+            for (int h = 0; h < HIDDEN; ++h) sums[h][r] = multiply_add(sums[h][r], row, numbers[h]);
         }
     }
-    for (int h = 0; h < HIDDEN; ++h) totals_of_four(sums[h], totals + 4 * h);
+    for (int h = 0; h < HIDDEN; ++h) totals_of_four(sums[h], totals + stride * h);
 }
 
 // sums[h][i] of GROUPS groups of classes and several hidden states.

@@ -38,15 +38,15 @@ void int8_block(const Place& place, const Vector* vectors, int64_t row) {
     const int8_t* rows = static_cast<const int8_t*>(screen.rows) + place.first * screen.rows_width;
     const int16_t* packed[HIDDEN];
     for (int h = 0; h < HIDDEN; ++h) packed[h] = vectors[row + h].packed.data();
-    float totals[BLOCK / 4][HIDDEN][4];
+    float totals[HIDDEN][BLOCK];
     for (int64_t i = 0; i < place.count; i += 4)
-        multiply_rows<HIDDEN>(rows + i * screen.rows_width, screen.rows_width, packed, &totals[i / 4][0][0]);
+        multiply_rows<HIDDEN>(rows + i * screen.rows_width, screen.rows_width, packed, &totals[0][i], BLOCK);
     const float *scale = screen.scale + place.first, *bias = screen.bias + place.first;
     for (int h = 0; h < HIDDEN; ++h) {
         float* scores = place.scores(row + h);
         const float step = vectors[row + h].step;
-        for (int64_t i = 0; i < place.count; ++i) scores[i] = scale[i] * (step * totals[i / 4][h][i % 4]) + bias[i];
-        place.summarise(row + h);
+#pragma omp simd
+        for (int64_t i = 0; i < place.count; ++i) scores[i] = scale[i] * (step * totals[h][i]) + bias[i];
     }
 }
 
@@ -66,13 +66,13 @@ void int4_block(const Place& place, const Vector* vectors, int64_t row) {
             float* scores = place.scores(row + h) + start;
             const float step = vectors[row + h].step;
             const auto middle = static_cast<int32_t>(15 * vectors[row + h].sum);  // codes are 0 to 15
+#pragma omp simd
             for (int64_t i = 0; i < count; ++i) {
                 const auto number = static_cast<float>(2 * sums[h][i] - middle);
                 scores[i] = screen.scale[first + i] * (step * number) + screen.bias[first + i];
             }
         }
     }
-    for (int h = 0; h < HIDDEN; ++h) place.summarise(row + h);
 }
 
 template <class Number>
@@ -130,10 +130,7 @@ void scan(const Screen& screen, const Query& query, const Prepared& prepared, Su
             if (screen.preview == FLOAT_COLUMNS) float_tile(tile, prepared.vectors);
             for (int64_t first = start; first < start + tile.count; first += BLOCK) {
                 const Place block{screen, query, summaries, first, std::min(BLOCK, start + tile.count - first)};
-                if (screen.preview != FLOAT_COLUMNS) {
-                    integer_block(block, prepared.vectors);
-                    continue;
-                }
+                if (screen.preview != FLOAT_COLUMNS) integer_block(block, prepared.vectors);
                 for (int64_t row = 0; row < query.count; ++row) block.summarise(row);
             }
         }

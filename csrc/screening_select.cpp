@@ -94,11 +94,25 @@ std::vector<Scored> choose(const Row& row, int64_t count) {
 
 template <class Number>
 float exact_logit(const Row& row, int64_t id) {
-    const Number* weight = static_cast<const Number*>(row.screen.weight) + id * row.screen.width;
-    float total = 0;
+    constexpr int64_t SUMS = 64;  // apart, so that additions do not wait for each other
+    const int64_t width = row.screen.width, whole = width / SUMS * SUMS;
+    const Number* weight = static_cast<const Number*>(row.screen.weight) + id * width;
+    const float* hidden = row.hidden;
+    float sums[SUMS] = {}, total = 0;
+    for (int64_t j = 0; j < whole; j += SUMS)
+#pragma omp simd
+        for (int64_t n = 0; n < SUMS; ++n) sums[n] += load(weight[j + n]) * hidden[j + n];
+    for (int64_t j = whole; j < width; ++j) total += load(weight[j]) * hidden[j];
 #pragma omp simd reduction(+ : total)
-    for (int64_t j = 0; j < row.screen.width; ++j) total += load(weight[j]) * row.hidden[j];
+    for (int64_t n = 0; n < SUMS; ++n) total += sums[n];
     return total + row.screen.bias[id];
+}
+
+void fetch_row(const Row& row, int64_t id) {  // rows lie anywhere, so the processor does not foresee the next one
+    constexpr int64_t LINE = 64;
+    const int64_t bytes = row.screen.width * (row.screen.weight_type == FLOAT32 ? 4 : 2);
+    const char* at = static_cast<const char*>(row.screen.weight) + id * bytes;
+    for (int64_t j = 0; j < bytes; j += LINE) __builtin_prefetch(at + j);
 }
 
 float exact_logit(const Row& row, int64_t id) {
@@ -115,7 +129,11 @@ std::vector<Scored> rescored(const Row& row, const std::vector<Scored>& classes)
     const auto count = static_cast<int64_t>(exact.size());
     const int64_t grain = row.parallel ? std::max<int64_t>(1, SHARED / 2 / row.screen.width) : std::max<int64_t>(count, 1);
     parallel_for(count, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t n = begin; n < end; ++n) exact[static_cast<size_t>(n)].value = exact_logit(row, exact[static_cast<size_t>(n)].id);
+        for (int64_t n = begin; n < end; ++n) {
+            if (n + 1 < end) fetch_row(row, exact[static_cast<size_t>(n + 1)].id);
+            Scored& one = exact[static_cast<size_t>(n)];
+            one.value = exact_logit(row, one.id);
+        }
     });
     return exact;
 }
@@ -178,10 +196,14 @@ double log_sum_exp(const Row& row, const std::vector<Scored>& exact, const std::
         for (const Scored& one : *part) most = std::max(most, one.value);
     if (most == MINUS_INFINITY) return most;
     double total = 0;
+#pragma omp simd reduction(+ : total)
     for (int64_t block = 0; block < blocks; ++block)
-        total += static_cast<double>(row.block_sum[block]) * exp(row.block_max[block] - most);
-    for (const auto* part : {&exact, &barred})
-        for (const Scored& one : *part) total += exp(one.value - most);
+        total += static_cast<double>(row.block_sum[block] * exp(row.block_max[block] - most));
+    for (const auto* part : {&exact, &barred}) {
+        const auto count = static_cast<int64_t>(part->size());
+#pragma omp simd reduction(+ : total)
+        for (int64_t n = 0; n < count; ++n) total += static_cast<double>(exp((*part)[static_cast<size_t>(n)].value - most));
+    }
     return most + std::log(total);  // in float64, as the logits may be large
 }
 
@@ -200,6 +222,15 @@ std::vector<Scored> barred_classes(const Row& row, int64_t number) {
     const auto same = [](const Scored& a, const Scored& b) { return a.id == b.id; };
     barred.erase(std::unique(barred.begin(), barred.end(), same), barred.end());
     return barred;
+}
+
+// Exact logits for those of the barred classes that would be candidates: the normaliser hangs on them.
+void rescore_candidates(const Row& row, std::vector<Scored>& barred) {
+    const auto before = [](const Scored& a, const Scored& b) { return a.id < b.id; };
+    for (const Scored& one : rescored(row, choose(row, row.query.candidates))) {
+        const auto place = std::lower_bound(barred.begin(), barred.end(), one, before);
+        if (place != barred.end() && place->id == one.id) place->value = one.value;
+    }
 }
 
 float kth_best(std::vector<Scored> found, int64_t k) {
@@ -227,8 +258,11 @@ void put_back(const Row& row, const std::vector<Scored>& classes) {
 
 Status select_row(const Row& row, int64_t number) {
     const Query& query = row.query;
-    const std::vector<Scored> barred = barred_classes(row, number);
-    if (!barred.empty()) set_aside(row, barred, true);
+    std::vector<Scored> barred = barred_classes(row, number);
+    if (!barred.empty()) {
+        if (row.of_row != nullptr) rescore_candidates(row, barred);
+        set_aside(row, barred, true);
+    }
     if (row.of_row == nullptr) {  // exact logits: their best
         std::vector<Scored> best = choose(row, query.k);
         write_best(query, number, best, log_sum_exp(row, {}, barred));

@@ -62,17 +62,18 @@ def full_layers(weight: Tensor) -> dict[str, Call]:
 
 def exact_screen(weight: Tensor) -> ScreenedSoftmax:
     """The screen that proves every answer."""
-    return ScreenedSoftmax(weight, preview=Int8Preview(), candidates=96, exact=True)
+    return ScreenedSoftmax(weight, preview=Int8Preview(), candidates=96, exact=True, use="screen")
 
 
 def exact_screen_in_four(weight: Tensor, calibration: Tensor) -> ScreenedSoftmax:
     """The same by half the bytes."""
-    return ScreenedSoftmax(weight, preview=Int4Preview(calibration=calibration), candidates=32, exact=True)
+    preview = Int4Preview(calibration=calibration)
+    return ScreenedSoftmax(weight, preview=preview, candidates=32, exact=True, use="screen")
 
 
 def svd_screen(weight: Tensor, window: int, candidates: int, **settings: Any) -> ScreenedSoftmax:
     """SVD-softmax."""
-    return ScreenedSoftmax(weight, preview=SVDPreview(window, **settings), candidates=candidates)
+    return ScreenedSoftmax(weight, preview=SVDPreview(window, **settings), candidates=candidates, use="screen")
 
 
 def one_pass(size: int) -> Call:

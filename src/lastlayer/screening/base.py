@@ -18,7 +18,7 @@ from lastlayer.kernels.screening import Query
 from lastlayer.screening.backend import Backend, backend_for, engine_takes
 from lastlayer.screening.compiled import Answer, EngineScreen
 from lastlayer.screening.exact import full_logits, logits_at
-from lastlayer.screening.plan import USES, Plan, Tally, Use, likely_states, measure_plan
+from lastlayer.screening.plan import BATCHES, USES, Plan, Tally, Use, likely_states, measure_plan
 from lastlayer.screening.preview import Preview
 from lastlayer.screening.screen import Head, Limits, Screened, class_parts, screen
 from lastlayer.screening.watched_head import WatchedHead
@@ -161,13 +161,23 @@ class Screen(WatchedHead):
         """The preview's approximate logits of all classes, no candidate rescored."""
         return self._each_row(hidden, self._preview_scores)
 
-    def plan(self) -> Plan:
+    @torch.no_grad()
+    def plan(
+        self,
+        hidden: Tensor | None = None,  # (..., d)
+    ) -> Plan:
         """Times of the screen and of the full layer for 1, 8 and 64 rows, and which of them answers; a table.
 
         Measured when the screen was prepared, on hidden states with the calibration's second moment (without
-        calibration, on rows of the weight); not saved. With `use="fastest"` the full layer also answers while so
-        many rows need it after the screen that the screen alone gains nothing.
+        calibration, on rows of the weight); not saved. With `hidden` it is measured anew, on these. Where
+        `use="fastest"`, the full layer also answers while so many rows need it after the screen that the screen
+        gains nothing.
         """
+        if hidden is not None:
+            rows = self._checked_rows(hidden)
+            if not len(rows):
+                raise ValueError(f"hidden must hold at least one hidden state, got shape {tuple(hidden.shape)}")
+            self._plan = self._measured_plan(rows.repeat(-(-BATCHES[-1] // len(rows)), 1))
         return self._plan
 
     @property
@@ -192,12 +202,12 @@ class Screen(WatchedHead):
         self._mark_fresh()
         self._bars = self.bias is not None and bool(self.bias.isinf().any())
         self._tally = Tally()
-        self._plan = self._measured_plan()
+        self._plan = self._measured_plan(self._likely_states())
 
-    def _measured_plan(self) -> Plan:
+    def _measured_plan(self, states: Tensor) -> Plan:
         query = self._query(min(10, self.candidates), self.exact, None)
         calls = [lambda rows, use=use: self._topk(rows, query, use) for use in ("screen", "full")]
-        return measure_plan(*calls, self._likely_states())
+        return measure_plan(*calls, states)
 
     def _likely_states(self) -> Tensor:  # (64, in_features)
         return likely_states(self.weight, getattr(self.preview, "calibration", None))

@@ -243,7 +243,6 @@ def _chosen(
         trial.record["chosen"] = trial is best
     assert best.screen is not None
     best.screen.use = "fastest"
-    if not best.screen.exact:
-        best.screen.refresh()  # its plan was made before its candidates were known
+    best.screen.plan(measuring.hidden)  # with the candidates that it has now, on real hidden states
     records = sorted((trial.record for trial in trials), key=lambda r: math.inf if r["ms"] is None else r["ms"])
     return best.screen, records

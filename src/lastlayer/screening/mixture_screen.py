@@ -95,7 +95,7 @@ class ScreenedMixture(Screen):
         self.layer: MixtureLayer = layer
         self.in_features = layer.in_features
         self.watch(layer)
-        self._plan = self._measured_plan()
+        self._plan = self._measured_plan(self._likely_states())
 
     def save(self, folder: str | Path, include_weight: bool = False) -> None:
         """Writes the screen as `ScreenedSoftmax.save` does, but never its layer: keep the layer's `state_dict`."""
@@ -117,8 +117,10 @@ class ScreenedMixture(Screen):
         super()._adopt()
         self.in_features = self.layer.in_features
 
-    def _measured_plan(self) -> Plan:
-        return super()._measured_plan() if hasattr(self, "layer") else Plan(())  # made again when it is there
+    def _measured_plan(self, states: Tensor) -> Plan:
+        return (
+            super()._measured_plan(states) if hasattr(self, "layer") else Plan(())
+        )  # made again when it is there
 
     def _likely_states(self) -> Tensor:
         generator = torch.Generator("cpu").manual_seed(0)

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lastlayer.screening.exact import full_logits
@@ -55,7 +56,8 @@ class PreparedPreview(ABC):
         the logits' gradient.
         """
         logits = full_logits(hidden, weight, bias)
-        return logits + (self.scores(hidden.detach()) - logits.detach())
+        rounding = self.scores(hidden.detach()) - logits.detach()
+        return logits + rounding.masked_fill(logits.detach() == -torch.inf, 0.0)  # a barred class stays at -inf
 
 
 class Preview(ABC):

@@ -123,6 +123,10 @@ def screen(
     rescored = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
     in_play = could_be_in(allowed, bound, rescored, values[:, -1:])
     indices = _named(values, chosen.gather(-1, order))
+    if allowed is not scores:  # the normaliser hangs on the best classes, whether they may be returned or not
+        others = best(scores, query.candidates)
+        rescored.scatter_(-1, others, True)
+        scores.scatter_(-1, others, logits_at(hidden, head.weight, head.bias, others))
     result = Screened(scores.scatter_(-1, chosen, exact), rescored, values, indices, ~in_play.any(-1))
     overflowing = limits.moderate(hidden, bound.of_rows).logical_not_().nonzero().squeeze(1)
     if len(overflowing):
