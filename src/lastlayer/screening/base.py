@@ -16,7 +16,7 @@ from lastlayer.functional.selection import Selection, check_candidates, make_sel
 from lastlayer.kernels import engine
 from lastlayer.kernels.screening import Query
 from lastlayer.screening.backend import Backend, backend_for, engine_takes
-from lastlayer.screening.compiled import Answer, EngineScreen
+from lastlayer.screening.compiled import EngineScreen, Result
 from lastlayer.screening.exact import full_logits, logits_at
 from lastlayer.screening.plan import BATCHES, USES, Plan, Tally, Use, likely_states, measure_plan
 from lastlayer.screening.preview import Preview
@@ -101,15 +101,15 @@ class Screen(WatchedHead):
         query = self._query(k, self.exact if exact is None else bool(exact), selection)
         most = self._rows_at_once()
         if len(rows) <= most:
-            answer = self._topk(rows, query)
+            result = self._topk(rows, query)
         else:
             starts = range(0, len(rows), most)
             parts = (self._topk(rows[at : at + most], query.rows(slice(at, at + most))) for at in starts)
-            answer = ScreenedTopK(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            result = ScreenedTopK(*(torch.cat(column) for column in zip(*parts, strict=True)))
         if hidden.dim() == 2:
-            return answer
+            return result
         return ScreenedTopK(
-            answer.log_prob.view(*shape, k), answer.indices.view(*shape, k), answer.certified.reshape(shape)
+            result.log_prob.view(*shape, k), result.indices.view(*shape, k), result.certified.reshape(shape)
         )
 
     def score(
@@ -274,16 +274,16 @@ class Screen(WatchedHead):
     def _fixed_head(self) -> Head:
         return Head(self.weight.detach(), None if self.bias is None else self.bias.detach())
 
-    def _found(self, rows: Tensor, query: Query, use: Use) -> Answer | Screened:
-        """What the screen, or the full layer in its place, finds; by the engine an Answer. Carries no gradient."""
+    def _found(self, rows: Tensor, query: Query, use: Use) -> Result | Screened:
+        """What the screen, or the full layer in its place, finds; by the engine an Result. Carries no gradient."""
         rows, compiled, backend = rows.detach(), self._engine(), self._backend(len(rows), use)
         if compiled is not None and len(rows):
             if backend == "full":
                 self._tally.forget()
                 return compiled.full(rows, query)
-            answer, unsettled = compiled.query(rows, query)
+            result, unsettled = compiled.query(rows, query)
             self._tally.add(len(rows), unsettled)
-            return answer
+            return result
         with no_autocast(rows.device.type):
             if backend == "full":
                 return self._fixed_head().full(rows, query)
@@ -292,7 +292,7 @@ class Screen(WatchedHead):
     def _topk(self, rows: Tensor, query: Query, use: Use | None = None) -> ScreenedTopK:
         with torch.no_grad():
             found = self._found(rows, query, use or self.use)
-            if isinstance(found, Answer):
+            if isinstance(found, Result):
                 if self.logit_map is None:
                     return ScreenedTopK(found.log_prob, found.indices, found.certified)
                 values = found.logits.gather(-1, found.indices.clamp(min=0))
@@ -353,13 +353,13 @@ class Screen(WatchedHead):
             approximate = self._prepared.follow(rows, self.weight, self.bias)
             return screened._replace(logits=torch.where(screened.rescored, full, approximate))
 
-    def _normalised(self, logits: Tensor, found: Answer | Screened) -> Tensor:
+    def _normalised(self, logits: Tensor, found: Result | Screened) -> Tensor:
         peak, log_mass = self._normalizer(found)
         return logits - peak - log_mass
 
-    def _normalizer(self, found: Answer | Screened) -> tuple[Tensor, Tensor]:  # (N, 1) each
+    def _normalizer(self, found: Result | Screened) -> tuple[Tensor, Tensor]:  # (N, 1) each
         """The log-normaliser as two terms: one near the largest logit, and the rest, which a sum could lose."""
-        if isinstance(found, Answer):
+        if isinstance(found, Result):
             if self.logit_map is None:
                 peak = found.log_normalizer.float()
                 return peak, (found.log_normalizer - peak).float()

@@ -18,7 +18,7 @@ from lastlayer.screening.svd_preview import PreparedSVD
 SMALL = 1 << 18  # bytes of a preview that one thread reads before others help
 
 
-class Answer(NamedTuple):
+class Result(NamedTuple):
     """What the engine finds for some rows."""
 
     log_prob: Tensor  # (N, k)
@@ -62,7 +62,7 @@ class EngineScreen:
         self._given = CompiledScreen(*self._layer, Rows(Kind.GIVEN_SCORES))
         self.serial = prepared.bytes_read <= SMALL
 
-    def query(self, hidden: Tensor, query: Query) -> tuple[Answer, int]:
+    def query(self, hidden: Tensor, query: Query) -> tuple[Result, int]:
         """The rows (contiguous, on a CPU) screened; and for how many the full layer had to answer."""
         hidden = hidden.float()
         outputs = Outputs.empty(len(hidden), query.k, len(self.head.weight))
@@ -75,11 +75,11 @@ class EngineScreen:
             open_rows = outputs.status.nonzero().squeeze(1)
             unsettled = len(open_rows)
             found = self.full(hidden[open_rows], query.rows(open_rows))
-            for mine, theirs in zip(_answer(outputs), found, strict=True):
+            for mine, theirs in zip(_result(outputs), found, strict=True):
                 mine[open_rows] = theirs
-        return _answer(outputs), unsettled
+        return _result(outputs), unsettled
 
-    def full(self, hidden: Tensor, query: Query) -> Answer:
+    def full(self, hidden: Tensor, query: Query) -> Result:
         """The full layer's answer: every logit exact; certified where the normaliser is finite."""
         hidden = hidden.float()
         with no_autocast(hidden.device.type):
@@ -89,8 +89,8 @@ class EngineScreen:
         if outputs.status.any():  # NaN, or infinite: the engine does not sort these
             found = full_answer(logits, query)
             normalizer = logits.double().logsumexp(-1, keepdim=True)
-            return Answer((found.values - normalizer).float(), found.indices, found.certified, normalizer, logits)
-        return _answer(outputs)
+            return Result((found.values - normalizer).float(), found.indices, found.certified, normalizer, logits)
+        return _result(outputs)
 
     def scores(self, hidden: Tensor) -> Tensor:  # (N, V)
         """The preview's scores of all classes."""
@@ -107,6 +107,6 @@ class EngineScreen:
         self._given.from_scores(hidden, query, outputs, of_rows)
 
 
-def _answer(outputs: Outputs) -> Answer:
+def _result(outputs: Outputs) -> Result:
     log_prob, indices, certified, log_normalizer, _, scores = outputs
-    return Answer(log_prob, indices, certified, log_normalizer, scores)
+    return Result(log_prob, indices, certified, log_normalizer, scores)

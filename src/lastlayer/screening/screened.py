@@ -31,18 +31,21 @@ class ScreenedSoftmax(Screen):
 
     Args:
         weight: `(V, d)`, float16, bfloat16, float32 or float64.
-        bias: `(V,)` or None.
+        bias: `(V,)` or None; -inf bars a class.
         preview: how all classes are scored: `SVDPreview(...)`, `Int8Preview()`, `Int4Preview(...)`.
         candidates: classes a row whose exact logits are computed, from 1 to V.
         logit_map: a `LogitMap`, an increasing function of one logit, before the softmax; candidates are chosen by
             raw logits.
         exact: the default of `topk`'s `exact`; also makes the argmax of `forward` the full layer's.
+        use: "fastest": the screen, or the full layer where `plan()` says that it is faster; "screen" or "full":
+            always that one, so that the same numbers come from the same code on every machine.
         gram: `weight.T @ weight` where it is known: an `SVDPreview` then skips the `V d^2` multiply-adds of making
             it. A wrong one makes a worse preview, and no wrong certificate: any rotation keeps the bound.
 
     Raises:
         TypeError, ValueError: a weight that is not a finite floating `(V, d)` matrix, a bias that does not fit it,
-            `candidates` out of range, a preview that does not fit the weight, a map that decreases.
+            `candidates` out of range, a preview that does not fit the weight, a map that decreases, an inference
+            tensor (its changes are not counted, so that a stale preview could not be noticed).
         RuntimeError: at a query, when the weight has changed since the last `refresh()`.
 
     Cost: a row reads the preview and `candidates * d` numbers of the weight. Memory: the preview, and a few
