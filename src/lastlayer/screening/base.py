@@ -206,8 +206,9 @@ class Screen(WatchedHead):
 
     def _measured_plan(self, states: Tensor) -> Plan:
         query = self._query(min(10, self.candidates), self.exact, None)
-        calls = [lambda rows, use=use: self._topk(rows, query, use) for use in ("screen", "full")]
-        return measure_plan(*calls, states)
+        return measure_plan(
+            lambda rows: self._topk(rows, query, "screen"), lambda rows: self._topk(rows, query, "full"), states
+        )
 
     def _likely_states(self) -> Tensor:  # (64, in_features)
         return likely_states(self.weight, getattr(self.preview, "calibration", None))

@@ -36,7 +36,7 @@ class Saveable(Protocol):
     candidates: int
     exact: bool
     use: Any
-    logit_map: nn.Module | None
+    logit_map: LogitMap | None
     out_features: int
     in_features: int
 
