@@ -88,6 +88,20 @@ def test_extension_that_does_not_load_leaves_the_plain_code_and_one_warning(prep
 
 
 @needs_engine
+def test_extension_of_another_version_leaves_the_plain_code():
+    code = """
+import lastlayer
+from lastlayer.kernels import engine
+engine.Kernel("a_later_kernel", "p")
+assert not engine.available()
+print(engine.reason())
+"""
+    out = run(code)
+    assert out.returncode == 0, out.stderr
+    assert "another version (it has no a_later_kernel)" in out.stdout
+
+
+@needs_engine
 def test_kernel_without_engine_names_itself():
     with engine.forced(None), pytest.raises(RuntimeError, match="kernel cpu_features"):
         Kernel("cpu_features", "")()

@@ -6,7 +6,8 @@ import torch
 from lastlayer import AdaptiveSoftmax, HierarchicalSoftmax, TreeSoftmax, clusters
 from lastlayer.functional import best_classes, tree_search, two_level_search
 from lastlayer.layers import base
-from lastlayer.testing import laws
+from lastlayer.testing.handling import law_any_shape
+from lastlayer.testing.probabilities import law_topk_is_sorted, law_topk_of_a_selection
 from law_table import CASES
 
 SEARCHING = [case for case in CASES if case.name.startswith(("hierarchical", "adaptive", "tree"))]
@@ -23,7 +24,7 @@ def always(monkeypatch):
     monkeypatch.setattr(tree_search, "FIRST_WIDTH", 2)
 
 
-@pytest.mark.parametrize("law", [laws.law_topk_is_sorted, laws.law_topk_of_a_selection, laws.law_any_shape])
+@pytest.mark.parametrize("law", [law_topk_is_sorted, law_topk_of_a_selection, law_any_shape])
 @pytest.mark.parametrize("case", SEARCHING, ids=str)
 @pytest.mark.usefixtures("always")
 def test_laws_hold_where_the_search_is_forced(case, law):

@@ -57,6 +57,9 @@ class Library:
         return found
 
 
+_names: set[str] = set()  # of all kernels that were declared: what a library must have
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A function of the engine: `Kernel("name", "ppnx")(first, second, 3, 0.5)`.
@@ -71,6 +74,9 @@ class Kernel:
 
     name: str
     arguments: str
+
+    def __post_init__(self) -> None:
+        _names.add(self.name)
 
     def __call__(self, *arguments: Any) -> int:
         library = current()
@@ -175,8 +181,11 @@ def _load(isa: str) -> Library | str:
     try:
         library = Library(isa, ctypes.CDLL(str(path)))
         _hand_threads(library, (0, 0) if _state.forked else _threads())
-    except (OSError, AttributeError) as error:  # not a library of this system, or not of this version
+    except (OSError, AttributeError) as error:  # not a library of this system, or not one of ours
         return f"the extension could not be loaded: {error}"
+    lacking = sorted(name for name in _names if not hasattr(library.handle, f"lastlayer_{name}"))
+    if lacking:
+        return f"the extension is of another version (it has no {', '.join(lacking)}): install lastlayer again"
     _state.loaded += (library,)
     return library
 
