@@ -1,5 +1,7 @@
 """Which of screen and full layer answers: the plan, a user's choice, and rows that the screen cannot settle."""
 
+import time
+
 import pytest
 import torch
 
@@ -74,6 +76,12 @@ def test_a_measured_plan():
         assert row.answers == ("screen" if row.screen_ms <= row.full_ms else "full")
     assert str(layer.plan()).count("\n") == 3
     assert torch.equal(layer.topk(hidden, 5).indices, (hidden @ weight.T).topk(5).indices)
+
+
+def test_a_slow_first_call_does_not_decide():
+    seconds = iter([0.2, *[0.0] * 100])
+    found = measure_plan(lambda rows: time.sleep(next(seconds)), lambda rows: time.sleep(0.01), torch.randn(64, 2))
+    assert [row.answers for row in found] == ["screen"] * len(BATCHES)
 
 
 def test_measuring_takes_the_shortest_of_a_few_calls():
