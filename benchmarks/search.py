@@ -70,9 +70,11 @@ def layers(num_classes: int, model: str) -> dict[str, OutputLayer]:
                         parameter.normal_(std=DEVIATION * WIDTH**-0.5)
             if model == "peaked" and isinstance(layer, HierarchicalSoftmax):
                 share = (counts / counts.sum()).float()[layer.order]
-                layer.bias.copy_(share.log())
                 parts = share.split(layer.offsets.diff().tolist())
-                layer.head_bias.copy_(torch.stack([part.sum() for part in parts]).log())
+                log_shares = share.log(), torch.stack([part.sum() for part in parts]).log()
+                for bias, log_share in zip((layer.bias, layer.head_bias), log_shares, strict=True):
+                    assert bias is not None
+                    bias.copy_(log_share)
     return made
 
 

@@ -173,7 +173,12 @@ def _plan_easy(state: FactoredState, g: Gradient, rate: float) -> Step | None:
     if not math.isfinite(_probe(g)):
         return None
     plan = kernel.plan_easy(
-        *(getattr(g, name) for name in ("hidden", "products", "by_hidden", "sparse", "ids", "by_score")),
+        g.hidden,
+        g.products,
+        g.by_hidden,
+        g.sparse,
+        g.ids,
+        g.by_score,
         g.by_norm,
         g.by_total,
         state.reading,
