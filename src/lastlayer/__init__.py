@@ -3,8 +3,8 @@ reading every weight."""
 
 from lastlayer import functional, metrics
 from lastlayer.functional import clusters
-from lastlayer.functional.answers import ScoreTopK, ScreenedTopK, TopK
 from lastlayer.functional.logit_map import LogitMap
+from lastlayer.functional.results import ScoreTopK, ScreenedTopK, TopK
 from lastlayer.functional.spherical import SphericalSoftmax, SquaredError, TaylorSoftmax, ZLoss
 from lastlayer.kernels.config import show_config
 from lastlayer.layers.adaptive import AdaptiveSoftmax

@@ -166,17 +166,17 @@ def test_held_gradient_survives_the_next_step():
 
 def test_memory_of_a_gradient_serves_again_only_when_no_tensor_uses_it():
     memory, like, shape = GradientMemory(), torch.empty(0), (1000, 300)
-    first = memory.lend(shape, like)
+    first = memory.allocate(shape, like)
     address = first.data_ptr()
-    assert memory.lend(shape, like).data_ptr() != address
-    first = memory.lend(shape, like)
+    assert memory.allocate(shape, like).data_ptr() != address
+    first = memory.allocate(shape, like)
     address = first.data_ptr()
     view = first[3:].view(-1)[7:]
     del first
-    assert memory.lend(shape, like).data_ptr() != address, "although a view of it lives"
+    assert memory.allocate(shape, like).data_ptr() != address, "although a view of it lives"
     del view
-    assert memory.lend(shape, like).data_ptr() == address
-    assert memory.lend((2000, 300), like).shape == (2000, 300)
+    assert memory.allocate(shape, like).data_ptr() == address
+    assert memory.allocate((2000, 300), like).shape == (2000, 300)
 
 
 def test_class_weight_is_in_class_order():

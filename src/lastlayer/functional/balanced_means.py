@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-NEAREST = 8  # centres that a vector may choose among before it takes what is left
+NEAREST = 8  # nearest centres that a vector is tried at before it is put into any cluster with free capacity
 CHUNK_NUMBERS = 1 << 24
 
 
@@ -14,7 +14,7 @@ def balanced_means(
     iterations: int,
     seed: int,
 ) -> Tensor:  # (V,), cluster ids
-    """Lloyd's iterations with bounded sizes: where a cluster overflows, its nearest vectors stay, others go on."""
+    """Lloyd's iterations with bounded sizes: where a cluster overflows, its nearest vectors stay, others move."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     order = torch.randperm(len(vectors), generator=generator, device="cpu")
     centres = vectors[order[:num_clusters]].clone()
@@ -27,7 +27,7 @@ def balanced_means(
 
 
 def _assign(vectors: Tensor, centres: Tensor, max_size: int) -> Tensor:
-    """Each vector to the nearest centre with room: first choices first, and of those the nearest."""
+    """Each vector to the nearest centre with free capacity: first choices first, and of those the nearest."""
     choices = min(NEAREST, len(centres))
     half_squares = centres.square().sum(1) / 2
     parts = [

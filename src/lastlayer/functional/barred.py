@@ -9,7 +9,7 @@ from lastlayer.functional.checks import eager_on_cpu
 
 
 def barred_classes(bias: Tensor | None) -> Tensor | None:  # (V,) to (V,) bool
-    """Which classes have a bias of -inf; None where none has, as far as that may be read at no cost."""
+    """Which classes have a bias of -inf; None where none has, if that can be read without a synchronisation."""
     if bias is None:
         return None
     barred = bias.detach() == -torch.inf

@@ -9,28 +9,28 @@ from lastlayer.functional.precision import as_exact
 
 # Numbers of a gathered (rows, classes, d) that are held at once.
 CHUNK_NUMBERS = 1 << 18
-# A search gives up, for all log-probabilities of a row, where it would have to look at a larger share of the
-# classes than this: rows of a weight that are gathered cost several times those that are read in turn.
+# A search gives a row up (all its log-probabilities are then computed) where it would have to visit a larger share
+# of the classes than this: gathering rows of a weight costs several times as much as reading them in order.
 LARGEST_SHARE = 1 / 16
-# What all log-probabilities of a row cost for each class beside its d multiply-adds, in multiply-adds.
+# Cost of all log-probabilities of a row, for each class, in addition to its d multiply-adds, in multiply-adds.
 PER_CLASS = 64
-# How many times as much a class costs that is looked at by itself.
+# How many times as much a class costs that is gathered on its own.
 GATHERED = 24
 
 
 class SearchCost(NamedTuple):
-    """What a search costs at least."""
+    """A lower bound on the cost of a search."""
 
     fixed: (
         int  # calls of PyTorch's operations, whatever the rows: as many multiply-adds of a product in their time
     )
-    classes: int  # that each row looks at
+    classes: int  # that each row visits
 
 
 def worth_searching(cost: SearchCost, num_rows: int, num_classes: int, width: int, k: int) -> bool:
-    """Whether a search for the best k classes is at least no more than half as dear as all log-probabilities.
+    """Whether a search for the best k classes costs, by its lower bound, at most half of all log-probabilities.
 
-    Then one that gives up costs little beside the log-probabilities that follow it.
+    Then a search that gives up adds little to the cost of the log-probabilities that follow it.
     """
     of_class = num_rows * (width + PER_CLASS)
     least = cost.fixed + GATHERED * of_class * cost.classes

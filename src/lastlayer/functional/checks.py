@@ -67,7 +67,7 @@ def integer_ids(name: str, ids: Tensor) -> Tensor:
 def check_targets(
     targets: Tensor, shape: torch.Size, num_classes: int, ignore_index: int | None = None
 ) -> tuple[Tensor, bool]:
-    """`targets` as int64, or an error unless they are class ids of `shape`; whether none is known to be ignored.
+    """`targets` as int64, or an error unless they are class ids of `shape`; and whether none is known ignored.
 
     Eager on a CPU, ids out of range raise IndexError; on a GPU or compiled they are asserted on the device,
     never by a synchronisation.
@@ -92,7 +92,7 @@ def check_targets(
 
 
 def assert_on_device(valid: Tensor, message: str) -> None:
-    """An assertion that `valid` is true all over, without a synchronisation; none where there are no values."""
+    """An assertion that `valid` is true everywhere, without a synchronisation; none where there are no values."""
     if torch.compiler.is_compiling() or ordinary(valid):
         torch.ops.aten._assert_async.msg(valid.all(), message)
 

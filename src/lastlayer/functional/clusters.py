@@ -105,7 +105,7 @@ def by_embedding(
 ) -> Tensor:  # (V,), cluster ids
     """Classes with similar vectors together: k-means on trained vectors, with bounded sizes and no empty cluster.
 
-    A cluster that overflows keeps its nearest vectors; the others take their next choice with room. Costs
+    A cluster that overflows keeps its nearest vectors; the others take their next choice with free capacity. Costs
     `iterations V C d`.
 
     Args:

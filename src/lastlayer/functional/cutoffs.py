@@ -41,7 +41,7 @@ def default_cutoffs(
     """Where the paper cuts text8: after V/20 and V/4 classes, of counts as Zipf's law has them.
 
     Of other counts, after as many as make up the same shares of them; but no later than at V/4 and V/2, or flat
-    counts would make the head as dear as a full softmax. Classes that never occur belong to the last tail.
+    counts would make the head as expensive as a full softmax. Classes that never occur belong to the last tail.
     """
     if num_classes < 2:
         raise ValueError("num_classes must be at least 2 for AdaptiveSoftmax, which has a head and a tail; got 1")

@@ -64,7 +64,7 @@ def shrunk_moment(
     moment: Tensor,  # (d, d), float64: mean of h h^T
     rows: int,
 ) -> Tensor:  # (d, d), positive definite
-    """`moment` drawn towards a multiple of I (the plain rotation), the more the fewer `rows` it was taken from.
+    """`moment` shrunk towards a multiple of I (the plain rotation), the more the fewer `rows` it was taken from.
 
     The share is the oracle-approximating one (Chen, Wiesel, Eldar and Hero 2010), which needs only the traces of
     `moment` and of its square; `RIDGE` of the mean eigenvalue is added on top.

@@ -1,4 +1,4 @@
-"""`logit_map(hidden @ weight.T + bias)`, a chunk of rows at a time, and the way back of its gradient."""
+"""`logit_map(hidden @ weight.T + bias)`, a chunk of rows at a time, and its backward pass."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from lastlayer.functional.barred import barred_classes, map_barred
 from lastlayer.functional.logit_map import LogitMap
 from lastlayer.functional.precision import exact_dtype
 
-# What the logits of one chunk may take. Larger chunks mean fewer passes over the weight's gradient.
+# Bytes that the logits of one chunk may take. Larger chunks mean fewer passes over the weight's gradient.
 CHUNK_BYTES = 1 << 28
 # Logits of one part, which PyTorch's operations make several tensors of: few, so that these are in cache and reuse
 # each other's memory; on a GPU many, as each operation is a launch.
@@ -20,7 +20,7 @@ BLOCK_CLASSES = 4096
 
 
 class Wanted(NamedTuple):
-    """Whose gradients to form."""
+    """Which gradients to form."""
 
     hidden: bool
     weight: bool
@@ -29,7 +29,7 @@ class Wanted(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What was formed, each in its own tensor's dtype; None where it was not wanted."""
+    """The gradients, each in its own tensor's dtype; None where it was not needed."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -44,13 +44,13 @@ class LinearChunks:
             for part in chunks.parts(rows):      # slices of rows; their products are ready
                 logits = chunks.logits(part)     # (n, V), float32 or float64
                 values = chunks.map(logits)      # the same tensor where there is no map
-                ...                              # the caller turns `values` into their gradient, in place
+                ...                              # the caller replaces `values` by their gradient, in place
                 chunks.map_back(part, logits, values)
             chunks.multiply_back(rows)
         chunks.gradients()
 
-    A chunk is as large as the matrix products want it, a part as small as what is done to its logits wants it.
-    What one chunk gave is overwritten by the next. Sums over chunks are in float32 at least.
+    A chunk is large, for efficient matrix products; a part is small, so that elementwise operations on its logits
+    stay in cache. The buffers of a chunk are overwritten by the next. Sums over chunks are in float32 at least.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class LinearChunks:
         self.wanted = Wanted(False, False, False, False)
 
     def want(self, wanted: Wanted) -> None:
-        """Says whose gradients to form."""
+        """Sets which gradients to form."""
         self.wanted = wanted
         make = torch.empty_like if len(self.hidden) else torch.zeros_like
         if wanted.hidden:
@@ -99,13 +99,13 @@ class LinearChunks:
         return torch.mm(self.hidden[rows], self.weight.T, out=self._products(rows))
 
     def parts(self, rows: slice) -> Iterator[slice]:
-        """Multiplies a chunk, then gives its parts."""
+        """Multiplies a chunk, then yields its parts."""
         self.multiply(rows)
         for start in range(rows.start, rows.stop, self.part_rows):
             yield slice(start, min(start + self.part_rows, rows.stop))
 
     def all_parts(self) -> Iterator[slice]:
-        """The parts of every chunk, for those who carry nothing back."""
+        """The parts of every chunk, for callers that need no backward pass."""
         for rows in self:
             yield from self.parts(rows)
 
@@ -121,16 +121,16 @@ class LinearChunks:
         return logits if self.map_pass is None else map_barred(self.map_pass.values, logits, self.barred)
 
     def map_back(self, part: slice, logits: Tensor, gradient: Tensor) -> None:
-        """Carries `gradient (n, V)`, of the mapped logits, back to the map and to the logits: into their place."""
+        """Propagates `gradient (n, V)`, of the mapped logits, to the map and, in place, to the logits."""
         if self.map_pass is not None:
             seen = logits if self.barred is None else logits.masked_fill(self.barred, 0)
             gradient = self.map_pass.back(seen, gradient)
         place = self._products(part)
-        if gradient is not logits or gradient.dtype != place.dtype:  # else it is in its place
+        if gradient is not logits or gradient.dtype != place.dtype:  # else it is in the buffer already
             place.copy_(gradient)
 
     def multiply_back(self, rows: slice, scale: Tensor | None = None) -> None:
-        """The products of the chunk's gradient `(n, V)`, which has taken the place of its logits.
+        """The products of the chunk's gradient `(n, V)`, which has overwritten its logits.
 
         With `scale (n,)`, those of `scale[:, None] * gradient`, at the cost of scaling the narrow factors.
         """
@@ -161,13 +161,13 @@ class LinearChunks:
                 of_weight[classes].copy_(part) if first else of_weight[classes].add_(part)
 
     def add_to_map(self, sums: Tensor | None) -> None:
-        """Adds what a kernel counted for the map's own parameters."""
+        """Adds the sums of a kernel for the map's own parameters."""
         if self.map_pass is not None and self.wanted.logit_map and sums is not None:
             self.map_pass.add_sums(sums)
 
     def gradients(self) -> Gradients:
-        """The sums over all chunks, of which there will be no more."""
-        del self.product  # its memory serves for what is made here
+        """The sums over all chunks, to be called after the last."""
+        del self.product  # its memory is reused for the gradients below
         hidden, weight, bias = (
             None if total is None or leaf is None else total.to(leaf.dtype)
             for total, leaf in zip(self.sums, self.leaves, strict=True)
@@ -181,6 +181,6 @@ class LinearChunks:
         return Gradients(hidden, weight, bias, tuple(None if g is None else g.to(p.dtype) for g, p in of_map))
 
     def _products(self, rows: slice) -> Tensor:  # (n, V)
-        """Where the buffer holds some rows of the chunk."""
+        """The part of the buffer that holds some rows of the chunk."""
         start = rows.start % self.chunk_rows
         return self.product[start : start + rows.stop - rows.start]

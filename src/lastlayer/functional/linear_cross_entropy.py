@@ -46,7 +46,7 @@ def linear_cross_entropy(
 
         F.cross_entropy(f(hidden @ weight.T + bias), targets, weight=class_weights, reduction=reduction,
                         ignore_index=ignore_index, label_smoothing=label_smoothing)
-        + z_loss * (lse ** 2), reduced alike ("mean": over the rows that are not ignored)
+        + z_loss * (lse ** 2), reduced the same way ("mean": over the rows that are not ignored)
 
     Soft targets are K classes a row (of a teacher's best logits, or a mixture of labels), each counting
     `target_weights`, or 1 without, padded with `ignore_index`; a sparse `(N, V)` matrix; or the weights of all
@@ -55,13 +55,13 @@ def linear_cross_entropy(
     sum may be any. A row of nothing but `ignore_index` is ignored.
 
     The rows are taken in chunks. For "mean" and "sum" the gradients are formed in the forward pass, while a
-    chunk's logits are at hand, and scaled by the upstream gradient in the backward pass: three matrix products
+    chunk's logits are in memory, and scaled by the upstream gradient in the backward pass: three matrix products
     of `2 N V d` operations, not the four of recomputation. For "none" the backward pass recomputes the chunks.
     Memory beyond the gradients: one chunk of logits. Sums are in float32 at least; under autocast the products
     run in its dtype.
 
-    Second derivatives, the transforms of `torch.func` and forward-mode AD are right, at the price of the `(N, V)`
-    logits. Not for where a smaller layer would do: the cost is still that of all V classes.
+    Second derivatives, the transforms of `torch.func` and forward-mode AD are supported, at the price of the
+    `(N, V)` logits. Not for where a smaller layer would do: the cost is still that of all V classes.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape or range.
@@ -79,7 +79,7 @@ def linear_cross_entropy(
     """
     check_linear(hidden, weight, bias)
     shape = hidden.shape[:-1]
-    given = target_rows(targets, target_weights, shape, len(weight), ignore_index)
+    target = target_rows(targets, target_weights, shape, len(weight), ignore_index)
     check_logit_map(logit_map)
     check_choice("reduction", reduction, REDUCTIONS)
     check_fraction("label_smoothing", label_smoothing)
@@ -88,13 +88,13 @@ def linear_cross_entropy(
         check_vector("class_weights", class_weights, len(weight))
 
     rows, at = hidden.reshape(-1, hidden.shape[-1]), None
-    if given.kept is not None and eager_on_cpu(rows) and not bool(given.kept.all()):  # ignored rows cost nothing
-        at = given.kept.nonzero().squeeze(1)
-        weights = None if given.weights is None else given.weights[at]
-        rows, given = rows.index_select(0, at), TargetRows(given.ids[at], weights, None)
+    if target.kept is not None and eager_on_cpu(rows) and not bool(target.kept.all()):  # ignored rows cost nothing
+        at = target.kept.nonzero().squeeze(1)
+        weights = None if target.weights is None else target.weights[at]
+        rows, target = rows.index_select(0, at), TargetRows(target.ids[at], weights, None)
     dtype = product_dtype(hidden)
-    terms, absent = row_terms(given, class_weights, label_smoothing, z_loss, len(weight), reduction, dtype)
-    loss = loss_of(rows, weight, bias, terms, given.dense, logit_map, dtype, reduction)
+    terms, absent = row_terms(target, class_weights, label_smoothing, z_loss, len(weight), reduction, dtype)
+    loss = loss_of(rows, weight, bias, terms, target.dense, logit_map, dtype, reduction)
     if reduction != "none":
         return loss + absent
     if at is not None:
@@ -154,7 +154,7 @@ def linear_nll(
 
 
 def row_terms(
-    given: TargetRows,
+    target: TargetRows,
     class_weights: Tensor | None,
     smoothing: float,
     z_loss: float,
@@ -167,7 +167,7 @@ def row_terms(
     A mean is over the rows, or over the class weights of their one class, as in `F.cross_entropy`.
     """
     exact = exact_dtype(dtype)
-    ids, weights, kept, dense = given
+    ids, weights, kept, dense = target
     counted = torch.ones(len(ids), dtype=exact, device=ids.device) if kept is None else kept.to(exact)
     if weights is None:
         ids, of_targets = ids.masked_fill(counted == 0, 0), counted
@@ -228,7 +228,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _, formed = bound(logit_map, parameters, lambda: _run(*arguments))
             elif not (eager_on_cpu(scale) and float(scale) == 1.0):
                 for gradient in (*formed[:3], *formed.logit_map):
-                    if gradient is not None:  # nobody else holds it
+                    if gradient is not None:  # no other reference to it exists
                         gradient.mul_(scale)
             return *formed[:3], *formed.logit_map
 
@@ -246,13 +246,13 @@ def _run(
     dtype: torch.dtype,
     wanted: Wanted | None,
 ) -> tuple[Tensor, Gradients]:
-    """The loss of every row (N,); and the gradients of their sum that are wanted."""
+    """The loss of every row (N,); and the gradients of their sum that are needed."""
     kernel_map = None
     backend = softmax_rows_backend_for(hidden.device, dtype, label_smoothing=terms.soft is not None)
     if backend == "compiled" and terms.ids.dim() == 1:
         kernel_map = NO_MAP if logit_map is None else logit_map.kernel_map()
     chunks = LinearChunks(hidden, weight, bias, logit_map, dtype)
-    kernel_map = None if chunks.barred is not None else kernel_map  # no kernel's map knows barred classes
+    kernel_map = None if chunks.barred is not None else kernel_map  # no kernel handles barred classes
     form = wanted is not None
     if wanted is not None:
         chunks.want(wanted)

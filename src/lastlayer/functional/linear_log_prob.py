@@ -1,4 +1,4 @@
-"""All log-probabilities of a linear layer's softmax: the one place where the whole `(N, V)` tensor is wanted."""
+"""All log-probabilities of a linear layer's softmax: the one function that returns the whole `(N, V)` tensor."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

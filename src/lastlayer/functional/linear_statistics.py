@@ -6,19 +6,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lastlayer.functional.answers import TopK
 from lastlayer.functional.checks import check_count, check_linear, check_targets, eager_on_cpu
 from lastlayer.functional.linear_chunks import Gradients, LinearChunks, Wanted
 from lastlayer.functional.linear_twin import linear_logits, log_normalizer
 from lastlayer.functional.logit_map import LogitMap, bound, check_logit_map
 from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.precision import no_autocast, product_dtype
+from lastlayer.functional.results import TopK
 from lastlayer.functional.second_order import gradients
 from lastlayer.functional.selection import Selection
 
 
 class LinearStatistics(NamedTuple):
-    """What `linear_statistics` answers, in float32 at least."""
+    """The result of `linear_statistics`, in float32 at least."""
 
     target_log_prob: Tensor | None  # (...)
     log_normalizer: Tensor  # (...), the log-sum-exp of the mapped logits
@@ -37,7 +37,7 @@ def linear_statistics(
     selection: Selection | None = None,
     ignore_index: int = -100,
 ) -> LinearStatistics:
-    """What trainers ask of `logits = logit_map(hidden @ weight.T + bias)`, without `(N, V)` memory.
+    """Statistics for trainers of `logits = logit_map(hidden @ weight.T + bias)`, without `(N, V)` memory.
 
     Equals, in one pass over chunks of rows,
 
@@ -47,12 +47,12 @@ def linear_statistics(
         entropy = -(log_prob.exp() * log_prob).sum(-1)
         topk = log_prob.topk(k)                              # None without k; ordered by the raw logits
 
-    All four are differentiable, for hidden, weight, bias and the map's parameters; the backward pass computes the
-    chunks again. Cost: one matrix product of `2 N V d` operations forward and three backward; memory one chunk of
+    All four are differentiable, for hidden, weight, bias and the map's parameters; the backward pass recomputes
+    the chunks. Cost: one matrix product of `2 N V d` operations forward and three backward; memory one chunk of
     logits. For the loss alone `linear_cross_entropy` is cheaper by one product.
 
     `selection` says which classes `topk` may return; the index is -1 and the log-probability -inf where fewer than
-    k are left. `FullSoftmax.topk` makes it of its `exclude` and `allowed`.
+    k are left. `FullSoftmax.topk` builds it from its `exclude` and `allowed`.
 
     A row whose target is `ignore_index` is absent: all four are 0 there (the indices of `topk` -1), carry no
     gradient, and on a CPU cost nothing. Without targets every row counts.
@@ -63,8 +63,8 @@ def linear_statistics(
 
     >>> import torch
     >>> hidden, weight = torch.randn(2, 3, 8), torch.randn(1000, 8)
-    >>> answer = linear_statistics(hidden, weight, torch.randint(1000, (2, 3)), k=5)
-    >>> answer.target_log_prob.shape, answer.entropy.shape, answer.topk.indices.shape
+    >>> result = linear_statistics(hidden, weight, torch.randint(1000, (2, 3)), k=5)
+    >>> result.target_log_prob.shape, result.entropy.shape, result.topk.indices.shape
     (torch.Size([2, 3]), torch.Size([2, 3]), torch.Size([2, 3, 5]))
     """
     check_linear(hidden, weight, bias)
@@ -106,7 +106,7 @@ def _without(
     part: Tensor,  # (n,) or (n, k)
     value: int,
     absent: Tensor,  # (N, 1), bool
-    at: Tensor | None,  # (n,), the rows that are there; None: `part` has all N
+    at: Tensor | None,  # (n,), the rows that are present; None: `part` has all N
 ) -> Tensor:  # (N,) or (N, k)
     """`part` with `value` at the absent rows."""
     if at is None:
@@ -145,7 +145,7 @@ def _plain(
     k: int | None,
     selection: Selection | None,
     dtype: torch.dtype,
-    indices: Tensor | None = None,  # (N, k); None: they are looked for
+    indices: Tensor | None = None,  # (N, k); None: they are computed
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `_LinearStatistics` returns, by PyTorch's own operations."""
     logits, values = linear_logits(hidden, weight, bias, logit_map, parameters, dtype)

@@ -36,7 +36,7 @@ class LogitMap(nn.Module, ABC):
     torch.Size([3, 100])
     """
 
-    increases = False  # whether the check has seen it
+    increases = False  # whether the check has passed
 
     @abstractmethod
     def forward(
@@ -46,11 +46,11 @@ class LogitMap(nn.Module, ABC):
         """`f(logits)`, elementwise, differentiable."""
 
     def evaluate(self, logits: Tensor) -> Tensor:
-        """`forward` where no gradient is wanted."""
+        """`forward` where no gradient is needed."""
         return self(logits)
 
     def plain(self, logits: Tensor) -> Tensor:
-        """`forward` by PyTorch's own operations, for a map whose `forward` has a gradient formed by hand."""
+        """`forward` by PyTorch's own operations, for a map whose `forward` has a hand-written gradient."""
         return self(logits)
 
     def derivative(self, logits: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class LogitMap(nn.Module, ABC):
         logits: Tensor,  # any shape
         gradient: Tensor,  # the same shape: the gradient of `f(logits)`
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """The gradient carried back to the logits, and to `self.parameters()` in their order."""
+        """The gradients with respect to the logits, and to `self.parameters()` in their order."""
         parameters = tuple(self.parameters())
         wanted = [parameter for parameter in parameters if parameter.requires_grad]
         with torch.enable_grad():
@@ -76,7 +76,7 @@ class LogitMap(nn.Module, ABC):
         return found[0], tuple(next(of_wanted) if p.requires_grad else None for p in parameters)
 
     def settings(self) -> dict[str, Any] | None:
-        """The keyword arguments that build this map again, but for its parameters; the library's own maps tell."""
+        """The keyword arguments that rebuild this map, without its parameters; None for a user's map."""
         return None
 
     def begin(self) -> "MapPass":
@@ -84,7 +84,7 @@ class LogitMap(nn.Module, ABC):
         return MapPass(self)
 
     def kernel_map(self) -> KernelMap | None:
-        """How a fused kernel is told of this map; None if there is no kernel for it."""
+        """The description of this map for fused kernels; None if there is no kernel for it."""
         return None
 
 
@@ -104,7 +104,7 @@ class MapPass:
         return values.clone() if values is logits else values
 
     def back(self, logits: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient carried back to the logits; what goes to the parameters is added up."""
+        """The gradient with respect to the logits; the gradients of the parameters are accumulated."""
         of_logits, of_parameters = self.logit_map.vjp(logits, gradient)
         if self.total is None:
             self.total = of_parameters
@@ -115,11 +115,11 @@ class MapPass:
         return of_logits
 
     def add_sums(self, sums: Tensor) -> None:
-        """Adds what a kernel that counts gave."""
-        raise NotImplementedError(f"{type(self.logit_map).__name__} has no kernel that counts")
+        """Adds the sums that a kernel accumulated for the parameters."""
+        raise NotImplementedError(f"{type(self.logit_map).__name__} has no kernel that accumulates sums")
 
     def gradients(self) -> tuple[Tensor | None, ...]:
-        """Those of the map's parameters over all parts."""
+        """The gradients of the map's parameters over all parts."""
         if self.total is not None:
             return self.total
         return tuple(torch.zeros_like(p) if p.requires_grad else None for p in self.logit_map.parameters())
@@ -157,7 +157,7 @@ def apply_map(logit_map: LogitMap, logits: Tensor) -> Tensor:
 
 
 def bound(logit_map: LogitMap | None, parameters: Sequence[Tensor], work: Callable[[], Result]) -> Result:
-    """`work()` while `parameters` are the map's.
+    """`work()` with `parameters` in place of the map's own.
 
     A backward pass needs those of the forward pass, which are no longer the map's own after `functional_call`.
     """
@@ -190,7 +190,7 @@ def in_blocks(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def check_logit_map(logit_map: LogitMap | None) -> LogitMap | None:
-    """`logit_map`, or an error unless it is a `LogitMap` that does not decrease on a grid (looked at once)."""
+    """`logit_map`, or an error unless it is a `LogitMap` that does not decrease on a grid (checked once)."""
     if logit_map is None:
         return None
     name = type(logit_map).__name__

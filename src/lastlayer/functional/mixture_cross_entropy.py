@@ -28,12 +28,12 @@ def mixture_cross_entropy(
 ) -> Tensor:  # (N,), or () with `shares`
     """`-log Σ_k exp(log_prior[n, k]) softmax(f(weight @ latent[n, k] + bias))[y_n]`, for every row n.
 
-    With `shares` the answer is the sum of the row losses times their shares (no gradient for these), and its
+    With `shares` the result is the sum of the row losses times their shares (no gradient for these), and its
     gradients are formed in the forward pass. The N K latent rows are one chunked softmax in which the K rows of an
     example stay together. With `ℓ_nk` their log-probabilities of the target and `r_nk ∝ prior_nk exp ℓ_nk` the
     responsibilities, the gradient of the loss is that of `-Σ_k r_nk (ℓ_nk + log_prior_nk)` at fixed r. So a
     chunk's gradient is formed before r is known, and r scales the rows of the products' narrow factors.
-    Nothing is computed twice. Without `shares` the backward pass computes the chunks again.
+    Nothing is computed twice. Without `shares` the backward pass recomputes the chunks.
 
     Cost: `6 N K V d` operations. Memory: a chunk of logits, the latent's gradient.
     """
@@ -113,7 +113,7 @@ class _MixtureCrossEntropy(torch.autograd.Function):
             elif not (eager_on_cpu(scale) and float(scale) == 1.0):
                 of_prior, chunked = formed
                 for gradient in (of_prior, *chunked[:3], *chunked.logit_map):
-                    if gradient is not None:  # nobody else holds it
+                    if gradient is not None:  # no other reference to it exists
                         gradient.mul_(scale)
             of_prior, (of_latent, of_weight, of_bias, of_map) = formed
             return of_latent, of_prior if ctx.needs_input_grad[1] else None, of_weight, of_bias, *of_map
@@ -134,7 +134,7 @@ def _run(
     shares: Tensor | None,  # (N,)
     wanted: Wanted | None,
 ) -> tuple[Tensor, tuple[Tensor, Gradients]]:
-    """The loss of every example (N,); and the gradients of their sum, weighted by `shares`, that are wanted."""
+    """The loss of every example (N,); and the gradients of their sum, weighted by `shares`, that are needed."""
     components = log_prior.shape[1]
     kernel_map = None
     of_map = wanted is not None and wanted.logit_map
@@ -142,13 +142,13 @@ def _run(
     if softmax_rows_backend_for(latent.device, dtype) == "compiled" and not of_map:
         kernel_map = NO_MAP if logit_map is None else logit_map.kernel_map()
     chunks = LinearChunks(latent, weight, bias, logit_map, dtype, group=components)
-    kernel_map = None if chunks.barred is not None else kernel_map  # no kernel's map knows barred classes
+    kernel_map = None if chunks.barred is not None else kernel_map  # no kernel handles barred classes
     if wanted is not None:
         chunks.want(wanted)
     row_loss, of_prior = log_prior.new_empty(len(log_prior)), torch.empty_like(log_prior)
 
     def weigh(rows: slice, nll: Tensor) -> Tensor:  # (n,)
-        """Writes the losses of some examples; what their rows' gradients are to be multiplied by."""
+        """Writes the losses of some examples, and returns the factors of their rows' gradients."""
         examples = slice(rows.start // components, rows.stop // components)
         joint = log_prior[examples] - nll.reshape(-1, components)
         log_prob = joint.logsumexp(1, keepdim=True)

@@ -14,12 +14,12 @@ from lastlayer.functional.second_order import gradients
 
 # Numbers of one block of logits, and the fewest classes that one has.
 BLOCK_NUMBERS, LEAST_CLASSES = 1 << 20, 256
-# From here on softplus(x) is x to the last digit.
+# From this value on softplus(x) equals x in floating point.
 LARGE = {torch.float32: 20.0, torch.float64: 40.0}
 
 
 class Positives(NamedTuple):
-    """The classes of each row that are not plain negatives, by rising class."""
+    """The classes of each row that are not plain negatives, by increasing class id."""
 
     rows: Tensor  # (P,)
     ids: Tensor  # (P,)
@@ -43,7 +43,7 @@ def find_positives(
         rows, places = values.nonzero(as_tuple=True)
     except RuntimeError as failure:  # NotImplementedError is one
         raise RuntimeError(
-            "a one-versus-all loss of lastlayer looks for the classes of each row, which it cannot inside "
+            "a one-versus-all loss of lastlayer reads the class ids of each row, which is not possible inside "
             "torch.func.vmap or on 'meta'; use F.binary_cross_entropy_with_logits(layer.scores(hidden), targets)"
         ) from failure
     classes = ids[rows, places]
@@ -67,9 +67,9 @@ def one_vs_all_loss(
         logits = F.linear(hidden, weight, bias)
         F.binary_cross_entropy_with_logits(logits, y, reduction="none", pos_weight=u).sum(1)
 
-    Every class is taken as a negative first, in blocks of classes; the few pairs that are none are corrected in
+    Every class is taken as a negative first, in blocks of classes; the few pairs that are not are corrected in
     the block of their class. With `row_weights` the gradients are formed in the forward pass, while a block's
-    logits are at hand; otherwise the backward pass computes the blocks again.
+    logits are in memory; otherwise the backward pass recomputes the blocks.
     """
     dtype = product_dtype(hidden)
     with no_autocast(hidden.device.type):
@@ -134,7 +134,7 @@ class _OneVsAll(torch.autograd.Function):
                 _, formed = _Blocks(hidden, weight, bias, ctx.positives, ctx.dtype).run(ctx.wanted, row_weights)
             elif not (eager_on_cpu(scale) and float(scale) == 1.0):
                 for gradient in formed:
-                    if gradient is not None:  # nobody else holds it
+                    if gradient is not None:  # no other reference to it exists
                         gradient.mul_(scale)
             return formed
 
@@ -155,7 +155,7 @@ class _Blocks:
         self.num_block = max(LEAST_CLASSES, BLOCK_NUMBERS // max(1, len(hidden)))
 
     def run(self, wanted: _Wanted | None, row_weights: Tensor | None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """The loss of every row, and the gradients of its sum weighted by `row_weights` that are wanted."""
+        """The loss of every row, and the gradients of its sum weighted by `row_weights` that are needed."""
         hidden, weight, bias = self.leaves
         row_loss = hidden.new_zeros(len(hidden), dtype=self.exact)
         sums: list[Tensor | None] = [None, None, None]

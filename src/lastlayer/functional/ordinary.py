@@ -1,4 +1,4 @@
-"""Which tensors hand-written gradients and kernels take, and which PyTorch's own operations must take."""
+"""Which tensors work with hand-written gradients and kernels, and which only with PyTorch's own operations."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def ordinary(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
-    for tensor in tensors:  # a plain loop: every small step begins with it
+    for tensor in tensors:  # a plain loop, for speed: every small step calls this
         if tensor is not None and not (
             _dispatch_of(type(tensor)) is _dispatch_of(Tensor)
             and not tensor.is_meta
@@ -28,12 +28,12 @@ def ordinary(*tensors: Tensor | None) -> bool:
 
 
 def _dispatch_of(kind: Any) -> Any:
-    """How a class of tensors has operations done: fake tensors and DTensors have a way of their own."""
+    """The `__torch_dispatch__` of a tensor class: that of fake tensors and DTensors is their own."""
     return kind.__torch_dispatch__
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    """Whether there is memory of its own behind it, as there is none where a transform stands in for it."""
+    """Whether the tensor has storage of its own; the wrapper tensors of a transform have none."""
     try:
         tensor.data_ptr()
     except RuntimeError:
@@ -42,7 +42,7 @@ def _has_memory(tensor: Tensor) -> bool:
 
 
 def readable(*tensors: Tensor | None) -> bool:
-    """Whether Python may read values of these, and make shapes of them: ordinary ones, but not while compiling."""
+    """Whether Python may read values of these, and use them as shapes: ordinary ones, but not while compiling."""
     return not torch.compiler.is_compiling() and ordinary(*tensors)
 
 

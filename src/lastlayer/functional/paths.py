@@ -1,4 +1,4 @@
-"""`log P(path)` through a binary tree: a logistic regression at every node on the way, and its gradient."""
+"""`log P(path)` through a binary tree: a logistic regression at every node of the path, and its gradient."""
 
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ def path_log_prob(
     """`sum over the nodes n of the class's path of log sigmoid(sign * hidden @ weight[n])`.
 
     Only nodes on some path are read, and of the gradient only their rows are written; `sparse` ones hold no
-    others, in memory that `memory` lends. Second derivatives are dense.
+    others, in a buffer that `memory` allocates. Second derivatives are dense.
     """
     starts, nodes, signs = tree.paths(classes.cpu())
     with no_autocast(hidden.device.type):
@@ -84,7 +84,7 @@ def _form(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
     ordered, pairs = nodes.sort(stable=True)
     touched, counts = ordered.unique_consecutive(return_counts=True)
     rows = torch.arange(len(hidden)).repeat_interleave(starts.diff())
-    values = (ctx.memory or GradientMemory()).lend((len(touched), hidden.shape[1]), hidden)
+    values = (ctx.memory or GradientMemory()).allocate((len(touched), hidden.shape[1]), hidden)
     kernels.backward(F.pad(counts.cumsum(0), (1, 0)), pairs, rows, factors, scale, hidden, values)
     if ctx.sparse:
         return of_hidden, row_sparse(touched, values, len(weight))

@@ -28,7 +28,7 @@ def as_exact(logits: Tensor) -> Tensor:
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """A context in which operations keep their dtypes; where they do anyway, one that costs nothing."""
+    """A context without autocast; a null context where autocast is off already."""
     if not autocast_is_on(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)

@@ -26,11 +26,11 @@ def row_sparse(
 
 
 class GradientMemory:
-    """Memory for the values of one gradient after the other.
+    """A buffer that is reused for the values of successive gradients.
 
-    Filling fresh memory costs several times what filling it again does (page faults). A gradient belongs to
-    whoever holds it: its memory comes back when the last tensor that uses it is freed, as a finalizer of the array
-    that the tensor was made from tells, and only then serves again. While one is held, the next gets other memory.
+    Filling fresh memory costs several times what filling it again does (page faults). The
+    buffer is released when the last tensor that uses it is freed, by a finalizer of the array that the tensor was
+    made from, and only then reused. While a gradient is referenced, the next one gets another buffer.
     """
 
     def __init__(self) -> None:
@@ -42,20 +42,20 @@ class GradientMemory:
     def __reduce__(self) -> tuple[type["GradientMemory"], tuple[()]]:
         return GradientMemory, ()
 
-    def lend(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    def allocate(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """An uninitialised tensor of `shape`, dtype and device as `like`."""
         num_bytes = math.prod(shape) * like.element_size()
         if like.device.type != "cpu" or num_bytes < LEAST_KEPT_BYTES:
             return like.new_empty(shape)
-        try:  # not asked first: another thread may take it in between
+        try:  # no check first: another thread may take the block in between
             block = self._free.pop()
         except IndexError:
             block = None
         if block is None or not num_bytes <= block.nbytes <= 4 * num_bytes:
             block = np.empty(num_bytes + num_bytes // 8, dtype=np.uint8)
         array = block[:num_bytes]
-        weakref.finalize(array, self._take_back, block).atexit = False
+        weakref.finalize(array, self._release, block).atexit = False
         return torch.from_numpy(array).view(like.dtype).view(shape)
 
-    def _take_back(self, block: NDArray[np.uint8]) -> None:
+    def _release(self, block: NDArray[np.uint8]) -> None:
         self._free[:] = [block]

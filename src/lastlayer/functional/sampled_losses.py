@@ -7,7 +7,7 @@ All take, of N rows with K targets and S candidates each,
     target_weights    (N, K), 0 where there is no target
 
 and give the loss of every row, `(N,)`. The log counts are the logarithms of how often the sampler draws each class
-into one set, on average. A candidate whose logit is -inf is none.
+into one set, on average. A candidate whose logit is -inf does not count.
 """
 
 import torch
@@ -33,10 +33,10 @@ def below_peak(
     candidate_logits: Tensor,  # (N, S)
     target_weights: Tensor,  # (N, K)
 ) -> tuple[Tensor, Tensor]:
-    """Both, less the row's largest: the same softmax, and log counts keep their digits where logits are large."""
+    """Both, less the row's largest: the same softmax, and log counts keep their precision at large logits."""
     present = target_logits.masked_fill(target_weights == 0, -torch.inf)
     peak = torch.cat([present, candidate_logits], 1).detach().amax(1, keepdim=True)
-    peak = peak.masked_fill(peak == -torch.inf, 0)  # nothing is there
+    peak = peak.masked_fill(peak == -torch.inf, 0)  # no class has mass
     return target_logits - peak, candidate_logits - peak
 
 

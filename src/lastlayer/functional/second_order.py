@@ -1,11 +1,11 @@
-"""Gradients that are formed by hand and can be differentiated again.
+"""Hand-written gradients that can be differentiated again.
 
 The backward pass of a hand-written function returns `gradients(...)`. A first derivative costs what the
 hand-written formula costs. A second one, or one under `vmap`, comes from the function's plain twin: the same
-function by PyTorch's own operations, which autograd differentiates as often as wanted, with all `(N, V)` logits.
+function by PyTorch's own operations, which autograd differentiates to any order, with all `(N, V)` logits.
 
-The node that leads to the second derivative hangs on everything that the gradient depends on, the inputs and the
-upstream gradient, so that autograd prunes it in none of the ways to ask for a second derivative.
+The autograd node of the second derivative has as inputs everything that the gradient depends on, the inputs and
+the upstream gradient, so that autograd does not prune it, however the second derivative is requested.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ def gradients(
     """The gradients for `inputs` of a function, in its backward pass.
 
     Args:
-        form: forms them by hand; None for an input that needs none.
+        form: returns the hand-written gradients; None for an input that needs none.
         twin: `twin(*inputs)` is the output of the function, or its outputs, by PyTorch's own operations.
         inputs: the tensors as `ctx.saved_tensors` gives them.
         upstream: the gradients of the outputs; None for one that was not used.
@@ -51,7 +51,7 @@ def gradients(
 
 
 class _Formed(torch.autograd.Function):
-    """Gradients that were formed already; backwards, the derivative of the twin's."""
+    """The identity for gradients that were computed already; its backward pass differentiates the twin's."""
 
     @staticmethod
     def forward(
@@ -83,7 +83,7 @@ def _aliases(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 def _first(
     twin: Twin, inputs: Sequence[Tensor | None], wanted: list[int], upstream: Sequence[Tensor | None], again: bool
 ) -> list[Tensor]:
-    """The gradients for the wanted inputs, by autograd."""
+    """The gradients for the inputs that need one, by autograd."""
     outputs = twin(*inputs)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     pairs = [(o, u) for o, u in zip(outputs, upstream, strict=True) if u is not None]
@@ -91,7 +91,7 @@ def _first(
 
 
 def _grad(pairs: list[tuple[Tensor, Tensor]], leaves: list[Any], again: bool) -> list[Tensor]:
-    """The gradients of some outputs for `leaves`, zeros where there is no way from one to the other."""
+    """The gradients of some outputs for `leaves`, zeros where an output does not depend on a leaf."""
     pairs = [(output, of_output) for output, of_output in pairs if output.requires_grad]
     if not pairs:
         return [torch.zeros_like(leaf) for leaf in leaves]

@@ -6,14 +6,14 @@ from torch.nn import functional as F
 
 from lastlayer.functional.ordinary import ordinary
 
-# A table of padded clusters serves up to so many times as many places as there are classes.
+# A table of padded clusters is used where it has at most so many times as many places as there are classes.
 MOST_PADDING = 4
 # Logits that are padded at once, so that the copy stays in cache.
 BLOCK_NUMBERS = 1 << 19
 
 
 def padded_columns(offsets: Tensor) -> Tensor | None:  # (C + 1,) to (C, S) int32
-    """The columns of each cluster, V in unused places; None where sizes differ too much, or have no values yet."""
+    """The columns of each cluster, V as padding; None where sizes differ too much, or are on "meta"."""
     if offsets.is_meta:
         return None
     sizes = offsets.diff()

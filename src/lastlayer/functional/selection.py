@@ -19,10 +19,10 @@ class Selection(NamedTuple):
         """The selection of some rows."""
         return self if self.exclude is None else self._replace(exclude=self.exclude[rows])
 
-    def mask(self, num_classes: int) -> Tensor:  # (N, V), or (1, V) for all rows alike; bool
+    def mask(self, num_classes: int) -> Tensor:  # (N, V), or (1, V) the same for all rows; bool
         """Whether a class must not be returned."""
         if self.exclude is None:
-            assert self.barred is not None  # there is one or the other
+            assert self.barred is not None  # one of the two is not None
             return self.barred[None]
         places = torch.zeros(len(self.exclude), num_classes + 1, dtype=torch.bool, device=self.exclude.device)
         excluded = places.scatter_(1, self.exclude, True)[:, :num_classes]
@@ -37,7 +37,7 @@ class Selection(NamedTuple):
 
 
 def make_selection(
-    exclude: Tensor | None,  # (..., E), class ids, ignore_index in unused places
+    exclude: Tensor | None,  # (..., E), class ids, padded with ignore_index
     allowed: Tensor | None,  # (V,) bool, or (A,) class ids
     shape: torch.Size,  # of the leading dimensions
     num_classes: int,

@@ -21,7 +21,7 @@ class TargetRows(NamedTuple):
 
 
 class DenseRows:
-    """`(N, V)` weights that the caller has, given out by rows."""
+    """`(N, V)` weights of the caller, read by rows."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
@@ -39,7 +39,7 @@ class DenseRows:
 
 
 class TeacherRows(DenseRows):
-    """The softmax of another layer's logits, computed beside the student's, a chunk at a time.
+    """The softmax of another layer's logits, computed alongside the student's, a chunk at a time.
 
     What is added to a row's cross-entropy is the negative entropy of the teacher, which makes it a divergence.
     """
@@ -79,7 +79,7 @@ def target_rows(
     """The targets, checked, over flat rows.
 
     Raises:
-        TypeError: targets or weights of the wrong kind, or that want a gradient.
+        TypeError: targets or weights of the wrong kind, or that require a gradient.
         ValueError: shapes that do not fit; weights that are negative or not finite.
         IndexError: an id out of range.
     """

@@ -1,4 +1,4 @@
-"""Many softmaxes side by side, each of some rows of a batch over its own rows of one weight."""
+"""Many independent softmaxes, each of some rows of a batch over its own rows of one weight."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from lastlayer.kernels.softmax_rows import RowTerms, fused
 
 
 class Softmaxes(NamedTuple):
-    """The groups of a batch, and who computes each."""
+    """The groups of a batch, and by which code each is computed."""
 
     table: Tensor  # (G, 4), of `Groups`
     compact: bool
@@ -48,7 +48,7 @@ class Softmaxes(NamedTuple):
         slots: Tensor,  # (N,), the weight row of each target
         log_prob: Tensor,  # (N,), gains the log-softmax at the targets
         slope: Tensor,  # (N, d), or (0, d) for none; gains residual @ weight
-    ) -> Tensor:  # flat, a group after the other
+    ) -> Tensor:  # flat, group after group
         """Residuals `softmax(rows @ weight.T + bias) - one_hot(target)` of every group."""
         residual = log_prob.new_empty(self.num_residuals)
         if self.compiled and len(self.plain) < self.table.shape[0]:

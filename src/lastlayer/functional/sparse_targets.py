@@ -28,8 +28,9 @@ def sparse_targets(
     A row is ignored when all its ids are `ignore_index`; an empty row of a sparse matrix is a target of zeros.
 
     Raises:
-        TypeError: no tensor, ids that are no integers, a dense matrix of values, or weights that want a gradient.
-        ValueError: shapes that do not fit, or weights beside a matrix that has its own.
+        TypeError: not a tensor, ids that are not integers, a dense matrix of values, or weights that require a
+            gradient.
+        ValueError: shapes that do not fit, or weights together with a matrix that has its own.
         IndexError: an id out of range.
     """
     if isinstance(targets, Tensor) and targets.layout != torch.strided:

@@ -1,7 +1,7 @@
 """The spherical family: losses that see V outputs only through their squared norm, their sum, and the targets'.
 
 (Vincent, de Brebisson and Bouthillier 2015; de Brebisson and Vincent 2016.) Such a loss and its gradient never
-need the V outputs, which is what `FactoredOutput` lives on; `spherical_loss` is the dense twin over a plain
+need the V outputs, on which `FactoredOutput` is based; `spherical_loss` is the dense twin over a plain
 weight.
 
 A loss of your own is one class with one method; its derivatives come from autograd:
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 
 class RowDerivatives(NamedTuple):
-    """The loss of every row and what it changes by, all float64."""
+    """The loss of every row and its derivatives, all float64."""
 
     row_loss: Tensor  # (N,)
     by_score: Tensor  # (N, K)
@@ -48,7 +48,7 @@ class SphericalLoss(ABC):
     def row_loss(
         self,
         scores: Tensor,  # (N, K), the outputs of the target classes
-        weights: Tensor,  # (N, K), what each target counts for
+        weights: Tensor,  # (N, K), the weight of each target
         squared_norm: Tensor,  # (N,)
         total: Tensor,  # (N,), the sum of the outputs
         num_classes: int,
@@ -61,16 +61,18 @@ class SphericalLoss(ABC):
         """`row_loss` with its derivatives, here from autograd; the losses below override it with closed forms.
 
         Raises:
-            TypeError: a loss with trained parameters of its own, or one that reads `total` and does not say so.
+            TypeError: a loss with trained parameters of its own, or `total` read without `uses_sum = True`.
         """
         with torch.enable_grad():
             if self.row_loss(scores, weights, squared_norm, total, num_classes).requires_grad:
-                raise TypeError(f"{type(self).__name__} has parameters that want a gradient, and none is computed")
+                raise TypeError(
+                    f"{type(self).__name__} has parameters that require a gradient, and none is computed"
+                )
             leaves = [part.detach().requires_grad_() for part in (scores, squared_norm, total)]
             row_loss = self.row_loss(leaves[0], weights, leaves[1], leaves[2], num_classes)
             found = torch.autograd.grad(row_loss.sum(), leaves, allow_unused=True)
         if found[2] is not None and not self.uses_sum:
-            raise TypeError(f"{type(self).__name__} reads total: it must say so with uses_sum = True")
+            raise TypeError(f"{type(self).__name__} reads total: it must set uses_sum = True")
         by_score, by_norm, by_total = (
             torch.zeros_like(leaf) if part is None else part for leaf, part in zip(leaves, found, strict=True)
         )
@@ -126,8 +128,8 @@ class SquaredError(SphericalLoss):
 class SphericalSoftmax(NormalizedLoss):
     """`p_i = (o_i^2 + epsilon) / sum_j (o_j^2 + epsilon)`.
 
-    Even in `o`, and blind to its scale but for `epsilon`. The gradient reaches `1 / sqrt(epsilon)` near `o = 0`,
-    so a smaller `epsilon` wants a smaller learning rate.
+    Even in `o`, and invariant to its scale but for `epsilon`. The gradient reaches `1 / sqrt(epsilon)` near
+    `o = 0`, so a smaller `epsilon` needs a smaller learning rate.
 
     Args:
         epsilon: what keeps every probability above 0.
@@ -161,7 +163,7 @@ class SphericalSoftmax(NormalizedLoss):
 class TaylorSoftmax(NormalizedLoss):
     """`p_i` proportional to `1 + o_i + o_i^2 / 2`, the softmax with `exp` cut after its second term.
 
-    Nothing to tune, and every numerator is at least 1/2; the least probable output is `o = -1`, not minus
+    No hyperparameter, and every numerator is at least 1/2; the least probable output is `o = -1`, not minus
     infinity.
     """
 
@@ -188,9 +190,9 @@ class TaylorSoftmax(NormalizedLoss):
 class ZLoss(SphericalLoss):
     """`softplus(alpha (beta - z)) / alpha` of the target's z-score `z = (o - mean(o)) / std(o)`.
 
-    Blind to shift and scale of the outputs; `alpha` and `beta` tune it towards a top-k. No probabilities;
+    Invariant to shift and scale of the outputs; `alpha` and `beta` tune it towards a top-k. No probabilities;
     classes are ranked by their score. The variance is bounded below by a millionth of the mean square, since
-    outputs that are all alike have no z-score. Of one class the z-score is 0 and of two 1 and -1 whatever the
+    outputs that are all equal have no z-score. Of one class the z-score is 0 and of two 1 and -1 whatever the
     outputs: then the gradient is exactly 0.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The best classes of a tree, and samples from it: walks from the root down, many rows at a time."""
+"""The best classes of a tree, and samples from it: traversals from the root, many rows at a time."""
 
 import math
 
@@ -23,13 +23,13 @@ def topk_tree(
     root: int,
     k: int,
     selection: Selection | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # log-probabilities and classes, (N, k) each, best first; rows not answered
+) -> tuple[Tensor, Tensor, Tensor]:  # log-probabilities and classes, (N, k) each, best first; rows given up
     """The k most probable classes, exactly: a log-probability only falls along a path.
 
-    All rows go down together, each along the most probable branches of every level. What a row found is exact
-    where no branch that it left could beat its k-th best class; the other rows go again, four times as wide. A row
-    gives up when it would have to look at more than a sixteenth of all nodes: those rows are returned, `(n,)`, and
-    nothing that is said of them counts.
+    All rows descend together, each along the most probable branches of every level. The result of a row is exact
+    where no branch that was pruned can beat its k-th best class; the other rows descend again, with four times as
+    many branches. A row is given up when it would have to visit more than a sixteenth of all nodes: the indices of
+    those rows are returned, `(n,)`, and their entries of the other results are not valid.
     """
     num_classes = len(children) + 1
     most = LARGEST_SHARE * num_classes
@@ -64,8 +64,8 @@ def _descend(
     mask: Tensor | None,  # (n, V) or (1, V), bool: classes that must not be returned
     least: float,
 ) -> tuple[tuple[Tensor, Tensor], Tensor, int]:
-    """The best classes along `width` branches of each level, (n, k) each; the most probable branch that each row
-    left, (n,); and how many nodes a row looked at. Ends where no row has a branch above `least`."""
+    """The best classes along `width` branches of each level, (n, k) each; the most probable branch that was pruned
+    for each row, (n,); and how many nodes a row visited. Ends where no row has a branch above `least`."""
     num_rows, num_classes = len(hidden), len(children) + 1
     log_prob = hidden.new_zeros(num_rows, 1, dtype=exact_dtype(hidden.dtype))
     ids = torch.full((num_rows, 1), root, device=hidden.device)
@@ -79,11 +79,11 @@ def _descend(
         ids = children[nodes].transpose(1, 2).flatten(1)
         leaf = ids < num_classes
         if bool(leaf.any()):
-            answers = log_prob.masked_fill(~leaf, -torch.inf)
+            found = log_prob.masked_fill(~leaf, -torch.inf)
             if mask is not None:
                 barred = mask.expand(num_rows, -1).gather(1, ids.masked_fill(~leaf, 0))
-                answers = answers.masked_fill(barred, -torch.inf)
-            best = merge(best, (answers, ids))
+                found = found.masked_fill(barred, -torch.inf)
+            best = merge(best, (found, ids))
             log_prob = log_prob.masked_fill(leaf | (log_prob <= best[0][:, -1:]), -torch.inf)
             ids = ids.clamp(min=num_classes)  # any node: its branch has probability 0
         elif 2 * nodes.shape[1] <= width:  # all branches are followed
@@ -120,16 +120,16 @@ def sample_tree(
     root: int,
     num_samples: int,
 ) -> Tensor:  # (N, num_samples)
-    """Walks from the root to a leaf, each turn drawn from its node's probability."""
+    """Descends from the root to a leaf, each branch drawn with its node's probability."""
     num_classes = len(children) + 1
     rows = torch.arange(len(hidden), device=hidden.device).repeat_interleave(num_samples)
     ids = torch.full_like(rows, root)
-    walking = torch.arange(len(rows), device=rows.device)[ids >= num_classes]
-    while len(walking):
-        nodes = ids[walking] - num_classes
-        # in float32 no turn would have a probability between 0 and 6e-8
-        first = node_scores(hidden, weight, rows[walking], nodes).double().sigmoid()
+    active = torch.arange(len(rows), device=rows.device)[ids >= num_classes]
+    while len(active):
+        nodes = ids[active] - num_classes
+        # in float32 no branch would have a probability between 0 and 6e-8
+        first = node_scores(hidden, weight, rows[active], nodes).double().sigmoid()
         second = (torch.rand_like(first) >= first).long()
-        ids[walking] = children[nodes, second]
-        walking = walking[ids[walking] >= num_classes]
+        ids[active] = children[nodes, second]
+        active = active[ids[active] >= num_classes]
     return ids.reshape(len(hidden), num_samples)

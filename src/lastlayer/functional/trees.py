@@ -49,7 +49,7 @@ def balanced(num_classes: int) -> Tensor:  # (V - 1, 2), children
 
 
 class Tree(NamedTuple):
-    """What follows from the children of each inner node, for walks in both directions."""
+    """The tables derived from the children of each inner node, for traversal in both directions."""
 
     root: int  # as an id: V + its node
     parents: Tensor  # (2V - 1,) int64, the inner node above each id; -1 above the root

@@ -50,7 +50,7 @@ def two_level_log_prob(
     Args:
         with_head: whether the first term is in it; without, only the second level is computed.
         sparse: the gradients of `weight` and `bias` hold the touched clusters' rows only, coalesced.
-        memory: lends the memory for the sparse gradient of `weight`.
+        memory: allocates the buffer of the sparse gradient of `weight`.
     """
     targets, dtype = Targets(clusters, slots, offsets, sparse, memory), product_dtype(hidden)
     own = parameters if with_head else (None, None, *parameters[2:])
@@ -70,7 +70,7 @@ class _TwoLevelLogProb(torch.autograd.Function):
 
     hidden: scale W^T r        its factor of scale is formed in the forward pass, while W is in the cache
     weight: (scale r) h^T      summed over the batch: one product a cluster
-    bias:   scale r            summed likewise
+    bias:   scale r            summed in the same way
 
     The head is a level of one group, the whole batch; inside the clusters each group has its own weight rows.
     """
@@ -118,7 +118,7 @@ def _form(
         sorted_gradient = (slope * scale[:, None]).to(slope.dtype)
         of_hidden = torch.empty_like(slope).index_copy_(0, order, sorted_gradient)
     if wanted[1] or wanted[2]:
-        make = like.new_empty if rows.shape[0] else like.new_zeros  # any row of the batch has them all written
+        make = like.new_empty if rows.shape[0] else like.new_zeros  # all are written where there is a row
         of_head_weight, of_head_bias = make(ctx.num_clusters, rows.shape[1]), make(ctx.num_clusters)
         head.backward(rows, head_residual, scale, of_head_weight, of_head_bias)
     if wanted[3] or wanted[4]:
@@ -138,6 +138,6 @@ def _inner_gradients(
         return of_weight, of_bias
     touched = touched_rows(ctx.groups)
     shape = ctx.groups.num_touched, rows.shape[1]
-    of_weight, of_bias = (ctx.targets.memory or GradientMemory()).lend(shape, like), like.new_empty(shape[0])
+    of_weight, of_bias = (ctx.targets.memory or GradientMemory()).allocate(shape, like), like.new_empty(shape[0])
     inner.backward(rows, residual, scale, of_weight, of_bias)
     return row_sparse(touched, of_weight, num_classes), row_sparse(touched, of_bias, num_classes)

@@ -25,7 +25,7 @@ def two_level_score(
     """`two_level_log_prob` of M candidates a row: one softmax over the clusters for each row, and one for each
     pair of a row and a cluster that holds some of its candidates.
 
-    In each pair one candidate leads the others: with r its slot and s another's,
+    In each pair one candidate is the reference of the others: with r its slot and s another's,
 
         log P(s | cluster) = log P(r | cluster) + h . (w_s - w_r) + b_s - b_r
     """
@@ -74,7 +74,7 @@ def _differences(
     leads: Tensor,  # (P,)
     sparse: bool,
 ) -> Tensor:  # (P,)
-    """`logit(slot) - logit(lead)` of each row, which no large common logit can round away."""
+    """`logit(slot) - logit(lead)` of each row, without the rounding error of a large common logit."""
     own, lead = (as_exact(_rows(parameters.weight, places, sparse)) for places in (slots, leads))
     gap = (as_exact(hidden.index_select(0, rows)) * (own - lead)).sum(1)
     if parameters.bias is not None:

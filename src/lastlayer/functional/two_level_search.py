@@ -16,14 +16,14 @@ def topk_two_level(
     order: Tensor,  # (V,), the class of each weight row
     k: int,
     selection: Selection | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # log-probabilities and classes, (N, k) each, best first; rows not answered
+) -> tuple[Tensor, Tensor, Tensor]:  # log-probabilities and classes, (N, k) each, best first; rows given up
     """The k most probable classes, exactly: no class is more probable than its cluster.
 
     Each row opens its clusters by falling probability, about as many classes at first as there are clusters, then
     four times as many, and stops when no other cluster is more probable than its k-th best class so far. A row
-    gives up when the clusters that are hold, together, more than a sixteenth of all classes: those rows are
-    returned, `(n,)`, and nothing that is said of them counts. So no row looks at more classes than `C` and an
-    eighth of all, and nearly always far fewer. All rows go together.
+    is given up when the clusters that are more probable hold, together, more than a sixteenth of all classes: the
+    indices of those rows are returned, `(n,)`, and their entries of the other results are not valid. So no row
+    visits more classes than `C` and an eighth of all, and nearly always far fewer. All rows are searched together.
     """
     num_classes, num_clusters = len(order), len(offsets) - 1
     if selection is not None and selection.barred is not None:  # clusters that hold no permitted class

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lastlayer.functional.answers import TopK
 from lastlayer.functional.best_classes import SearchCost, worth_searching
 from lastlayer.functional.checks import (
     REDUCTIONS,
@@ -20,6 +19,7 @@ from lastlayer.functional.checks import (
 )
 from lastlayer.functional.ordinary import ordinary, readable
 from lastlayer.functional.reduce import reduce_loss
+from lastlayer.functional.results import TopK
 from lastlayer.functional.sampling import sample_classes
 from lastlayer.functional.selection import Selection, check_candidates, make_selection
 

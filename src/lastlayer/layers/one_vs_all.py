@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lastlayer.functional.answers import ScoreTopK
 from lastlayer.functional.checks import check_vector, eager_on_cpu
 from lastlayer.functional.one_vs_all import find_positives, one_vs_all_loss
 from lastlayer.functional.outside_graphs import outside_graphs
 from lastlayer.functional.precision import as_exact, exact_dtype
 from lastlayer.functional.reduce import reduce_loss
+from lastlayer.functional.results import ScoreTopK
 from lastlayer.functional.sampled_logits import sampled_logits
 from lastlayer.functional.sampled_losses import accidental_hits
 from lastlayer.functional.sparse_targets import SparseTargets, sparse_targets

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lastlayer.functional.answers import ScreenedTopK
 from lastlayer.functional.checks import check_choice, check_count, check_hidden, check_positive
 from lastlayer.functional.logit_map import LogitMap, check_logit_map
 from lastlayer.functional.outside_graphs import outside_graphs
 from lastlayer.functional.precision import no_autocast
+from lastlayer.functional.results import ScreenedTopK
 from lastlayer.functional.sampling import sample_classes
 from lastlayer.functional.selection import Selection, check_candidates, make_selection
 from lastlayer.kernels import engine

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from lastlayer.functional.answers import ScreenedTopK
 from lastlayer.functional.precision import exact_dtype, no_autocast
+from lastlayer.functional.results import ScreenedTopK
 from lastlayer.kernels.screening import Query
 from lastlayer.screening.base import Screen
 from lastlayer.screening.exact import full_logits

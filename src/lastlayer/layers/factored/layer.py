@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lastlayer.functional.answers import ScoreTopK, TopK
 from lastlayer.functional.checks import eager_on_cpu
 from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.precision import no_autocast
 from lastlayer.functional.reduce import reduce_loss
+from lastlayer.functional.results import ScoreTopK, TopK
 from lastlayer.functional.selection import Selection
 from lastlayer.functional.sparse_targets import sparse_targets
 from lastlayer.functional.spherical import NormalizedLoss, SphericalLoss, SphericalSoftmax

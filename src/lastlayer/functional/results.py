@@ -1,4 +1,4 @@
-"""What a query answers: named tuples, best first."""
+"""What queries return: named tuples, best first."""
 
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ class ScoreTopK(NamedTuple):
 
 
 class ScreenedTopK(NamedTuple):
-    """A screened answer; where `certified`, indices and their logits are proved equal to the full layer's."""
+    """A screened result; where `certified`, indices and their logits are proved equal to the full layer's."""
 
     log_prob: Tensor  # (..., k)
     indices: Tensor  # (..., k), class ids
