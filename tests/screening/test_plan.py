@@ -1,6 +1,7 @@
 """Which of screen and full layer answers: the plan, a user's choice, and rows that the screen cannot settle."""
 
 import time
+import warnings
 
 import pytest
 import torch
@@ -126,3 +127,23 @@ def test_flat_rows_leave_the_screen(monkeypatch, rows):
 def test_bad_use(use):
     with pytest.raises(ValueError, match="use must be one of 'fastest', 'screen', 'full'"):
         ScreenedSoftmax(head()[0], preview=Int8Preview(), candidates=20, use=use)
+
+
+def test_one_warning_where_the_screen_never_gains(monkeypatch):
+    monkeypatch.setattr(base, "measure_plan", lambda *_: plan(2.0, 1.0))
+    weight, hidden = head()
+    layer = ScreenedSoftmax(weight, preview=Int8Preview(), candidates=20)
+    with pytest.warns(RuntimeWarning, match="the full layer is faster than this screen"):
+        layer.topk(hidden, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer.topk(hidden, 5)
+
+
+def test_no_warning_where_it_gains_or_was_not_asked(monkeypatch, recwarn):
+    weight, hidden = head()
+    for times, use in ((plan(1.0, 2.0), "fastest"), (plan(2.0, 1.0), "full"), (plan(2.0, 1.0), "screen")):
+        monkeypatch.setattr(base, "measure_plan", lambda *_, times=times: times)
+        layer = ScreenedSoftmax(weight, preview=Int8Preview(), candidates=20, use=use)
+        layer.topk(hidden, 5)
+    assert not [warning for warning in recwarn if issubclass(warning.category, RuntimeWarning)]

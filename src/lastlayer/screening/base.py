@@ -1,5 +1,6 @@
 """What every screen does: queries by the engine, by plain PyTorch or by the full layer, and gradients."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,11 @@ from lastlayer.screening.watched_head import WatchedHead
 
 CHUNK_NUMBERS = 1 << 25  # of a (rows, V) tensor held at once
 IGNORE_INDEX = -100  # in unused places of `exclude` and of the candidates of `score`
+
+NO_GAIN = (
+    "the full layer is faster than this screen at every batch size measured on this machine, so it computes the "
+    "results (plan() shows the times, lastlayer.show_config() the instruction set); use='screen' forces the screen"
+)
 
 
 class Screen(WatchedHead):
@@ -202,6 +208,7 @@ class Screen(WatchedHead):
         self._mark_fresh()
         self._bars = self.bias is not None and bool(self.bias.isinf().any())
         self._tally = Tally()
+        self._warned = False
         self._plan = self._measured_plan(self._likely_states())
 
     def _measured_plan(self, states: Tensor) -> Plan:
@@ -248,6 +255,9 @@ class Screen(WatchedHead):
         weight, full = self.weight, use == "full"
         if use == "fastest":
             full = self._tally.full_is_faster(self._plan.of(rows))
+            if full and not self._plan.gains and not self._warned:
+                self._warned = True
+                warnings.warn(NO_GAIN, RuntimeWarning, stacklevel=2)
         return backend_for(
             rows=rows,
             num_classes=self.out_features,

@@ -40,6 +40,11 @@ class Plan:
         """What was measured for the batch size nearest to `batch`."""
         return self.rows[sum(batch > end for end in ENDS)]
 
+    @property
+    def gains(self) -> bool:
+        """Whether the screen is the faster one for any batch size."""
+        return any(row.answers == "screen" for row in self.rows)
+
     def __iter__(self) -> Iterator[Planned]:
         return iter(self.rows)
 
