@@ -27,7 +27,7 @@ def test_layers(layers, error, message):
 
 @pytest.mark.parametrize(("classes", "features", "rows"), [(500, 12, 8), (5000, 64, 64), (300, 6, 40)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.filterwarnings("ignore:lr turns a direction")
+@pytest.mark.filterwarnings("ignore:lr reverses a direction")
 def test_steps_that_diverge_end_in_a_refusal(classes, features, rows, dtype):
     """As plain SGD would, the weight grows at every step; it never becomes NaN."""
     generator = torch.Generator().manual_seed(1)

@@ -37,9 +37,8 @@ class AdaptiveSoftmax(OutputLayer):
     tail whose width falls: `d / div_value^i` for cluster i = 1, 2, ...
 
     Equals `nn.AdaptiveLogSoftmaxWithLoss` with the same weights, whose state dicts load both ways, and has what
-    that
-    lacks: `ignore_index`, reductions, any leading shape, autocast, classes in any order (`counts`), exact top-k,
-    sampling, a head tied to an embedding, and `torch.compile(fullgraph=True)`. With `k_h = cutoffs[0]`:
+    that one lacks: `ignore_index`, reductions, any leading shape, autocast, classes in any order (`counts`), exact
+    top-k, sampling, a head tied to an embedding, and `torch.compile(fullgraph=True)`. With `k_h = cutoffs[0]`:
 
         head = F.log_softmax(F.linear(h, layer.head.weight, layer.head.bias))       # k_h + J entries
         log P(y | h) = head[y]                                                      for y < k_h, else
@@ -47,7 +46,7 @@ class AdaptiveSoftmax(OutputLayer):
 
     A cluster that no target touches is not computed and gets no gradient. Cost of one target in cluster i:
     `d (k_h + J) + d d_i + d_i k_i`; nothing of size `(N, V)` is ever held. Under `torch.compile` the rows of a
-    cluster cannot be picked without breaking the graph, so every row goes through every tail, and targets pick.
+    cluster cannot be selected without breaking the graph, so every row is computed in every tail and masked.
 
     When *not* to use it: below some ten thousand classes, or where counts are flat: the gain comes from the rare
     classes being rare. The tails are narrow, so rare classes are modelled more coarsely than by a full softmax.
@@ -57,7 +56,7 @@ class AdaptiveSoftmax(OutputLayer):
         num_classes: V.
         cutoffs: rising, from 1 to V - 1: the head's classes, then the end of each cluster but the last. None: two
             tails (one where `in_features` leaves no width for a second), cut where the paper cuts text8, at V/20
-            and V/4; or where as large a share of `counts` lies before them as Zipf's law has there. `cutoffs_for`
+            and V/4; or so that each has the same share of `counts` as under Zipf's law. `cutoffs_for`
             finds those of least cost on this machine.
         div_value: by how much the width of each further tail is divided.
         head_bias: whether the head has a bias (of k_h + J entries).
@@ -158,7 +157,7 @@ class AdaptiveSoftmax(OutputLayer):
             counts: how often each class occurs, in any order; zeros count as the smallest other count.
             num_clusters: J, the number of tails, at least 1 and below V.
             in_features, batch_size, div_value: as the layer will be used.
-            costs: `(c, λ)` in seconds; None: measured here and now, in a fraction of a second.
+            costs: `(c, λ)` in seconds; None: measured during the call, in a fraction of a second.
 
         Raises:
             ValueError: counts that are empty, negative or not finite; a number of clusters out of range.

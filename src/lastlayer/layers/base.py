@@ -26,8 +26,8 @@ from lastlayer.functional.selection import Selection, check_candidates, make_sel
 # Rows of (rows, V) log-probabilities that `sample` and the default `topk` hold at once, in numbers.
 CHUNK_NUMBERS = 1 << 24
 
-# Some rows and which classes they may be answered with, to log-probabilities and classes, (n, k) each, and the
-# rows that were given up.
+# Maps some rows and the classes they may return to log-probabilities and classes, (n, k) each, and the rows that
+# were given up.
 Search = Callable[[Tensor, Selection | None], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -44,7 +44,7 @@ class OutputLayer(nn.Module, ABC):
     | `layer.topk(hidden, k, exclude=, allowed=)` | `TopK(log_prob, indices)`, both `(..., k)`, best first |
     | `layer.sample(hidden, num_samples)` | `(..., num_samples)` class ids drawn from the model |
 
-    Beside them `layer.score(hidden, ids (..., C))`, `(..., C)`: log-probabilities of given candidates.
+    In addition `layer.score(hidden, ids (..., C))`, `(..., C)`: log-probabilities of given candidates.
 
     Laws (`lastlayer.testing` holds one test for each; any layer of your own can be certified with it):
 
@@ -53,7 +53,7 @@ class OutputLayer(nn.Module, ABC):
     3. `topk(h, k)` equals `log_prob(h).topk(k)`, indices up to ties; with `exclude` or `allowed` that of the
        log-probabilities with -inf at every other class
     4. the loss of a likelihood layer is the reduced `-target_log_prob`
-    5. any leading shape, no rows, every target ignored (as `F.cross_entropy` answers), non-contiguous input
+    5. any leading shape, no rows, every target ignored (as in `F.cross_entropy`), non-contiguous input
     6. `gradcheck` in float64; bfloat16 and autocast no worse than PyTorch's own operations in that dtype
     7. `state_dict`, `copy.deepcopy`, pickling and `.to(dtype)` keep the model
     8. bad input is a `ValueError`, `TypeError` or `IndexError` that names the argument; the layer is unchanged
@@ -146,7 +146,7 @@ class OutputLayer(nn.Module, ABC):
         Args:
             k: from 1 to `num_classes`.
             exclude: class ids that must not be returned for their row, padded with `ignore_index`.
-            allowed: the only classes that may be returned, for all rows alike: a mask, or ids.
+            allowed: the only classes that may be returned, the same for all rows: a mask, or ids.
 
         The log-probabilities are those of the whole model. Where fewer than `k` classes are left (a class of
         probability 0 is not), the last indices are -1 and their log-probabilities -inf.
@@ -184,7 +184,7 @@ class OutputLayer(nn.Module, ABC):
     def sparse_parameters(self) -> list[nn.Parameter]:
         """The parameters whose gradients in training are row-sparse; empty unless the layer has `sparse=True`.
 
-        `SGD` and `Adagrad` take them beside dense ones; an optimizer that does not must be given the others alone.
+        `SGD` and `Adagrad` take them together with dense ones; other optimizers must get the others alone.
         """
         return []
 
@@ -215,7 +215,7 @@ class OutputLayer(nn.Module, ABC):
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The reduced loss; `targets` may hold `ignore_index`."""
         kept = targets != self.ignore_index
-        if eager_on_cpu(targets) and bool(kept.all()):  # the usual case, in few operations
+        if eager_on_cpu(targets) and bool(kept.all()):  # the common case, in few operations
             return reduce_loss(self._row_loss(hidden, targets), None, self.reduction)
         return reduce_loss(self._at_kept(self._row_loss, hidden, targets), kept, self.reduction)
 
@@ -254,7 +254,7 @@ class OutputLayer(nn.Module, ABC):
         self, search: Search, cost: SearchCost, hidden: Tensor, k: int, selection: Selection | None
     ) -> tuple[Tensor, Tensor]:
         """The best classes by `search`, where that is worth it: no gradient flows through it, but through `_score`
-        of what it found. Rows that it gives up, and all rows of a small problem, are answered from all
+        of what it found. Rows that it gives up, and all rows of a small problem, are computed from all
         log-probabilities, whose gradients are dense."""
         searching = worth_searching(cost, hidden.shape[0], self.num_classes, self.in_features, k)
         searching = searching and readable(hidden, *self.parameters())

@@ -19,8 +19,8 @@ class FullSoftmax(SoftmaxHead):
     gradients: one chunk of logits, about 130 MB at most (twice that with a logit map). A query reads all of
     `weight`.
 
-    Not for hundreds of thousands of classes where an approximation or a hierarchy would serve: this layer is what
-    those are measured against.
+    Not for hundreds of thousands of classes where an approximation or a hierarchy is accurate enough: this
+    layer is the baseline for those.
 
     Args:
         in_features: d, the width of `hidden`.

@@ -45,8 +45,9 @@ class HierarchicalSoftmax(OutputLayer):
 
     With `sparse=True` the gradients of `weight` and `bias` hold the touched clusters' rows only (coalesced), and a
     whole training step costs what those rows cost. `torch.optim.SGD` (no weight decay) and `Adagrad` take them,
-    also beside dense parameters; `SparseAdam` takes them alone: `sparse_parameters()` splits the groups. AdamW,
-    weight decay, `clip_grad_norm_` and `DistributedDataParallel` (knows only those of `nn.Embedding`) do not.
+    also together with dense parameters; `SparseAdam` takes them alone: `sparse_parameters()` splits the groups.
+    AdamW, weight decay, `clip_grad_norm_` and `DistributedDataParallel` (supports only those of `nn.Embedding`) do
+    not.
 
     When *not* to use it: below a few thousand classes, where the full softmax costs no more; and where the last
     few percent of perplexity count more than training time.
@@ -66,7 +67,7 @@ class HierarchicalSoftmax(OutputLayer):
 
     Attributes:
         head_weight: `(C, d)`; head_bias: `(C,)`.
-        weight: `(V, d)`, cluster after cluster; bias: `(V,)`, likewise. `class_weight()` gives class order.
+        weight: `(V, d)`, cluster after cluster; bias: `(V,)`, in this order. `class_weight()` gives class order.
         order: `(V,)` buffer, the class at each row of `weight`.
         offsets: `(C + 1,)` buffer; cluster c holds the rows from `offsets[c]` up to `offsets[c + 1]`.
 

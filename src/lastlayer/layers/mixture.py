@@ -27,9 +27,9 @@ class MixtureOfSoftmaxes(OutputLayer):
     Cost of a training step: K times that of `FullSoftmax`, `6 N K V d` operations. Memory: that of `FullSoftmax`
     and the N K latent rows with their gradients; the usual implementation holds several `(N, K, V)` tensors.
     `topk` and `log_prob` compute all K V logits, a chunk of rows at a time in `topk`;
-    `ScreenedSoftmax.from_layer(layer, ...)` answers the same from one preview of the weight.
+    `ScreenedSoftmax.from_layer(layer, ...)` computes the same from one preview of the weight.
 
-    Not where the time is what matters: a wider softmax with as many parameters costs less, and in the replication
+    Not where time matters: a wider softmax with as many parameters costs less, and in the replication
     of Parthiban, Mao and Inkpen (AAAI 2021) tied with the mixture on Penn Treebank.
 
     Args:
@@ -105,7 +105,7 @@ class MixtureOfSoftmaxes(OutputLayer):
         """The log of each component's share, float32 at least."""
         if self.prior is not None:
             return as_exact(self.prior(hidden)).log_softmax(-1)
-        assert self.prior_logits is not None  # there is one or the other
+        assert self.prior_logits is not None  # one of the two is not None
         return as_exact(self.prior_logits).log_softmax(-1).expand(*hidden.shape[:-1], -1)
 
     def _parameter_shapes(self) -> Iterable[tuple[str, Tensor | None, tuple[int, ...]]]:

@@ -19,7 +19,7 @@ class MonotoneNetwork(LogitMap):
     """`f(x) = a x + Σ_k v_k sigmoid(u_k x + b_k)` with `a, u, v > 0` (softplus of parameters): smooth, unbounded.
 
     Any increasing function can be approached with enough units, but each logit costs `hidden_units` exponentials:
-    PLIF is as flexible and cheaper by far. The linear term keeps the image unbounded, without which no class could
+    PLIF is as flexible and much cheaper. The linear term keeps the image unbounded, without which no class could
     become certain. Memory is that of the logits: the (logits, units) matrix exists a block at a time, in the
     backward pass too.
 

@@ -15,7 +15,7 @@ def tied_or_new(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> nn.Parameter:
-    """The very Parameter that was given, or a new one, drawn as `nn.Linear` draws it."""
+    """The Parameter itself, or a new one, drawn as `nn.Linear` draws it."""
     if weight is None:
         new = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         nn.init.uniform_(new, -(shape[1] ** -0.5), shape[1] ** -0.5)

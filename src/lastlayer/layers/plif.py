@@ -30,12 +30,12 @@ class PLIF(LogitMap):
         ∂x = g s_i        ∂s_k = A_k + δ Σ_{j>k} B_j,  A_k = Σ_{i=k} g (x - l_k),  B_k = Σ_{i=k} g
 
     In float32 it stays accurate to 5e-5 at 100,000 knots, since sums over the K segments, the prefix sums of the
-    slopes and those of the gradient, are in float64; only what happens to a logit is in float32.
+    slopes and those of the gradient, are in float64; only operations on a single logit are in float32.
 
-    Exclude `raw_slopes` from weight decay; it likes a learning rate of its own (the papers: 0.02).
-    On a GPU under `torch.use_deterministic_algorithms(True)` the counting uses `index_add_`, which obeys it.
+    Exclude `raw_slopes` from weight decay; it needs a learning rate of its own (the papers: 0.02).
+    On a GPU under `torch.use_deterministic_algorithms(True)` the sums use `index_add_`, which is deterministic.
 
-    Worth its price where the width is far below the rank that the data need, as in the synthetic experiment of
+    Useful where the width is far below the rank that the data need, as in the synthetic experiment of
     `lastlayer reproduce softmax-bottleneck`. For language models the replication found a frozen random one as good
     as a learned one, and both a fraction of a perplexity point below the softmax.
 
@@ -149,7 +149,7 @@ class PLIF(LogitMap):
 
 
 class PLIFPass(MapPass):
-    """A PLIF over many logits: its lines are worked out once, and the sums become a gradient once."""
+    """A PLIF over many logits: its lines are computed once, and the sums become a gradient once."""
 
     logit_map: PLIF
 
@@ -204,7 +204,7 @@ class PLIFPass(MapPass):
 
 
 def _count(sums: Tensor, knots: Tensor, weights: Tensor) -> None:
-    """Adds each weight to the sum at its knot; deterministic on a GPU too, where that is asked for."""
+    """Adds each weight to the sum at its knot; deterministic on a GPU too, where that is requested."""
     if eager_on_cpu(sums):
         sums += torch.bincount(knots, weights, len(sums))
     else:

@@ -14,10 +14,10 @@ from lastlayer.kernels.softmax_rows import KernelMap
 class Sigsoftmax(LogitMap):
     """`f(x) = x + log sigmoid(x)`, so that `P(c) ∝ exp(x_c) sigmoid(x_c)`; no parameters.
 
-    Its slope is `2 - sigmoid(x)`, between 1 and 2. Unlike the softmax it notices when one number is added to all
-    logits, so give the layer its bias.
+    Its slope is `2 - sigmoid(x)`, between 1 and 2. Unlike the softmax it is not invariant to a constant added to
+    all logits, so keep the layer's bias.
 
-    Worth trying where the width is far below the rank that the data need; it costs next to nothing. In the
+    Useful where the width is far below the rank that the data need; it costs next to nothing. In the
     replication of Parthiban, Mao and Inkpen (AAAI 2021) its gain on Penn Treebank was within the noise.
 
     Source: Kanai, Fujiwara, Yamanaka, Adachi, "Sigsoftmax: Reanalysis of the Softmax Bottleneck", NeurIPS 2018.

@@ -13,7 +13,7 @@ from lastlayer.kernels.softmax_rows import KernelMap
 class SoftCap(LogitMap):
     """`f(x) = cap * tanh(x / cap)`: nearly the identity for small logits, never beyond `±cap`.
 
-    Keeps a few huge logits from dominating the loss. Not for a model that has to be very sure of one class: no
+    Keeps a few huge logits from dominating the loss. Not for a model that needs probabilities near 1: no
     probability can exceed `1 / (1 + (V - 1) exp(-2 cap))`.
 
     Args:

@@ -74,7 +74,7 @@ class SoftmaxHead(OutputLayer):
         return self
 
     def _keep_class_weights(self, kept: Tensor | None) -> None:
-        """Has `kept` beside the weight; where that is on "meta", the values stay where they are."""
+        """Moves `kept` to the weight's device; where that is "meta", the values stay where they are."""
         self.class_weights = kept if kept is None or self.weight.is_meta else kept.to(self.weight.device)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -98,8 +98,8 @@ class SoftmaxHead(OutputLayer):
         return linear_score(hidden, self.weight, ids, bias=self.bias, logit_map=self.logit_map)
 
     def _topk(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:
-        answer = linear_statistics(
+        result = linear_statistics(
             hidden, self.weight, bias=self.bias, logit_map=self.logit_map, k=k, selection=selection
         )
-        assert answer.topk is not None  # k was given
-        return answer.topk
+        assert result.topk is not None  # k is an int
+        return result.topk

@@ -32,8 +32,8 @@ class TreeSoftmax(OutputLayer):
     most one longer than the entropy of the counts in bits, some 10 for words. Cost of one target: `d` times its
     path's length, by far the least of all likelihood layers; with `sparse=True` a whole training step costs that
     too, with gradients as `nn.Embedding(sparse=True)` gives, coalesced (`SGD`, `Adagrad`; see
-    `sparse_parameters`). `log_prob` costs `d (V - 1)` a row. `topk` is exact: a branch is left when it cannot beat
-    the k-th best class so far.
+    `sparse_parameters`). `log_prob` costs `d (V - 1)` a row. `topk` is exact: a branch is pruned when it cannot
+    beat the k-th best class so far.
 
     When *not* to use it: where quality counts. A decision near the root that no single hyperplane can make costs
     perplexity; and on GPUs its many small products are slow. It is for training on CPUs, online, or as a baseline.
@@ -115,13 +115,13 @@ class TreeSoftmax(OutputLayer):
         return path_log_prob(hidden, self.weight, targets, tree, sparse=self.sparse, memory=memory)
 
     def _log_prob(self, hidden: Tensor) -> Tensor:
-        """By levels: a child's log-probability is its parent's plus that of the turn."""
+        """By levels: a child's log-probability is its parent's plus that of the branch."""
         scores = as_exact(F.linear(hidden, self.weight))
-        turns = torch.cat([F.logsigmoid(scores), F.logsigmoid(-scores)], 1)
+        branches = torch.cat([F.logsigmoid(scores), F.logsigmoid(-scores)], 1)
         above, leaves = scores.new_zeros(hidden.shape[0], 1), []
         for nodes, inner, leaf in self._tree.levels:
             nodes, inner, leaf = (part.to(hidden.device) for part in (nodes, inner, leaf))
-            both = turns.index_select(1, torch.cat([nodes, nodes + len(self.weight)]))
+            both = branches.index_select(1, torch.cat([nodes, nodes + len(self.weight)]))
             below = torch.cat([above, above], 1) + both
             leaves.append(below.index_select(1, leaf))
             above = below.index_select(1, inner)
@@ -162,7 +162,7 @@ class TreeSoftmax(OutputLayer):
 
 
 def _sizes(num_classes: int | Tensor | None, counts: Tensor | None) -> tuple[int, Tensor | None]:
-    """`(num_classes, counts)`; of the old form too, whose counts alone said how many classes there are."""
+    """`(num_classes, counts)`; of the old form too, in which the length of the counts is the number of classes."""
     if isinstance(num_classes, Tensor):
         if counts is not None:
             raise TypeError("num_classes must be a whole number where counts are given, got a Tensor")

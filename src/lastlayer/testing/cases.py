@@ -1,4 +1,4 @@
-"""What the law suite needs to know of a layer."""
+"""The description of a layer for the law suite."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

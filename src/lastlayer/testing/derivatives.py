@@ -17,7 +17,7 @@ Scalar = Callable[[Tensor], Tensor]
 
 
 class _Call(NamedTuple):
-    """One differentiable call of a layer as a number that curves, and the oracle's; None of a sampled loss."""
+    """One differentiable call of a layer as a curved scalar function, and the oracle's (None for sampled)."""
 
     name: str
     layer: OutputLayer
@@ -59,7 +59,7 @@ def _calls(case: LayerCase) -> Iterator[_Call]:
     for reduction in ("mean", "sum", "none"):
         layer = case.build(reduction=reduction)
         hidden, targets = rows_for(layer, 3)
-        if case.likelihood:  # a sampled loss draws nothing for such a row, where it can see it
+        if case.likelihood:  # a sampled loss draws nothing for such a row, where it can read it
             targets[1] = layer.ignore_index
 
         def loss(hidden: Tensor, layer: OutputLayer = layer, targets: Tensor = targets) -> Tensor:
@@ -105,7 +105,7 @@ def _direction(hidden: Tensor) -> Tensor:
     return torch.linspace(-1.0, 2.0, hidden.numel(), dtype=hidden.dtype).reshape(hidden.shape)
 
 
-# The ways to a Hessian times a vector.
+# The ways to compute a Hessian times a vector.
 
 
 def _by_grad(call: Scalar, hidden: Tensor, direction: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ def _check_per_example_gradients(case: LayerCase) -> None:
 
 
 def _check_replaced_parameters(case: LayerCase) -> None:
-    """A backward pass after `functional_call` uses the parameters that the call was given."""
+    """A backward pass after `functional_call` uses the parameters of that call."""
     if not case.likelihood:
         return
     for reduction in ("sum", "none"):

@@ -45,7 +45,7 @@ def law_any_shape(case: LayerCase) -> None:
 
 
 def _check_nothing_to_learn(case: LayerCase) -> None:
-    """No rows, or none that counts: "mean" is nan as `F.cross_entropy` answers, else 0; gradients are 0."""
+    """No rows, or none that counts: "mean" is nan as in `F.cross_entropy`, else 0; gradients are 0."""
     for dtype, rows, reduction in product(
         (torch.float64, torch.bfloat16, torch.float16), (0, 3), ("mean", "sum", "none")
     ):

@@ -22,7 +22,7 @@ def law_loss_is_likelihood(case: LayerCase) -> None:
         hidden, targets = rows_for(layer)
         targets[2] = layer.ignore_index
         upstream = torch.linspace(-1.5, 2.0, ROWS, dtype=torch.float64) if reduction == "none" else 0.7
-        answers = []
+        results = []
         for loss_of in (layer, lambda h, t, layer=layer: case.loss(layer, h, t)):
             layer.zero_grad()
             leaf = hidden.clone().requires_grad_()
@@ -32,8 +32,8 @@ def law_loss_is_likelihood(case: LayerCase) -> None:
                 name: torch.zeros_like(p) if p.grad is None else p.grad.to_dense().clone()
                 for name, p in layer.named_parameters()
             }
-            answers.append({"loss": loss.detach(), "hidden": leaf.grad, **gradients})
-        assert_equal(answers[0], answers[1])
+            results.append({"loss": loss.detach(), "hidden": leaf.grad, **gradients})
+        assert_equal(results[0], results[1])
 
 
 def law_gradcheck(case: LayerCase) -> None:
@@ -119,7 +119,7 @@ COMMON = {torch.float16: 8.0, torch.bfloat16: 4096.0, torch.float32: 4096.0, tor
 
 
 def law_large_common_logits(case: LayerCase) -> None:
-    """6c. A large number that all logits share costs no digits: of no call, and of no gradient."""
+    """6c. A large number that all logits share costs no precision, in any call or gradient."""
     for dtype, size in COMMON.items():
         layer = case.build(dtype=dtype, reduction="sum")
         case.fill(layer, size)
@@ -133,7 +133,7 @@ def law_large_common_logits(case: LayerCase) -> None:
             name: str, actual: Tensor, expected: Tensor, scale: float = 1.0, tolerance: float = tolerance
         ) -> None:
             allowed = tolerance * (scale + expected.abs())
-            assert ((actual.double() - expected).abs() <= allowed).all(), f"large logits cost {name} its digits"
+            assert ((actual.double() - expected).abs() <= allowed).all(), f"large logits cost {name} its precision"
 
         at_targets = log_prob.gather(-1, targets[:, None])
         close("log_prob", layer.log_prob(hidden), log_prob)

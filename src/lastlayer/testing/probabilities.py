@@ -37,10 +37,10 @@ def law_topk_is_sorted(case: LayerCase) -> None:
         hidden, _ = rows_for(layer, scale=scale)
         log_prob = case.oracle(layer, hidden)
         for k in {1, min(3, layer.num_classes), layer.num_classes}:
-            answer = layer.topk(hidden, k)
-            assert_equal(answer.log_prob, log_prob.topk(k).values)
-            assert_equal(log_prob.gather(-1, answer.indices), answer.log_prob)
-            assert all(len(set(row)) == k for row in answer.indices.tolist()), "topk repeats a class"
+            result = layer.topk(hidden, k)
+            assert_equal(result.log_prob, log_prob.topk(k).values)
+            assert_equal(log_prob.gather(-1, result.indices), result.log_prob)
+            assert all(len(set(row)) == k for row in result.indices.tolist()), "topk repeats a class"
 
 
 def law_score_is_gathered(case: LayerCase) -> None:

@@ -12,8 +12,8 @@ ROWS = 7
 
 def assert_equal(actual: Any, expected: Any, tolerance: float = 1e-10, name: str = "") -> None:
     """Equal up to rounding in float64, in shape and dtype; nan equals nan. `name` begins the message."""
-    said = (lambda message: f"{name}: {message}") if name else None
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True, msg=said)
+    prefix = (lambda message: f"{name}: {message}") if name else None
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True, msg=prefix)
 
 
 def rows_for(layer: OutputLayer, rows: int = ROWS, scale: float = 1.0, seed: int = 3) -> tuple[Tensor, Tensor]:

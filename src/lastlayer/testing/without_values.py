@@ -1,4 +1,4 @@
-"""The law of tensors that have shapes but no values: on "meta", where models are planned."""
+"""The law of tensors that have shapes but no values: on "meta"."""
 
 from typing import Any
 

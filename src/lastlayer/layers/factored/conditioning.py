@@ -1,22 +1,22 @@
-"""Keeps the state of `FactoredOutput` well conditioned: measured, and paid for only when needed.
+"""Keeps the state of `FactoredOutput` well conditioned: measured, and repaired only when needed.
 
 Every step multiplies U from the right, so a direction that the hidden states favour shrinks in U step after step
-while its scale moves into F: left alone, U becomes singular.
+while its scale moves into F: without repair, U becomes singular.
 
-What does harm is not the scale of U's rows. Whatever is done to U, R or F is relative to a row of U, its row of R
+The scale of U's rows does no harm. Whatever is done to U, R or F is relative to a row of U, its row of R
 and its column of F: with `W = sum_i F_i U_i` and `F_i = W R_i`, an error of `eps ||U_i||` in the row i of U is one
 of `eps ||U_i|| ||R_i||` in W, whatever the scale of the row. So the measure, the amplification, is the norm of all
 `||U_i|| ||R_i||`, that is, of the inverse of U with rows of norm 1. It is sqrt(d) when the rows are orthogonal,
 and grows as they become dependent. A direction that shrinks is harmless once it is a row of its own.
 
-Repairs, from cheap to dear (that of R in the rows of a batch is part of each step, see `step.py`):
+Repairs, by increasing cost (that of R in the rows of a batch is part of each step, see `step.py`):
 
 - where a bound on the growth of the amplification, summed over the steps, reaches the limit, it is measured,
   O(d^2), and R checked against U as a whole, O(d^3); where the amplification did grow, the rows of U that depend
   on others are freed of them: O(V) for each, and O(d) for each row of F that this changes by more than rounding.
-  Those are all at first; where a direction has shrunk to nothing, they are those that were targets lately;
+  Those are all at first; where a direction has shrunk to nothing, they are those that were targets recently;
 - rows of U whose scale leaves the range of the numbers are brought back, exactly, O(V) for each; an offset that
-  has grown large beside W, which `F U` then nearly cancels, moves into F, O(V d);
+  has grown large relative to W, which `F U` then nearly cancels, moves into F, O(V d);
 - Q is computed anew from the weight, O(V d^2), once in so many steps that this costs one part in twenty of them.
 """
 
@@ -33,7 +33,7 @@ REFRESH_SHARE = 1 / 20  # of the arithmetic of the steps
 DEPENDENT = 3.0  # `||U_i|| ||R_i||` from which a repair changes row i; 1 when it is orthogonal to the others
 AMPLIFIED, AMPLIFIED_DOUBLE = 8.0, 64.0  # times sqrt(d): the amplification that calls for a repair
 SLACK = 2.0  # by which a repair leaves it below its limit
-ALIKE = 8.0  # the ratio of two such products that are taken for the same
+ALIKE = 8.0  # the ratio up to which two such products are treated as equal
 CANCELLING = 16.0  # norms of a row of W that the offset may have, which is more than F U loses in digits
 RANGE = 2.0**60  # of the rows' norms: far from the ends of float32
 FAR = 20  # log2 of a row's norm that is brought back together with them
@@ -42,7 +42,7 @@ MOST = 7 / 8  # of them
 
 
 class Stabilizer:
-    """What happened to a state since its last repairs, and the repairs.
+    """Counters of the steps since the last repairs of a state, and the repairs.
 
     Args:
         automatic: False leaves everything to `stabilize()`: for experiments.
@@ -75,7 +75,7 @@ class Stabilizer:
         self.growth, self.gram_rows = counters["growth"], int(counters["gram_rows"])
 
     def repair(self, state: FactoredState) -> int:
-        """Frees the rows of U that depend on others, and makes R anew; how many rows. W is unchanged."""
+        """Frees the rows of U that depend on others, and recomputes R; returns how many rows. W is unchanged."""
         exact = state.map.double()
         scale = exact.norm(dim=1, keepdim=True)
         presence = column_presence(state.factor) * scale[:, 0]
@@ -142,7 +142,7 @@ def _growth_limit(dtype: torch.dtype, features: int) -> float:
 
 def independent_rows(
     rows: Tensor,  # (d, d), float64, of norm 1
-    presence: Tensor,  # (d,), how much of W is theirs
+    presence: Tensor,  # (d,), their share of W
     light: Tensor,  # (d,), bool: rows that are cheap to change
     enough: float,
 ) -> tuple[Tensor, Tensor] | None:
@@ -183,11 +183,13 @@ def independent_rows(
         all_of_them |= not light[row]
         coefficients = dual @ (rows[row] - dual[row] / lengths[row] ** 2)
         coefficients[row] = 0
-        if strict:  # far smaller rows are freed of this one, and not the other way: F need not grow for it
+        if strict:  # far smaller rows are made orthogonal to this one, not the reverse, so that F need not grow
             coefficients[presence < presence[row] / ALIKE] = 0
             left[row] = row == last
         last = row
-        rows[row] -= coefficients @ rows  # not what it was made for, so that T is exact whatever dual's error
+        rows[row] -= (
+            coefficients @ rows
+        )  # computed from the coefficients, so that T is exact whatever the error of dual
         transform.addr_(transform[:, row].clone(), coefficients)
         dual.addr_(coefficients, dual[row].clone())
     return (rows, transform) if known < enough else None

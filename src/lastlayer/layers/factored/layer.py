@@ -41,9 +41,10 @@ class FactoredOutput(OutputLayer):
     raises. In `eval()` nothing is recorded, and gradients reach `hidden` alone.
 
     Time of a step on N examples: about `9 N d^2 + 5 N^2 d` multiply-adds, whatever V; memory `V d + 3 d^2`.
-    `log_prob`, `topk` and `weight` cost what V classes cost. Now and then the state is kept well conditioned at
-    O(V) for each direction of the hidden space that training shrank some tenfold, and O(d) for each row that
-    notices, at first all V, later those that were targets lately. Once in 3 V examples Q is made anew at O(V d^2).
+    `log_prob`, `topk` and `weight` cost what V classes cost. Repairs keep the state well conditioned at O(V)
+    for each direction of the hidden space that training shrank some tenfold, and O(d) for each row that this
+    changes, at first all V, later those that were targets recently. Once in 3 V examples Q is recomputed: O(V
+    d^2).
 
     When not to use it: with the ordinary softmax (no `exp` is possible here), with momentum, Adam or elementwise
     clipping, or for few classes (a plain step is 3 V d multiply-adds an example, this one 9 d^2 + 5 N d, and
@@ -150,7 +151,7 @@ class FactoredOutput(OutputLayer):
 
     @property
     def weight(self) -> Tensor:  # (V, d)
-        """The weight, made anew at O(V d^2): a copy, to change it use `set_weight`."""
+        """The weight, recomputed at O(V d^2): a copy, to change it use `set_weight`."""
         return self.state.weight()[:, : self.in_features].to(self.anchor.dtype)
 
     @property
@@ -189,11 +190,11 @@ class FactoredOutput(OutputLayer):
         return self.weight, self.bias, None
 
     def gram(self) -> Tensor:  # (d, d)
-        """`W^T W` without the bias, kept by the layer: what a preview otherwise pays O(V d^2) for."""
+        """`W^T W` without the bias, kept by the layer: which a preview otherwise computes at O(V d^2)."""
         return self.state.gram[: self.in_features, : self.in_features].clone()
 
     def own_optimizer(self, lr: float) -> torch.optim.Optimizer:
-        """`FactoredSGD`, which owns the steps from then on."""
+        """`FactoredSGD`, which makes the steps from then on."""
         return FactoredSGD(self, lr)
 
     def consistency(self) -> Consistency:
@@ -206,7 +207,7 @@ class FactoredOutput(OutputLayer):
         Raises:
             RuntimeError: between backward and `step()`, whose record is of the state as it was.
         """
-        self._ledger.settle(self.anchor)
+        self._ledger.apply_scaling(self.anchor)
         if self._ledger.gradients:
             raise RuntimeError("stabilize() between backward and step(): call step() or zero_grad() before it")
         moved = self._stabilizer.stabilize(self.state)
@@ -269,7 +270,7 @@ class FactoredOutput(OutputLayer):
         rows = rows.to(self.state.factor.dtype)
         return torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if self.has_bias else rows
 
-    # What survives copies.
+    # Copies, moves and state dicts.
 
     def _rebuild(self, columns: Tensor) -> None:
         with torch.no_grad():

@@ -33,7 +33,7 @@ class FactoredSGD(torch.optim.Optimizer):
         W <- W - lr (min(1, max_norm / ||g||) g + weight_decay W),    g = dL/dW
 
     as `torch.optim.SGD` does after `clip_grad_norm_` on this weight alone. Train the rest of the model with any
-    optimizer beside it.
+    other optimizer.
 
     An ordinary `torch.optim.Optimizer` over one anchor parameter a layer, so learning-rate schedulers, param
     groups, gradient accumulation and `zero_grad` are as usual. Several backward passes before a step are one
@@ -50,14 +50,14 @@ class FactoredSGD(torch.optim.Optimizer):
         max_norm: clips the norm of each layer's gradient, weight and bias together.
 
     Raises:
-        TypeError: something that is not a `FactoredOutput`, or momentum and its kin.
+        TypeError: something that is not a `FactoredOutput`, or momentum and similar options.
         ValueError: no layer, or one twice; a negative number; in `step`, a rate at which the step is singular (the
             message has the largest safe one), a gradient that is not finite, or a weight that would overflow: no
             layer has changed, and the gradient is kept.
         RuntimeError: `step` without a backward before it.
 
     Warns:
-        UserWarning: once, when a step overshoots (turns a direction of the weight around), which is exact but a
+        UserWarning: once, when a step overshoots (reverses a direction of the weight), which is exact but a
             sign of too large a rate; when made in a group of several processes, whose layers would drift apart
             where each steps on its own part of a batch.
 
@@ -126,7 +126,7 @@ class FactoredSGD(torch.optim.Optimizer):
             _check_settings(group)
             for anchor in group["params"]:
                 layer = self._owned(anchor)
-                layer._ledger.settle(anchor)
+                layer._ledger.apply_scaling(anchor)
                 gradient = layer._ledger.take()
                 if gradient is not None:
                     settings = {name: group[name] for name in ("weight_decay", "max_norm")}
@@ -144,7 +144,7 @@ class FactoredSGD(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """As any optimizer's, with the `factors` of each layer's weight, so that training goes on bit for bit.
+        """As any optimizer's, with the `factors` of each layer's weight, so that training resumes bit for bit.
 
         As large as the weights again. Not copied: save or copy it before the next step.
         """
@@ -189,8 +189,8 @@ class FactoredSGD(torch.optim.Optimizer):
         if safe_lr is not None and not self._warned:
             self._warned = True
             warnings.warn(
-                f"lr turns a direction of the weight around in one step; rates up to {safe_lr:.6g} would not on "
-                "this batch (said once)",
+                f"lr reverses a direction of the weight in one step; rates up to {safe_lr:.6g} would not on "
+                "this batch (warned once)",
                 stacklevel=4,  # where step() is called, which PyTorch wraps once
             )
 
@@ -199,7 +199,7 @@ def _warn_of_processes() -> None:
     group = torch.distributed
     if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
         warnings.warn(
-            "FactoredSGD steps on the rows that its own process has seen, and nobody averages the steps of these "
+            "FactoredSGD steps on the rows that its own process has seen, and steps are not averaged over these "
             f"{group.get_world_size()} processes: gather hidden states and targets first, as the page on "
             "FactoredOutput shows",
             stacklevel=3,

@@ -2,7 +2,7 @@
 
 One node, `_Loss`: the loss and, backwards, the gradient of the hidden states. Its other input is a copy of the
 layer's anchor, one for each pass, whose hook autograd calls only where it goes on to the anchor, that is, when
-the gradient of the layer itself is wanted: `loss.backward()` records the pass for the next step,
+the gradient of the layer itself is needed: `loss.backward()` records the pass for the next step,
 `torch.autograd.grad(loss, hidden)` does not.
 
 The anchor's gradient stands for the weight's: a tiny mark. Whoever removes it (`zero_grad` of any kind) removes
@@ -32,12 +32,12 @@ MARK = 2.0**-100  # too small to change the norm of any other gradient
 
 
 class Ledger:
-    """The gradients recorded since the last step, tied to the life of the anchor's `.grad`, and who takes them."""
+    """The gradients recorded since the last step, valid while the anchor's `.grad` exists, and their optimizer."""
 
     def __init__(self) -> None:
         self.gradients: list[Gradient] = []
-        self.mark = 0.0  # what the anchor's gradient is when nobody has scaled it since
-        self.spent = False  # a step took the records, and nobody has zeroed the gradient since
+        self.mark = 0.0  # the anchor's gradient as long as it is not scaled
+        self.spent = False  # a step used the records, and the gradient was not zeroed since
         self.version = 0  # of the weight
         self._owner: weakref.ref[Any] | None = None
 
@@ -52,7 +52,7 @@ class Ledger:
 
     def add(self, anchor: Tensor, gradient: Gradient) -> None:
         """Called in the backward pass."""
-        self.settle(anchor)
+        self.apply_scaling(anchor)
         if self.owner is None:
             raise RuntimeError(
                 "backward in training mode of a FactoredOutput that no FactoredSGD owns: its weight would never "
@@ -69,8 +69,8 @@ class Ledger:
             anchor.grad = torch.full_like(anchor, MARK)
         self.gradients.append(gradient)
 
-    def settle(self, anchor: Tensor) -> None:
-        """Does to the records what was done to the anchor's gradient."""
+    def apply_scaling(self, anchor: Tensor) -> None:
+        """Scales or drops the records as the anchor's gradient was scaled or zeroed."""
         now = 0.0 if anchor.grad is None else float(anchor.grad)
         if now == 0:
             self.gradients, self.spent = [], False
@@ -79,7 +79,7 @@ class Ledger:
             self.mark = now
 
     def take(self) -> Gradient | None:
-        """The settled records as one."""
+        """The scaled records as one."""
         return Gradient.joined(self.gradients) if self.gradients else None
 
     def forget(self, anchor: Tensor) -> None:
@@ -95,7 +95,7 @@ class Ledger:
 
 
 class Pass:
-    """One forward pass in training: whose weight it read, and whether its backward was recorded."""
+    """One forward pass in training: the state it read, and whether its backward was recorded."""
 
     def __init__(self, state: FactoredState, ledger: Ledger, anchor: nn.Parameter) -> None:
         self.state, self.ledger, self.anchor = state, ledger, anchor

@@ -10,9 +10,7 @@ from torch import Tensor
 from lastlayer.functional.gram import gram_matrix
 
 CHUNK_NUMBERS = 1 << 22  # numbers of the (V, d) factor that one pass over its rows holds at once
-SAME_WEIGHT = (
-    1e-4  # the relative difference between a weight and that of saved factors that another order of sums may make
-)
+SAME_WEIGHT = 1e-4  # the relative difference of two equal weights that the order of summation can cause
 
 
 class Consistency(NamedTuple):
@@ -25,11 +23,11 @@ class Consistency(NamedTuple):
 
 
 class FactoredState:
-    """`W = F U + 1 offset^T`, with `R = U^-T`, `Q = W^T W` and `total = W^T 1` kept up to date beside it.
+    """`W = F U + 1 offset^T`, with `R = U^-T`, `Q = W^T W` and `total = W^T 1` kept up to date with it.
 
     With the three square matrices a step on N examples costs O(N d^2): the dense part of the gradient multiplies
     `W` from the right, which `U` takes; the sparse part touches the target rows of `F`; `Q` gives `||W h||^2`.
-    float64 for a float64 weight, else float32. 3 d^2 + 2 d numbers beside the V d of the weight.
+    float64 for a float64 weight, else float32. 3 d^2 + 2 d numbers in addition to the V d of the weight.
 
     Args:
         weight: `(V, d)`; becomes the factor `F` itself, so pass a copy of what must not change.
@@ -191,7 +189,7 @@ class FactoredState:
         return (self.gram.double().trace().clamp(min=0) / self.num_classes).sqrt()
 
     def tensors(self) -> dict[str, Tensor]:
-        """All parts by name, not copied: what a checkpoint keeps so that training goes on bit for bit."""
+        """All parts by name, not copied: what a checkpoint keeps so that training resumes bit for bit."""
         return {"factor": self.factor, "reading": self.reading, "inverse": self.inverse}
 
     def load(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> bool:

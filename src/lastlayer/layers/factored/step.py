@@ -25,7 +25,7 @@ the very U_new that is stored,
     rest = H - X U_new,    X <- X + rest R_new^T,
 
 which squares its relative error, and leaves in R an error that adds up but is not multiplied. `rest` also
-measures, at every step and for the rows in play, by how much R has drifted: past a limit R is computed anew
+measures, at every step and for the rows of the batch, by how much R has drifted: past a limit R is recomputed
 from U, and where that does not help either the step is refused.
 
 For N below d all but F is an update of rank N (`_plan_by_rows`); otherwise A itself is formed
@@ -46,7 +46,7 @@ from lastlayer.kernels.backends import factored_backend_for
 from lastlayer.layers.factored.state import FactoredState, inverse_transpose
 
 EASY = 0.9  # lr tr(H^T D H) up to which a step is far from singular whatever the eigenvalues
-REFUSED = 32.0  # times the drift that calls for a new R: what a new one must not have
+REFUSED = 32.0  # times the drift that calls for a new R: above which even a new R is refused
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _probe(g: Gradient) -> float:
 
 
 def _plan_easy(state: FactoredState, g: Gradient, rate: float) -> Step | None:
-    """`_plan_by_rows` in one compiled call, where a short series solves; None where it does not."""
+    """`_plan_by_rows` in one compiled call, where a short series converges; None where it does not."""
     if not math.isfinite(_probe(g)):
         return None
     plan = kernel.plan_easy(
@@ -196,28 +196,28 @@ def _plan_easy(state: FactoredState, g: Gradient, rate: float) -> Step | None:
 
 def _plan_by_rows(state: FactoredState, g: Gradient, rate: float, shrinking: float, growing: float) -> Step | None:
     """The step as updates of rank N; None where only the eigenvalues of A can tell whether it is singular."""
-    hidden, pull = g.hidden, 2 * rate * g.by_norm  # lr D
-    response, log_growth = _response(hidden, pull, shrinking, growing)
+    hidden, row_rates = g.hidden, 2 * rate * g.by_norm  # lr D
+    response, log_growth = _response(hidden, row_rates, shrinking, growing)
     if response is None:
         return None
-    # Half of `lr^2 G G^T` and what twice makes it whole, once it is added to its transpose:
+    # Half of the symmetric update, including `lr^2 G G^T / 2`; added to its transpose it is the update:
     inner = _sparse_overlap(g, state.num_classes).mul_(rate)
-    inner.addcmul_(hidden @ (g.by_hidden + g.sparse).T, pull[:, None])
+    inner.addcmul_(hidden @ (g.by_hidden + g.sparse).T, row_rates[:, None])
     twice_half = torch.addmm(g.by_hidden, inner, hidden, beta=-2 * rate, alpha=rate)  # of the update of Q
-    left = -pull[:, None] * g.products
+    left = -row_rates[:, None] * g.products
     left[:, : state.features] = twice_half
     left[:, -1] -= rate * g.by_score.sum(1)
     if g.by_total is not None:
         left[:, -2:] -= rate * g.by_total[:, None] * g.by_total.new_tensor([1.0, state.num_classes])
     reading = torch.addmm(state.reading, left.T, hidden)
     _make_symmetric(reading[: state.features])
-    inverse, solution = _solve(state, g, pull, response, reading[state.features : 2 * state.features])
+    inverse, solution = _solve(state, g, row_rates, response, reading[state.features : 2 * state.features])
     return Step(g.ids, g.by_score, rate, solution, reading, inverse, log_growth)
 
 
 def _response(
     hidden: Tensor,  # (N, d)
-    pull: Tensor,  # (N,), the diagonal of lr D
+    row_rates: Tensor,  # (N,), the diagonal of lr D
     shrinking: float,
     growing: float,
 ) -> tuple[Tensor | None, float]:
@@ -228,9 +228,9 @@ def _response(
     overlap = (rows @ rows.T).double()
     identity = torch.eye(len(overlap), dtype=overlap.dtype, device=overlap.device)
     if growing > 0:
-        inverse = torch.linalg.inv_ex(identity - overlap * pull.double()).inverse
+        inverse = torch.linalg.inv_ex(identity - overlap * row_rates.double()).inverse
         return (inverse - identity).to(hidden.dtype), growing - math.log1p(-shrinking)
-    root = pull.double().sqrt()
+    root = row_rates.double().sqrt()
     inverse, growth = _inverse_of_definite(identity - root[:, None] * overlap * root, 0.0)
     if growth > _most_growth(hidden.dtype):
         return None, 0.0
@@ -240,7 +240,7 @@ def _response(
 def _solve(
     state: FactoredState,
     g: Gradient,
-    pull: Tensor,  # (N,), the diagonal of lr D
+    row_rates: Tensor,  # (N,), the diagonal of lr D
     response: Tensor,  # (N, N)
     new_map: Tensor,  # (d, d), U_new
 ) -> tuple[Tensor, Tensor]:  # (d, d), (N, d)
@@ -252,8 +252,8 @@ def _solve(
     limit = drift_limit(hidden.dtype)
     if _drift(rest, hidden) <= limit:
         # `rest R_new^T`, by R_new^T = R^T + lr H^T D X:
-        solution = solution + torch.addmm(rest @ state.inverse.T, (rest @ hidden.T) * pull, solution)
-        return torch.addmm(state.inverse, (pull[:, None] * solution).T, hidden), solution
+        solution = solution + torch.addmm(rest @ state.inverse.T, (rest @ hidden.T) * row_rates, solution)
+        return torch.addmm(state.inverse, (row_rates[:, None] * solution).T, hidden), solution
     exact = inverse_transpose(new_map)
     inverse, solution = exact.to(hidden.dtype), (hidden.double() @ exact.T).to(hidden.dtype)
     drift = _drift(torch.addmm(hidden, solution, new_map, alpha=-1), hidden)
@@ -266,7 +266,7 @@ def _solve(
 
 
 def _drift(rest: Tensor, hidden: Tensor) -> float:
-    """The most of a row of H that is missing."""
+    """The largest relative error of a row of H."""
     lengths = torch.linalg.vector_norm(hidden, dim=1)
     return float((torch.linalg.vector_norm(rest, dim=1) / torch.where(lengths > 0, lengths, 1)).max())
 
@@ -279,20 +279,20 @@ def drift_limit(dtype: torch.dtype) -> float:
 def _plan_by_features(state: FactoredState, g: Gradient, rate: float, lr: float, growing: float) -> Step:
     """The step through A itself, in float64: its Cholesky factor or eigenvalues tell how near singular it is."""
     dtype, d = g.hidden.dtype, state.features
-    hidden, pull = g.hidden.double(), 2 * rate * g.by_norm.double()
-    step = torch.eye(d, dtype=hidden.dtype, device=hidden.device) - (pull[:, None] * hidden).T @ hidden
+    hidden, row_rates = g.hidden.double(), 2 * rate * g.by_norm.double()
+    step = torch.eye(d, dtype=hidden.dtype, device=hidden.device) - (row_rates[:, None] * hidden).T @ hidden
     growth, overshoots = _growth_of(step, growing, lr, dtype)
     entries = _target_sums(g, hidden)  # Y^T H
     gram = step @ (state.gram.double() @ step - 2 * rate * (g.sparse.double().T @ hidden))
     gram += rate**2 * (entries.T @ entries)
     reading = torch.empty_like(state.reading)
-    change_shared = -pull[:, None] * g.products[:, 2 * d :].double()
+    change_shared = -row_rates[:, None] * g.products[:, 2 * d :].double()
     change_shared[:, 1] -= rate * g.by_score.double().sum(1)
     if g.by_total is not None:
         by_total = g.by_total.double()
-        pushed = hidden.T @ by_total  # H^T g_s
-        gram += 2 * rate**2 * torch.outer(pushed, hidden.T @ g.by_score.double().sum(1))
-        gram += state.num_classes * rate**2 * torch.outer(pushed, pushed)
+        sum_gradient = hidden.T @ by_total  # H^T g_s
+        gram += 2 * rate**2 * torch.outer(sum_gradient, hidden.T @ g.by_score.double().sum(1))
+        gram += state.num_classes * rate**2 * torch.outer(sum_gradient, sum_gradient)
         change_shared -= rate * by_total[:, None] * by_total.new_tensor([1.0, state.num_classes])
     reading[:d] = (gram + gram.T) / 2
     reading[d : 2 * d] = state.map.double() @ step

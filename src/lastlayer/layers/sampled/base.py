@@ -37,7 +37,7 @@ class SampledLayer(SoftmaxHead):
 
     A training step reads the rows of `weight` of these classes only, and with `sparse=True` its gradients hold no
     others, so that forward, backward and the step of `SGD` or `Adagrad` cost the same for any V. In training the
-    sampler is told each batch's targets and the weight.
+    sampler receives each batch's targets and the weight.
 
     Calling the layer gives the sampled loss, in `eval()` too: perplexities come from `target_log_prob`.
 
@@ -54,7 +54,7 @@ class SampledLayer(SoftmaxHead):
         reduction, ignore_index, device, dtype: as everywhere.
 
     Raises:
-        TypeError: a sampler that is none.
+        TypeError: a sampler that is not a `Sampler`.
         ValueError: a sampler of another number of classes, or an argument out of range.
     """
 

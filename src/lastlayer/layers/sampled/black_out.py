@@ -16,9 +16,9 @@ class BlackOut(SampledLayer):
 
         p_i = rho_i exp(o_i) / (rho_y exp(o_y) + sum over j of rho_j exp(o_j))
 
-    Beside the sampled softmax's term for the target it has one that pushes each candidate away, which sharpens
-    what few samples tell. A flatter q than the counts' works best: `Unigram(counts, power=0.4)`, or 0.1 for a
-    million classes.
+    In addition to the sampled softmax's term for the target it has one that lowers each candidate, which gives
+    more signal from few samples. A flatter q than the counts' works best: `Unigram(counts, power=0.4)`, or 0.1 for
+    a million classes.
 
     Cost of a step: `6 N (K + S) d` operations; nothing depends on V with `sparse=True`.
 
@@ -32,7 +32,7 @@ class BlackOut(SampledLayer):
         bias, sparse, class_weights, weight, reduction, ignore_index: see `SampledLayer`.
 
     Raises:
-        TypeError, ValueError: a sampler that is none or of other classes; an argument out of range.
+        TypeError, ValueError: a sampler that is not a `Sampler` or of other classes; an argument out of range.
 
     Source: S. Ji et al., "BlackOut: speeding up recurrent neural network language models with very large
     vocabularies", ICLR 2016.

@@ -1,4 +1,4 @@
-"""The candidates of a batch, and what a sampler must know before it draws them."""
+"""The candidates of a batch, and the inputs of a sampler before it draws them."""
 
 import torch
 from torch import Tensor
@@ -21,9 +21,9 @@ def check_sampler(sampler: Sampler, num_classes: int, num_samples: int) -> None:
 class Drawing:
     """Draws the candidates of each batch of a layer.
 
-    The sampler is told the targets in training, and, if it follows the weight, the rows that may have moved since
-    it last looked: those of the previous batch, and of the one before it, for where two batches were computed
-    before one step. An optimizer that moves other rows (momentum, weight decay) is not followed there.
+    The sampler receives the targets in training, and, if it follows the weight, the rows that may have changed
+    since its last update: those of the previous batch, and of the one before it, for where two batches were
+    computed before one step. An optimizer that changes other rows (momentum, weight decay) is not followed there.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Drawing:
             return sampler.sample(num_samples, hidden)
         if not readable(weight, bias, hidden, targets):
             raise RuntimeError(
-                f"{type(sampler).__name__} of lastlayer keeps sums of the weight, which it cannot renew inside a "
+                f"{type(sampler).__name__} of lastlayer keeps sums of the weight, which it cannot update inside a "
                 "transform of torch.func or on 'meta'; use one that does not follow the weight, such as LogUniform"
             )
         sampler.update(weight, bias, torch.cat(self._touched) if self._touched else None)

@@ -18,14 +18,14 @@ class NegativeSampling(SampledLayer):
     uniform negatives for ranking, since q is then the same for all.
 
     With `calibration` t above 0 it is the generalised binary cross-entropy, whose positive term has the power
-    `beta = t (alpha - 1) + 1`, `alpha = k / (V - 1)`: it takes back the overconfidence that comes from seeing a
+    `beta = t (alpha - 1) + 1`, `alpha = k / (V - 1)`: it corrects the overconfidence that comes from seeing a
     share alpha of the negatives only. At t = 1 the sigmoids are those of training on all negatives.
 
     `log_prob` is the softmax of the logits, which is *not* what they were trained to be; `topk` ranks by them.
 
     Cost of a step: `6 N (K + S) d` operations; nothing depends on V with `sparse=True`.
 
-    When *not* to use it: wherever probabilities are wanted: `SampledSoftmax`, or `NoiseContrastive`.
+    When *not* to use it: where probabilities are needed, use `SampledSoftmax` or `NoiseContrastive`.
 
     Args:
         in_features: d.
@@ -37,7 +37,7 @@ class NegativeSampling(SampledLayer):
         bias, sparse, class_weights, weight, reduction, ignore_index: see `SampledLayer`.
 
     Raises:
-        TypeError, ValueError: a sampler that is none or of other classes; an argument out of range.
+        TypeError, ValueError: a sampler that is not a `Sampler` or of other classes; an argument out of range.
 
     Source: T. Mikolov et al., "Distributed representations of words and phrases and their compositionality", 2013;
     A. Petrov, C. Macdonald, "gSASRec", RecSys 2023.

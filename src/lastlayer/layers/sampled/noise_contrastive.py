@@ -1,4 +1,4 @@
-"""Noise-contrastive estimation: tell data from noise (Gutmann and Hyvarinen 2010; Mnih and Teh 2012)."""
+"""Noise-contrastive estimation: distinguish data from noise (Gutmann and Hyvarinen 2010; Mnih and Teh 2012)."""
 
 import math
 from typing import Any
@@ -20,7 +20,7 @@ class NoiseContrastive(SampledLayer):
         -F.logsigmoid(s_y - log(k q_y)) - sum over j of F.logsigmoid(-(s_j - log(k q_j)))
 
     Its minimum is `s = log P`: the logits normalise themselves, so that a score needs no sum over the classes.
-    `log_normalizers(hidden)` says how nearly they do. Noise may be the target itself, as the derivation has it.
+    `log_normalizers(hidden)` returns how nearly they do. Noise may be the target itself, as the derivation has it.
 
     Cost of a step: `6 N (K + S) d` operations; nothing depends on V with `sparse=True`.
 
@@ -37,7 +37,7 @@ class NoiseContrastive(SampledLayer):
         bias, sparse, class_weights, weight, reduction, ignore_index: see `SampledLayer`.
 
     Raises:
-        TypeError, ValueError: a sampler that is none or of other classes; an argument out of range.
+        TypeError, ValueError: a sampler that is not a `Sampler` or of other classes; an argument out of range.
 
     Source: M. Gutmann, A. Hyvarinen, "Noise-contrastive estimation", AISTATS 2010; A. Mnih, Y. W. Teh, "A fast and
     simple algorithm for training neural probabilistic language models", ICML 2012.

@@ -23,7 +23,7 @@ class SampledSoftmax(SampledLayer):
     is drawn at all, as the target stands in the sum once. With `correction="negatives"` the target's own logit is
     left as it is, and the mean of the sum of exponentials is exactly that over all classes; at few samples its
     minimum is the further from the truth. With `correction="none"` frequent classes are pushed down in
-    proportion to how often they are drawn: for comparison, or where all classes are alike.
+    proportion to how often they are drawn: for comparison, or where all classes are equally frequent.
 
     Cost of a step: `6 N (K + S) d` operations and `N S` numbers; nothing depends on V with `sparse=True`, whose
     gradients `torch.optim.SGD` (no weight decay), `Adagrad` and, alone, `SparseAdam` take. Evaluation costs what
@@ -45,8 +45,8 @@ class SampledSoftmax(SampledLayer):
         bias, sparse, class_weights, weight, reduction, ignore_index: see `SampledLayer`.
 
     Raises:
-        TypeError, ValueError: a sampler that is none, of other classes or without so many samples; an argument out
-            of range.
+        TypeError, ValueError: a sampler that is not a `Sampler`, of other classes or without so many samples; an
+            argument out of range.
 
     Source: S. Jean et al., "On using very large target vocabulary for neural machine translation", ACL 2015;
     Y. Bengio, J.-S. Senecal, "Quick training of probabilistic neural nets by importance sampling", AISTATS 2003.

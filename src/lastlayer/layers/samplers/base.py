@@ -18,7 +18,7 @@ class Candidates(NamedTuple):
 
 
 class Sampler(nn.Module, ABC):
-    """Draws class ids, and knows how often each is expected: what a loss over some classes needs to stand for all.
+    """Draws class ids, with their expected counts, which correct a loss over some classes for all of them.
 
     | call | returns |
     |---|---|
@@ -28,9 +28,9 @@ class Sampler(nn.Module, ABC):
     | `sampler.log_prob(ids, hidden)` | `log q` of one draw |
 
     `hidden (..., d)` is needed by samplers that draw one set for each row (`shared` is False), and `ids` are then
-    `(..., C)` beside it; others take ids of any shape. Draws follow `torch.manual_seed`.
+    `(..., C)` too; others take ids of any shape. Draws follow `torch.manual_seed`.
 
-    A sampled layer tells its sampler, before each training batch, the targets (`observe`) and its weight
+    A sampled layer passes to its sampler, before each training batch, the targets (`observe`) and its weight
     (`update`). Tables stay in their dtype when the layer's changes.
 
     Args:
@@ -40,7 +40,7 @@ class Sampler(nn.Module, ABC):
 
     follows_weight = False  # whether `update` needs to be called
     samples_targets = False  # whether sets hold the batch's own targets
-    anchor: Tensor  # where the sampler draws when no hidden state says it
+    anchor: Tensor  # the device where the sampler draws when there is no hidden state
 
     def __init__(self, num_classes: int, *, shared: bool) -> None:
         super().__init__()
@@ -87,10 +87,10 @@ class Sampler(nn.Module, ABC):
         return check_count("num_samples", num_samples, 1)
 
     def observe(self, targets: Tensor) -> None:
-        """Told the targets `(N,)` of each training batch before it is sampled for; most samplers need not know."""
+        """Receives the targets `(N,)` of each training batch before sampling for it; most samplers ignore them."""
 
     def update(self, weight: Tensor, bias: Tensor | None = None, ids: Tensor | None = None) -> None:
-        """Told the layer's weight before each training batch, of which the rows `ids` changed (None: any may)."""
+        """Receives the weight before each training batch, of which the rows `ids` changed (None: any may)."""
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}"

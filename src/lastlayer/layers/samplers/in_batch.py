@@ -16,10 +16,10 @@ class InBatch(Sampler):
     Targets come by their frequency, so q is the classes' frequencies: of `counts`, or else of the targets seen so
     far, counted as they stream (a batch is counted before it is sampled from, so that none has a count of 0).
     A set of `num_samples` is chosen from the batch without replacement of rows; a batch that has fewer targets
-    gives all of them. The layer tells the targets by `observe`. O(1) a draw.
+    gives all of them. The layer passes the targets by `observe`. O(1) a draw.
 
     Use it where reading a class's vector is expensive, as with an item encoder, or as the cheap half of a `Mixed`.
-    Classes that are no target of the batch are never pushed down, so it needs large batches.
+    Classes that are no target of the batch never get a negative term, so it needs large batches.
 
     Args:
         num_classes: V.

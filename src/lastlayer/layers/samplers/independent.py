@@ -24,7 +24,7 @@ class IndependentSampler(Sampler):
 
     Args:
         num_classes: V.
-        replacement: whether a class may be drawn twice into one set. Without, a set has the most to say for its
+        replacement: whether a class may be drawn twice into one set. Without, a set is more informative for its
             size, as frequent classes are not repeated.
         shared: one set for all rows, or one for each.
     """
@@ -105,7 +105,7 @@ class IndependentSampler(Sampler):
         draws = self._num_draws(num_samples)
         if draws <= self.num_classes:
             return distinct_rows(lambda count: self._draw(num_sets, count, device)[0], num_samples, draws)
-        # Most classes are wanted, so the last would take long: the largest log q + Gumbel noise are drawn alike.
+        # Most classes are needed, and rejection would be slow: the largest log q + Gumbel noise are equivalent.
         scores = self._log_prob(torch.arange(self.num_classes, device=device))
         noise = torch.rand(num_sets, self.num_classes, dtype=torch.float64, device=device)
         return (scores - noise.log_().neg_().log_()).topk(num_samples).indices

@@ -17,7 +17,7 @@ BLOCK_NUMBERS = 1 << 23
 
 
 class _Sums(NamedTuple):
-    """What `update` knows of a layer."""
+    """The state that `update` keeps of a layer."""
 
     weight: Tensor  # (V, d), the layer's own memory
     bias: Tensor | None  # (V,)
@@ -30,15 +30,15 @@ class KernelTree(Sampler):
     """Draws class i with probability proportional to a kernel `k(hidden, weight_i)`, one set for each row.
 
     The kernel is a product of F features, `phi(h) . phi(w)`, so that one vector, the sum of `phi(w)` over the
-    classes below a node of a binary tree, gives the mass of all of them. A draw walks down from the root, each
+    classes below a node of a binary tree, gives the mass of all of them. A draw descends from the root, each
     time to a child with the probability of its mass; the classes of a leaf are scored one by one.
 
     - a draw costs `O(F log(V / B) + B d)` with leaves of B classes, memory is `2 F V / B`;
-    - `update` makes the leaves of changed classes, and the nodes above them, anew from the weight, so that sums do
+    - `update` recomputes the leaves of changed classes, and the nodes above them, from the weight, so that sums do
       not drift apart from it; and the whole tree, once that has been done for as many classes as there are.
 
-    The walk's own probabilities are what `log_prob` gives, so corrections are right also where the sums lag behind
-    the weight, as they do under an optimizer that moves rows without a gradient (momentum, weight decay).
+    The probabilities of the descent are what `log_prob` gives, so corrections are right also where the sums lag
+    behind the weight, as they do under an optimizer that moves rows without a gradient (momentum, weight decay).
 
     A class whose bias is -inf is never drawn. Sums are in float32 at least.
 
@@ -56,7 +56,7 @@ class KernelTree(Sampler):
         self.leaf_size = min(check_positive("leaf_size", leaf_size), self.num_classes)
         self.depth = (math.ceil(self.num_classes / self.leaf_size) - 1).bit_length()
         self._sums: _Sums | None = None
-        self._refreshed = 0  # classes, since the tree was last made whole
+        self._refreshed = 0  # classes, since the whole tree was last recomputed
 
     @property
     def num_leaves(self) -> int:
@@ -113,7 +113,7 @@ class KernelTree(Sampler):
         ids: Tensor,  # (..., C)
         hidden: Tensor | None = None,  # (..., d)
     ) -> Tensor:  # (..., C)
-        """`log q` of classes, for each row its own: those of the walk down the tree."""
+        """`log q` of classes, for each row its own: those of the descent of the tree."""
         blocks = self._blocks(self._rows(hidden), ids.shape[-1])
         parts = ids.reshape(-1, ids.shape[-1]).split([len(block) for block in blocks])
         found = [self._log_prob(block, part) for block, part in zip(blocks, parts, strict=True)]
@@ -166,18 +166,18 @@ class KernelTree(Sampler):
         masses = self._leaf_masses(rows, leaves)
         return log_prob + (masses.gather(-1, places[..., None]) / masses.sum(-1, keepdim=True)).log()[..., 0]
 
-    def _blocks(self, rows: Tensor, num_walks: int) -> tuple[Tensor, ...]:
+    def _blocks(self, rows: Tensor, num_draws: int) -> tuple[Tensor, ...]:
         """The rows in blocks whose features, and the kernels of whose leaves, stay small."""
-        numbers = self._known().features.shape[1] + num_walks * self.leaf_size
+        numbers = self._known().features.shape[1] + num_draws * self.leaf_size
         return rows.split(max(1, 2 * BLOCK_NUMBERS // numbers)) if len(rows) else (rows,)
 
     def _descend(
         self,
         features: Tensor,  # (N, F)
         leaves: Tensor | None,  # (N, S): where to go; None: at random
-        num_walks: int,
-    ) -> tuple[Tensor, Tensor]:  # (N, S), leaves and the log-probabilities of the way to them
-        nodes = torch.ones(len(features), num_walks, dtype=torch.int64, device=features.device)
+        num_draws: int,
+    ) -> tuple[Tensor, Tensor]:  # (N, S), leaves and the log-probabilities of the path to them
+        nodes = torch.ones(len(features), num_draws, dtype=torch.int64, device=features.device)
         log_prob = features.new_zeros(nodes.shape)
         for level in range(self.depth):
             left, right = (self._masses(features, 2 * nodes + side, level + 1) for side in (0, 1))
@@ -194,7 +194,7 @@ class KernelTree(Sampler):
         sums = self._known()
         least = self.floor * sums.counts[nodes]
         first = 1 << level
-        if first <= 8 * nodes.shape[1]:  # few nodes: the masses of all cost less than gathering for each walk
+        if first <= 8 * nodes.shape[1]:  # few nodes: the masses of all cost less than gathering for each draw
             masses = torch.mm(features, sums.features[first : 2 * first].T).gather(1, nodes - first)
         else:
             masses = torch.empty_like(least)
@@ -254,11 +254,11 @@ class KernelTree(Sampler):
 
     def _known(self) -> _Sums:
         if self._sums is None:
-            raise RuntimeError(f"{type(self).__name__} knows no weight yet: call update(weight, bias)")
+            raise RuntimeError(f"{type(self).__name__} has no weight yet: call update(weight, bias)")
         return self._sums
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what the next `update` makes anew from the layer's weight."""
+        """Without what the next `update` recomputes from the layer's weight."""
         return {**self.__dict__, "_sums": None}
 
     def extra_repr(self) -> str:

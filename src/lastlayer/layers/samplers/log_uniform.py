@@ -10,7 +10,7 @@ from lastlayer.functional.checks import eager_on_cpu
 from lastlayer.functional.clusters import by_falling_count
 from lastlayer.layers.samplers.independent import IndependentSampler
 
-# Targets after which it is decided whether ids look sorted, and the fewest classes for which that can be told.
+# Targets after which it is decided whether ids look sorted, and the fewest classes for which that can be decided.
 TARGETS_WATCHED, LEAST_WATCHED_CLASSES = 4096, 100
 
 
@@ -18,9 +18,9 @@ class LogUniform(IndependentSampler):
     """`q_k = log((k + 2) / (k + 1)) / log(V + 1)` for the class of rank k, from 0, by falling frequency.
 
     Needs no counts where ids are sorted by frequency, as most tokenizers of whole words leave them. Where they are
-    not, `counts` says what the ranks are: the sampler keeps the permutation. Without `counts` it watches the first
+    not, `counts` defines the ranks: the sampler keeps the permutation. Without `counts` it watches the first
     targets of the training, and warns when these do not look sorted. O(1) a draw, in float64, as float32 cannot
-    tell the last of a million classes from their neighbours.
+    distinguish the last of a million classes from their neighbours.
 
     Not for subword tokens, whose ids are sorted by merges, not by frequency: use `Unigram(counts)`.
 

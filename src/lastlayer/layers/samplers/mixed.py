@@ -84,12 +84,12 @@ class Mixed(Sampler):
         return num_samples
 
     def observe(self, targets: Tensor) -> None:
-        """Tells both."""
+        """Forwards to both samplers."""
         self.first.observe(targets)
         self.second.observe(targets)
 
     def update(self, weight: Tensor, bias: Tensor | None = None, ids: Tensor | None = None) -> None:
-        """Tells both."""
+        """Forwards to both samplers."""
         self.first.update(weight, bias, ids)
         self.second.update(weight, bias, ids)
 

@@ -10,9 +10,9 @@ from lastlayer.layers.samplers.kernel_tree import KernelTree
 class QuadraticKernel(KernelTree):
     """`q_i` proportional to `alpha * logit_i ** 2 + 1`, with `logit_i = h . weight_i + bias_i` less their mean.
 
-    The mean is that of the class vectors when the tree was last made whole. No softmax notices that it is taken
-    off; the kernel does: a trained layer's many unlikely classes have logits below 0, and would else be drawn as
-    often as likely ones. `centred=False` is the paper's kernel, of the logits as they are.
+    The mean is that of the class vectors when the whole tree was last recomputed. Subtracting it changes no
+    softmax, but it changes the kernel: a trained layer's many unlikely classes have logits below 0, and would
+    otherwise be drawn as often as likely ones. `centred=False` is the paper's kernel, of the logits as they are.
 
     The nearer q is to the softmax itself, the fewer samples a gradient of small bias needs; this one follows the
     logits of each row, at `O(d^2 log V)` a draw. The kernel is even, so a class of a very negative logit is drawn
@@ -24,9 +24,9 @@ class QuadraticKernel(KernelTree):
     Args:
         num_classes: V.
         in_features: d.
-        alpha: how much the logits weigh beside the constant.
-        centred: whether the mean is taken off.
-        leaf_size: classes that are scored one by one at the end of a walk; None: d, at least 16.
+        alpha: the weight of the squared logits relative to the constant.
+        centred: whether the mean is subtracted.
+        leaf_size: classes that are scored one by one at the end of a descent; None: d, at least 16.
 
     Source: G. Blanc, S. Rendle, "Adaptive sampled softmax with kernel based sampling", ICML 2018.
 

@@ -17,9 +17,9 @@ class RandomFourier(KernelTree):
     frequencies give 2 D features: a draw costs `O(D log V)`. The features' estimates are noisy, and can be
     negative for far pairs: the mass below a node is taken to be no less than the kernel's least value for each of
     its classes, and `log_prob` is of what was drawn from. In a leaf the kernel itself is used. The bias of a class
-    is not looked at, unless it is -inf.
+    is ignored, unless it is -inf.
 
-    Meant for layers whose logits are cosines times a temperature. A temperature above about 8 needs very many
+    For layers whose logits are cosines times a temperature. A temperature above about 8 needs very many
     features; `QuadraticKernel` follows logits of any size.
 
     Args:
@@ -27,7 +27,7 @@ class RandomFourier(KernelTree):
         in_features: d.
         temperature: t.
         num_frequencies: D.
-        leaf_size: classes that are scored one by one at the end of a walk.
+        leaf_size: classes that are scored one by one at the end of a descent.
 
     Source: A. S. Rawat et al., "Sampled softmax with random Fourier features", NeurIPS 2019.
 

@@ -1,4 +1,4 @@
-"""Every class alike."""
+"""Every class with the same probability."""
 
 import math
 

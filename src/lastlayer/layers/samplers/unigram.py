@@ -70,14 +70,14 @@ def alias_table(prob: Tensor) -> tuple[Tensor, Tensor]:  # (V,) to (V,), (V,)
 
     Every place has the mass 1 / V. Light classes (below it) fill their place up with what heavy ones have in
     excess, both in order of their ids, so that light class i is filled by the first heavy class whose cumulative
-    excess passes the cumulative lack before i; a heavy class that has given away its excess, and more, is filled
+    excess passes the cumulative lack before i; a heavy class whose excess is used up, and more, is filled
     by the next heavy one. Cumulative sums take the place of Vose's loop over classes.
     """
     mass = prob.double() * len(prob)
     light = (mass < 1).nonzero()[:, 0]
     heavy = (mass >= 1).nonzero()[:, 0]
     threshold, alias = torch.ones_like(mass), torch.arange(len(mass), device=mass.device)
-    if not len(light) or not len(heavy):  # all alike
+    if not len(light) or not len(heavy):  # all equal
         return threshold, alias
     lack = (1 - mass[light]).cumsum(0)
     excess = (mass[heavy] - 1).cumsum(0)
