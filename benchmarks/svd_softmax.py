@@ -22,7 +22,7 @@ def main() -> None:
     # directions matter unequally, as in a trained layer; times do not depend on it
     weight = torch.randn(NUM_CLASSES, IN_FEATURES) * torch.logspace(0, -1, IN_FEATURES)
     bias = torch.randn(NUM_CLASSES)
-    layer = SVDSoftmax(weight, bias, window=IN_FEATURES // 8, candidates=CANDIDATES)
+    layer = SVDSoftmax(weight, bias, window=IN_FEATURES // 8, candidates=CANDIDATES, use="screen")
 
     def full(hidden: torch.Tensor) -> object:
         return F.linear(hidden, weight, bias).log_softmax(-1).topk(K)

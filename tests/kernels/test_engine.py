@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from lastlayer.kernels import engine
 from lastlayer.kernels.config import config, show_config
@@ -105,6 +106,12 @@ print(engine.reason())
 def test_kernel_without_engine_names_itself():
     with engine.forced(None), pytest.raises(RuntimeError, match="kernel cpu_features"):
         Kernel("cpu_features", "")()
+
+
+@needs_engine
+def test_tensor_that_is_not_on_the_cpu_is_an_error():
+    with pytest.raises(RuntimeError, match="kernel use_threads takes tensors on the CPU, got one on meta"):
+        Kernel("use_threads", "pp")(torch.empty(3, device="meta"), None)
 
 
 FORKED = """

@@ -82,8 +82,13 @@ class Kernel:
         library = current()
         if library is None:
             raise RuntimeError(f"the kernel {self.name} cannot run: {_state.why}")
-        addresses = [part.data_ptr() if isinstance(part, Tensor) else part for part in arguments]
+        addresses = [self._address(part) if isinstance(part, Tensor) else part for part in arguments]
         return library.function(self)(*addresses)
+
+    def _address(self, array: Tensor) -> int:
+        if not array.is_cpu:  # an address that is no memory of this process
+            raise RuntimeError(f"the kernel {self.name} takes tensors on the CPU, got one on {array.device}")
+        return array.data_ptr()
 
 
 class _State:

@@ -32,7 +32,7 @@ def read(
     """A copy of `hidden`; its products with `reading`; target scores, squared norms and sums of the outputs."""
     (rows, d), width = hidden.shape, ids.shape[1]
     copy, products = torch.empty_like(hidden), hidden.new_empty(rows, 2 * d + 2)
-    statistics = torch.empty(rows, width + 2, dtype=torch.float64)
+    statistics = hidden.new_empty(rows, width + 2, dtype=torch.float64)
     scores, squared_norm, total = statistics.view(-1).split([rows * width, rows, rows])
     _READ(
         hidden, reading, factor, ids, copy, products, squared_norm, scores, total,
@@ -103,7 +103,7 @@ def plan_easy(
 ) -> EasyPlan | None:
     """The step by rows; None where the norm of S is above `easy`, R has drifted, or something is not finite."""
     plan = torch.empty_like(reading), torch.empty_like(inverse), torch.empty_like(hidden)
-    found = torch.empty(4, dtype=torch.float64)
+    found = hidden.new_empty(4, dtype=torch.float64)
     done = _PLAN(
         hidden, products, by_hidden, sparse, ids, by_score, by_norm, by_total, reading, inverse, *plan, found,
         rate, easy, drift_limit, *ids.shape, hidden.shape[1], num_classes, hidden.dtype == torch.float64,

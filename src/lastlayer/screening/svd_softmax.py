@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lastlayer.screening.calibration import Calibration
+from lastlayer.screening.plan import Use
 from lastlayer.screening.screened import ScreenedSoftmax
 from lastlayer.screening.svd_preview import SVDPreview
 
@@ -20,7 +21,7 @@ class SVDSoftmax(ScreenedSoftmax):
         window: rotated coordinates in the preview; the paper recommends d/8.
         candidates: classes a row with exact logits; a few per cent of V.
         calibration: hidden states to weight the rotation by; without them the plain method.
-        logit_map, exact: as for `ScreenedSoftmax`.
+        logit_map, exact, use: as for `ScreenedSoftmax`.
 
     Cost: `(V * window + candidates * d) / (V * d)` of the full layer's multiply-adds. When NOT to use it: without
     calibration on a modern language model's head, whose weight's directions say little about its logits.
@@ -45,12 +46,14 @@ class SVDSoftmax(ScreenedSoftmax):
         calibration: Calibration | None = None,
         logit_map: nn.Module | None = None,
         exact: bool = False,
+        use: Use = "fastest",
         gram: Tensor | None = None,  # (d, d)
     ) -> None:
         settings: dict[str, Any] = {
             "candidates": candidates,
             "logit_map": logit_map,
             "exact": exact,
+            "use": use,
             "gram": gram,
         }
         super().__init__(weight, bias, preview=SVDPreview(window, calibration=calibration), **settings)

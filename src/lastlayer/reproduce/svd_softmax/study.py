@@ -165,7 +165,9 @@ def quality(
         classes = len(model.weight)
         candidates = max(TOP, round(share * classes))
         say(f"measuring {kind}, window d/{part}, {share:.0%} of the classes")
-        tried = ScreenedSoftmax(model.weight, model.bias, preview=chosen, candidates=candidates, gram=gram())
+        tried = ScreenedSoftmax(
+            model.weight, model.bias, preview=chosen, candidates=candidates, gram=gram(), use="screen"
+        )
         operations = chosen.window / plan.width + (candidates + plan.width) / classes
         return {"full_perplexity": model.perplexity, **_against(tried, model), "operations": operations}
 
@@ -207,8 +209,8 @@ def speed(num_classes: int, plan: Plan) -> Record:
     weight = torch.randn(num_classes, width, generator=generator) * torch.logspace(0, -1, width)
     weight, candidates = weight.to(plan.device), max(TOP, num_classes // 50)
     row = torch.randn(1, width, generator=generator).to(plan.device)
-    screen = SVDSoftmax(weight, window=width // 8, candidates=candidates)
-    proved = ScreenedSoftmax(weight, preview=Int8Preview(), candidates=96, exact=True)
+    screen = SVDSoftmax(weight, window=width // 8, candidates=candidates, use="screen")
+    proved = ScreenedSoftmax(weight, preview=Int8Preview(), candidates=96, exact=True, use="screen")
     timings = interleaved(
         {
             "full": lambda: full_logits(row, weight, None).log_softmax(-1).topk(TOP),
