@@ -38,7 +38,7 @@ Record = dict[str, Any]
 
 
 def main() -> None:
-    """Measures, prints and writes; cases that are not asked for keep the records they have."""
+    """Measures, prints and writes; cases that are not selected keep the records they have."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cases", default=",".join(CASES))

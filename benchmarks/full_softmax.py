@@ -87,7 +87,7 @@ def time_and_memory(layer: FullSoftmax, rows: int, rounds: int) -> list[dict[str
     peers = {name: step_of(loss) for name, loss in losses.items()}
     gradient_bytes = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
     few = lambda: layer(leaves[0][:16], ids[:16])  # noqa: E731
-    for warm in (few, in_bfloat16(few)):  # the kernels are compiled before memory is watched
+    for warm in (few, in_bfloat16(few)):  # the engine is loaded before memory is measured
         step_of(warm)()
     memory = {}
     for name, step in peers.items():  # the first run of each, so the warm-up too
@@ -115,7 +115,7 @@ def distances(layer: FullSoftmax, rows: int) -> list[dict[str, Any]]:
     """How far loss and gradients under autocast are from those of float64 (chunked too: tested to be exact)."""
     hidden, targets = torch.randn(rows, IN_FEATURES), torch.randint(layer.num_classes, (rows,))
 
-    def answer(kind: str) -> list[Tensor]:
+    def loss_and_gradients(kind: str) -> list[Tensor]:
         exact = kind == "exact"
         model = FullSoftmax(IN_FEATURES, layer.num_classes, dtype=torch.float64) if exact else layer
         model.load_state_dict(layer.state_dict())
@@ -124,12 +124,12 @@ def distances(layer: FullSoftmax, rows: int) -> list[dict[str, Any]]:
         loss = losses["FullSoftmax" if exact else kind]()
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
-    truth = answer("exact")
+    truth = loss_and_gradients("exact")
     records = []
     for name in ("FullSoftmax, autocast", f"{PLAIN}, autocast"):
         errors = [
             float((part.double() - exact).norm() / exact.norm())
-            for part, exact in zip(answer(name), truth, strict=True)
+            for part, exact in zip(loss_and_gradients(name), truth, strict=True)
         ]
         named = zip(("loss", "hidden", "weight", "bias"), errors, strict=True)
         records.append(

@@ -1,4 +1,4 @@
-"""What `import lastlayer` adds to `import torch`: fresh processes, in turns.
+"""What `import lastlayer` adds to `import torch`: fresh processes, interleaved.
 
 python benchmarks/import_time.py            (about a minute)
 """

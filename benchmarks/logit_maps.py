@@ -27,7 +27,7 @@ MAPS: dict[str, Callable[[], LogitMap | None]] = {
     "PLIF, frozen, std 1": lambda: PLIF(init_std=1.0, frozen=True),
     "MonotoneNetwork(100)": lambda: MonotoneNetwork(100),
 }
-SLOW = "MonotoneNetwork(100)"  # only where it is asked for
+SLOW = "MonotoneNetwork(100)"  # only where it is selected
 WAYS = {"PLIF, frozen, std 1": ("compiled",), SLOW: ("plain",)}
 
 

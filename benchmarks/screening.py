@@ -9,7 +9,7 @@
 
 With a number of queries, tokens or classes of one's own, what is measured is shown, not written.
 LASTLAYER_MAX_CPU_ISA=avx2 measures a lower instruction set, whose name is part of the results file's. Screens
-answer every query themselves here, also where their plan leaves it to the full layer; records show the plan.
+take every query themselves here, also where their plan would use the full layer; records show the plan.
 
 What takes minutes is kept in the folder LASTLAYER_STATES (not set: the system's temporary folder), and a run that
 is killed goes on where it was. Each of the last four writes its results file.
@@ -29,7 +29,7 @@ NOTES = f"top-{common.K} by F.linear + topk and by ScreenedSoftmax.topk; floor_m
 
 
 def main() -> None:
-    """Runs the part that was asked for."""
+    """Runs the selected part."""
     parts = {"smollm2": queries.queries, "decode": decode.decoding, "large": large.large, "peers": peers.peers}
     once = {"states": states.states, "indexes": peers.build_indexes}
     part, *sizes = sys.argv[1:] or [""]

@@ -16,7 +16,7 @@ from lastlayer import HierarchicalSoftmax
 
 
 def main() -> None:
-    """Trains, then asks for the five likeliest classes of unseen points."""
+    """Trains, then queries the five likeliest classes of unseen points."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--classes", type=int, default=100_000)
     parser.add_argument("--steps", type=int, default=200)

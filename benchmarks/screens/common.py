@@ -61,7 +61,7 @@ def full_layers(weight: Tensor) -> dict[str, Call]:
 
 
 def exact_screen(weight: Tensor) -> ScreenedSoftmax:
-    """The screen that proves every answer."""
+    """The screen whose every result is proved exact."""
     return ScreenedSoftmax(weight, preview=Int8Preview(), candidates=96, exact=True, use="screen")
 
 
@@ -96,9 +96,9 @@ def measured(
     """
     in_a_row = in_a_row or (5 if batch == 1 else 1)
     passes = {name: FLOOR.format(f"{size:,}") for name, size in (previews or {}).items()}
-    turns = peers | {passes[name]: one_pass(size) for name, size in (previews or {}).items()}
-    rows = {name: cycle(hidden.split(batch)) for name in turns}
-    calls = {name: lambda name=name, call=call: call(next(rows[name])) for name, call in turns.items()}
+    all_peers = peers | {passes[name]: one_pass(size) for name, size in (previews or {}).items()}
+    rows = {name: cycle(hidden.split(batch)) for name in all_peers}
+    calls = {name: lambda name=name, call=call: call(next(rows[name])) for name, call in all_peers.items()}
     with torch.inference_mode():
         timings = interleaved(calls, rounds=rounds, warmup=3, repeats=in_a_row)
     records = []
@@ -117,7 +117,7 @@ def measured(
 
 
 class Truth(NamedTuple):
-    """The full layer's answers to some hidden states."""
+    """The full layer's results for some hidden states."""
 
     weight: Tensor  # (V, d)
     hidden: Tensor  # (n, d)
@@ -134,10 +134,10 @@ class Truth(NamedTuple):
 
 
 def agreement(screen: ScreenedSoftmax, truth: Truth) -> Record:
-    """Every held-out query asked by itself, beside the full layer: identical classes, logits, certificates."""
+    """Every held-out query queried by itself, beside the full layer: identical classes, logits, certificates."""
     with torch.inference_mode():
-        answers = [screen.topk(row, K) for row in truth.hidden.split(1)]
-        found = ScreenedTopK(*(torch.cat(column) for column in zip(*answers, strict=True)))
+        results = [screen.topk(row, K) for row in truth.hidden.split(1)]
+        found = ScreenedTopK(*(torch.cat(column) for column in zip(*results, strict=True)))
         first = found.certified
         if screen.exact:
             some = truth.hidden[:SOME].split(1)

@@ -67,7 +67,7 @@ def realistic(
 
 
 def large(classes: int = CLASSES) -> list[Record]:
-    """Exact answers and SVD previews, at batch 1."""
+    """Exact screens and SVD previews, at batch 1."""
     weight, hidden = realistic(classes, WIDTH, CALIBRATION + HELD_OUT)
     calibration, held_out = hidden[:CALIBRATION], hidden[CALIBRATION:]
     four = exact_screen_in_four(weight, calibration)

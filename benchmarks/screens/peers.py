@@ -33,10 +33,10 @@ LINKS, BUILDING = 32, 200  # of the graphs: M and efConstruction
 LISTS, PROBES, REACHES = 256, (8, 32, 128), (100, 400, 1600)
 
 
-def peers(asked: int = QUERIES) -> list[Record]:
+def peers(num_queries: int = QUERIES) -> list[Record]:
     """Recall of the true top 10 on held-out queries, time at batch 1, and whether probabilities come with it."""
     weight, calibration, held_out = real_head()
-    held_out = held_out[:asked]
+    held_out = held_out[:num_queries]
     ours = {
         "int4, exact": exact_screen_in_four(weight, calibration),
         "int8, exact": exact_screen(weight),

@@ -28,8 +28,8 @@ EXACT, FOUR = "int8, exact", "int4, exact"
 ROUNDS = {(1, 5): 41, (1, 60): 15, (8, 1): 21, (64, 1): 11}  # by batch and calls in a row
 
 
-def queries(asked: int = HELD_OUT) -> list[Record]:
-    """The must-reach table's first rows; agreement of the first `asked` of the held-out queries."""
+def queries(num_queries: int = HELD_OUT) -> list[Record]:
+    """The must-reach table's first rows; agreement of the first `num_queries` of the held-out queries."""
     weight, calibration, held_out = real_head()
     width = weight.shape[-1]
     makers: dict[str, Callable[[], ScreenedSoftmax]] = {
@@ -41,7 +41,7 @@ def queries(asked: int = HELD_OUT) -> list[Record]:
         "SVD d/8, 1,024 candidates, plain": lambda: svd_screen(weight, width // 8, 1024),
     }
     screens, records = {}, []
-    truth = Truth.of(weight, held_out[:asked])
+    truth = Truth.of(weight, held_out[:num_queries])
     for name, make in makers.items():
         start = time.perf_counter()
         screens[name] = make()  # a calibrated one sums up its calibration data here
@@ -69,8 +69,8 @@ def proof(screen: ScreenedSoftmax, truth: Truth) -> Record:
     for row, values in zip(truth.hidden[:PROVED].split(1), truth.values, strict=False):
         upper = screen.preview_scores(row) + screen._prepared.error(row).all()
         in_play.append(int((upper >= values[-1]).sum()))
-        answer, full = screen.topk(row, K), F.linear(row, truth.weight).log_softmax(-1)
-        real.append(float((answer.log_prob - full.gather(-1, answer.indices)).abs().max()))
+        result, full = screen.topk(row, K), F.linear(row, truth.weight).log_softmax(-1)
+        real.append(float((result.log_prob - full.gather(-1, result.indices)).abs().max()))
         proved.append(float(screen.log_normalizer_error(row)))
     means = {"classes_in_play": mean(in_play), "log_prob_error": mean(real), "log_prob_error_proved": mean(proved)}
     return {"case": "proof", "queries": len(real), **means, "log_prob_error_at_most": max(real)}

@@ -26,8 +26,8 @@ for run in (svd_softmax, hierarchical_softmax, softmax_bottleneck, large_sparse_
 app.add_typer(reproduce, name="reproduce")
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(requested: bool) -> None:
+    if requested:
         print(f"lastlayer {lastlayer.__version__}")
         raise typer.Exit
 

@@ -14,7 +14,7 @@ def bench(
     num_classes: Annotated[int, typer.Option(min=2, help="V, the number of classes.")] = 50_000,
     in_features: Annotated[int, typer.Option(min=1, help="d, the width of the hidden states.")] = 256,
     batch: Annotated[int, typer.Option(min=1, help="N, the examples of one call.")] = 256,
-    k: Annotated[int, typer.Option(min=1, help="How many classes a query asks for.")] = 10,
+    k: Annotated[int, typer.Option(min=1, help="How many classes a query returns.")] = 10,
     layers: Annotated[
         str, typer.Option(metavar="NAMES", help="Which layers, with commas between them.")
     ] = ",".join(CHOICES),

@@ -1,4 +1,4 @@
-"""`lastlayer speedup`: a trained model's head, answering faster."""
+"""`lastlayer speedup`: faster queries of a trained model's head."""
 
 from pathlib import Path
 from typing import Annotated

@@ -31,12 +31,12 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 25
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is asked of every peer."""
+    """The sizes at which every peer is measured."""
 
     num_classes: int  # V
     in_features: int  # d
     batch: int  # N
-    k: int  # classes a query asks for
+    k: int  # classes a query returns
 
 
 @dataclass(frozen=True)

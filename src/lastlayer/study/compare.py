@@ -29,7 +29,7 @@ from lastlayer.study.training.language_model import LanguageModel
 from lastlayer.study.training.trainer import Budget, Trainer
 
 TOP = 10
-TOP_TOKENS = 2_000  # held-out tokens whose top-10 is asked for
+TOP_TOKENS = 2_000  # held-out tokens whose top-10 is computed
 HELD_OUT_BATCH, HELD_OUT_WINDOW = 10, 50
 STEPS_OF_BAR = 1000
 WIDE = 80  # columns, below which progress is a percentage without a bar

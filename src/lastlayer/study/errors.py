@@ -1,4 +1,4 @@
-"""Failures that a user can mend, each said in one line."""
+"""Errors that a user can correct, each reported in one line."""
 
 
 class StudyError(Exception):
@@ -10,4 +10,4 @@ class Terminated(KeyboardInterrupt):
 
 
 class UsageError(StudyError):
-    """What was asked for cannot be: an option, a name or a path that was typed."""
+    """An invalid option, name or path on the command line."""

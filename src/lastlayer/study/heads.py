@@ -161,7 +161,7 @@ def _from_transformers(path: Path) -> LoadedHead:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
     except ImportError:
         raise StudyError(f"{path} needs Transformers: pip install 'lastlayer[transformers]'") from None
-    # never asked for code that a folder brings along, nor for what is not on this machine
+    # never runs code in a model's folder, nor downloads anything
     settings: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if path.is_dir():
         folder = path

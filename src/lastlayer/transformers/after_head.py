@@ -46,9 +46,9 @@ class ScaledLogits(LogitMap):
 
 
 class _Probe(nn.Module):
-    """Stands where the head stood, and answers every hidden state with the same logits."""
+    """Replaces the head and returns the same logits for every hidden state."""
 
-    bias = None  # some models ask their head for it
+    bias = None  # some models read their head's bias
 
     def __init__(self, logits: Tensor) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class _Probe(nn.Module):
 
 
 def logit_map_of(model: Any) -> LogitMap | None:
-    """The function that a Transformers model applies to every logit of its head before it answers or takes a loss.
+    """The function that a Transformers model applies to its head's logits before it returns them or computes a loss.
 
     None where it applies none; a `SoftCap` for Gemma 2 and its relatives, `ScaledLogits` for Cohere and Granite.
     Found by forward passes with known logits in place of the head's, not by the model's name, so that it is right
@@ -123,30 +123,26 @@ def after_head(model: Any) -> LogitMap | str | None:
     num_classes = getattr(head, "out_features", None) or len(head.weight)
     sizes = torch.tensor([2.0**exponent for exponent in EXPONENTS])
     tried = torch.cat([sizes, -sizes])
-    if not torch.equal(_answers(model, tried.new_zeros(num_classes)), tried.new_zeros(num_classes)):
-        return "adds something of its own to the logits of some classes, or bars them"
+    if not torch.equal(_final_logits(model, tried.new_zeros(num_classes)), tried.new_zeros(num_classes)):
+        return "adds something of its own to the logits of some classes, or masks them"
     parts = [
-        _answers(model, part.repeat(-(-num_classes // len(part)))[:num_classes])
+        _final_logits(model, part.repeat(-(-num_classes // len(part)))[:num_classes])
         for part in tried.split(num_classes)
     ]
-    answered = torch.cat(
-        [part[: len(logits)] for part, logits in zip(parts, tried.split(num_classes), strict=True)]
-    )
-    scale = float(answered[0] / tried[0])
+    final = torch.cat([part[: len(logits)] for part, logits in zip(parts, tried.split(num_classes), strict=True)])
+    scale = float(final[0] / tried[0])
     if not 0 < scale < float("inf"):
-        return "does not let them rise with the head's"
+        return "applies a function to them that does not increase with the head's logits"
     scale = 1.0 if abs(scale - 1) < TOLERANCE else scale
-    if _close(answered, scale * tried):
+    if _close(final, scale * tried):
         return None if scale == 1 else ScaledLogits(scale)
-    cap = float(answered.max())
+    cap = float(final.max())
     found = SoftCap(cap) if scale == 1 else ScaledLogits(scale, cap)
-    return (
-        found if _close(answered, found(tried)) else "applies a function to them that is no scale and no soft cap"
-    )
+    return found if _close(final, found(tried)) else "applies a function to them that is no scale and no soft cap"
 
 
-def _answers(model: Any, logits: Tensor) -> Tensor:  # (V,) to (V,)
-    """What the model makes of its head's `logits`, in float32."""
+def _final_logits(model: Any, logits: Tensor) -> Tensor:  # (V,) to (V,)
+    """The model's output logits where its head returns `logits`, in float32."""
     head = model.get_output_embeddings()
     device = head.weight.device
     ids = torch.full((1, 1), min(1, len(logits) - 1), device=device)
@@ -155,13 +151,13 @@ def _answers(model: Any, logits: Tensor) -> Tensor:  # (V,) to (V,)
     # Dropout in training mode must not use up random numbers of the caller's.
     with torch.random.fork_rng([device] if device.type == "cuda" else []), put_head(model, probe):
         try:
-            answer = model(input_ids=ids, return_dict=True, **more)
+            output = model(input_ids=ids, return_dict=True, **more)
         except Exception as problem:  # a model of speech, say; each fails in its own way
             name = type(model).__name__
             raise TypeError(
                 f"{name} does not run on token ids alone, which shows its logits: {problem}"
             ) from problem
-    return answer.logits[0, -1].float().cpu()
+    return output.logits[0, -1].float().cpu()
 
 
 def _close(actual: Tensor, expected: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""A head put in the place of a model's own, and the way back."""
+"""A head that replaces a model's own, and how to restore the original."""
 
 from types import TracebackType
 from typing import Any, Self

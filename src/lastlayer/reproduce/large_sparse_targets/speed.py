@@ -221,10 +221,10 @@ def _fused(
     weight: Tensor,  # (V, d)
     hidden: Tensor,  # (N, d)
     ids: Tensor,  # (N,)
-    outputs: Tensor,  # (N, V), room for them
-    gradient: Tensor,  # (N, d), room for it
+    outputs: Tensor,  # (N, V), a buffer
+    gradient: Tensor,  # (N, d), a buffer
 ) -> None:
-    """A step of the squared error by hand: three products into memory that is there already."""
+    """A step of the squared error by hand: three products into preallocated buffers."""
     torch.mm(hidden, weight.T, out=outputs)
     outputs[torch.arange(len(ids)), ids] -= 1
     torch.mm(outputs, weight, out=gradient)

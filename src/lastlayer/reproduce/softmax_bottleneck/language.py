@@ -115,7 +115,7 @@ def time_steps(
 ) -> dict[str, dict[str, Any]]:
     """What a training step, optimizer included, takes under each layer, and so an epoch.
 
-    The layers take turns, as a machine that is busy for a while is then busy for all of them.
+    The layers are interleaved, as a machine that is busy for a while is then busy for all of them.
     """
     streams = Streams(corpus.train, BATCH, WINDOW, device)
     held_out = Streams(corpus.held_out, 10, 50, device)

@@ -134,7 +134,7 @@ def language(
 
 
 def epochs(cells: Cells, size: Size, corpus: Corpus, device: torch.device, console: Console) -> list[Record]:
-    """Part b's times, measured apart from the training: all layers take turns within a minute or so."""
+    """Part b's times, measured separately from the training: all layers interleaved within a minute or so."""
     keys = [
         {"part": "b time", "layer": name, "text": corpus.name, "width": size.width, "components": size.components}
         for name in PUBLISHED

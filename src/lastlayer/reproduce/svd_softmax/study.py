@@ -47,7 +47,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model's output layer, states to calibrate on, and the full layer's answers to held-out ones."""
+    """A trained model's output layer, states to calibrate on, and the full layer's results for held-out ones."""
 
     weight: Tensor  # (V, d)
     bias: Tensor | None  # (V,)
@@ -183,14 +183,14 @@ def quality(
 
 @torch.no_grad()
 def _against(screen: ScreenedSoftmax, held: Trained) -> Record:
-    """One setting, asked for so few rows at a time that the screen is what answers."""
+    """One setting, queried for so few rows at a time that the screen is used, not the full layer."""
     rows = max(1, (screen.out_features - 1) // screen.candidates)
     loss, divergence, covered = 0.0, 0.0, 0
     for start in range(0, len(held.hidden), rows):
         at = slice(start, start + rows)
-        answer, full = screen.log_prob(held.hidden[at]), held.log_prob[at]
-        loss -= float(answer.gather(-1, held.targets[at][:, None]).double().sum())
-        divergence += float((full.exp() * (full - answer)).double().sum())
+        screened, full = screen.log_prob(held.hidden[at]), held.log_prob[at]
+        loss -= float(screened.gather(-1, held.targets[at][:, None]).double().sum())
+        divergence += float((full.exp() * (full - screened)).double().sum())
         found = screen.topk(held.hidden[at], TOP).indices
         covered += int((found.unsqueeze(-1) == held.best[at].unsqueeze(-2)).sum())
     count = len(held.hidden)

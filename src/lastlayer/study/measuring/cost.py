@@ -64,18 +64,18 @@ def measure_costs(layers: dict[str, OutputLayer], samples: dict[str, Sample], k:
 
 
 def rehearse_costs(layer: OutputLayer, sample: Sample, k: int) -> float:
-    """Seconds that `measure_costs` will take for this layer; kernels it needs are compiled on the way."""
+    """Seconds that `measure_costs` will take for this layer; each step and query is called once untimed first."""
     step = _harmless_step(layer, sample)
     step()
     total = (ROUNDS + 2) * seconds_of(step)
     layer.eval()
     screens = []
     total += seconds_of(lambda: screens.append(screen_of(layer)))
-    asked = [layer.topk] if screens[0] is None else [layer.topk, screens[0].topk]
-    for topk in asked:
+    queries = [layer.topk] if screens[0] is None else [layer.topk, screens[0].topk]
+    for topk in queries:
         query = one_by_one(topk, sample.hidden, k)
         query()
-        times = (QUERY_ROUNDS + 2) * QUERY_REPEATS + (len(sample.hidden) if len(asked) > 1 else 0)
+        times = (QUERY_ROUNDS + 2) * QUERY_REPEATS + (len(sample.hidden) if len(queries) > 1 else 0)
         total += times * seconds_of(query)
     return total
 
@@ -114,7 +114,7 @@ def count_parameters(layer: OutputLayer) -> int:
 
 
 def screen_of(layer: OutputLayer) -> Screen | None:
-    """A screen whose every answer is proved to be the layer's own; None for a layer without one matrix."""
+    """A screen whose every result is proved to equal the layer's; None for a layer without one matrix."""
     if layer.num_classes < SCREEN_FROM:
         return None
     try:
@@ -136,7 +136,7 @@ def one_by_one(topk: Callable[[Tensor, int], object], hidden: Tensor, k: int) ->
 
 @torch.no_grad()
 def _agreement(layer: OutputLayer, screen: Screen, hidden: Tensor, k: int) -> float:
-    """Asked one by one, as the queries are timed: a large batch would be answered by the full layer."""
+    """Row by row, as the queries are timed: for a large batch the screen would use the full layer."""
     same = [
         set(screen.topk(row, k).indices[0].tolist()) == set(layer.topk(row, k).indices[0].tolist())
         for row in hidden.split(1)

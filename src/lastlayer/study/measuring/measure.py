@@ -65,7 +65,7 @@ def interleaved(
     names = list(peers)
     for turn in range(-warmup, rounds):
         first = turn % len(names)
-        for name in names[first:] + names[:first]:  # nobody always runs after the same peer
+        for name in names[first:] + names[:first]:  # no peer always runs after the same one
             took = seconds_of(partial(_repeat, peers[name], repeats))
             if turn >= 0:
                 seconds[name].append(took / repeats)

@@ -25,7 +25,7 @@ class Shortage:
 
 
 def check_memory(needed: int, device: torch.device) -> Shortage | None:
-    """The shortage if `needed` bytes are more than are free on `device`; None if they fit, or nobody can tell."""
+    """The shortage if `needed` bytes exceed the free memory of `device`; None if they fit, or that is unknown."""
     free = free_bytes(device)
     return Shortage(needed, free) if free is not None and needed > free else None
 

@@ -101,7 +101,7 @@ def query_peers(
 
 
 def screens(linear: nn.Linear, k: int) -> dict[str, ScreenedSoftmax]:
-    """The paper's screen (an eighth of the width, a sixteenth of the classes), and one that proves its answers."""
+    """The paper's screen (an eighth of the width, a sixteenth of the classes), and one with `exact=True`."""
     V, d = linear.out_features, linear.in_features
     svd = SVDPreview(max(1, d // 8))
     return {

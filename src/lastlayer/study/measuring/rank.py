@@ -13,7 +13,7 @@ BLOCK_NUMBERS = 1 << 24  # widened to float64 at once
 
 
 class Rank(NamedTuple):
-    """What `rank` answers."""
+    """The result of `rank`."""
 
     numerical: int  # singular values above the threshold
     effective: int  # least k whose squares hold 1 - epsilon of all

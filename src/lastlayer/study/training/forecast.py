@@ -13,7 +13,7 @@ class Rehearsal(NamedTuple):
     step: float
     save: float  # a checkpoint
     evaluate: float  # a held-out token
-    accuracy: float  # a held-out token whose best classes are asked for
+    accuracy: float  # a held-out token whose best classes are queried
     measure: float  # the layer's own cost, beside the others
 
 
