@@ -59,7 +59,7 @@ class _Probe(nn.Module):
 
 
 def logit_map_of(model: Any) -> LogitMap | None:
-    """The function that a Transformers model applies to its head's logits before it returns them or computes a loss.
+    """The function that a Transformers model applies to each of its head's logits before it returns or uses them.
 
     None where it applies none; a `SoftCap` for Gemma 2 and its relatives, `ScaledLogits` for Cohere and Granite.
     Found by forward passes with known logits in place of the head's, not by the model's name, so that it is right
