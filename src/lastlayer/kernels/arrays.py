@@ -26,13 +26,8 @@ def array_of(tensor: Tensor) -> NDArray[Any]:
     """A view of a CPU tensor of a dtype that NumPy has, for the length of one call.
 
     `Tensor.numpy()` fixes the size of the storage for good, but FSDP frees a parameter's storage and fills it
-    again. So a kernel gets a parameter's memory by this view, and none is kept until the backward pass.
+    again. So what reads a parameter's memory takes this view, and none is kept.
     """
     if not tensor.numel():  # has no address
         return np.empty(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
     return np.asarray(_Memory(tensor))
-
-
-def arrays_of(*tensors: Tensor) -> tuple[NDArray[Any], ...]:
-    """`array_of` each."""
-    return tuple(map(array_of, tensors))
