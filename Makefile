@@ -12,7 +12,7 @@ NO_COMPILER := true
 export CXX := env -u PYTHONPATH $(abspath $(BIN))/python -m ziglang c++
 endif
 
-.PHONY: demo test lint types docs format engine sanitize test-arm
+.PHONY: demo test lint types docs format engine sanitize test-tiles test-arm
 
 .venv/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
@@ -55,6 +55,15 @@ sanitize: .venv/installed
 	cmake --install build/sanitize --prefix src
 	LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest $(KERNEL_TESTS)
+	rm -rf src/lastlayer/kernels/engines
+
+# The code that AMX tiles run, with the tiles in portable C++: on a processor without AMX, the tests of batches.
+test-tiles: .venv/installed
+	cmake -S . -B build/tiles -DLASTLAYER_PORTABLE_TILES=ON -DLASTLAYER_CHECKS=ON
+	cmake --build build/tiles --parallel
+	build/tiles/check_portable
+	cmake --install build/tiles --prefix src
+	LASTLAYER_MAX_CPU_ISA=portable $(BIN)/pytest tests/screening
 	rm -rf src/lastlayer/kernels/engines
 
 # The Arm build of the engine, its primitives run by an emulator: needs the compiler g++-aarch64-linux-gnu and qemu-user.

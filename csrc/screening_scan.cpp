@@ -2,12 +2,13 @@
 #include "integer_products.h"
 #include "parallel.h"
 #include "screening.h"
+#include "screening_tiles.h"
 #include "summaries.h"
 
 namespace lastlayer {
 namespace {
 
-constexpr int64_t TILE = 16 * BLOCK;  // classes that a thread takes at once
+constexpr int64_t SPAN = 16 * BLOCK;  // classes that a thread takes at once
 
 #if defined(__AVX512BW__)
 constexpr int TOGETHER = 4, GROUPS_ALONE = 4, GROUPS_TOGETHER = 2;  // as many as the registers hold
@@ -113,24 +114,44 @@ void integer_block(const Place& place, const std::vector<Vector>& vectors) {
     }
 }
 
-void float_tile(const Place& tile, const std::vector<Vector>& vectors) {
-    for (int64_t row = 0; row < tile.query.count; ++row) {
+// The same for all hidden states at once.
+void tiled_block(const Place& place, const std::vector<Vector>& vectors, const TiledHidden& hidden) {
+    const Screen& screen = place.screen;
+    const float *scale = screen.scale + place.first, *bias = screen.bias + place.first;
+    if (screen.preview == INT8_ROWS) {
+        int8_tiles(screen, place.first, hidden, [&](int64_t i, int64_t row, float total) {
+            if (i < place.count) place.scores(row)[i] = scale[i] * (vectors[row].step * total) + bias[i];
+        });
+        return;
+    }
+    int4_tiles(screen, place.first, hidden, [&](int64_t i, int64_t row, int32_t sum) {
+        const auto middle = static_cast<int32_t>(15 * vectors[row].sum);  // codes are 0 to 15
+        const auto number = static_cast<float>(2 * sum - middle);
+        if (i < place.count) place.scores(row)[i] = scale[i] * (vectors[row].step * number) + bias[i];
+    });
+}
+
+void float_span(const Place& span, const std::vector<Vector>& vectors) {
+    for (int64_t row = 0; row < span.query.count; ++row) {
         const Vector& vector = vectors[static_cast<size_t>(row)];
-        if (tile.screen.columns_type == BFLOAT16) float_block<bfloat16>(tile, vector, row);
-        else float_block<float>(tile, vector, row);
+        if (span.screen.columns_type == BFLOAT16) float_block<bfloat16>(span, vector, row);
+        else float_block<float>(span, vector, row);
     }
 }
 
 }  // namespace
 
 void scan(const Screen& screen, const Query& query, const Prepared& prepared, Summaries& summaries) {
-    parallel_for(screen.classes, query.grain(screen.classes, TILE), [&](int64_t begin, int64_t end) {
-        for (int64_t start = begin; start < end; start += TILE) {
-            const Place tile{screen, query, summaries, start, std::min(TILE, end - start)};
-            if (screen.preview == FLOAT_COLUMNS) float_tile(tile, prepared.vectors);
-            for (int64_t first = start; first < start + tile.count; first += BLOCK) {
-                const Place block{screen, query, summaries, first, std::min(BLOCK, start + tile.count - first)};
-                if (screen.preview != FLOAT_COLUMNS) integer_block(block, prepared.vectors);
+    const bool tiled = HAS_TILES && screen.preview != FLOAT_COLUMNS && query.count >= FEWEST_FOR_TILES;
+    const TiledHidden hidden(screen, tiled ? prepared.vectors : std::vector<Vector>{});
+    parallel_for(screen.classes, query.grain(screen.classes, SPAN), [&](int64_t begin, int64_t end) {
+        for (int64_t start = begin; start < end; start += SPAN) {
+            const Place span{screen, query, summaries, start, std::min(SPAN, end - start)};
+            if (screen.preview == FLOAT_COLUMNS) float_span(span, prepared.vectors);
+            for (int64_t first = start; first < start + span.count; first += BLOCK) {
+                const Place block{screen, query, summaries, first, std::min(BLOCK, start + span.count - first)};
+                if (tiled) tiled_block(block, prepared.vectors, hidden);
+                else if (screen.preview != FLOAT_COLUMNS) integer_block(block, prepared.vectors);
                 for (int64_t row = 0; row < query.count; ++row) block.summarise(row);
             }
         }

@@ -10,6 +10,7 @@
 #include "../integer_products.h"
 #include "../lookups.h"
 #include "../products.h"
+#include "../screening_tiles.h"
 #include "../vector_math.h"
 
 namespace {
@@ -48,7 +49,7 @@ void check_rows(int64_t width) {
     const int16_t* packed[HIDDEN];
     for (int h = 0; h < HIDDEN; ++h) packed[h] = hidden.rows[h].data();
     float totals[4 * HIDDEN];
-    multiply_rows<HIDDEN>(rows.data(), width, packed, totals);
+    multiply_rows<HIDDEN>(rows.data(), width, packed, totals, 4);
     for (int h = 0; h < HIDDEN; ++h)
         for (int r = 0; r < 4; ++r) {
             double exact = 0, sizes = 0;
@@ -58,6 +59,13 @@ void check_rows(int64_t width) {
             }
             expect(std::abs(totals[4 * h + r] - exact) <= 1e-6 * sizes, "multiply_rows", width);
         }
+}
+
+// Coordinate j of class i. A class has four bytes of a chunk: two 16-bit words, whose nibbles belong to coordinates in pairs.
+int code(const uint8_t* codes, int64_t chunks, int64_t i, int64_t j) {
+    const uint8_t* four = codes + ((i / GROUP) * chunks + j / CHUNK) * CHUNK_BYTES + i % GROUP * 4;
+    const int place = static_cast<int>(j % CHUNK), word = four[place % 2 * 2] | four[place % 2 * 2 + 1] << 8;
+    return word >> (4 * (place / 2)) & 15;
 }
 
 template <int GROUPS, int HIDDEN>
@@ -72,17 +80,53 @@ void check_codes(int64_t chunks) {
     for (int h = 0; h < HIDDEN; ++h)
         for (int64_t i = 0; i < GROUPS * GROUP; ++i) {
             int64_t exact = 0;
-            for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-                // A class has four bytes of a chunk: two 16-bit words, whose nibbles belong to coordinates in pairs.
-                const uint8_t* four = &codes[((i / GROUP) * chunks + chunk) * CHUNK_BYTES + i % GROUP * 4];
-                for (int place = 0; place < CHUNK; ++place) {
-                    const unsigned word = four[place % 2 * 2] | unsigned{four[place % 2 * 2 + 1]} << 8;
-                    exact += int64_t(word >> (4 * (place / 2)) & 15) * hidden.numbers[h][CHUNK * chunk + place];
-                }
-            }
+            for (int64_t j = 0; j < CHUNK * chunks; ++j)
+                exact += int64_t{code(codes.data(), chunks, i, j)} * hidden.numbers[h][j];
             expect(sums[h][i] == exact, "multiply_codes", i);
         }
 }
+
+#if !defined(__ARM_FEATURE_DOTPROD)  // where tiles run, hidden states are packed as whole numbers in order
+
+// `exact(i, n)`: the product of class i with the whole numbers n.
+template <class Number, class Product>
+void check_tiles(PreviewKind preview, int64_t width, int64_t count, const std::vector<Number>& rows, const Product& exact) {
+    Screen screen{};
+    screen.classes = BLOCK, screen.rows_width = width, screen.preview = preview, screen.rows = rows.data();
+    std::vector<Vector> vectors(static_cast<size_t>(count));
+    for (Vector& vector : vectors)
+        for (int64_t j = 0; j < width; ++j) vector.packed.push_back(static_cast<int16_t>(drawn(-8128, 8128)));
+    const TiledHidden hidden(screen, vectors);
+    int64_t found = 0;
+    const auto compare = [&](int64_t i, int64_t row, double total) {
+        const double sum = exact(i, vectors[row].packed);
+        expect(std::abs(total - sum) <= (preview == INT4_ROWS ? 0 : 2e-7 * 128 * 8128.0 * double(width)), "tiles", i);
+        ++found;
+    };
+    if (preview == INT4_ROWS) int4_tiles(screen, 0, hidden, compare);
+    else int8_tiles(screen, 0, hidden, compare);
+    expect(found == BLOCK * count, "tiles: all sums", found);
+}
+
+void check_tiles(int64_t width, int64_t count) {
+    std::vector<int8_t> rows(BLOCK * width);
+    for (int8_t& number : rows) number = static_cast<int8_t>(drawn(-127, 127));
+    if (width % STEP == 0)
+        check_tiles(INT8_ROWS, width, count, rows, [&](int64_t i, const std::vector<int16_t>& n) {
+            int64_t sum = 0;
+            for (int64_t j = 0; j < width; ++j) sum += int64_t{rows[i * width + j]} * n[j];
+            return static_cast<double>(sum);
+        });
+    std::vector<uint8_t> codes(BLOCK * width / 2);
+    for (uint8_t& byte : codes) byte = static_cast<uint8_t>(drawn(0, 255));
+    check_tiles(INT4_ROWS, width, count, codes, [&](int64_t i, const std::vector<int16_t>& n) {
+        int64_t sum = 0;
+        for (int64_t j = 0; j < width; ++j) sum += int64_t{code(codes.data(), width / CHUNK, i, j)} * n[j];
+        return static_cast<double>(sum);
+    });
+}
+
+#endif
 
 void check_exponential() {
     for (double x = -86; x < 88; x += 1e-3) {
@@ -154,6 +198,13 @@ int main() {
         check_codes<2, 1>(chunks);
         check_codes<1, 4>(chunks);
     }
+#if !defined(__ARM_FEATURE_DOTPROD)
+    for (const int64_t count : {1, 16, 21}) {
+        check_tiles(64, count);
+        check_tiles(72, count);
+        check_tiles(640, count);
+    }
+#endif
     check_exponential();
     check_stream();
     for (const int64_t count : {1, 15, 16, 47, 1024}) {

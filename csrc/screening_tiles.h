@@ -1,0 +1,106 @@
+// The scores of a block of classes for a batch of hidden states, by tiles: what screening_scan.cpp does by vectors.
+//
+// The stored rows are those that vectors multiply. Rows of 8 bits are left tiles as they lie, hidden states right ones.
+// Codes of 4 bits lie as right tiles do once the nibbles are separated, so there hidden states are left tiles.
+#pragma once
+
+#include <vector>
+
+#include "integer_products.h"
+#include "screening.h"
+#include "tile_products.h"
+
+namespace lastlayer {
+
+// From so many hidden states on; below, most of a tile would be padding.
+constexpr int64_t FEWEST_FOR_TILES = 8;
+
+// Hidden states by sixteens as tiles: all high bytes of a group, then all low ones; zeros where states are lacking.
+class TiledHidden {
+   public:
+    TiledHidden(const Screen& screen, const std::vector<Vector>& vectors)
+        : count(static_cast<int64_t>(vectors.size())), steps((screen.rows_width + STEP - 1) / STEP),
+          bytes(static_cast<size_t>((count + SIDE - 1) / SIDE * 2 * steps * TILE_BYTES)) {
+        for (int64_t row = 0; row < count; ++row) {
+            int8_t* high = part(row / SIDE, 0);
+            int8_t* low = part(row / SIDE, 1);
+            for (int64_t j = 0; j < screen.rows_width; ++j) {
+                const bool codes = screen.preview == INT4_ROWS;
+                const int64_t coordinate = codes ? j / CHUNK * CHUNK + NIBBLE_ORDER[j % CHUNK] : j;
+                const int64_t place = codes ? row % SIDE * steps * STEP + j : j / 4 * 64 + row % SIDE * 4 + j % 4;
+                const int16_t n = vectors[static_cast<size_t>(row)].packed[static_cast<size_t>(coordinate)];
+                high[place] = high_byte(n);
+                low[place] = low_byte(n);
+            }
+        }
+    }
+
+    int64_t num_groups() const { return (count + SIDE - 1) / SIDE; }
+    const int8_t* part(int64_t group, int64_t low) const { return bytes.data() + (2 * group + low) * steps * TILE_BYTES; }
+    int8_t* part(int64_t group, int64_t low) { return bytes.data() + (2 * group + low) * steps * TILE_BYTES; }
+
+    int64_t count, steps;
+
+   private:
+    std::vector<int8_t> bytes;
+};
+
+// Codes of one group of classes, a byte each, as right tiles. Bytes past the last chunk are left as they are.
+inline void separate_nibbles(const uint8_t* codes, int64_t chunks, int8_t* tiles) {
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const uint8_t* from = codes + chunk * CHUNK_BYTES;
+        int8_t* low = tiles + 2 * chunk * CHUNK_BYTES;
+        int8_t* high = low + CHUNK_BYTES;
+        for (int64_t i = 0; i < CHUNK_BYTES; ++i) {
+            low[i] = static_cast<int8_t>(from[i] & 15);
+            high[i] = static_cast<int8_t>(from[i] >> 4);
+        }
+    }
+}
+
+// totals(class, row of `query`, sum): a class of the block that starts at `first`, padded ones included.
+template <class Totals>
+void int8_tiles(const Screen& screen, int64_t first, const TiledHidden& hidden, const Totals& totals) {
+    const int8_t* rows = static_cast<const int8_t*>(screen.rows) + first * screen.rows_width;
+    const Tiles tiles;
+    TileSums sums;
+    for (int64_t start = 0; start < BLOCK; start += 2 * SIDE) {
+        const int8_t* left = rows + start * screen.rows_width;
+        for (int64_t group = 0; group < hidden.num_groups(); ++group) {
+            tiles.multiply({{left, left + SIDE * screen.rows_width}, screen.rows_width,
+                            {hidden.part(group, 0), hidden.part(group, 1)}, hidden.steps}, sums);
+            const int64_t states = std::min(SIDE, hidden.count - group * SIDE);
+            for (int64_t h = 0; h < states; ++h)
+                for (int64_t i = 0; i < 2 * SIDE; ++i) {
+                    const auto& of_class = sums[i / SIDE];
+                    totals(start + i, group * SIDE + h,
+                           128.0f * static_cast<float>(of_class[0][i % SIDE][h]) + static_cast<float>(of_class[1][i % SIDE][h]));
+                }
+        }
+    }
+}
+
+template <class Totals>
+void int4_tiles(const Screen& screen, int64_t first, const TiledHidden& hidden, const Totals& totals) {
+    const int64_t chunks = screen.rows_width / CHUNK, group_bytes = hidden.steps * TILE_BYTES;
+    const uint8_t* codes = static_cast<const uint8_t*>(screen.rows) + first / GROUP * chunks * CHUNK_BYTES;
+    std::vector<int8_t> separated(static_cast<size_t>(2 * group_bytes));
+    const Tiles tiles;
+    TileSums sums;
+    for (int64_t start = 0; start < BLOCK; start += 2 * GROUP) {
+        const int8_t* right = separated.data();
+        for (int64_t pair = 0; pair < 2; ++pair)
+            separate_nibbles(codes + (start / GROUP + pair) * chunks * CHUNK_BYTES, chunks, separated.data() + pair * group_bytes);
+        for (int64_t group = 0; group < hidden.num_groups(); ++group) {
+            tiles.multiply({{hidden.part(group, 0), hidden.part(group, 1)}, hidden.steps * STEP,
+                            {right, right + group_bytes}, hidden.steps}, sums);
+            const int64_t states = std::min(SIDE, hidden.count - group * SIDE);
+            for (int64_t h = 0; h < states; ++h)
+                for (int64_t i = 0; i < 2 * GROUP; ++i)
+                    totals(start + i, group * SIDE + h,
+                           128 * sums[0][i / GROUP][h][i % GROUP] + sums[1][i / GROUP][h][i % GROUP]);
+        }
+    }
+}
+
+}  // namespace lastlayer
