@@ -1,4 +1,4 @@
-"""Tests see themselves, and run small matrices on one thread."""
+"""Test modules can import each other, and small matrices run on one thread."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The instruction sets to run a kernel's tests under: every one that the engine has, or a skip that names it."""
+"""The fixture that runs a kernel's tests on every instruction set; absent ones are skipped by name."""
 
 import pytest
 

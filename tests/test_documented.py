@@ -1,4 +1,4 @@
-"""No public name without a docstring, and no page that names what does not exist."""
+"""No public name without a docstring, and no page names what does not exist."""
 
 import inspect
 import pydoc

@@ -1,4 +1,4 @@
-"""The recommender and the classifier in `examples/` run as a user would run them, on small data of their own."""
+"""The recommender and the classifier in `examples/` run as a user would run them, on small data."""
 
 import lzma
 import random

@@ -1,4 +1,4 @@
-"""Every example that a user can read runs: docstrings of all modules, and the Python blocks of the pages."""
+"""Every published example runs: docstrings of all modules, and the Python blocks of the pages."""
 
 import doctest
 import importlib

@@ -1,4 +1,4 @@
-"""The suite itself: a right layer passes every law, and each way of being wrong breaks one."""
+"""The law suite itself: a correct layer passes every law, and each kind of fault breaks one."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every law for every layer: a layer added to the table in `law_table.py` inherits them all."""
+"""Every law for every layer: a layer in the table of `law_table.py` inherits them all."""
 
 import pytest
 

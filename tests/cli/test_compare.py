@@ -1,4 +1,4 @@
-"""`lastlayer compare` from end to end on a tiny text, and every way in which it can be asked wrongly."""
+"""`lastlayer compare` from end to end on a tiny text, and every kind of bad usage."""
 
 import json
 import re

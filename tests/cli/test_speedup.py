@@ -1,4 +1,4 @@
-"""`lastlayer speedup`: every kind of model, what it writes, and bad input that leaves things alone."""
+"""`lastlayer speedup`: every kind of model, what it writes, and bad input that changes nothing."""
 
 import json
 import pickle

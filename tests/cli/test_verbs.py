@@ -1,4 +1,4 @@
-"""What every verb shares: common options, exit codes, one line of error and no traceback."""
+"""What every command shares: common options, exit codes, one line of error and no traceback."""
 
 import json
 import os

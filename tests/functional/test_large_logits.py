@@ -1,4 +1,4 @@
-"""Logits that share a large number: every path says what PyTorch says of the same logits without it.
+"""Logits that share a large number: every path equals PyTorch on the same logits without it.
 
 The logits are multiples of 1/4 around 2^20, which float32 holds exactly, so that what is lost is lost afterwards.
 """

@@ -1,4 +1,4 @@
-"""`linear_cross_entropy` is `F.cross_entropy` of a linear layer: values, gradients, dtypes, refusals."""
+"""`linear_cross_entropy` is `F.cross_entropy` of a linear layer: values, gradients, dtypes, errors."""
 
 import itertools
 

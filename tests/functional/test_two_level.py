@@ -1,4 +1,4 @@
-"""Two levels by compiled loops, by PyTorch's operations, by both: all agree, on every instruction set."""
+"""Two levels by compiled loops and by PyTorch's operations agree, on every instruction set."""
 
 import pytest
 import torch

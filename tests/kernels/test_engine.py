@@ -1,4 +1,4 @@
-"""The choice of an instruction set, what it says, and what serves where there is none."""
+"""The choice of an instruction set, what `show_config` reports, and the plain code where there is no engine."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The compiled pass and step of `FactoredOutput` are their plain twins, under every instruction set."""
+"""The compiled pass and step of `FactoredOutput` equal their plain twins, under every instruction set."""
 
 import dataclasses
 

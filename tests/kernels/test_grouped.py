@@ -1,4 +1,4 @@
-"""Many small softmaxes: a gradient larger than the caches is written past them, to the same numbers; threads."""
+"""Many small softmaxes: non-temporal stores of a large gradient give the same numbers; threads."""
 
 from concurrent.futures import ThreadPoolExecutor
 

@@ -1,4 +1,4 @@
-"""Loops shared among PyTorch's threads: every chunk once, whatever the threads do."""
+"""Loops shared among PyTorch's threads: every chunk runs once, however the threads are scheduled."""
 
 import threading
 

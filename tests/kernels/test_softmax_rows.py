@@ -1,4 +1,4 @@
-"""The compiled rows kernel is its plain twin, on every instruction set: loss and gradient, hostile rows."""
+"""The compiled rows kernel equals its plain twin on every instruction set: loss, gradient, hostile rows."""
 
 import pytest
 import torch

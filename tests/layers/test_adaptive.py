@@ -1,4 +1,4 @@
-"""What is the adaptive layer's own: PyTorch's weights, permuted classes, untouched clusters, cut-offs."""
+"""What is specific to `AdaptiveSoftmax`: PyTorch's weights, permuted classes, untouched clusters, cut-offs."""
 
 import pytest
 import torch

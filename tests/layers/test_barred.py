@@ -1,4 +1,4 @@
-"""Classes with a bias of -inf where compiled kernels compute: in float32, and of so many that whole blocks are."""
+"""Classes with a bias of -inf where compiled kernels compute: in float32, and with whole blocks barred."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Gradients of softmaxes and mixtures under every map where a map is awkward: knots, beyond the bound, flat."""
+"""Gradients of softmaxes and mixtures under every logit map at irregular points: knots, beyond the bound, flat parts."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""FactoredOutput over many steps against plain SGD in float64: the error stays that of rounding, whatever is fed.
+"""FactoredOutput over many steps against plain SGD in float64: the error stays that of rounding, for any input.
 
 Hidden states that do not span the space are the hard ones: an error of the weight outside their span is never seen
 by the loss.

@@ -1,4 +1,4 @@
-"""FactoredOutput at its limits: near-singular steps, long runs, hostile sizes, and every misuse refused."""
+"""FactoredOutput at its limits: near-singular steps, long runs, hostile sizes."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""FactoredOutput in the wrong hands: every misuse is a clear error, or changes nothing."""
+"""Misuse of FactoredOutput is a clear error, or changes nothing."""
 
 import copy
 import math

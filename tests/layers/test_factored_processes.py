@@ -1,4 +1,4 @@
-"""FactoredOutput trained by several processes, each of which has a part of every batch."""
+"""FactoredOutput trained by several processes, each with a part of every batch."""
 
 import os
 import warnings

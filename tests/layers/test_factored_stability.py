@@ -1,4 +1,4 @@
-"""The repairs of a FactoredOutput's state: each leaves the weight alone, and together they keep training exact."""
+"""The repairs of a FactoredOutput's state: none changes the weight, and together they keep training exact."""
 
 import math
 

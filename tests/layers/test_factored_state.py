@@ -1,4 +1,4 @@
-"""The state of a FactoredOutput: what leaves it alone, other dtypes, state dicts, and who else reads it."""
+"""The state of a FactoredOutput: what does not change it, other dtypes, state dicts, and other readers."""
 
 import pytest
 import torch

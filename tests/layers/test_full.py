@@ -1,4 +1,4 @@
-"""What is `FullSoftmax`'s own: tying, loading, its memory, its maps."""
+"""What is specific to `FullSoftmax`: tying, loading, its memory, its maps."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""FSDP2 trains every layer as it is trained without: `fully_shard` in a group of one process."""
+"""`fully_shard` (FSDP2) in a group of one process trains every layer as the same code does without it."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What is the hierarchical layer's own: clusters of any sizes, sparse gradients, the exact search."""
+"""What is specific to `HierarchicalSoftmax`: clusters of any sizes, sparse gradients, the exact search."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What is the mixture's own: one component, rank, memory, dropout, ties, the compiled kernel."""
+"""What is specific to `MixtureOfSoftmaxes`: one component, rank, memory, dropout, ties, the compiled kernel."""
 
 import pytest
 import torch

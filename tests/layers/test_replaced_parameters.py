@@ -1,4 +1,4 @@
-"""A parameter that was replaced: by one of equal shape it serves, by another it is refused by name."""
+"""A replaced parameter: one of equal shape is used, one of another shape is an error that names it."""
 
 import pytest
 import torch

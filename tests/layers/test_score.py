@@ -1,4 +1,4 @@
-"""Log-probabilities of given candidates: sparse gradients, the work, what a large common logit does."""
+"""Log-probabilities of given candidates: sparse gradients, bounded work, large common logits."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Law H1: with Theano's parameters the layer gives what a plain transcription of `h_softmax` gives."""
+"""Law H1: with Theano's parameters the layer equals a plain transcription of `h_softmax`."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What is the tree layer's own: Huffman's tree, its lengths, other trees, paths computed in two ways."""
+"""What is specific to `TreeSoftmax`: Huffman's tree, its lengths, other trees, paths computed in two ways."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What the tests of Apple's cut-cross-entropy and of Liger's fused linear cross-entropy check, asked of ours.
+"""What the tests of Apple's cut-cross-entropy and of Liger's fused linear cross-entropy check, applied to ours.
 
 Both compare with the plain loss in float32 and allow a low precision no more error than PyTorch's own has in it,
 over sizes that are no multiple of anything, ignored rows, a soft cap, biases, next-token shifts and accumulation.

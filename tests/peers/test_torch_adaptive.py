@@ -1,4 +1,4 @@
-"""What PyTorch's own tests check of `nn.AdaptiveLogSoftmaxWithLoss`, asked of `AdaptiveSoftmax`."""
+"""What PyTorch's own tests check of `nn.AdaptiveLogSoftmaxWithLoss`, applied to `AdaptiveSoftmax`."""
 
 import pytest
 import torch

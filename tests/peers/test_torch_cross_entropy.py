@@ -1,4 +1,4 @@
-"""What PyTorch's own tests check of its cross-entropies, asked of `linear_cross_entropy`."""
+"""What PyTorch's own tests check of its cross-entropies, applied to `linear_cross_entropy`."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The study of large sparse targets, at sizes of a test: every part runs and says what it should."""
+"""The study of large sparse targets, at small sizes: every part runs and reports what it should."""
 
 import json
 

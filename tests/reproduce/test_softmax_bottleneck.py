@@ -1,4 +1,4 @@
-"""`reproduce softmax-bottleneck` at a size of seconds: its three parts, resuming, bad usage."""
+"""`reproduce softmax-bottleneck` at small sizes: its three parts, resuming, bad usage."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Screens under test answer by themselves: layers this small would be left to the full layer."""
+"""Screens under test compute their results themselves: for layers this small the plan would use the full layer."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A preview of a user's own: the logits rounded to tenths, and a number of which one score may be made."""
+"""A user-defined preview: the logits rounded to tenths; one of its scores can be set to any number."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What holds for every preview with a proof: exact answers, nothing at all in weight or state, gradients."""
+"""What holds for every preview with a proof: exact results, an all-zero weight or state, gradients."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""choose_screen: what it tries, what it measures, and which it takes."""
+"""choose_screen: what it tries, what it measures, and what it chooses."""
 
 import pytest
 import torch

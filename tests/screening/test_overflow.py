@@ -1,4 +1,4 @@
-"""Numbers that float32 does not hold: the full layer's answer, uncertified where it is not finite."""
+"""Numbers that overflow float32: the full layer's result, uncertified where it is not finite."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which of screen and full layer answers: the plan, a user's choice, and rows that the screen cannot settle."""
+"""Whether screen or full layer runs: the plan, a user's choice, rows that the screen cannot certify."""
 
 import time
 import warnings

@@ -1,4 +1,4 @@
-"""One row at a time, the most frequent query, and what may surprise it: other layouts, changed layers, threads."""
+"""Queries of one row, the most frequent kind: other memory layouts, changed layers, threads."""
 
 from concurrent.futures import ThreadPoolExecutor
 

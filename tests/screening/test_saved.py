@@ -1,4 +1,4 @@
-"""Screens on disk: the same answers after a round trip, and every bad file refused."""
+"""Screens on disk: the same results after a round trip, and an error for every bad file."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Files are whole or not there: a failure or a Ctrl-C while one is written leaves what was there before."""
+"""Files are written whole or not at all: a failure or Ctrl-C keeps the previous file."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""Models that cap, scale or shift what their head gives: a swapped head, and the head as a layer, say the same."""
+"""Models that cap, scale or shift the output of their head: replaced head and layer give the same."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A sampler whose sets are known beforehand, for losses to be computed by hand."""
+"""A sampler with fixed samples, so that losses can be computed by hand."""
 
 import torch
 

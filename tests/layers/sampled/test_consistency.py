@@ -1,4 +1,4 @@
-"""What the losses tend to: the full softmax's gradient, or a minimum at the truth."""
+"""The limits of the losses: the full softmax's gradient, or a minimum at the truth."""
 
 import itertools
 

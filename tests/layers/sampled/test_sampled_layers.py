@@ -1,4 +1,4 @@
-"""Sampled layers in use: training, sparse gradients, autocast, compiling, samplers that follow, bad input."""
+"""Sampled layers: training, sparse gradients, autocast, compilation, adaptive samplers, bad input."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""Uniform, LogUniform and Unigram: what they draw, what they say they draw, with and without replacement."""
+"""Uniform, LogUniform and Unigram: draws against stated expected counts, with and without replacement."""
 
 import copy
 import math

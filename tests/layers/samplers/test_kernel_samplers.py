@@ -1,4 +1,4 @@
-"""QuadraticKernel and RandomFourier: the walk down the tree draws from what it says, and that is the kernel."""
+"""QuadraticKernel and RandomFourier: draws follow the stated distribution, which is the kernel's."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""What layers cost: each figure is of the layer it names, and measuring changes nothing."""
+"""What layers cost: each figure belongs to the layer that it names, and measuring changes nothing."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The stopwatch: every peer is called as often as asked, and memory peaks are seen."""
+"""Timing: every peer is called the stated number of times, and memory peaks are measured."""
 
 import json
 

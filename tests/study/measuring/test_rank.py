@@ -1,4 +1,4 @@
-"""`rank` knows the ranks that are known: linear softmaxes, matrices with given singular values."""
+"""`rank` finds ranks that are known beforehand: linear softmaxes, matrices with given singular values."""
 
 import pytest
 import torch

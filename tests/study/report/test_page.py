@@ -1,4 +1,4 @@
-"""Charts, bars and figures: readable at any range; the page says what was measured and which layer is best."""
+"""Charts, bars and figures: readable at any range; the page states what was measured and which layer is best."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The announced time is the sum of what will be done, each part at the pace it was rehearsed."""
+"""The forecast of a run is the sum of its parts, each at its measured rate."""
 
 from collections import Counter
 

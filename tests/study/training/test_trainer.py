@@ -1,4 +1,4 @@
-"""Training learns, stops on its budget, survives being killed, and never replaces what is good by what is not."""
+"""Training learns, stops on its budget, resumes when killed, and never replaces a good checkpoint by a bad one."""
 
 import math
 
