@@ -1,4 +1,4 @@
-"""Gradients of softmaxes and mixtures under every logit map at irregular points: knots, beyond the bound, flat parts."""
+"""Gradients of softmaxes and mixtures under every logit map at irregular points: knots, beyond the bound, flat"""
 
 import pytest
 import torch
