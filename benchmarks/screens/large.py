@@ -15,7 +15,7 @@ from screens.common import (
     svd_screen,
 )
 
-CLASSES, WIDTH, CALIBRATION, HELD_OUT = 800_000, 512, 12_288, 2_048
+CLASSES, WIDTH, CALIBRATION, HELD_OUT = 800_000, 512, 12_288, 1_024
 EXPONENTS = -0.2, -0.6  # how the weight's and the hidden states' directions decay
 MEAN, PULL, LOGITS = 1.0, 0.3, 3.4  # of the common direction, towards the wanted row, of the logits' spread
 SETTINGS = ((32, 8192, "bfloat16"), (64, 4096, "int8"), (128, 4096, "int8"))
