@@ -7,6 +7,7 @@ from lastlayer import (
     PLIF,
     AdaptiveSoftmax,
     BlackOut,
+    Entmax,
     FactoredOutput,
     FullSoftmax,
     HierarchicalSoftmax,
@@ -18,8 +19,10 @@ from lastlayer import (
     SampledSoftmax,
     Sigsoftmax,
     SoftCap,
+    Sparsemax,
     SphericalSoftmax,
     TaylorSoftmax,
+    TopKSoftmax,
     TreeSoftmax,
     Uniform,
     Unigram,
@@ -27,6 +30,8 @@ from lastlayer import (
 from lastlayer.testing import LayerCase
 from oracles import (
     adaptive_softmax,
+    entmax,
+    entmax_loss,
     factored_softmax,
     full_softmax,
     full_softmax_loss,
@@ -52,6 +57,24 @@ def mixture(name, *sizes, logit_map=lambda: None, **options):
         return MixtureOfSoftmaxes(*sizes, logit_map=logit_map(), **options, **kwargs)
 
     return LayerCase(f"mixture-{name}", make=make, oracle=mixture_of_softmaxes)
+
+
+def near_zero(layer):
+    """Parameters so small that no class of a row has probability 0, where -inf would have no differences."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_((0.02 * noise).to(parameter))
+
+
+def entmax_case(name, normalizer):
+    """A row for `FullSoftmax` with an `Entmax`, whose zeros have tests of their own."""
+
+    def make(**kwargs):
+        return FullSoftmax(4, 7, normalizer=normalizer(), **kwargs)
+
+    return LayerCase(f"full-{name}", make=make, oracle=entmax, loss_oracle=entmax_loss, spread=near_zero)
 
 
 def tied(**kwargs):
@@ -154,6 +177,9 @@ CASES: list[LayerCase] = [
     full("sigsoftmax", 4, 13, logit_map=lambda: Sigsoftmax()),
     full("plif", 3, 11, logit_map=lambda: PLIF(7, 2.0, init_std=1.0)),
     full("monotone-network", 3, 11, logit_map=lambda: MonotoneNetwork(4)),
+    entmax_case("sparsemax", lambda: Sparsemax()),
+    entmax_case("entmax", lambda: Entmax(1.5)),
+    full("top-k", 4, 9, normalizer=TopKSoftmax(9)),  # of all classes: where some are left out is tested elsewhere
     mixture("plain", 5, 13, 3),
     mixture("one-component", 4, 9, 1, latent_features=3),
     mixture("context-free", 3, 11, 4, context_prior=False, bias=False, latent_features=5),

@@ -114,3 +114,32 @@ def mixture_of_softmaxes(layer, hidden):
     if layer.logit_map is not None:
         logits = layer.logit_map(logits)
     return (prior.log_softmax(-1)[..., None] + logits.log_softmax(-1)).logsumexp(1)
+
+
+def entmax(layer, hidden):
+    """`log p` of sparsemax (alpha 2) or 1.5-entmax: tau of the k largest, with the most k above it."""
+    logits = accurate(F.linear(hidden, layer.weight, layer.bias))
+    scores = (layer.normalizer.alpha - 1) * (logits - logits.detach().amax(-1, keepdim=True))
+    ordered = scores.sort(-1, descending=True).values
+    count = torch.arange(1, layer.num_classes + 1, dtype=scores.dtype)
+    mean = ordered.cumsum(-1) / count
+    if layer.normalizer.alpha == 2.0:
+        taus = mean - 1 / count
+    else:
+        first = torch.ones(layer.num_classes, layer.num_classes).tril()  # of each k the largest k
+        spread = ((ordered[:, None] - mean[..., None]).square() * first).sum(-1)
+        taus = mean - ((1 - spread) / count).clamp(min=1e-30).sqrt()
+    size = (ordered > taus).long().cumprod(-1).sum(-1, keepdim=True)
+    prob = (scores - taus.gather(-1, size - 1)).clamp(min=0) ** (1 / (layer.normalizer.alpha - 1))
+    return torch.where(prob > 0, prob, 1.0).log().masked_fill(prob == 0, -torch.inf)
+
+
+def entmax_loss(layer, hidden, targets):
+    """The Fenchel-Young loss: `p . z - z_y + (1 - sum(p ** alpha)) / (alpha (alpha - 1))`."""
+    alpha, kept = layer.normalizer.alpha, targets != layer.ignore_index
+    logits, prob = F.linear(hidden, layer.weight, layer.bias), entmax(layer, hidden).exp()
+    logits = logits - logits.detach().amax(-1, keepdim=True)
+    own = logits.gather(-1, targets.masked_fill(~kept, 0)[:, None])[:, 0]
+    rows = (prob * logits).sum(-1) - own + (1 - (prob**alpha).sum(-1)) / (alpha * (alpha - 1))
+    rows = rows.masked_fill(~kept, 0)
+    return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / kept.sum()}[layer.reduction]

@@ -4,6 +4,7 @@ reading every weight."""
 from lastlayer import functional, metrics
 from lastlayer.functional import clusters
 from lastlayer.functional.logit_map import LogitMap
+from lastlayer.functional.normalizers import Entmax, Normalizer, Sparsemax, TopKSoftmax
 from lastlayer.functional.results import ScoreTopK, ScreenedTopK, TopK
 from lastlayer.functional.spherical import SphericalSoftmax, SquaredError, TaylorSoftmax, ZLoss
 from lastlayer.kernels.config import show_config
@@ -65,6 +66,10 @@ __all__ = [
     "Mixed",
     "QuadraticKernel",
     "RandomFourier",
+    "Normalizer",
+    "Entmax",
+    "Sparsemax",
+    "TopKSoftmax",
     "LogitMap",
     "SoftCap",
     "Sigsoftmax",
