@@ -123,6 +123,13 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         check_vector("bias", bias, len(weight))
 
 
+def check_above_zero(name: str, value: float) -> float:
+    """`value`, or a ValueError unless it is finite and above 0."""
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    return value
+
+
 def check_not_negative(name: str, value: float) -> float:
     """`value`, or a ValueError unless it is finite and at least 0."""
     if not 0.0 <= value < float("inf"):

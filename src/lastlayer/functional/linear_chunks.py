@@ -62,6 +62,7 @@ class LinearChunks:
         dtype: torch.dtype,  # of the matrix products
         *,
         group: int = 1,  # rows that stay together; chunks are then no larger than those of N / group rows
+        buffers: int = 1,  # of as many rows and classes, used together: they share the bytes of a chunk
     ) -> None:
         self.leaves = (hidden, weight, bias)
         self.exact = exact_dtype(dtype)
@@ -70,7 +71,7 @@ class LinearChunks:
         self.bias = None if bias is None else bias.detach().to(self.exact)
         self.map_pass = None if logit_map is None else logit_map.begin()
         self.barred = None if logit_map is None else barred_classes(bias)  # that the map must not see
-        row_bytes = len(weight) * dtype.itemsize
+        row_bytes = len(weight) * dtype.itemsize * buffers
         most = len(hidden) if group == 1 else 3 * len(hidden) // (4 * group)
         self.chunk_rows = max(group, min(CHUNK_BYTES // row_bytes, most) // group * group)
         numbers = PART_NUMBERS if hidden.device.type == "cpu" else PART_NUMBERS_GPU

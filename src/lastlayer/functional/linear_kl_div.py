@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lastlayer.functional.checks import REDUCTIONS, check_choice, check_linear
+from lastlayer.functional.checks import REDUCTIONS, check_above_zero, check_choice, check_linear
 from lastlayer.functional.linear_cross_entropy import loss_of, row_terms
 from lastlayer.functional.precision import product_dtype
 from lastlayer.functional.soft_targets import TeacherRows, all_classes
@@ -53,8 +53,7 @@ def linear_kl_div(
             f"teacher_hidden and teacher_weight must have the rows {tuple(shape)} and the {len(weight)} classes "
             f"of the student, got shapes {tuple(teacher_hidden.shape)} and {tuple(teacher_weight.shape)}"
         )
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be positive and finite, got {temperature!r}")
+    check_above_zero("temperature", temperature)
     dtype = product_dtype(hidden)
     rows = hidden.reshape(-1, hidden.shape[-1]) / temperature
     teacher_rows = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])

@@ -1,29 +1,30 @@
-"""Log-probability, normaliser, entropy and top-k of a linear layer's softmax without its `(N, V)` logits."""
+"""Log-probabilities, normaliser, entropy, divergence and top-k of a linear softmax without its `(N, V)` logits."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lastlayer.functional.checks import check_count, check_linear, check_targets, eager_on_cpu
-from lastlayer.functional.linear_chunks import Gradients, LinearChunks, Wanted
-from lastlayer.functional.linear_twin import linear_logits, log_normalizer
-from lastlayer.functional.logit_map import LogitMap, bound, check_logit_map
-from lastlayer.functional.ordinary import ordinary
-from lastlayer.functional.precision import no_autocast, product_dtype
+from lastlayer.functional.checks import check_above_zero, check_count, check_linear, check_targets, eager_on_cpu
+from lastlayer.functional.logit_map import LogitMap, check_logit_map
+from lastlayer.functional.precision import product_dtype
+from lastlayer.functional.reference_head import ReferenceHead, check_reference
 from lastlayer.functional.results import TopK
-from lastlayer.functional.second_order import gradients
-from lastlayer.functional.selection import Selection
+from lastlayer.functional.selection import Selection, check_candidates
+from lastlayer.functional.statistics_pass import RowStatistics, StatisticsSettings, row_statistics
 
 
 class LinearStatistics(NamedTuple):
     """The result of `linear_statistics`, in float32 at least."""
 
     target_log_prob: Tensor | None  # (...)
-    log_normalizer: Tensor  # (...), the log-sum-exp of the mapped logits
+    log_normalizer: Tensor  # (...), the log-sum-exp of the mapped logits divided by the temperature
     entropy: Tensor  # (...), in nats
     topk: TopK | None  # (..., k) each
+    ids_log_prob: Tensor | None = None  # (..., C)
+    kl: Tensor | None = None  # (...), KL(this || reference) in nats
+    reference_target_log_prob: Tensor | None = None  # (...), no gradient
+    reference_ids_log_prob: Tensor | None = None  # (..., C), no gradient
 
 
 def linear_statistics(
@@ -33,11 +34,14 @@ def linear_statistics(
     *,
     bias: Tensor | None = None,  # (V,)
     logit_map: LogitMap | None = None,
+    temperature: float = 1.0,
+    ids: Tensor | None = None,  # (..., C)
+    reference: ReferenceHead | tuple[Tensor, ...] | None = None,
     k: int | None = None,
     selection: Selection | None = None,
     ignore_index: int = -100,
 ) -> LinearStatistics:
-    """Statistics for trainers of `logits = logit_map(hidden @ weight.T + bias)`, without `(N, V)` memory.
+    """Statistics of `logits = logit_map(hidden @ weight.T + bias) / temperature` without `(N, V)` memory.
 
     Equals, in one pass over chunks of rows,
 
@@ -46,72 +50,132 @@ def linear_statistics(
         log_normalizer = logits.logsumexp(-1)
         entropy = -(log_prob.exp() * log_prob).sum(-1)
         topk = log_prob.topk(k)                              # None without k; ordered by the raw logits
+        ids_log_prob = log_prob.gather(-1, ids)              # None without ids
 
-    All four are differentiable, for hidden, weight, bias and the map's parameters; the backward pass recomputes
-    the chunks. Cost: one matrix product of `2 N V d` operations forward and three backward; memory one chunk of
-    logits. For the loss alone `linear_cross_entropy` is cheaper by one product.
+    and, for `reference_log_prob` of the reference's own logits, divided by the same temperature,
 
-    `selection` says which classes `topk` may return; the index is -1 and the log-probability -inf where fewer than
-    k are left. `FullSoftmax.topk` builds it from its `exclude` and `allowed`.
+        kl = (log_prob.exp() * (log_prob - reference_log_prob)).sum(-1)
+        reference_target_log_prob, reference_ids_log_prob    # gathered in the same way
 
-    A row whose target is `ignore_index` is absent: all four are 0 there (the indices of `topk` -1), carry no
+    All but the reference's are differentiable, for hidden, weight, bias and the map's parameters; the backward
+    pass recomputes the chunks. Cost: one matrix product of `2 N V d` operations forward and three backward; of a
+    reference one more forward, and one backward where `kl` is used. Memory: one chunk of logits. For the loss
+    alone `linear_cross_entropy` is cheaper by one product.
+
+    Args:
+        ids: any C classes of each row, padded with `ignore_index`, where the result is 0.
+        reference: `(hidden, weight)`, `(hidden, weight, bias)` or `(hidden, weight, bias, logit_map)` of another
+            linear layer over the same V classes and of any width, or a `ReferenceHead`. It gets no gradient.
+            Without a logit map of its own it has none, whatever `logit_map` is.
+        selection: which classes `topk` may return; the index is -1 and the log-probability -inf where fewer than
+            k are left. `FullSoftmax.topk` builds it from its `exclude` and `allowed`.
+
+    A row whose target is `ignore_index` is absent: all results are 0 there (the indices of `topk` -1), carry no
     gradient, and on a CPU cost nothing. Without targets every row counts.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape or range.
-        IndexError: a target that is no class (on a GPU: a device-side assertion).
+        IndexError: a target or id that is no class (on a GPU: a device-side assertion).
 
     >>> import torch
     >>> hidden, weight = torch.randn(2, 3, 8), torch.randn(1000, 8)
-    >>> result = linear_statistics(hidden, weight, torch.randint(1000, (2, 3)), k=5)
+    >>> old_hidden, old_weight = torch.randn(2, 3, 16), torch.randn(1000, 16)
+    >>> targets, candidates = torch.randint(1000, (2, 3)), torch.randint(1000, (2, 3, 4))
+    >>> result = linear_statistics(
+    ...     hidden, weight, targets, temperature=0.7, ids=candidates, reference=(old_hidden, old_weight), k=5
+    ... )
     >>> result.target_log_prob.shape, result.entropy.shape, result.topk.indices.shape
     (torch.Size([2, 3]), torch.Size([2, 3]), torch.Size([2, 3, 5]))
+    >>> result.ids_log_prob.shape, result.kl.shape, result.reference_target_log_prob.shape
+    (torch.Size([2, 3, 4]), torch.Size([2, 3]), torch.Size([2, 3]))
     """
     check_linear(hidden, weight, bias)
     check_logit_map(logit_map)
-    shape, rows = hidden.shape[:-1], hidden.reshape(-1, hidden.shape[-1])
-    ids = absent = at = None
-    if targets is not None:
-        targets, all_count = check_targets(targets, shape, len(weight), ignore_index)
-        ids = targets.reshape(-1, 1)
-        if not all_count or 0 <= ignore_index < len(weight):
-            absent = ids == ignore_index
-            if eager_on_cpu(ids):  # absent rows cost nothing
-                at = (~absent[:, 0]).nonzero().squeeze(1)
-                rows, ids = rows.index_select(0, at), ids.index_select(0, at)
-                selection = None if selection is None else selection.rows(at)
-            else:
-                ids = ids.masked_fill(absent, 0)
+    check_above_zero("temperature", temperature)
+    shape, num_classes = hidden.shape[:-1], len(weight)
     if k is not None:
-        k = check_count("k", k, 1, len(weight))
-    parameters = () if logit_map is None else tuple(logit_map.parameters())
-    dtype = product_dtype(hidden)
-    if ordinary(rows, weight, bias, ids, *parameters):
-        with no_autocast(hidden.device.type):
-            found = _LinearStatistics.apply(rows, weight, bias, ids, logit_map, k, selection, dtype, *parameters)
-    else:
-        found = _plain(rows, weight, bias, ids, logit_map, parameters, k, selection, dtype)
+        k = check_count("k", k, 1, num_classes)
+    other = None if reference is None else check_reference(reference, shape, num_classes)
+    gathered, absent, padded = _gathered(targets, ids, shape, num_classes, ignore_index)
+    rows, at = hidden.reshape(-1, hidden.shape[-1]), None
+    if absent is not None and eager_on_cpu(absent):  # absent rows cost nothing
+        at = (~absent).nonzero().squeeze(1)
+        rows = rows.index_select(0, at)
+        gathered = None if gathered is None else gathered.index_select(0, at)
+        selection = None if selection is None else selection.rows(at)
+        other = None if other is None else other._replace(hidden=other.hidden.index_select(0, at))
+    settings = StatisticsSettings(product_dtype(hidden), logit_map, temperature, k, selection, other)
+    found = row_statistics(rows, weight, bias, gathered, settings)
     if absent is not None:
-        found = [_without(part, -1 if part.dtype == torch.int64 else 0, absent, at) for part in found]
-    target, normalizer, entropy, best, indices = found
-    return LinearStatistics(
-        None if ids is None else target.reshape(shape),
-        normalizer.reshape(shape),
-        entropy.reshape(shape),
-        None if k is None else TopK(best.reshape(*shape, k), indices.reshape(*shape, k)),
-    )
+        found = RowStatistics(*(_without(part, absent, at) for part in found))
+    return _shaped(found, shape, padded, targets is not None, k is not None, reference is not None)
+
+
+def _gathered(
+    targets: Tensor | None,  # (...)
+    ids: Tensor | None,  # (..., C)
+    shape: torch.Size,
+    num_classes: int,
+    ignore_index: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The classes whose log-probabilities are computed, `(N, 1 + C)`, the target first; which rows are absent,
+    `(N,)`, None if none is known to be; and which of `ids` are padding, `(N, C)`, None without ids."""
+    parts, absent, padded = [], None, None
+    if targets is not None:
+        targets, all_count = check_targets(targets, shape, num_classes, ignore_index)
+        of_rows = targets.reshape(-1, 1)
+        if not all_count or 0 <= ignore_index < num_classes:
+            missing = of_rows == ignore_index
+            of_rows, absent = of_rows.masked_fill(missing, 0), missing[:, 0]
+        parts.append(of_rows)
+    if ids is not None:
+        candidates = check_candidates(ids, shape, num_classes, ignore_index)
+        padded = candidates == ignore_index
+        parts.append(candidates.masked_fill(padded, 0))
+    return torch.cat(parts, 1) if parts else None, absent, padded
 
 
 def _without(
-    part: Tensor,  # (n,) or (n, k)
-    value: int,
-    absent: Tensor,  # (N, 1), bool
+    part: Tensor,  # (n, ...), or no rows at all
+    absent: Tensor,  # (N,), bool
     at: Tensor | None,  # (n,), the rows that are present; None: `part` has all N
-) -> Tensor:  # (N,) or (N, k)
-    """`part` with `value` at the absent rows."""
+) -> Tensor:  # (N, ...)
+    """`part` with 0 at the absent rows, -1 in indices."""
+    value = 0 if part.is_floating_point() else -1
     if at is None:
         return part.masked_fill(absent.view(-1, *(1 for _ in part.shape[1:])), value)
     return part.new_full((len(absent), *part.shape[1:]), value).index_copy(0, at, part)
+
+
+def _shaped(
+    found: RowStatistics,
+    shape: torch.Size,
+    padded: Tensor | None,  # (N, C)
+    with_targets: bool,
+    with_topk: bool,
+    with_reference: bool,
+) -> LinearStatistics:
+    """The statistics of rows in the leading shape of `hidden`, None for what was not requested."""
+
+    def of_targets(log_prob: Tensor) -> Tensor | None:
+        return log_prob[:, 0].reshape(shape) if with_targets else None
+
+    def of_ids(log_prob: Tensor) -> Tensor | None:
+        if padded is None:
+            return None
+        return log_prob[:, int(with_targets) :].masked_fill(padded, 0).reshape(*shape, padded.shape[1])
+
+    topk = TopK(*(part.reshape(*shape, part.shape[1]) for part in (found.best, found.indices)))
+    return LinearStatistics(
+        of_targets(found.gathered),
+        found.log_normalizer.reshape(shape),
+        found.entropy.reshape(shape),
+        topk if with_topk else None,
+        of_ids(found.gathered),
+        found.kl[:, 0].reshape(shape) if with_reference else None,
+        of_targets(found.reference) if with_reference else None,
+        of_ids(found.reference) if with_reference else None,
+    )
 
 
 def linear_score(
@@ -126,140 +190,4 @@ def linear_score(
 
     Nothing is checked.
     """
-    parameters = () if logit_map is None else tuple(logit_map.parameters())
-    dtype = product_dtype(hidden)
-    if not ordinary(hidden, weight, bias, ids, *parameters):
-        return _plain(hidden, weight, bias, ids, logit_map, parameters, None, None, dtype)[0]
-    with no_autocast(hidden.device.type):
-        found: Any = _LinearStatistics.apply(hidden, weight, bias, ids, logit_map, None, None, dtype, *parameters)
-    return found[0]
-
-
-def _plain(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor | None,
-    logit_map: LogitMap | None,
-    parameters: Sequence[Tensor],
-    k: int | None,
-    selection: Selection | None,
-    dtype: torch.dtype,
-    indices: Tensor | None = None,  # (N, k); None: they are computed
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `_LinearStatistics` returns, by PyTorch's own operations."""
-    logits, values = linear_logits(hidden, weight, bias, logit_map, parameters, dtype)
-    log_prob = values.log_softmax(1)
-    target = log_prob[:, :0] if ids is None else log_prob.gather(1, ids)
-    entropy = -(log_prob.exp() * log_prob.clamp(min=-1e4)).sum(1)
-    if indices is None:
-        found = (logits if selection is None else selection.bar(logits)).topk(k or 0)
-        indices = found.indices.masked_fill(found.values == -torch.inf, -1)
-    best = log_prob.gather(1, indices.clamp(min=0)).masked_fill(indices < 0, -torch.inf)
-    return target, log_normalizer(values), entropy, best, indices
-
-
-class _LinearStatistics(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ids: Tensor | None,  # (N, M)
-        logit_map: LogitMap | None,
-        k: int | None,
-        selection: Selection | None,
-        dtype: torch.dtype,
-        *parameters: Tensor,
-    ) -> tuple[Tensor, ...]:
-        chunks = LinearChunks(hidden, weight, bias, logit_map, dtype)
-        # The normaliser is kept as peak + log_mass, whose sum would round away digits where the peak is large.
-        peak, log_mass, entropy = (hidden.new_empty(len(hidden), dtype=chunks.exact) for _ in range(3))
-        target = hidden.new_empty(len(hidden), 0 if ids is None else ids.shape[1], dtype=chunks.exact)
-        best = hidden.new_empty(len(hidden), k or 0, dtype=chunks.exact)
-        indices = torch.empty_like(best, dtype=torch.int64)
-        for rows in chunks.all_parts():
-            logits = chunks.logits(rows)
-            if k is not None:
-                found = (logits if selection is None else selection.rows(rows).bar(logits)).topk(k)
-                indices[rows] = found.indices.masked_fill(found.values == -torch.inf, -1)
-            values = chunks.map(logits)
-            peak[rows] = values.amax(1)
-            shifted = values - peak[rows, None]
-            at_target = None if ids is None else shifted.gather(1, ids[rows])
-            at_best = shifted.gather(1, indices[rows].clamp(min=0))
-            # The shift is bounded so that a class of probability 0 adds 0 to the entropy, not nan.
-            shifted.clamp_(min=-1e4)
-            mass = torch.exp(shifted, out=values).sum(1)
-            log_mass[rows] = mass.log()
-            entropy[rows] = log_mass[rows] - torch.einsum("nv,nv->n", values, shifted) / mass
-            best[rows] = (at_best - log_mass[rows, None]).masked_fill_(indices[rows] < 0, -torch.inf)
-            if at_target is not None:
-                target[rows] = at_target - log_mass[rows, None]
-        ctx.settings = logit_map, dtype
-        ctx.save_for_backward(hidden, weight, bias, ids, indices, peak, log_mass, entropy, *parameters)
-        ctx.mark_non_differentiable(indices)
-        ctx.set_materialize_grads(False)
-        return target, peak + log_mass, entropy, best, indices
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        """With p the probabilities, H the entropy, [.] an indicator, f the mapped logits:
-
-        d target / d f_c = [c = y] - p_c        d normalizer / d f_c = p_c
-        d best_j / d f_c = [c = i_j] - p_c      d entropy / d f_c = -p_c (log p_c + H)
-        """
-        hidden, weight, bias, ids, indices, peak, log_mass, entropy, *parameters = ctx.saved_tensors
-        (logit_map, dtype), needs = ctx.settings, ctx.needs_input_grad
-
-        def form() -> tuple[Tensor | None, ...]:
-            chunks = LinearChunks(hidden, weight, bias, logit_map, dtype)
-            chunks.want(Wanted(needs[0], needs[1], needs[2], any(needs[8:])))
-            formed = _form(chunks, upstream, ids, indices, peak, log_mass, entropy)
-            return *formed[:3], *formed.logit_map
-
-        def twin(hidden: Tensor, weight: Tensor, bias: Tensor | None, *parameters: Tensor) -> tuple[Tensor, ...]:
-            return _plain(hidden, weight, bias, ids, logit_map, parameters, None, None, dtype, indices)[:4]
-
-        inputs = hidden, weight, bias, *parameters
-        found = gradients(lambda: bound(logit_map, parameters, form), twin, inputs, upstream[:4])
-        return *found[:3], None, None, None, None, None, *found[3:]
-
-
-def _form(
-    chunks: LinearChunks,
-    upstream: Sequence[Tensor | None],
-    ids: Tensor | None,
-    indices: Tensor,
-    peak: Tensor,
-    log_mass: Tensor,
-    entropy: Tensor,
-) -> Gradients:
-    """The gradients of `_LinearStatistics`, chunk by chunk."""
-    of_target, of_normalizer, of_entropy, of_best, *_ = upstream
-    of_mass = torch.zeros_like(log_mass)  # what p_c is multiplied by
-    if of_normalizer is not None:
-        of_mass += of_normalizer
-    if of_target is not None and ids is not None:
-        of_mass -= of_target.sum(1)
-    if of_best is not None:
-        of_best, indices = of_best.masked_fill(indices < 0, 0.0), indices.clamp(min=0)
-        of_mass -= of_best.sum(1)
-    for rows in chunks:
-        for part in chunks.parts(rows):
-            logits = chunks.logits(part)
-            log_prob = (chunks.map(logits) - peak[part, None]).sub_(log_mass[part, None])
-            gradient = log_prob.exp()
-            if of_entropy is None:
-                gradient.mul_(of_mass[part, None])
-            else:
-                surprise = log_prob.clamp_(min=-1e4).add_(entropy[part, None])
-                gradient.mul_(surprise.mul_(-of_entropy[part, None]).add_(of_mass[part, None]))
-            if of_target is not None and ids is not None:
-                gradient.scatter_add_(1, ids[part], of_target[part])
-            if of_best is not None:
-                gradient.scatter_add_(1, indices[part], of_best[part])
-            chunks.map_back(part, logits, gradient)
-        chunks.multiply_back(rows)
-    return chunks.gradients()
+    return row_statistics(hidden, weight, bias, ids, StatisticsSettings(product_dtype(hidden), logit_map)).gathered

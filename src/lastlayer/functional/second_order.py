@@ -20,6 +20,21 @@ Tensors = tuple[Tensor | None, ...]
 Twin = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
+class HandWritten(torch.autograd.Function):
+    """A function with a hand-written gradient, in the form that `torch.func` takes: `forward` has no context, and
+    `setup_context` saves what `backward` needs.
+
+    Transformed tensors take the function's plain twin (see `ordinary`); a batched one never comes here.
+    """
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        raise RuntimeError(
+            "a hand-written function of lastlayer was called with a tensor that torch.func.vmap batches beside "
+            "others that it does not; batch hidden or weight too, by expand() and in_dims=0"
+        )
+
+
 def gradients(
     form: Callable[[], Tensors],
     twin: Twin,
