@@ -12,10 +12,12 @@ from lastlayer.study.compare import Comparison, Plan
 from lastlayer.study.errors import UsageError
 from lastlayer.study.text.corpus import load_corpus
 from lastlayer.study.text.ids import BIN_DTYPES
+from lastlayer.study.text.items import load_items
 from lastlayer.study.text.reading import Reading
 from lastlayer.study.training.trainer import Budget
 
 SECONDS = 60.0
+ITEM_BATCH = 64  # sequences; they are shorter than the windows of a text
 DEFAULTS = Plan([], Budget())
 
 
@@ -28,6 +30,14 @@ def compare(
             help="Text files (plain, .gz, .bz2, .xz), JSON lines (.jsonl), token ids (.npy, .bin), a folder of "
             "such, or - for standard input. Those with train and valid in their names are the two parts. "
             "Not given: the source of Python's standard library."
+        ),
+    ] = None,
+    items: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Instead of text, sequences of items, such as sessions: ids or names between blanks, one "
+            "sequence a line. No sequence is context of another; ranks are reported too.",
         ),
     ] = None,
     tokenizer: Annotated[
@@ -69,7 +79,14 @@ def compare(
         ),
     ] = None,
     width: Annotated[int, typer.Option(min=1, help="Of embedding, LSTM and hidden states.")] = DEFAULTS.width,
-    batch: Annotated[int, typer.Option(min=1, help="Parallel streams through the text.")] = DEFAULTS.batch,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Parallel streams through the text [default: {DEFAULTS.batch}], or sequences of --items "
+            f"[default: {ITEM_BATCH}].",
+        ),
+    ] = None,
     window: Annotated[int, typer.Option(min=1, help="Words of each stream in a step.")] = DEFAULTS.window,
     learning_rate: Annotated[
         float, typer.Option(min=1e-9, help="Of Adagrad; Adam for the LSTM has a fiftieth.")
@@ -89,7 +106,7 @@ def compare(
         choose(layers),
         Budget(steps=steps) if steps is not None else Budget(seconds=seconds or SECONDS),
         width=width,
-        batch=batch,
+        batch=batch or (ITEM_BATCH if items else DEFAULTS.batch),
         window=window,
         learning_rate=learning_rate,
         held_out_tokens=held_out_tokens,
@@ -99,6 +116,17 @@ def compare(
     console = Console()
     paths = [*(text or []), *(more_text or [])]
     reading = Reading(split_signs, characters, tokenizer, ids, ids_dtype, field)
-    with console.status("reading the text"):
-        corpus = load_corpus(paths, min_count=min_count, reading=reading)
+    with console.status(f"reading the {'items' if items else 'text'}"):
+        if items:
+            _refuse_text_options(paths, reading)
+            corpus = load_items(items, min_count=min_count, field=field)
+        else:
+            corpus = load_corpus(paths, min_count=min_count, reading=reading)
     return Comparison(corpus, plan, out, console).run(resume)
+
+
+def _refuse_text_options(paths: list[Path], reading: Reading) -> None:
+    """`--items` says what a token is, and where the data is."""
+    wrong = ["--text"] if paths else reading.units()
+    if wrong:
+        raise UsageError(f"give --items or {wrong[0]}, not both")

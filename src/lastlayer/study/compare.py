@@ -19,11 +19,12 @@ from lastlayer.study.measuring.measure import seconds_of
 from lastlayer.study.measuring.memory import check_memory
 from lastlayer.study.report.comparison import Report, show, write_report
 from lastlayer.study.report.figures import counted, duration, figure
-from lastlayer.study.text.batches import Streams
+from lastlayer.study.text.batches import NO_TARGET
 from lastlayer.study.text.corpus import Corpus
+from lastlayer.study.text.items import ItemCorpus
 from lastlayer.study.text.vocabulary import as_lines
 from lastlayer.study.training.checkpoint import load_checkpoint
-from lastlayer.study.training.evaluation import evaluate, topk_accuracy
+from lastlayer.study.training.evaluation import evaluate, rank_held_out
 from lastlayer.study.training.forecast import Rehearsal, forecast
 from lastlayer.study.training.language_model import LanguageModel
 from lastlayer.study.training.trainer import Budget, Trainer
@@ -78,8 +79,8 @@ class Comparison:
 
     def __init__(self, corpus: Corpus, plan: Plan, out: Path, console: Console) -> None:
         self.corpus, self.plan, self.out, self.console = corpus, plan, out, console
-        self.train = Streams(corpus.train, plan.batch, plan.window, plan.device)
-        self.held_out = Streams(corpus.held_out, HELD_OUT_BATCH, HELD_OUT_WINDOW, plan.device)
+        self.train = corpus.training_batches(plan.batch, plan.window, plan.device)
+        self.held_out = corpus.held_out_batches(HELD_OUT_BATCH, HELD_OUT_WINDOW, plan.device)
 
     def run(self, resume: bool = False) -> list[dict[str, Any]]:
         """Trains, measures, reports; the records.
@@ -180,9 +181,9 @@ class Comparison:
             save = seconds_of(trainer.save)
         finally:
             path.unlink(missing_ok=True)
-        rows = self.held_out.batch * self.held_out.window
+        rows = round(self.held_out.tokens_a_window)
         evaluation = seconds_of(lambda: evaluate(trainer.model, self.held_out, rows)) / rows
-        accuracy = seconds_of(lambda: topk_accuracy(trainer.model, self.held_out, TOP, rows)) / rows
+        accuracy = seconds_of(lambda: rank_held_out(trainer.model, self.held_out, TOP, rows)) / rows
         measure = rehearse_costs(trainer.model.output, self._sample(trainer.model), self._query_k())
         return Rehearsal(build, step, save, evaluation, accuracy, measure)
 
@@ -196,12 +197,14 @@ class Comparison:
             trainer.run(on_step)
         with self.console.status(f"{name}: reading the held-out text"):
             quality = evaluate(trainer.model, self.held_out, self.plan.held_out_tokens)
-            accuracy, accuracy_tokens = topk_accuracy(trainer.model, self.held_out, TOP, TOP_TOKENS)
+            ranking = rank_held_out(trainer.model, self.held_out, TOP, TOP_TOKENS)
         trainer.result = {
             "perplexity": quality.perplexity,
             "held_out_tokens": quality.tokens,
-            "top10_accuracy": accuracy,
-            "top10_tokens": accuracy_tokens,
+            "top10_accuracy": ranking.recall,
+            "ndcg10": ranking.ndcg,
+            "mrr10": ranking.reciprocal_rank,
+            "top10_tokens": ranking.tokens,
         }
         trainer.save()
         self.console.print(
@@ -233,7 +236,7 @@ class Comparison:
                     "screened_agreement": cost.screened_agreement,
                     "num_classes": self.corpus.num_classes,
                     "in_features": self.plan.width,
-                    "batch": self.train.batch * self.plan.window,
+                    "batch": len(samples[name].targets),
                 }
             )
         curves = {name: trainer.curve for name, trainer in trainers.items()}
@@ -245,6 +248,8 @@ class Comparison:
             "num_classes": self.corpus.num_classes,
             "fingerprint": self.corpus.fingerprint(),
         }
+        if isinstance(self.corpus, ItemCorpus):
+            text["sequences"] = self.corpus.sequences
         settings = self.plan.settings() | {"device": str(self.plan.device)}
         return Report(text, settings, sorted(records, key=lambda r: r["perplexity"]), curves)
 
@@ -255,11 +260,10 @@ class Comparison:
     def _sample(self, model: LanguageModel) -> Sample:
         """Hidden states of one training batch's size, from held-out text."""
         model.eval()
-        rows = self.train.batch * self.plan.window
-        streams = Streams(self.corpus.held_out, self.plan.batch, self.plan.window, self.plan.device)
-        inputs, targets = streams[0]
+        inputs, targets = self.corpus.held_out_batches(self.plan.batch, self.plan.window, self.plan.device)[0]
         hidden, _ = model.encode(inputs, None)
-        return Sample(hidden.flatten(0, 1)[:rows], targets.flatten()[:rows])
+        kept = targets != NO_TARGET
+        return Sample(hidden[kept], targets[kept])
 
 
 @contextmanager

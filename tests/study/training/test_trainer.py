@@ -11,7 +11,7 @@ from lastlayer.study.text.batches import Streams
 from lastlayer.study.text.corpus import make_corpus
 from lastlayer.study.training import trainer as training
 from lastlayer.study.training.checkpoint import load_checkpoint, save_checkpoint
-from lastlayer.study.training.evaluation import evaluate, topk_accuracy
+from lastlayer.study.training.evaluation import evaluate, rank_held_out
 from lastlayer.study.training.language_model import LanguageModel
 from lastlayer.study.training.trainer import Budget, Trainer
 
@@ -58,7 +58,7 @@ def test_training_learns(layer):
     assert before.perplexity > 6
     assert after.perplexity < 2
     assert (after.tokens, run.steps, run.tokens) == (before.tokens, 150, run.tokens)
-    assert topk_accuracy(run.model, run.held_out, 2, 10_000)[0] > 0.8
+    assert rank_held_out(run.model, run.held_out, 2, 10_000)[0] > 0.8
     assert [point.tokens for point in run.curve] == sorted({point.tokens for point in run.curve})
     assert run.curve[-1].tokens == run.tokens
 

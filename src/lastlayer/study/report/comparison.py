@@ -17,15 +17,27 @@ from lastlayer.study.report.page import render, screen_remark
 from lastlayer.study.report.tables import print_table
 from lastlayer.study.training.trainer import Point
 
-COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (  # UNIT stands for words, characters or tokens
-    ("perplexity", lambda r: figure(r["perplexity"])),
-    ("top-10", lambda r: f"{r['top10_accuracy']:.1%}"),
+Column = tuple[str, Callable[[dict[str, Any]], str]]
+PERPLEXITY: Column = ("perplexity", lambda r: figure(r["perplexity"]))
+COSTS: tuple[Column, ...] = (  # UNIT stands for words, characters, tokens or items
     ("UNIT/s", lambda r: figure(r["tokens_per_second"])),
     ("layer\nms/step", lambda r: figure(r["output_layer_ms"])),
     ("query\nms", lambda r: figure(r["query_ms"])),
     ("screen\nms", lambda r: "-" if r["screened_query_ms"] is None else figure(r["screened_query_ms"])),
+)
+OF_TEXT: tuple[Column, ...] = (
+    PERPLEXITY,
+    ("top-10", lambda r: f"{r['top10_accuracy']:.1%}"),
+    *COSTS,
     ("step\nMB", lambda r: figure(r["peak_bytes"] / 1e6)),
     ("params\nM", lambda r: figure(r["parameters"] / 1e6)),
+)
+OF_ITEMS: tuple[Column, ...] = (
+    PERPLEXITY,
+    ("recall\n@10", lambda r: f"{r['top10_accuracy']:.3f}"),
+    ("NDCG\n@10", lambda r: f"{r['ndcg10']:.3f}"),
+    ("MRR\n@10", lambda r: f"{r['mrr10']:.3f}"),
+    *COSTS,
 )
 
 
@@ -63,11 +75,12 @@ def show(report: Report, out: Path, console: Console) -> None:
     title = f"{report.text['name']}, {report.text['num_classes']:,} different {unit}"
     table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("layer", no_wrap=True)
-    for heading, _ in COLUMNS:
+    columns = OF_ITEMS if "sequences" in report.text else OF_TEXT
+    for heading, _ in columns:
         table.add_column(heading.replace("UNIT", unit), justify="right", no_wrap=True)
     for record in report.records:
         style = "bold" if record is report.records[0] and len(report.records) > 1 else None  # the best
-        table.add_row(record["layer"], *(shown(record) for _, shown in COLUMNS), style=style)
+        table.add_row(record["layer"], *(shown(record) for _, shown in columns), style=style)
     print_table(console, table)
     for record in report.records:
         if remark := screen_remark(record):

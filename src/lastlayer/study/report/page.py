@@ -1,7 +1,7 @@
 """The page of a comparison: one file with everything in it, made from the content of results.json."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
@@ -12,6 +12,7 @@ from lastlayer.study.report.page_style import COLOURS, STYLE
 from lastlayer.study.training.trainer import CURVE_TOKENS
 
 Record = dict[str, Any]
+PLACES = (("NDCG@10", "ndcg10"), ("MRR@10", "mrr10"))  # of items: the place among the ten counts
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,12 @@ def _ms(value: float) -> str:
     return f"{figure(value)} ms"
 
 
-def _measures(unit: str) -> tuple[Measure, ...]:
-    one = unit[:-1]
+def _measures(text: dict[str, Any]) -> tuple[Measure, ...]:
+    unit = _unit(text)
+    held_out = "sequences" if _of_items(text) else "text"
     return (
-        Measure("Perplexity", "held-out text; lower is better", lambda r: r["perplexity"], figure),
-        Measure(
-            "Top-10 accuracy",
-            f"next {one} among the ten best; higher is better",
-            lambda r: r["top10_accuracy"],
-            lambda v: f"{v:.1%}",
-            lower_is_better=False,
-        ),
+        Measure("Perplexity", f"held-out {held_out}; lower is better", lambda r: r["perplexity"], figure),
+        *_rankings(text),
         Measure(
             "Training speed",
             f"{unit} a second; higher is better",
@@ -62,12 +58,37 @@ def _measures(unit: str) -> tuple[Measure, ...]:
     )
 
 
-def _columns(unit: str) -> tuple[Measure, ...]:
+def _of_items(text: dict[str, Any]) -> bool:
+    return "sequences" in text
+
+
+def _unit(text: dict[str, Any]) -> str:
+    return text.get("unit", "words")
+
+
+def _rankings(text: dict[str, Any]) -> tuple[Measure, ...]:
+    """How well the ten best contain the next token; of items also at which place they have it."""
+    note = f"next {_unit(text)[:-1]} among the ten best; higher is better"
+    if not _of_items(text):
+        return (
+            Measure(
+                "Top-10 accuracy", note, lambda r: r["top10_accuracy"], lambda v: f"{v:.1%}", lower_is_better=False
+            ),
+        )
+    named = (("Recall@10", "top10_accuracy", note), *((name, key, "higher is better") for name, key in PLACES))
+    return tuple(
+        Measure(name, said, lambda r, key=key: r[key], lambda v: f"{v:.4f}", lower_is_better=False)
+        for name, key, said in named
+    )
+
+
+def _columns(text: dict[str, Any]) -> tuple[Measure, ...]:
     """Of the table; where nothing is better than anything else there is no note."""
+    unit = _unit(text)
     lower, higher = "lower is better", "higher is better"
     return (
         Measure("perplexity", lower, lambda r: r["perplexity"], figure),
-        Measure("top-10", higher, lambda r: r["top10_accuracy"], lambda v: f"{v:.1%}", lower_is_better=False),
+        *(replace(measure, note=higher) for measure in _rankings(text)),
         Measure(f"{unit} seen", higher, lambda r: r["tokens"], lambda v: f"{v:,}", lower_is_better=False),
         Measure(f"{unit}/s", higher, lambda r: r["tokens_per_second"], figure, lower_is_better=False),
         Measure("layer step ms", lower, lambda r: r["output_layer_ms"], figure),
@@ -84,23 +105,23 @@ def render(results: dict[str, Any]) -> str:
     records = results["records"]
     colours = {name: i % COLOURS for i, name in enumerate(results["layers"])}
     text, settings = results["text"], results["settings"]
-    unit = text.get("unit", "words")
+    unit = _unit(text)
     sections = [
         f"<h1>Which output layer for {escape(text['name'])}?</h1>",
         f'<p class="answer">{_answer(records, settings, unit)}</p>',
         f'<p class="quiet">{text["training_tokens"]:,} {unit} to learn from, {text["num_classes"]:,} different '
-        f"ones. Each layer trained the same small language model {_length(settings)} on the same machine.</p>",
+        f"ones{_sequences(text)}. Each layer trained the same small language model {_length(settings)} on the same machine.</p>",
         _curves(results, colours),
         '<div class="measures">',
-        *(_bars(measure, records, colours) for measure in _measures(unit)),
+        *(_bars(measure, records, colours) for measure in _measures(text)),
         _query_bars(records, colours, unit),
         "</div>",
         "<h2>The layers</h2>",
         _descriptions(results, colours),
         "<h2>All figures</h2>",
-        _table(records, unit),
+        _table(records, text),
         "<h2>How this was measured</h2>",
-        _conditions(results, unit),
+        _conditions(results),
     ]
     body = "\n".join(sections)
     return (
@@ -110,6 +131,10 @@ def render(results: dict[str, Any]) -> str:
         f"<title>lastlayer compare: {escape(text['name'])}</title>\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
+
+
+def _sequences(text: dict[str, Any]) -> str:
+    return f", in {text['sequences']:,} sequences" if _of_items(text) else ""
 
 
 def _length(settings: Record) -> str:
@@ -133,7 +158,7 @@ def _answer(records: list[Record], settings: Record, unit: str) -> str:
 
 def _curves(results: dict[str, Any], colours: dict[str, int]) -> str:
     """Two measurements, each called by its name: the curve on few tokens, its end on all of them."""
-    unit = results["text"].get("unit", "words")
+    unit = _unit(results["text"])
     ends = {record["layer"]: record for record in results["records"]}
     lines = [
         Line(name, colours[name], [(p["seconds"], p["perplexity"]) for p in curve], ends[name]["perplexity"])
@@ -190,9 +215,9 @@ def _descriptions(results: dict[str, Any], colours: dict[str, int]) -> str:
     return f"<dl>{''.join(rows)}</dl>"
 
 
-def _table(records: list[Record], unit: str) -> str:
+def _table(records: list[Record], text: dict[str, Any]) -> str:
     """The first row, and the best figure of each column, are marked."""
-    columns = _columns(unit)
+    columns = _columns(text)
     head = "".join(f"<th>{escape(column.title)}</th>" for column in columns)
     cells = [_cells(column, records) for column in columns]
     rows = "".join(
@@ -220,6 +245,13 @@ def _cells(column: Measure, records: list[Record]) -> list[str]:
     return cells
 
 
+def _batches(results: dict[str, Any]) -> str:
+    """What a training step takes."""
+    if _of_items(results["text"]):
+        return f"batches of {results['settings']['batch']} sequences, shuffled, each from its beginning"
+    return f"batches of {results['records'][0]['batch']:,} {_unit(results['text'])}, in order"
+
+
 def _kernels(where: Record) -> str:
     """Which kernels ran; older results do not say."""
     if "isa" not in where:
@@ -227,7 +259,8 @@ def _kernels(where: Record) -> str:
     return ", kernels in plain PyTorch" if where["isa"] is None else f", kernels for {where['isa']}"
 
 
-def _conditions(results: dict[str, Any], unit: str) -> str:
+def _conditions(results: dict[str, Any]) -> str:
+    unit = _unit(results["text"])
     where, settings, first = results["environment"], results["settings"], results["records"][0]
     device = (
         where["gpu"]
@@ -237,8 +270,8 @@ def _conditions(results: dict[str, Any], unit: str) -> str:
     return (
         f"<p>Machine: {escape(str(device) + _kernels(where))}; PyTorch {escape(str(where['torch']))}, lastlayer "
         f"{escape(str(where['lastlayer']))}, commit {escape(str(where['commit']))}, {escape(where['time'])}.</p>"
-        f"<p>Model: embedding, one LSTM and the output layer, {settings['width']} wide; batches of "
-        f"{first['batch']:,} {unit}, in order; Adam for the LSTM, Adagrad for embedding and output layer, the "
+        f"<p>Model: embedding, one LSTM and the output layer, {settings['width']} wide; {_batches(results)}; "
+        "Adam for the LSTM, Adagrad for embedding and output layer, the "
         "same rates for every layer. Only training counts as time, not evaluation. Perplexity is taken from each "
         f"layer's own exact probabilities on {first['held_out_tokens']:,} held-out {unit} (the lines of the "
         f"picture on fewer), the ten best on {first['top10_tokens']:,}. Step and query are medians of interleaved "

@@ -1,13 +1,42 @@
-"""Contiguous batches: parallel streams through one text, a window at a time, so that a state can be carried."""
+"""Batches of a text or of sequences: what each target is predicted from, and where a state is carried on."""
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
+NO_TARGET = -100  # every layer's ignore_index
+SHUFFLED_BY = 0  # the seed of the order of sequences, the same for every layer
 
-@dataclass(frozen=True)
-class Streams:
+
+class Batches(ABC):
+    """Windows of inputs and targets, `(batch, length)` each; a target that is `NO_TARGET` does not count."""
+
+    batch: int  # rows of a window, at most
+    window: int  # tokens of a row, at most
+    device: torch.device
+    windows: int  # of one pass
+    tokens: int  # targets of one pass
+
+    @property
+    def tokens_a_window(self) -> float:
+        """Targets of a window, on average."""
+        return self.tokens / self.windows
+
+    @abstractmethod
+    def starts_anew(self, number: int) -> bool:
+        """Whether window `number` does not go on where the window before it ended."""
+
+    @abstractmethod
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:  # (batch, length) each
+        """Inputs and targets of window `number` of a pass; each target is the token after its input."""
+
+    def _check(self, number: int) -> None:
+        if not 0 <= number < self.windows:
+            raise IndexError(f"number must be between 0 and {self.windows - 1}, got {number}")
+
+
+class Streams(Batches):
     """`batch` parallel streams through a text; window `i` goes on where window `i - 1` ended.
 
     Args:
@@ -17,31 +46,75 @@ class Streams:
         device: where batches are put.
     """
 
-    ids: Tensor  # (tokens,)
-    batch: int
-    window: int
-    device: torch.device
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "batch", max(1, min(self.batch, (len(self.ids) - 1) // 2)))
-
-    @property
-    def length(self) -> int:
-        """Targets in each stream."""
-        return (len(self.ids) - 1) // self.batch
+    def __init__(self, ids: Tensor, batch: int, window: int, device: torch.device) -> None:
+        self.ids, self.window, self.device = ids, window, device
+        self.batch = max(1, min(batch, (len(ids) - 1) // 2))
+        self.length = (len(ids) - 1) // self.batch  # targets in each stream
+        self.windows = -(-self.length // window)  # the last may be shorter
+        self.tokens = self.batch * self.length
 
     @property
-    def windows(self) -> int:
-        """Windows of one pass through the text; the last may be shorter."""
-        return -(-self.length // self.window)
+    def tokens_a_window(self) -> float:
+        """Targets of a window; the last may have fewer."""
+        return self.batch * self.window
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:  # (batch, window) each
-        """Inputs and targets of window `number` of a pass; each target is the token after its input."""
-        if not 0 <= number < self.windows:
-            raise IndexError(f"number must be between 0 and {self.windows - 1}, got {number}")
+    def starts_anew(self, number: int) -> bool:
+        """Only the first."""
+        return number == 0
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        self._check(number)
         start = number * self.window
         stop = min(start + self.window, self.length)
-        used = self.batch * self.length
+        used = self.tokens
         inputs = self.ids[:used].view(self.batch, -1)[:, start:stop]
         targets = self.ids[1 : used + 1].view(self.batch, -1)[:, start:stop]
         return inputs.to(self.device), targets.to(self.device)
+
+
+class Sequences(Batches):
+    """Sequences that have nothing to do with one another, `batch` at a time, each from its beginning.
+
+    Every item of a sequence but its first is a target once. A sequence of more than `window + 1` items is cut into
+    pieces, each of which begins with the last item of the piece before it. Pieces are shuffled, the same way in
+    every pass; the shorter ones of a batch are padded at their ends.
+
+    Args:
+        ids: all sequences, one after another.
+        lengths: of each, at least 2.
+        batch: sequences of a window, fewer where there are not so many.
+        window: the most items that a prediction is made from.
+        device: where batches are put.
+    """
+
+    def __init__(self, ids: Tensor, lengths: Tensor, batch: int, window: int, device: torch.device) -> None:
+        self.ids, self.window, self.device = ids, window, device
+        ends = lengths.cumsum(0)
+        pieces = [
+            (begin, min(begin + window + 1, end))
+            for start, end in zip((ends - lengths).tolist(), ends.tolist(), strict=True)
+            for begin in range(start, end - 1, window)
+        ]
+        order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(SHUFFLED_BY))
+        self.pieces = torch.tensor(pieces)[order]
+        self.batch = max(1, min(batch, len(pieces)))
+        self.windows = -(-len(pieces) // self.batch)
+        self.tokens = int((lengths - 1).sum())
+
+    def starts_anew(self, number: int) -> bool:
+        """All of them."""
+        return True
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        self._check(number)
+        begins, ends = self.pieces[number * self.batch : (number + 1) * self.batch].unbind(1)
+        places = begins[:, None] + torch.arange(int((ends - begins).max()))
+        inside = places < ends[:, None]
+        items = self.ids[places.clamp(max=len(self.ids) - 1)].masked_fill(~inside, NO_TARGET)
+        inputs, targets = items[:, :-1].clamp(min=0), items[:, 1:]
+        return inputs.to(self.device), targets.to(self.device)
+
+
+def num_targets(targets: Tensor) -> int:
+    """How many count."""
+    return int((targets != NO_TARGET).sum())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lastlayer.study.errors import StudyError, UsageError
+from lastlayer.study.text.batches import Batches, Streams
 from lastlayer.study.text.embedded import NAME as EMBEDDED_NAME
 from lastlayer.study.text.embedded import library_lines
 from lastlayer.study.text.encode import Encoded, encode_arrays, encode_items
@@ -36,7 +37,7 @@ class Corpus:
     counts: Tensor  # (V,), how often each is in the training part
     train: Tensor  # (tokens,)
     held_out: Tensor  # (tokens,)
-    unit: str = "words"  # what a token is called: words, characters or tokens
+    unit: str = "words"  # what a token is called: words, characters, tokens or items
     notes: tuple[str, ...] = ()  # what a user should know of how it was read
 
     @property
@@ -47,9 +48,21 @@ class Corpus:
     def fingerprint(self) -> str:
         """Equal for equal texts under equal options."""
         digest = hashlib.sha256("\n".join(self.words).encode())
-        for ids in (self.train, self.held_out):
+        for ids in self._tensors():
             digest.update(ids.numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def training_batches(self, batch: int, window: int, device: torch.device) -> Batches:
+        """The training part as `batch` parallel streams."""
+        return Streams(self.train, batch, window, device)
+
+    def held_out_batches(self, batch: int, window: int, device: torch.device) -> Batches:
+        """The held-out part as `batch` parallel streams."""
+        return Streams(self.held_out, batch, window, device)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        """What makes up the text, beside its words."""
+        return self.train, self.held_out
 
 
 def load_corpus(
@@ -111,13 +124,14 @@ def _notes(files: TextFiles) -> list[str]:
     """What was decided by the names and the contents of files."""
     notes = []
     if files.held_out:
-        notes.append(f"to train on: {_names(files.training)}; held out: {_names(files.held_out)}")
+        notes.append(f"to train on: {names_of(files.training)}; held out: {names_of(files.held_out)}")
     if files.skipped:
-        notes.append(f"left out, not being text: {_names(files.skipped)}")
+        notes.append(f"left out, not being text: {names_of(files.skipped)}")
     return notes
 
 
-def _names(paths: tuple[Path, ...]) -> str:
+def names_of(paths: tuple[Path, ...]) -> str:
+    """The first few, and how many more."""
     more = f" and {len(paths) - MOST_NAMES} more" if len(paths) > MOST_NAMES else ""
     return ", ".join(path.name for path in paths[:MOST_NAMES]) + more
 

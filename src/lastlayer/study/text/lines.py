@@ -48,6 +48,17 @@ def read_id_lines(path: Path, field: str | None = None) -> Iterator[list[int]]:
         yield ids
 
 
+def read_item_lines(path: Path, field: str | None = None) -> Iterator[list[str]]:
+    """Sequences of names: one a line, between blanks; or a list, or a string, in a field of JSON lines."""
+    for number, text in _texts(path, field):
+        if isinstance(text, str):
+            yield text.split()
+        elif isinstance(text, list) and all(isinstance(name, str | int) for name in text):
+            yield [str(name) for name in text]
+        else:
+            raise StudyError(f"{path}, line {number}: {_short(text)} is no sequence of ids or names")
+
+
 def _texts(path: Path, field: str | None) -> Iterator[tuple[int, Any]]:
     """Each line with its number, or what the field of each JSON line holds."""
     lines = enumerate(_decoded(path), 1)
@@ -102,7 +113,7 @@ def _open(path: Path) -> io.BufferedReader:
 
 
 def _short(value: Any) -> str:
-    shown = repr(" ".join(value) if isinstance(value, list) else value)
+    shown = repr(" ".join(map(str, value)) if isinstance(value, list) else value)
     return shown if len(shown) <= 40 else f"{shown[:37]}..."
 
 

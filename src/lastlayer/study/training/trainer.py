@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lastlayer.study.errors import StudyError, UsageError
 from lastlayer.study.measuring.measure import synchronise
-from lastlayer.study.text.batches import Streams
+from lastlayer.study.text.batches import Batches, num_targets
 from lastlayer.study.training.checkpoint import load_checkpoint, save_checkpoint
 from lastlayer.study.training.evaluation import evaluate
 from lastlayer.study.training.language_model import LanguageModel, State, make_optimizers
@@ -57,7 +57,7 @@ class Trainer:
 
     Args:
         model: the model, on its device.
-        train: batches to train on; each pass through them starts with an empty state.
+        train: batches to train on; a state is carried from one to the next where the text goes on.
         held_out: batches of the learning curve.
         budget: when to stop; the learning rate follows the share of it that is used.
         learning_rate: of `make_optimizers`.
@@ -68,8 +68,8 @@ class Trainer:
     def __init__(
         self,
         model: LanguageModel,
-        train: Streams,
-        held_out: Streams,
+        train: Batches,
+        held_out: Batches,
         budget: Budget,
         *,
         learning_rate: float,
@@ -124,7 +124,7 @@ class Trainer:
 
     def _step(self) -> None:
         window = self.steps % self.train.windows
-        state = self.state if window else None
+        state = None if self.train.starts_anew(window) else self.state
         inputs, targets = self.train[window]
         self.model.train()
         loss, self.state = self.model(inputs, targets, state)
@@ -138,7 +138,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
         self.steps += 1
-        self.tokens += targets.numel()
+        self.tokens += num_targets(targets)
 
     def _set_rates(self) -> None:
         decay = (self.share_used - DECAY_FROM) / (1 - DECAY_FROM)
