@@ -110,7 +110,8 @@ def render(results: dict[str, Any]) -> str:
         f"<h1>Which output layer for {escape(text['name'])}?</h1>",
         f'<p class="answer">{_answer(records, settings, unit)}</p>',
         f'<p class="quiet">{text["training_tokens"]:,} {unit} to learn from, {text["num_classes"]:,} different '
-        f"ones{_sequences(text)}. Each layer trained the same small language model {_length(settings)} on the same machine.</p>",
+        f"ones{_sequences(text)}. Each layer trained the same small language model {_length(settings)} "
+        "on the same machine.</p>",
         _curves(results, colours),
         '<div class="measures">',
         *(_bars(measure, records, colours) for measure in _measures(text)),
