@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import pkgutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -22,16 +23,24 @@ def seeded(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name):
-    try:
+    with skipped_without_extras():
         module = importlib.import_module(name)
-    except ModuleNotFoundError as missing:  # an optional extra that is not installed
-        if (missing.name or "").startswith("lastlayer"):
-            raise
-        pytest.skip(f"needs {missing.name}")
     result = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page_examples(page):
-    run_page(page)
+    with skipped_without_extras():
+        run_page(page)
+
+
+@contextmanager
+def skipped_without_extras():
+    """A skip where an optional extra is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").startswith("lastlayer"):
+            raise
+        pytest.skip(f"needs {missing.name}")
