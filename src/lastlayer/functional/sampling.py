@@ -30,27 +30,48 @@ def sample_classes(
     if not len(logits):
         return torch.empty(0, num_samples, dtype=torch.int64, device=logits.device)
     peak = logits.amax(1, keepdim=True)
-    width = max(1, BLOCK_NUMBERS // len(logits))
-    blocks = logits.split(width, 1)
-    if len(blocks) == 1:
-        ends = _weights(logits, peak).cumsum(1)
-    else:
-        ends = torch.stack([_weights(block, peak).sum(1) for block in blocks], 1).cumsum(1)
+    ends = cumulative_weights(logits, peak)
     total = ends[:, -1:]
     if eager_on_cpu(total) and not bool(total.isfinite().all()):
         raise ValueError("hidden must give finite logits to be sampled from; some row has NaN or infinite ones")
     uniform = torch.rand(len(logits), num_samples, dtype=torch.float64, device=logits.device, generator=generator)
-    found, rest = _invert(ends, uniform * total)
+    return classes_at(logits, peak, ends, uniform * total)
+
+
+def cumulative_weights(
+    logits: Tensor,  # (N, V)
+    peak: Tensor,  # (N, 1)
+) -> Tensor:  # (N, B) float64; the last is the sum over all classes
+    """Cumulative sums of `exp(logits - peak)`: at every class, or, of many, at the end of each block of them."""
+    blocks = _blocks(logits)
+    if len(blocks) == 1:
+        return _weights(logits, peak).cumsum(1)
+    return torch.stack([_weights(block, peak).sum(1) for block in blocks], 1).cumsum(1)
+
+
+def classes_at(
+    logits: Tensor,  # (N, V)
+    peak: Tensor,  # (N, 1)
+    ends: Tensor,  # (N, B), of `cumulative_weights`
+    places: Tensor,  # (N, S) float64, from 0 to the last of them
+) -> Tensor:  # (N, S), int64
+    """The class in whose interval of the cumulative weights each place is."""
+    found, rest = intervals_at(ends, places)
+    blocks = _blocks(logits)
     if len(blocks) == 1:
         return found
-    ids = torch.empty_like(found)
+    ids, width = torch.empty_like(found), blocks[0].shape[1]
     for number, block in enumerate(blocks):
         here = found == number
         if eager_on_cpu(here) and not bool(here.any()):
             continue
-        inside, _ = _invert(_weights(block, peak).cumsum(1), rest)
+        inside, _ = intervals_at(_weights(block, peak).cumsum(1), rest)
         ids = torch.where(here, inside + number * width, ids)
     return ids
+
+
+def _blocks(logits: Tensor) -> tuple[Tensor, ...]:
+    return logits.split(max(1, BLOCK_NUMBERS // len(logits)), 1)
 
 
 def _weights(logits: Tensor, peak: Tensor) -> Tensor:
@@ -58,7 +79,7 @@ def _weights(logits: Tensor, peak: Tensor) -> Tensor:
     return (logits.double() - peak).exp_()
 
 
-def _invert(
+def intervals_at(
     ends: Tensor,  # (N, B) float64, cumulative weights
     places: Tensor,  # (N, S) float64, from 0 to the last of them
 ) -> tuple[Tensor, Tensor]:  # (N, S) each

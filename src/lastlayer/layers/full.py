@@ -114,6 +114,9 @@ class FullSoftmax(SoftmaxHead):
                 raise ValueError("target_weights must be None with a normalizer, whose loss is of one class a row")
             return super().forward(hidden, targets)
         self._rows(hidden)  # checked
+        return self._cross_entropy(hidden, targets, target_weights)
+
+    def _cross_entropy(self, hidden: Tensor, targets: Tensor, target_weights: Tensor | None) -> Tensor:
         return linear_cross_entropy(
             hidden,
             self.weight,

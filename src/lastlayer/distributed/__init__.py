@@ -1,0 +1,7 @@
+"""Layers whose classes are divided among processes, on `torch.distributed`."""
+
+from lastlayer.distributed.collectives import count_bytes
+from lastlayer.distributed.layer import ShardedLayer
+from lastlayer.distributed.shard import shard
+
+__all__ = ["ShardedLayer", "count_bytes", "shard"]

@@ -1,0 +1,142 @@
+"""The collectives of sharded layers, differentiable, and the bytes that they send.
+
+All ranks compute the same loss from the same hidden states, and each runs its own backward pass. So the gradient
+of a tensor that all ranks hold is the same on all; and with R ranks
+
+| forward | backward |
+|---|---|
+| `copied`: nothing, before each rank does its own part | the sum over the ranks |
+| `summed`: the sum over the ranks | nothing |
+| `gathered`: the columns of all ranks | the rank's own columns |
+
+Each backward pass is made of these again, and so second derivatives are right too.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lastlayer.distributed.ranks import Ranks
+
+_counters: list[Counter[str]] = []
+
+
+@contextmanager
+def count_bytes() -> Iterator[Counter[str]]:
+    """Counts the bytes that each collective of a sharded layer sends from this rank, by its name.
+
+    By the usual ring algorithms, with R ranks and n bytes of result: `2 (R - 1) / R n` for an all-reduce,
+    `(R - 1) / R n` for an all-gather and a broadcast. Equal parts are sent: the largest counts.
+
+    >>> with count_bytes() as sent:
+    ...     pass  # a step
+    >>> sent.total()
+    0
+    """
+    counter: Counter[str] = Counter()
+    _counters.append(counter)
+    try:
+        yield counter
+    finally:
+        _counters.remove(counter)
+
+
+def _count(name: str, sent: float) -> None:
+    for counter in _counters:
+        counter[name] += round(sent)
+
+
+def copied(tensor: Tensor, ranks: Ranks, *, mean: bool = False) -> Tensor:
+    """`tensor`, whose gradient is the sum over the ranks, or their mean."""
+    return tensor if ranks.size == 1 else _Copied.apply(tensor, ranks, mean)  # pyright: ignore[reportReturnType]
+
+
+def summed(tensor: Tensor, ranks: Ranks) -> Tensor:
+    """The sum over the ranks."""
+    return tensor if ranks.size == 1 else _Summed.apply(tensor, ranks)  # pyright: ignore[reportReturnType]
+
+
+def largest(tensor: Tensor, ranks: Ranks) -> Tensor:
+    """The largest over the ranks, elementwise; no gradient flows through it."""
+    return _reduce(tensor.detach(), ranks, dist.ReduceOp.MAX)
+
+
+def gathered(
+    tensor: Tensor,  # (N, w), w the rank's part of `total`
+    total: int,
+    ranks: Ranks,
+) -> Tensor:  # (N, total)
+    """The columns of all ranks, in their order."""
+    return tensor if ranks.size == 1 else _Gathered.apply(tensor, total, ranks)  # pyright: ignore[reportReturnType]
+
+
+def gathered_alike(tensor: Tensor, ranks: Ranks) -> list[Tensor]:
+    """The tensors of all ranks, all of one shape; no gradient flows through them."""
+    tensor = tensor.detach().contiguous()
+    if ranks.size == 1 or not tensor.numel():
+        return [tensor] * ranks.size
+    parts = [torch.empty_like(tensor) for _ in range(ranks.size)]
+    _count("all_gather", tensor.nbytes * (ranks.size - 1))
+    dist.all_gather(parts, tensor, group=ranks.group)
+    return parts
+
+
+def from_first(tensor: Tensor, ranks: Ranks) -> Tensor:
+    """The tensor of the first rank, on all."""
+    if ranks.size > 1 and tensor.numel():
+        tensor = tensor.clone()
+        _count("broadcast", tensor.nbytes * (ranks.size - 1) / ranks.size)
+        dist.broadcast(tensor, group=ranks.group, group_src=0)
+    return tensor
+
+
+def _reduce(tensor: Tensor, ranks: Ranks, operation: Any = dist.ReduceOp.SUM) -> Tensor:
+    if ranks.size == 1 or not tensor.numel():
+        return tensor
+    result = tensor.clone(memory_format=torch.contiguous_format)
+    _count("all_reduce", 2 * (ranks.size - 1) / ranks.size * result.nbytes)
+    dist.all_reduce(result, operation, group=ranks.group)
+    return result
+
+
+class _Copied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, ranks: Ranks, mean: bool) -> Tensor:
+        ctx.ranks, ctx.mean = ranks, mean
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        total = summed(upstream[0], ctx.ranks)
+        return total / ctx.ranks.size if ctx.mean else total, None, None
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return _reduce(tensor, ranks)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        return copied(upstream[0], ctx.ranks), None
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, total: int, ranks: Ranks) -> Tensor:
+        ctx.own, ctx.ranks = ranks.span(total), ranks
+        spans = [ranks.span(total, rank) for rank in range(ranks.size)]
+        padded = tensor.new_zeros(len(tensor), spans[0].stop)
+        padded[:, : tensor.shape[1]] = tensor
+        parts = gathered_alike(padded, ranks)
+        return torch.cat([part[:, : s.stop - s.start] for part, s in zip(parts, spans, strict=True)], 1)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        return copied(upstream[0], ctx.ranks)[:, ctx.own], None, None

@@ -1,0 +1,213 @@
+"""A softmax over the logits of one matrix whose rows, the classes, are divided among the ranks.
+
+Every rank holds all hidden states and has the results of all rows. With P the largest logit of all ranks and m_r
+the mass of a rank relative to it, the log-normaliser is `P + log Σ_r m_r`: of N rows, N numbers are sent for P
+(a maximum) and N for the masses, with what the ranks know of the targets (a sum). Backward, the gradient of the
+hidden states is a sum over the ranks: N d numbers.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lastlayer.distributed.collectives import copied, from_first, gathered, gathered_alike, largest, summed
+from lastlayer.distributed.ranks import Ranks
+from lastlayer.functional.checks import eager_on_cpu
+from lastlayer.functional.linear_log_prob import mapped_logits
+from lastlayer.functional.logit_map import LogitMap
+from lastlayer.functional.partial_softmax import PartialSoftmax, best_of_part, mapped, partial_softmax
+from lastlayer.functional.precision import exact_dtype
+from lastlayer.functional.sampling import classes_at, cumulative_weights, intervals_at
+from lastlayer.functional.selection import Selection
+from lastlayer.functional.soft_targets import TargetRows
+
+
+class DividedHead(NamedTuple):
+    """This rank's rows of a linear head."""
+
+    weight: Tensor  # (W, d)
+    bias: Tensor | None  # (W,)
+    logit_map: LogitMap | None
+    num_classes: int  # V, of all ranks
+    ranks: Ranks
+
+    @property
+    def own(self) -> slice:
+        """The classes of this rank."""
+        return self.ranks.span(self.num_classes)
+
+    def places(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """For class ids their rows here (0 where another rank has them), and whether this rank has them."""
+        own = self.own
+        here = (ids >= own.start) & (ids < own.stop)
+        return (ids - own.start).masked_fill(~here, 0), here
+
+    def partial(
+        self, hidden: Tensor, rows: Tensor, weights: Tensor | None = None
+    ) -> tuple[PartialSoftmax, Tensor]:
+        """`partial_softmax` of this rank's classes, and the peak of all ranks."""
+        terms = partial_softmax(
+            copied(hidden, self.ranks), self.weight, self.bias, rows, logit_map=self.logit_map, weights=weights
+        )
+        return terms, largest(terms.peak, self.ranks)
+
+
+def divided_score(
+    head: DividedHead,
+    hidden: Tensor,  # (N, d)
+    ids: Tensor,  # (N, M), valid classes
+) -> Tensor:  # (N, M)
+    """`log_prob.gather(1, ids)` over all ranks; `N (2 + M)` numbers are sent forward, N d backward."""
+    rows, here = head.places(ids)
+    terms, peak = head.partial(hidden, rows)
+    shift = terms.peak - peak
+    at = torch.where(here, terms.at + shift[:, None], 0.0)
+    mass = (terms.log_mass + shift).exp()
+    total = summed(torch.cat([mass[:, None], at], 1), head.ranks)
+    return total[:, 1:] - total[:, :1].log()
+
+
+class Smoothing(NamedTuple):
+    """The options of a cross-entropy."""
+
+    label_smoothing: float
+    z_loss: float
+    class_weights: Tensor | None  # (W,), this rank's
+
+
+def divided_cross_entropy(
+    head: DividedHead,
+    hidden: Tensor,  # (N, d)
+    target: TargetRows,  # N rows
+    options: Smoothing,
+    reduction: str,
+) -> Tensor:  # (), or (N,) for "none"
+    """`linear_cross_entropy` over all ranks, with the label smoothing of all V classes.
+
+    With weights w of the targets, u of the classes, s the smoothing and M the mass relative to the peak P, a row's
+    loss is
+
+        a log M - l + z (P + log M)²     a = (1 - s) Σ_k w_k u_k + s / V Σ_c u_c
+                                         l = (1 - s) Σ_k w_k u_k (f_k - P) + s / V Σ_c u_c (f_c - P)
+
+    of which each rank forms the terms of its own classes. Forward 3 N numbers are sent, with class weights 5 N.
+    """
+    smoothing, z_loss, class_weights = options
+    exact = exact_dtype(hidden.dtype)
+    ids, target_weights, kept, dense = target
+    counted = torch.ones(len(ids), dtype=exact, device=ids.device) if kept is None else kept.to(exact)
+    if target_weights is None:
+        ids, of_targets = ids.masked_fill(counted == 0, 0)[:, None], counted[:, None]
+    else:
+        of_targets = target_weights.to(exact) * counted[:, None]
+    u = hidden.new_ones(len(head.weight), dtype=exact) if class_weights is None else class_weights.to(exact)
+
+    # the weights of this rank's classes: `hard` at the targets, `of_all` at all
+    rows, here = head.places(ids)
+    hard = of_targets * here
+    if len(u):
+        hard = hard * u[rows]
+    even = smoothing / head.num_classes
+    of_all = u if smoothing else None
+    of_dense = None
+    if dense is not None:
+        of_dense = dense.whole(exact)[0][:, head.own] * u * counted[:, None]
+        of_all = (1 - smoothing) * of_dense + even * u
+    scale = counted * even if dense is None else counted
+    terms, peak = head.partial(hidden, rows, of_all)
+    shift = terms.peak - peak
+
+    # of each row: mass, l, Σ w u and, once, Σ u, of this rank's classes
+    given = hard.sum(1) if of_dense is None else of_dense.sum(1)
+    every = even * u.sum() * counted
+    at = torch.where(hard == 0, 0.0, terms.at)
+    linear = (
+        (1 - smoothing) * (hard * at).sum(1) + scale * terms.weighted + ((1 - smoothing) * given + every) * shift
+    )
+    parts = [(terms.log_mass + shift).exp(), linear]
+    if class_weights is not None:
+        parts += [given, every]
+    sums = summed(torch.stack(parts), head.ranks)
+    if class_weights is None:
+        given = of_targets.sum(1) if dense is None else (dense.whole(exact)[0] * counted[:, None]).sum(1)
+        every = smoothing * counted
+    else:
+        given, every = sums[2], sums[3]
+    log_mass, linear = sums[0].log(), sums[1]
+    loss = ((1 - smoothing) * given + every) * log_mass - linear
+    square = z_loss * counted * (peak + log_mass).square() if z_loss else None
+    return _reduced(
+        loss, square, given if target_weights is None and dense is None else counted, counted, reduction
+    )
+
+
+def _reduced(loss: Tensor, square: Tensor | None, share: Tensor, counted: Tensor, reduction: str) -> Tensor:
+    """A mean is over `share`, and that of the squares over the rows; nan over nothing."""
+    if reduction != "mean":
+        loss = loss if square is None else loss + square
+        return loss if reduction == "none" else loss.sum()
+    whole = share.sum()
+    mean = loss.sum() * whole.reciprocal().nan_to_num(posinf=0.0) + (whole / whole - 1)
+    return mean if square is None else mean + square.sum() / counted.sum().clamp(min=1)
+
+
+def divided_log_prob(head: DividedHead, hidden: Tensor) -> Tensor:  # (N, d) to (N, V)
+    """All log-probabilities, on every rank: the one call that sends N V numbers, as many as it returns."""
+    own = mapped_logits(copied(hidden, head.ranks), head.weight, head.bias, head.logit_map)
+    return gathered(own, head.num_classes, head.ranks).log_softmax(-1)
+
+
+@torch.no_grad()
+def divided_topk(
+    head: DividedHead,
+    hidden: Tensor,  # (N, d)
+    k: int,
+    selection: Selection | None,
+) -> tuple[Tensor, Tensor]:  # (N, k) each
+    """The best k of all ranks' k best, by their raw logits; `2 N k` numbers of each rank are sent, and 2 N."""
+    own, ranks = head.own, head.ranks
+    found = best_of_part(
+        hidden, head.weight, head.bias, k, logit_map=head.logit_map, selection=_selection_of(selection, own)
+    )
+    peak = largest(found.peak, ranks)
+    log_mass = summed((found.log_mass + found.peak - peak).exp(), ranks).log()
+    logits = torch.cat(gathered_alike(found.logits, ranks), 1)
+    ids = torch.cat(gathered_alike(found.ids + own.start, ranks), 1)
+    best, order = logits.topk(k)
+    return mapped(best, head.logit_map) - peak[:, None] - log_mass[:, None], ids.gather(1, order)
+
+
+def _selection_of(selection: Selection | None, own: slice) -> Selection | None:
+    """The selection among one rank's classes."""
+    if selection is None:
+        return None
+    exclude, barred = selection
+    if exclude is not None:
+        here = (exclude >= own.start) & (exclude < own.stop)
+        exclude = torch.where(here, exclude - own.start, own.stop - own.start)
+    return Selection(exclude, None if barred is None else barred[own])
+
+
+@torch.no_grad()
+def divided_sample(head: DividedHead, hidden: Tensor, num_samples: int) -> Tensor:  # (N, d) to (N, num_samples)
+    """`sample_classes` over all ranks: with the first rank's random numbers, what one process draws with them."""
+    if not len(hidden):
+        return torch.empty(0, num_samples, dtype=torch.int64, device=hidden.device)
+    own, ranks = head.own, head.ranks
+    logits = mapped_logits(hidden, head.weight, head.bias, head.logit_map)
+    smallest = logits.new_full((len(hidden), 1), torch.finfo(logits.dtype).min)
+    peak = largest(torch.cat([logits, smallest], 1).amax(1, keepdim=True), ranks)
+    ends = cumulative_weights(logits, peak) if len(head.weight) else peak.double()[:, :0]
+    mass = ends[:, -1:] if len(head.weight) else torch.zeros_like(peak, dtype=torch.float64)
+    masses = torch.cat(gathered_alike(mass, ranks), 1).cumsum(1)  # (N, R)
+    total = masses[:, -1:]
+    if eager_on_cpu(total) and not bool((total.isfinite() & (total > 0)).all()):
+        raise ValueError("hidden must give finite logits to be sampled from; some row has NaN or infinite ones")
+    uniform = torch.rand(len(hidden), num_samples, dtype=torch.float64, device=hidden.device)
+    rank, place = intervals_at(masses, from_first(uniform, ranks) * total)
+    drawn = torch.zeros_like(rank)
+    if len(head.weight):
+        inside = classes_at(logits, peak, ends, place.clamp_(max=mass)) + own.start
+        drawn = torch.where(rank == ranks.rank, inside, 0)
+    return summed(drawn, ranks)
