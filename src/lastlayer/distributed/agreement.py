@@ -49,4 +49,4 @@ def _checksum(tensor: Tensor) -> int:
         entries = tensor.detach().to_sparse_coo().coalesce()
         return _checksum(entries.indices()) ^ _checksum(entries.values())
     flat = tensor.detach().reshape(-1).contiguous().cpu()
-    return zlib.crc32(memoryview(flat.view(torch.uint8).numpy())) if flat.numel() else 0
+    return zlib.crc32(flat.view(torch.uint8).numpy().tobytes()) if flat.numel() else 0
