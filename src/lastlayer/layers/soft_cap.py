@@ -27,6 +27,8 @@ class SoftCap(LogitMap):
     tensor([ 0.1000, 30.0000])
     """
 
+    increases = True  # no check on a grid is needed
+
     def __init__(self, cap: float) -> None:
         super().__init__()
         if not (cap > 0 and math.isfinite(cap)):

@@ -8,7 +8,7 @@ from lastlayer.layers.base import OutputLayer
 from lastlayer.screening.mixture_screen import ScreenedMixture
 from lastlayer.screening.screened import ScreenedSoftmax
 from lastlayer.transformers.after_head import after_head
-from lastlayer.transformers.replaced_head import ReplacedHead, own_head, put_head
+from lastlayer.transformers.replaced_head import ReplacedHead, own_head, put_head, refuse_what_needs_own_head
 
 
 def replace_lm_head(model: Any, head: nn.Module) -> ReplacedHead:
@@ -59,7 +59,9 @@ def replace_lm_head(model: Any, head: nn.Module) -> ReplacedHead:
         if wanted is not None and given is not None and wanted != given:
             raise ValueError(f"head must have the model's {name}={wanted}, got {given}")
     _check_agreement(model, head)
-    return put_head(model, head)
+    handle = put_head(model, head)
+    refuse_what_needs_own_head(handle)
+    return handle
 
 
 def _check_agreement(model: Any, head: nn.Module) -> None:
