@@ -121,8 +121,8 @@ def _labels_place(model: Any) -> int | None:
 def _calls_loss_function(model: Any) -> bool:
     """Whether the model's loss comes from its `loss_function`, which calls `F.cross_entropy`.
 
-    `torch.compile` has a rule of its own for the module `nn.CrossEntropyLoss`, which does not see that the logits are
-    deferred (it would compute on their placeholder, which is NaN): models that use it get real ones.
+    `torch.compile` has a rule of its own for the module `nn.CrossEntropyLoss`, which does not see that the logits
+    are deferred (it would compute on their placeholder, which is NaN): models that use it get real ones.
     """
     code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
     return code is not None and "loss_function" in code.co_names
