@@ -181,7 +181,7 @@ def test_low_precision(name, how):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "marian"])
 def test_compiled(name):
-    """One graph, in training and evaluation; Marian's loss is a module, for which the compiler has its own rule."""
+    """One graph. Marian's loss is a module that the compiler treats by its own rule."""
     model, inputs = make(name).train(), batch(name)
     expected = step(model, inputs)
     with chunked_loss(model):
