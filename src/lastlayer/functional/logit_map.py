@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,16 @@ Result = TypeVar("Result")
 GRID = 50.0  # a user's map is checked on [-GRID, GRID]
 
 
+class GraphBuilder(Protocol):
+    """An ONNX graph that is being written (`lastlayer.export.graph.Graph`)."""
+
+    dtype: torch.dtype  # of logits
+
+    def add(self, operator: str, *inputs: Any, **attributes: Any) -> str:
+        """Adds a node, whose inputs are names, or tensors and numbers for constants; the name of its output."""
+        ...
+
+
 class LogitMap(nn.Module, ABC):
     """An increasing function `f` of one logit: the model is `P(c | h) ∝ exp(f(h · w_c + b_c))`.
 
@@ -23,7 +33,7 @@ class LogitMap(nn.Module, ABC):
     unchanged. A softmax over mapped logits can have a log-probability matrix of a higher rank than `d + 2`.
 
     Write `forward`. Where the default is too slow, write `vjp` too (the chunked layers call it); `derivative`
-    has a default by autograd; `inverse` is for maps that have one.
+    has a default by autograd; `inverse` is for maps that have one; `to_graph` for `lastlayer.export.to_onnx`.
 
     A map of your own is checked on a grid the first time that a layer takes it; one that decreases is refused.
 
@@ -78,6 +88,10 @@ class LogitMap(nn.Module, ABC):
     def settings(self) -> dict[str, Any] | None:
         """The keyword arguments that rebuild this map, without its parameters; None for a user's map."""
         return None
+
+    def to_graph(self, graph: GraphBuilder, logits: str) -> str:
+        """Adds the nodes of `forward` to an ONNX graph: the name of `logits` to that of the result."""
+        raise TypeError(f"logit_map must have to_graph() to be exported; {type(self).__name__} has no ONNX graph")
 
     def begin(self) -> "MapPass":
         """A pass over many logits while the parameters stay as they are."""

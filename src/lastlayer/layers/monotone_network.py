@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lastlayer.functional.checks import check_positive
-from lastlayer.functional.logit_map import LogitMap, apply_map, in_blocks
+from lastlayer.functional.logit_map import GraphBuilder, LogitMap, apply_map, in_blocks
 
 BLOCK_NUMBERS = 1 << 20  # of the (logits, units) matrix that exists at once
 REACH = 10.0  # the units' centres start spread over [-REACH, REACH]
@@ -103,6 +103,15 @@ class MonotoneNetwork(LogitMap):
         if isinstance(slope, Tensor) and slope.dim() == 0:
             state_dict = {**state_dict, f"{prefix}raw_slope": slope[None]}
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def to_graph(self, graph: GraphBuilder, logits: str) -> str:
+        """Unit by unit: the (logits, units) matrix does not exist."""
+        slope, *of_units = (part.detach().tolist() for part in self._positive(graph.dtype))
+        total = graph.add("Mul", logits, slope[0])
+        for rate, shift, height in zip(*of_units, strict=True):
+            unit = graph.add("Sigmoid", graph.add("Add", graph.add("Mul", logits, rate), shift))
+            total = graph.add("Add", total, graph.add("Mul", unit, height))
+        return total
 
     def settings(self) -> dict[str, Any]:
         return {"hidden_units": self.hidden_units}

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lastlayer.functional.checks import check_not_negative, check_positive
-from lastlayer.functional.logit_map import LogitMap, MapPass, apply_map, in_blocks
+from lastlayer.functional.logit_map import GraphBuilder, LogitMap, MapPass, apply_map, in_blocks
 from lastlayer.functional.ordinary import eager_on_cpu
 from lastlayer.kernels.softmax_rows import KernelMap
 
 BLOCK = 1 << 19  # logits looked up at once
 UNIT = math.log(math.e - 1)  # softplus(UNIT) is 1
+INT32 = 6  # as ONNX numbers its types
 
 
 class PLIF(LogitMap):
@@ -110,6 +111,14 @@ class PLIF(LogitMap):
     @torch.no_grad()
     def kernel_map(self) -> KernelMap:
         return KernelMap("plif", (self.bound, self.width), self.lines().float())
+
+    def to_graph(self, graph: GraphBuilder, logits: str) -> str:
+        at = graph.add("Mul", graph.add("Add", logits, self.bound), 1 / self.width)
+        knots = graph.add("Cast", graph.add("Clip", at, 0.0, float(self.num_knots - 1)), to=INT32)
+        slopes, offsets = (
+            graph.add("Gather", part.to(graph.dtype), knots) for part in self.lines().detach().unbind(1)
+        )
+        return graph.add("Add", graph.add("Mul", slopes, logits), offsets)
 
     def settings(self) -> dict[str, Any]:
         return {

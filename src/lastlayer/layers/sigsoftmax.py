@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lastlayer.functional.logit_map import LogitMap
+from lastlayer.functional.logit_map import GraphBuilder, LogitMap
 from lastlayer.kernels.softmax_rows import KernelMap
 
 
@@ -46,6 +46,9 @@ class Sigsoftmax(LogitMap):
 
     def kernel_map(self) -> KernelMap:
         return KernelMap("sigsoftmax")
+
+    def to_graph(self, graph: GraphBuilder, logits: str) -> str:
+        return graph.add("Sub", logits, graph.add("Softplus", graph.add("Neg", logits)))
 
     def settings(self) -> dict[str, Any]:
         return {}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lastlayer.functional.logit_map import LogitMap
+from lastlayer.functional.logit_map import GraphBuilder, LogitMap
 from lastlayer.kernels.softmax_rows import KernelMap
 
 
@@ -49,6 +49,9 @@ class SoftCap(LogitMap):
 
     def kernel_map(self) -> KernelMap:
         return KernelMap("soft_cap", (self.cap,))
+
+    def to_graph(self, graph: GraphBuilder, logits: str) -> str:
+        return graph.add("Mul", graph.add("Tanh", graph.add("Div", logits, self.cap)), self.cap)
 
     def settings(self) -> dict[str, Any]:
         return {"cap": self.cap}

@@ -88,7 +88,7 @@ class Int8Rows(IntegerRows):
         dtype: torch.dtype,
     ) -> None:
         classes, width = rows.shape
-        self.width = -(-width // WIDTH_UNIT) * WIDTH_UNIT
+        self.filled, self.width = width, -(-width // WIDTH_UNIT) * WIDTH_UNIT
         padded = -(-classes // BLOCK) * BLOCK
         self.stored = torch.zeros(padded, self.width, dtype=torch.int8, device=rows.device)
         self.scale = torch.empty(classes, dtype=torch.float32, device=rows.device)
@@ -116,6 +116,10 @@ class Int8Rows(IntegerRows):
 
     def integers(self, start: int, stop: int) -> Tensor:
         return self.stored[start : min(stop, len(self.scale))]
+
+    def columns(self) -> Tensor:  # (w, V), int8
+        """The integers without their padding, transposed."""
+        return self.stored[: len(self.scale), : self.filled].T
 
 
 def rounded_up(norms: Tensor) -> Tensor:

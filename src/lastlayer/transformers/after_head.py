@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lastlayer.functional.logit_map import LogitMap
+from lastlayer.functional.logit_map import GraphBuilder, LogitMap
 from lastlayer.layers.full import FullSoftmax
 from lastlayer.layers.soft_cap import SoftCap
 from lastlayer.transformers.replaced_head import own_head, put_head
@@ -40,6 +40,10 @@ class ScaledLogits(LogitMap):
         if self.cap is not None:
             gradient = gradient * self.cap.derivative(logits * self.scale)
         return gradient * self.scale, ()
+
+    def to_graph(self, graph: GraphBuilder, logits: str) -> str:
+        scaled = graph.add("Mul", logits, self.scale)
+        return scaled if self.cap is None else self.cap.to_graph(graph, scaled)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:g}"
