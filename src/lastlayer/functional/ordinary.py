@@ -5,6 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.torch_version import TorchVersion
+
+# PyTorch 2.11 says that it exports in all that Dynamo traces: there only the export that is not strict is recognised.
+DYNAMO_KNOWS_EXPORTS = TorchVersion(torch.__version__) >= (2, 12)
 
 
 def ordinary(*tensors: Tensor | None) -> bool:
@@ -15,7 +19,7 @@ def ordinary(*tensors: Tensor | None) -> bool:
     twin, made of PyTorch's own operations. Under `torch.compile` all tensors count as ordinary.
     """
     if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()
+        return not _exporting()
     for tensor in tensors:  # a plain loop, for speed: every small step calls this
         if tensor is not None and not (
             _dispatch_of(type(tensor)) is _dispatch_of(Tensor)
@@ -25,6 +29,12 @@ def ordinary(*tensors: Tensor | None) -> bool:
         ):
             return False
     return True
+
+
+def _exporting() -> bool:
+    if torch.compiler.is_dynamo_compiling() and not DYNAMO_KNOWS_EXPORTS:
+        return False
+    return torch.compiler.is_exporting()
 
 
 def _dispatch_of(kind: Any) -> Any:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 def autocast_is_on(device_type: str) -> bool:
     """Whether autocast is on for this type of device; on "meta" it never is."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # not by torch.amp.is_autocast_available, which PyTorch 2.11 cannot trace
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:

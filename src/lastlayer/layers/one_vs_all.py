@@ -15,7 +15,7 @@ from lastlayer.functional.reduce import reduce_loss
 from lastlayer.functional.results import ScoreTopK
 from lastlayer.functional.sampled_logits import sampled_logits
 from lastlayer.functional.sampled_losses import accidental_hits
-from lastlayer.functional.sparse_targets import SparseTargets, sparse_targets
+from lastlayer.functional.sparse_targets import sparse_targets
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.parts import matrix_shapes, tied_or_new
 from lastlayer.layers.sampled.drawing import Drawing, check_sampler
@@ -129,7 +129,7 @@ class OneVsAll(OutputLayer):
             wrong = found.weights[(found.weights < 0) | ~(found.weights <= 1)][0].item()
             name = "targets" if target_weights is None else "target_weights"
             raise ValueError(f"{name} must be from 0 to 1 for each class of a row, got {wrong}")
-        loss = self._multi_label_loss(rows, found)
+        loss = self._multi_label_loss(rows, *found)
         return loss.reshape(shape) if self.reduction == "none" else loss
 
     def scores(
@@ -183,8 +183,7 @@ class OneVsAll(OutputLayer):
         return self._dense_topk(self._scores, hidden, k, selection)
 
     @outside_graphs
-    def _multi_label_loss(self, rows: Tensor, found: SparseTargets) -> Tensor:
-        ids, values, kept = found
+    def _multi_label_loss(self, rows: Tensor, ids: Tensor, values: Tensor, kept: Tensor | None) -> Tensor:
         at = None
         if kept is not None and eager_on_cpu(kept):  # ignored rows cost nothing
             at = kept.nonzero().squeeze(1)
