@@ -1,5 +1,8 @@
 """The state of a FactoredOutput: what does not change it, other dtypes, state dicts, and other readers."""
 
+import copy
+import math
+
 import pytest
 import torch
 from factored_twins import RATES, D, Twins, V, batches, snapshot, worst
@@ -91,6 +94,48 @@ def test_scores_without_probabilities():
             layer.sample(hidden)
     with pytest.raises(TypeError, match="linear_head"):
         FactoredOutput(D, V).linear_head()
+
+
+def test_a_screen_notices_training():
+    torch.manual_seed(0)
+    layer, hidden = FactoredOutput(D, V, loss=SquaredError(), bias=True), torch.randn(6, D)
+    optimizer = FactoredSGD(layer, lr=0.1)
+    screen = ScreenedSoftmax.from_layer(layer, preview=Int8Preview(), candidates=10, exact=True, use="screen")
+    screen.topk(hidden, 3)
+    layer(hidden, torch.arange(6)).backward()
+    screen.topk(hidden, 3)  # the gradient alone changes nothing
+
+    def changes():
+        yield optimizer.step
+        yield lambda: layer.set_weight(torch.randn(V, D))
+        yield layer.double
+
+    for change in changes():
+        change()
+        with pytest.raises(RuntimeError, match="refresh"):
+            screen.topk(hidden, 3)
+        with pytest.raises(RuntimeError, match="refresh"):
+            copy.deepcopy(screen).topk(hidden, 3)
+        screen.refresh()
+        hidden = hidden.to(layer.anchor.dtype)
+        assert torch.equal(screen.topk(hidden, 3).indices, layer.topk(hidden, 3).indices)
+        copy.deepcopy(screen).topk(hidden, 3)
+
+
+@pytest.mark.parametrize(
+    ("number", "place", "what"),
+    [(-math.inf, "bias", "exclude"), (math.nan, "weight", "finite"), (1e30, "weight", "squares")],
+)
+def test_a_weight_that_has_no_norm_is_refused(number, place, what):
+    """A class cannot be barred by its bias, as the norm of the outputs would be infinite."""
+    layer = FactoredOutput(D, V, bias=True)
+    before, parts = layer.state.weight(), {"weight": torch.randn(V, D), "bias": torch.randn(V)}
+    parts[place][V - 1] = number
+    with pytest.raises(ValueError, match=what):
+        layer.set_weight(**parts)
+    with pytest.raises(RuntimeError, match=what):
+        layer.load_state_dict(layer.state_dict() | parts)
+    assert torch.equal(layer.state.weight(), before)
 
 
 def test_half_precision_computes_in_single():

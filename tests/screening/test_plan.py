@@ -61,6 +61,27 @@ def test_the_faster_answers(monkeypatch, faster):
         assert exact == (answers == "full")
 
 
+@pytest.mark.parametrize(("setting", "value"), [("candidates", 300), ("exact", True)])
+def test_a_changed_setting_is_measured_anew(monkeypatch, setting, value):
+    monkeypatch.setattr(base, "measure_plan", lambda *_: plan(1.0, 2.0))
+    weight, hidden = head()
+    layer = ScreenedSoftmax(weight, preview=SVDPreview(1), candidates=20)
+    monkeypatch.setattr(base, "measure_plan", lambda *_: plan(2.0, 1.0))
+    assert layer.plan() == plan(1.0, 2.0)
+    setattr(layer, setting, value)
+    assert layer.plan() == plan(2.0, 1.0)
+    with pytest.warns(RuntimeWarning, match="the full layer is faster"):
+        assert bool(layer.topk(hidden, 5).certified.all())
+
+
+@pytest.mark.parametrize(("candidates", "error"), [(0, ValueError), (3001, ValueError), (2.5, TypeError)])
+def test_bad_candidates_change_nothing(candidates, error):
+    layer = ScreenedSoftmax(head()[0], preview=Int8Preview(), candidates=20)
+    with pytest.raises(error, match="candidates"):
+        layer.candidates = candidates
+    assert layer.candidates == 20
+
+
 def test_batches_between_those_measured():
     rows = tuple(Planned(batch, 1.0, 2.0, "screen") for batch in BATCHES)
     found = [Plan(rows).of(batch).batch for batch in (1, 2, 3, 8, 22, 23, 64, 1000)]

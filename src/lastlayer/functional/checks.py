@@ -92,7 +92,11 @@ def check_targets(
 
 
 def assert_on_device(valid: Tensor, message: str) -> None:
-    """An assertion that `valid` is true everywhere, without a synchronisation; none where there are no values."""
+    """An assertion that `valid` is true everywhere, without a synchronisation; none where there are no values.
+
+    PyTorch has no public assertion on the device: `assert` and `torch._check` wait for its result, and
+    `torch._assert_async` is this operator.
+    """
     if torch.compiler.is_compiling() or ordinary(valid):
         torch.ops.aten._assert_async.msg(valid.all(), message)
 

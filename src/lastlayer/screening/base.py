@@ -51,12 +51,32 @@ class Screen(WatchedHead):
         super().__init__(weight, bias)
         if not isinstance(preview, Preview):
             raise TypeError(f"preview must be a Preview such as SVDPreview(64), got {type(preview).__name__}")
-        self.candidates = check_count("candidates", candidates, 1, len(weight))
+        self.candidates = candidates
         self.preview = preview
         self.logit_map = check_logit_map(logit_map)
-        self.exact = bool(exact)
+        self.exact = exact
         self.use: Use = check_choice("use", use, USES)  # pyright: ignore[reportAttributeAccessIssue]
         self._prepare(gram)
+
+    @property
+    def candidates(self) -> int:
+        """Classes a row whose exact logits are computed; may be changed, and the plan is then measured anew."""
+        return self._candidates
+
+    @candidates.setter
+    def candidates(self, candidates: int) -> None:
+        self._candidates = check_count("candidates", candidates, 1, self.out_features)
+        self._forget_plan()
+
+    @property
+    def exact(self) -> bool:
+        """The default of `topk`'s `exact`; may be changed as `candidates` may."""
+        return self._exact
+
+    @exact.setter
+    def exact(self, exact: bool) -> None:
+        self._exact = bool(exact)
+        self._forget_plan()
 
     def forward(
         self,
@@ -174,17 +194,17 @@ class Screen(WatchedHead):
     ) -> Plan:
         """Times of the screen and of the full layer for 1, 8 and 64 rows, and which of them answers; a table.
 
-        Measured when the screen was prepared, on hidden states with the calibration's second moment (without
-        calibration, on rows of the weight); not saved. With `hidden` it is measured anew, on these. Where
-        `use="fastest"`, the full layer also answers while so many rows need it after the screen that the screen
-        gains nothing.
+        Measured when the screen was prepared, and again after `candidates` or `exact` was changed, on hidden
+        states with the calibration's second moment (without calibration, on rows of the weight); not saved. With
+        `hidden` it is measured anew, on these. Where `use="fastest"`, the full layer also answers while so many
+        rows need it after the screen that the screen gains nothing.
         """
         if hidden is not None:
             rows = self._checked_rows(hidden)
             if not len(rows):
                 raise ValueError(f"hidden must hold at least one hidden state, got shape {tuple(hidden.shape)}")
             self._plan = self._measured_plan(rows.repeat(-(-BATCHES[-1] // len(rows)), 1))
-        return self._plan
+        return self._current_plan()
 
     @property
     def bytes_read(self) -> int:
@@ -207,9 +227,23 @@ class Screen(WatchedHead):
         self._compiled: EngineScreen | None = None
         self._mark_fresh()
         self._bars = self.bias is not None and bool(self.bias.isinf().any())
+        self._forget_plan()
+        self._current_plan()
+
+    def _forget_plan(self) -> None:
+        """After something was changed on which the times depend."""
+        self._plan: Plan | None = None
         self._tally = Tally()
         self._warned = False
-        self._plan = self._measured_plan(self._likely_states())
+
+    @torch.no_grad()
+    def _current_plan(self) -> Plan:
+        """The plan, measured where there is none."""
+        plan = self._plan
+        if plan is None:
+            self._check_fresh()
+            plan = self._plan = self._measured_plan(self._likely_states())
+        return plan
 
     def _measured_plan(self, states: Tensor) -> Plan:
         query = self._query(min(10, self.candidates), self.exact, None)
@@ -254,8 +288,9 @@ class Screen(WatchedHead):
         """What answers so many rows, as `backend_for` says."""
         weight, full = self.weight, use == "full"
         if use == "fastest":
-            full = self._tally.full_is_faster(self._plan.of(rows))
-            if full and not self._plan.gains and not self._warned:
+            plan = self._current_plan()
+            full = self._tally.full_is_faster(plan.of(rows))
+            if full and not plan.gains and not self._warned:
                 self._warned = True
                 warnings.warn(NO_GAIN, RuntimeWarning, stacklevel=2)
         return backend_for(

@@ -33,12 +33,16 @@ class Saveable(Protocol):
     weight: Tensor
     bias: Tensor | None
     preview: Preview
-    candidates: int
-    exact: bool
     use: Any
     logit_map: LogitMap | None
     out_features: int
     in_features: int
+
+    @property
+    def candidates(self) -> int: ...
+
+    @property
+    def exact(self) -> bool: ...
 
 
 def fingerprint(weight: Tensor, bias: Tensor | None) -> str:

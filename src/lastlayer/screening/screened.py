@@ -76,7 +76,9 @@ class ScreenedSoftmax(Screen):
         """Screens any layer that ends in one matrix and offers `linear_head() -> (weight, bias, logit_map)`.
 
         A mixture of softmaxes over one matrix (it has `latents` and `log_prior`) is screened by one preview for
-        all components.
+        all components. Of a layer that computes its matrix, such as `FactoredOutput`, the screen has a copy;
+        where the layer also offers `head_version()`, which differs after every change, the screen notices that its
+        copy is stale, and `refresh()` takes another.
         """
         if is_mixture(layer):
             return ScreenedMixture(layer, **settings)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,24 @@ class Watched(NamedTuple):
         return getattr(self.module, self.name)
 
 
+@runtime_checkable
+class ComputedHead(Protocol):
+    """A module whose weight and bias are not kept but computed, as of a `FactoredOutput`."""
+
+    def linear_head(self) -> tuple[Tensor, Tensor | None, nn.Module | None]:
+        """Copies of weight and bias, and the logit map."""
+        ...
+
+    def head_version(self) -> Any:
+        """Differs after every change of what `linear_head` computes."""
+        ...
+
+
 class WatchedHead(nn.Module, ABC):
     """A module of a weight `(V, d)` and a bias `(V,)` of which something was prepared that has to fit them.
 
     Where they are parameters of another module, it is watched too: its parameter may be replaced by another one.
+    Where another module computed them, its version of them is watched.
     """
 
     weight: Tensor
@@ -34,6 +48,7 @@ class WatchedHead(nn.Module, ABC):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self._watched: tuple[Watched, ...] = ()  # of a tuple, so that the module is no submodule
+        self._computed: tuple[ComputedHead, ...] = ()  # none or one
         self._set_head(weight, bias)
 
     @abstractmethod
@@ -52,19 +67,26 @@ class WatchedHead(nn.Module, ABC):
                 self.register_buffer(name, tensor)
 
     def watch(self, module: object) -> None:
-        """Has the module that the weight and the bias came from watched: it may replace them."""
-        if isinstance(module, nn.Module):
+        """Has the module that the weight and bias came from watched: it may replace them, or compute others."""
+        if isinstance(module, ComputedHead):
+            self._computed = (module,)
+            self._mark_fresh()
+        elif isinstance(module, nn.Module):
             self._watched = tuple(_places(module, self.weight, self.bias))
             self._mark_fresh()
 
     def _adopt(self) -> None:
-        """Takes the weight and the bias that the watched module has now."""
+        """Takes the weight and the bias that the watched module has now, or computes."""
+        for module in self._computed:
+            weight, bias, _ = module.linear_head()
+            self._set_head(weight, bias)
+            return
         found = {"weight": self.weight, "bias": self.bias} | {w.own: w.current() for w in self._watched}
         assert found["weight"] is not None
         self._set_head(found["weight"], found["bias"])
 
     def _mark_fresh(self) -> None:
-        self._prepared_for: tuple[int, ...] | None = self._stamp()
+        self._prepared_for: tuple[Any, ...] | None = self._stamp()
 
     def _is_fresh(self) -> bool:
         return self._prepared_for == self._stamp()
@@ -75,8 +97,13 @@ class WatchedHead(nn.Module, ABC):
                 "the weight was changed, moved or replaced since the preview was prepared: call refresh() first"
             )
 
-    def _stamp(self) -> tuple[int, ...]:
-        """Changes whenever the weight or bias is written, moved or replaced (except through `.data`)."""
+    def _stamp(self) -> tuple[Any, ...]:
+        """Changes whenever the weight or bias is written, moved or replaced (except through `.data`).
+
+        `Tensor._version` is the count of changes by which autograd notices that a saved tensor was written.
+        PyTorch documents the count, and `torch.autograd.graph.increment_version` to raise it, but has no public
+        way to read it.
+        """
         weight, bias = self.weight, self.bias
         stamp = (weight.data_ptr(), weight._version)
         if bias is not None:
@@ -84,7 +111,7 @@ class WatchedHead(nn.Module, ABC):
         if self._watched:
             own = {"weight": weight, "bias": bias}
             stamp = (*stamp, *(place.current() is own[place.own] for place in self._watched))
-        return stamp
+        return (*stamp, *(module.head_version() for module in self._computed))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_prepared_for": self._is_fresh()}

@@ -165,7 +165,15 @@ class FactoredOutput(OutputLayer):
         weight: Tensor,  # (V, d)
         bias: Tensor | None = None,  # (V,)
     ) -> None:
-        """Replaces weight and bias (None: leaves the bias), and forgets recorded steps."""
+        """Replaces weight and bias (None: leaves the bias), and forgets recorded steps.
+
+        No bias of -inf bars a class here: the norm of all outputs, which every loss reads, would be infinite.
+        Queries bar classes by `topk(hidden, k, exclude=..., allowed=...)`.
+
+        Raises:
+            TypeError, ValueError: something else than finite tensors of these shapes whose squares can be summed
+                in the dtype of the state; the layer is unchanged then.
+        """
         expected = (self.num_classes, self.in_features)
         for name, given in (("weight", weight), ("bias", bias)):
             if given is not None and not isinstance(given, Tensor):
@@ -179,6 +187,8 @@ class FactoredOutput(OutputLayer):
             last = self.bias if bias is None else bias.to(self.anchor)
             assert last is not None
             columns = torch.cat([columns, last[:, None]], 1)
+        if not columns.is_meta:
+            _check_finite(columns)
         self._rebuild(columns.clone())
 
     def linear_head(self) -> tuple[Tensor, Tensor | None, nn.Module | None]:
@@ -188,6 +198,10 @@ class FactoredOutput(OutputLayer):
                 f"{type(self.loss).__name__} does not rank classes by their output, so it has no linear_head()"
             )
         return self.weight, self.bias, None
+
+    def head_version(self) -> tuple[int, torch.device, torch.dtype]:
+        """What `linear_head()` returns differs only where this does: a screen of the layer is stale then."""
+        return self._ledger.version, self.anchor.device, self.anchor.dtype
 
     def gram(self) -> Tensor:  # (d, d)
         """`W^T W` without the bias, kept by the layer: which a preview otherwise computes at O(V d^2)."""
@@ -311,3 +325,19 @@ class FactoredOutput(OutputLayer):
                 self.set_weight(weight, bias if self.has_bias else None)
             except ValueError as error:
                 errors.append(f"{prefix}: {error}")
+
+
+def _check_finite(columns: Tensor) -> None:
+    """An error unless all numbers of weight and bias are finite, and their squares in the range of the state."""
+    largest = float(columns.abs().max())
+    state_dtype = torch.promote_types(columns.dtype, torch.float32)
+    if not math.isfinite(largest):
+        raise ValueError(
+            f"weight and bias must be finite in {columns.dtype}, got NaN or infinity; a bias of -inf cannot bar a "
+            "class of this layer, as the norm of all outputs would be infinite: use topk(..., exclude=, allowed=)"
+        )
+    if largest > math.sqrt(torch.finfo(state_dtype).max / 16 / len(columns)):
+        raise ValueError(
+            f"weight and bias must be so small that the sum of {len(columns)} of their squares is in the range of "
+            f"{state_dtype}, got {largest:.3g}"
+        )

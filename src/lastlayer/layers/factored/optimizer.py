@@ -172,6 +172,7 @@ class FactoredSGD(torch.optim.Optimizer):
         for layer, factors in zip(layers, saved, strict=True):
             if layer.state.load(factors, layer.anchor.dtype):
                 layer._stabilizer.load_counters(factors["counters"])
+                layer._ledger.forget(layer.anchor)  # what was recorded was read from other factors
             else:
                 warnings.warn(
                     "the factors of this state_dict are of another weight than the layer has, and are left out: "
