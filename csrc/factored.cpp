@@ -18,11 +18,6 @@ namespace lastlayer {
 namespace {
 
 template <class Real>
-Matrix<Real> rows_of(const Real* data, int64_t width) {
-    return {data, width, 1};
-}
-
-template <class Real>
 void fetch_targets(const Real* factor, const int64_t* ids, int64_t count, int64_t d) {
     for (int64_t k = 0; k < count; ++k) prefetch(factor + ids[k] * d, d * static_cast<int64_t>(sizeof(Real)));
 }
@@ -112,6 +107,22 @@ void sum_of_powers(Real* power, Real* sum, double size, int64_t count) {
     }
 }
 
+// (A + A^T) / 2, in square blocks, as a column reads a line of memory for each of its numbers.
+template <class Real>
+void make_symmetric(Real* square, int64_t d) {
+    constexpr int64_t BLOCK = 16;
+    for (int64_t top = 0; top < d; top += BLOCK) {
+        for (int64_t left = 0; left <= top; left += BLOCK) {
+            for (int64_t i = top; i < std::min(top + BLOCK, d); ++i) {
+                for (int64_t j = left; j < std::min(left + BLOCK, i); ++j) {
+                    Real &lower = square[i * d + j], &upper = square[j * d + i];
+                    lower = upper = (lower + upper) / 2;
+                }
+            }
+        }
+    }
+}
+
 struct Found {
     double shrinking, growing, size, drift;
 };
@@ -165,12 +176,7 @@ bool plan(const Real* hidden, const Real* products, const Real* by_hidden, const
     multiply<Real>(num_rows, d, num_rows, rate, rows_of<Real>(inner, num_rows), h, 1, left, columns);
     std::copy_n(reading, columns * d, new_reading);
     multiply<Real>(columns, d, num_rows, 1, rows_of<Real>(left, columns).transposed(), h, 1, new_reading, d);
-    for (int64_t i = 0; i < d; ++i) {
-        for (int64_t j = 0; j < i; ++j) {
-            Real &lower = new_reading[i * d + j], &upper = new_reading[j * d + i];
-            lower = upper = (lower + upper) / 2;
-        }
-    }
+    make_symmetric(new_reading, d);
 
     // X, refined against the new U
     sum_of_powers<Real>(overlap.memory, response.memory, found->size, num_rows);

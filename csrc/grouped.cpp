@@ -2,7 +2,8 @@
 //
 // The plain twin, and the mathematics, are in lastlayer/functional/two_level.py. Where one or two rows of the batch
 // fall into a cluster, a matrix product per cluster is all overhead, and what remains is reading each cluster's
-// weight once. A "residual" is softmax - one_hot(target).
+// weight once: threads share such small groups. Large ones, as the head of two levels is, come one after the other, by
+// matrix products that threads share. A "residual" is softmax - one_hot(target).
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -10,6 +11,7 @@
 
 #include "cache_hints.h"
 #include "engine.h"
+#include "matrix_product.h"
 #include "parallel.h"
 #include "products.h"
 #include "vector_math.h"
@@ -18,6 +20,7 @@ namespace lastlayer {
 namespace {
 
 constexpr int64_t WORK_A_CHUNK = 1 << 19;  // multiply-adds that a thread takes at a time
+constexpr int64_t SOFTMAX_WORK = 32;       // of a softmax, in multiply-adds a logit
 
 struct Group {  // rows [row, row + count) of the batch, over weight rows [start, start + size)
     int64_t row, count, start, size;
@@ -25,29 +28,38 @@ struct Group {  // rows [row, row + count) of the batch, over weight rows [start
     int64_t out;    // its first row in the weight's gradient
 };
 
-// The groups that have less than `most_work` multiply-adds a pass; the others are PyTorch's.
-std::vector<Group> small_groups(const int64_t* table, int64_t num_groups, int64_t width, int64_t most_work, bool compact) {
-    std::vector<Group> groups;
-    groups.reserve(static_cast<size_t>(num_groups));
-    int64_t place = 0, out = 0;
-    for (int64_t g = 0; g < num_groups; ++g) {
-        const int64_t row = table[4 * g], count = table[4 * g + 1], start = table[4 * g + 2], size = table[4 * g + 3];
-        if (count * size * width < most_work) groups.push_back({row, count, start, size, place, compact ? out : start});
-        place += count * size;
-        out += size;
+struct Groups {
+    std::vector<Group> small, large;  // `large` have at least `large_work` multiply-adds a pass
+
+    Groups(const int64_t* table, int64_t num_groups, int64_t width, int64_t large_work, bool compact) {
+        small.reserve(static_cast<size_t>(num_groups));
+        int64_t place = 0, out = 0;
+        for (int64_t g = 0; g < num_groups; ++g) {
+            const int64_t row = table[4 * g], count = table[4 * g + 1], start = table[4 * g + 2], size = table[4 * g + 3];
+            auto& kind = count * size * width < large_work ? small : large;
+            kind.push_back({row, count, start, size, place, compact ? out : start});
+            place += count * size;
+            out += size;
+        }
     }
-    return groups;
+};
+
+// `count` things of some multiply-adds each, shared among threads.
+template <class Body>
+void share(int64_t count, int64_t work_of_all, const Body& body) {
+    const int64_t grain = std::max<int64_t>(1, count * WORK_A_CHUNK / std::max<int64_t>(1, work_of_all));
+    parallel_for(count, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin; k < end; ++k) body(k);
+    });
 }
 
-template <class Body>
-void each_group(const std::vector<Group>& groups, int64_t width, const Body& body) {
+// `pass.run(group)` of all small groups, and `pass.run_shared(group)` of the large ones.
+template <class Pass>
+void each_group(const Groups& groups, int64_t width, const Pass& pass) {
     int64_t work = 0;
-    for (const Group& group : groups) work += (group.count + 1) * group.size * width;
-    const int64_t num_groups = static_cast<int64_t>(groups.size());
-    const int64_t grain = std::max<int64_t>(1, num_groups * WORK_A_CHUNK / std::max<int64_t>(1, work));
-    parallel_for(num_groups, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t g = begin; g < end; ++g) body(groups[g]);
-    });
+    for (const Group& group : groups.small) work += (group.count + 1) * group.size * width;
+    share(static_cast<int64_t>(groups.small.size()), work, [&](int64_t g) { pass.run(groups.small[g]); });
+    for (const Group& group : groups.large) pass.run_shared(group);
 }
 
 template <class Real>
@@ -58,20 +70,36 @@ struct Forward {
     const int64_t* slots;  // (N,), the weight row of each target
     Real* residual;        // flat, group after group; out
     Real* log_prob;        // (N,), gains the target's log-probability in its group
-    Real* slope;           // (N, d), or null; gains residual @ weight
+    Real* slope;           // (N, d), or null; gains residual @ weight, or becomes it
+    bool slope_is_new;     // and becomes it
     int64_t width;
     bool fresh;  // whether the weight is too large to be in a cache
 
     void run(const Group& group) const {
         form_logits(group);
-        for (int64_t n = 0; n < group.count; ++n) {
-            const int64_t row = group.row + n;
-            Real* logits = residual + group.place + n * group.size;
-            if (bias != nullptr)
-                for (int64_t i = 0; i < group.size; ++i) logits[i] += bias[group.start + i];
-            log_prob[row] += to_residual(logits, group.size, slots[row] - group.start);
-        }
-        if (slope != nullptr) add_mean_weight(group);
+        for (int64_t n = 0; n < group.count; ++n) finish_row(group, n);
+        if (slope == nullptr) return;
+        if (slope_is_new) std::fill_n(slope + group.row * width, group.count * width, Real{0});
+        add_mean_weight(group);
+    }
+
+    void run_shared(const Group& group) const {
+        const auto rows = rows_of(hidden + group.row * width, width), block = rows_of(weight + group.start * width, width);
+        Real* logits = residual + group.place;
+        multiply<Real>(group.count, group.size, width, 1, rows, block.transposed(), 0, logits, group.size);
+        share(group.count, group.count * group.size * SOFTMAX_WORK, [&](int64_t n) { finish_row(group, n); });
+        if (slope == nullptr) return;
+        const auto residuals = rows_of<Real>(logits, group.size);
+        multiply<Real>(group.count, width, group.size, 1, residuals, block, slope_is_new ? Real{0} : Real{1},
+                       slope + group.row * width, width);
+    }
+
+    // The logits of a row become residuals, and its log-probability is known.
+    void finish_row(const Group& group, int64_t n) const {
+        const int64_t row = group.row + n;
+        Real* logits = residual + group.place + n * group.size;
+        if (bias != nullptr) add_1x1(logits, Real{1}, bias + group.start, group.size);
+        log_prob[row] += to_residual(logits, group.size, slots[row] - group.start);
     }
 
     // Four weight rows at a time, for all rows of the group: the weight is read from memory once.
@@ -168,6 +196,19 @@ struct Backward {
         if (streamed) stream_fence();
     }
 
+    void run_shared(const Group& group) const {
+        const Scratch<Real> scaled(group.count * width);
+        const Real* residuals = residual + group.place;
+        if (of_bias != nullptr) std::fill_n(of_bias + group.out, group.size, Real{0});
+        for (int64_t n = 0; n < group.count; ++n) {
+            const int64_t row = group.row + n;
+            set_1x1(scaled + n * width, scale[row], hidden + row * width, width);
+            if (of_bias != nullptr) add_1x1(of_bias + group.out, scale[row], residuals + n * group.size, group.size);
+        }
+        multiply<Real>(group.size, width, group.count, 1, rows_of(residuals, group.size).transposed(),
+                       rows_of<Real>(scaled, width), 0, of_weight + group.out * width, width);
+    }
+
     void weigh(const Group& group, int64_t i, Real* f) const {
         const Real* column = residual + group.place + i;
         for (int64_t n = 0; n < group.count; ++n) f[n] = scale[group.row + n] * column[n * group.size];
@@ -199,80 +240,43 @@ struct Backward {
     }
 };
 
-template <class Real>
-void forward(const std::vector<Group>& groups, const void* hidden, const void* weight, const void* bias,
-             const int64_t* slots, void* residual, void* log_prob, void* slope, int64_t num_classes, int64_t width) {
-    const bool fresh = num_classes * width * static_cast<int64_t>(sizeof(Real)) >= CACHE_BYTES;
-    const Forward<Real> pass{static_cast<const Real*>(hidden), static_cast<const Real*>(weight),
-                             static_cast<const Real*>(bias),   slots,
-                             static_cast<Real*>(residual),     static_cast<Real*>(log_prob),
-                             static_cast<Real*>(slope),        width,
-                             fresh};
-    each_group(groups, width, [&](const Group& group) { pass.run(group); });
-}
-
-template <class Real>
-void backward(const std::vector<Group>& groups, const void* hidden, const void* residual, const void* scale,
-              void* of_weight, void* of_bias, int64_t num_rows, int64_t width) {
-    const bool streamed = better_streamed(of_weight, num_rows, width * static_cast<int64_t>(sizeof(Real)));
-    const Backward<Real> pass{static_cast<const Real*>(hidden), static_cast<const Real*>(residual),
-                              static_cast<const Real*>(scale),  static_cast<Real*>(of_weight),
-                              static_cast<Real*>(of_bias),      width,
-                              streamed};
-    each_group(groups, width, [&](const Group& group) { pass.run(group); });
-}
-
 }  // namespace
 }  // namespace lastlayer
 
 LASTLAYER_KERNEL(grouped_softmax_forward)
-(const int64_t* table, int64_t num_groups, int64_t most_work, const void* hidden, const void* weight, const void* bias,
- const int64_t* slots, void* residual, void* log_prob, void* slope, int64_t num_classes, int64_t width,
- int64_t in_float64) {
+(const int64_t* table, int64_t num_groups, int64_t large_work, const void* hidden, const void* weight, const void* bias,
+ const int64_t* slots, void* residual, void* log_prob, void* slope, int64_t slope_is_new, int64_t num_classes,
+ int64_t width, int64_t in_float64) {
     using namespace lastlayer;
-    const auto groups = small_groups(table, num_groups, width, most_work, false);
-    const auto run = in_float64 ? forward<double> : forward<float>;
-    run(groups, hidden, weight, bias, slots, residual, log_prob, slope, num_classes, width);
+    const Groups groups(table, num_groups, width, large_work, false);
+    const auto run = [&](auto zero) {
+        using Real = decltype(zero);
+        const bool fresh = num_classes * width * static_cast<int64_t>(sizeof(Real)) >= CACHE_BYTES;
+        const Forward<Real> pass{static_cast<const Real*>(hidden), static_cast<const Real*>(weight),
+                                 static_cast<const Real*>(bias),   slots,
+                                 static_cast<Real*>(residual),     static_cast<Real*>(log_prob),
+                                 static_cast<Real*>(slope),        slope_is_new != 0,
+                                 width,                            fresh};
+        each_group(groups, width, pass);
+    };
+    in_float64 ? run(double{}) : run(float{});
     return 0;
 }
 
 LASTLAYER_KERNEL(grouped_softmax_backward)
-(const int64_t* table, int64_t num_groups, int64_t most_work, int64_t compact, const void* hidden, const void* residual,
+(const int64_t* table, int64_t num_groups, int64_t large_work, int64_t compact, const void* hidden, const void* residual,
  const void* scale, void* of_weight, void* of_bias, int64_t num_rows, int64_t width, int64_t in_float64) {
     using namespace lastlayer;
-    const auto groups = small_groups(table, num_groups, width, most_work, compact != 0);
-    const auto run = in_float64 ? backward<double> : backward<float>;
-    run(groups, hidden, residual, scale, of_weight, of_bias, num_rows, width);
-    return 0;
-}
-
-// The rows of a batch sorted by cluster, stably: `order (N,)`, and of every cluster that occurs its first sorted row,
-// count, first weight row and size, in the first rows of `table (N, 4)`. Returns how many clusters occur. `totals (3,)`:
-// the sum and the largest of their count * size, and the sum of their sizes.
-LASTLAYER_KERNEL(group_by_cluster)
-(const int64_t* clusters, const int64_t* offsets, int64_t num_rows, int64_t num_clusters, int64_t* order, int64_t* table,
- int64_t* totals) {
-    std::vector<int64_t> begins(static_cast<size_t>(num_clusters + 1));
-    for (int64_t n = 0; n < num_rows; ++n) ++begins[clusters[n] + 1];
-    std::fill_n(totals, 3, 0);
-    int64_t g = 0;
-    for (int64_t c = 0; c < num_clusters; ++c) {
-        const int64_t count = begins[c + 1];
-        begins[c + 1] += begins[c];
-        if (count == 0) continue;
-        const int64_t group[] = {begins[c], count, offsets[c], offsets[c + 1] - offsets[c]};
-        std::copy_n(group, 4, table + 4 * g++);
-        totals[0] += count * group[3];
-        totals[1] = std::max(totals[1], count * group[3]);
-        totals[2] += group[3];
-    }
-    for (int64_t n = 0; n < num_rows; ++n) order[begins[clusters[n]]++] = n;
-    return g;
-}
-
-// The weight rows of the groups, one group after the other.
-LASTLAYER_KERNEL(touched_rows)(const int64_t* table, int64_t num_groups, int64_t* rows) {
-    for (int64_t g = 0; g < num_groups; ++g)
-        for (int64_t i = 0; i < table[4 * g + 3]; ++i) *rows++ = table[4 * g + 2] + i;
+    const Groups groups(table, num_groups, width, large_work, compact != 0);
+    const auto run = [&](auto zero) {
+        using Real = decltype(zero);
+        const bool streamed = better_streamed(of_weight, num_rows, width * static_cast<int64_t>(sizeof(Real)));
+        const Backward<Real> pass{static_cast<const Real*>(hidden), static_cast<const Real*>(residual),
+                                  static_cast<const Real*>(scale),  static_cast<Real*>(of_weight),
+                                  static_cast<Real*>(of_bias),      width,
+                                  streamed};
+        each_group(groups, width, pass);
+    };
+    in_float64 ? run(double{}) : run(float{});
     return 0;
 }

@@ -1,4 +1,4 @@
-"""Two levels by compiled loops and by PyTorch's operations agree, on every instruction set."""
+"""Two levels by compiled loops, by compiled products, and by PyTorch, agree on every instruction set."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from lastlayer.functional.groups import group_by_cluster, touched_rows
 from lastlayer.functional.two_level import TwoLevel, two_level_log_prob
 from lastlayer.kernels import backends, engine
 
-WAYS = {"compiled": 1 << 40, "both": 200, "products": 0, "plain": 0}  # multiply-adds of a group that is PyTorch's
+WAYS = {"compiled": 1 << 40, "both": 200, "products": 0, "plain": 0}  # from how many multiply-adds products
 SIZES = torch.tensor([5, 1, 9, 2, 7])
 
 

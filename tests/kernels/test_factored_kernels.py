@@ -54,7 +54,7 @@ def same(ours, theirs, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("with_total", [True, False])
-@pytest.mark.parametrize(("rows", "width", "d"), [(1, 1, 1), (5, 1, 7), (24, 3, 70), (33, 2, 300)])
+@pytest.mark.parametrize(("rows", "width", "d"), [(1, 1, 1), (5, 1, 7), (24, 3, 70), (129, 2, 301)])
 def test_pass_and_step(rows, width, d, with_total, dtype):
     state = a_state(d, dtype)
     g = a_gradient(state, rows, width, with_total)
@@ -70,6 +70,7 @@ def test_pass_and_step(rows, width, d, with_total, dtype):
 
     norms = (torch.ones_like(g.by_norm), g.by_norm, 40 * torch.ones_like(g.by_norm))  # the last: a long series
     for by_norm in norms if rows < 2 * d else ():
+        by_norm = by_norm * min(1.0, 30 / rows)  # else of many rows the sum is too large for either
         own = dataclasses.replace(g, by_norm=by_norm)
         spread = 2 * RATE * by_norm * g.hidden.square().sum(1)
         shrinking, growing = float(spread.clamp(min=0).sum()), -float(spread.clamp(max=0).sum())

@@ -6,17 +6,19 @@ import pytest
 import torch
 
 from lastlayer import FullSoftmax, HierarchicalSoftmax, TreeSoftmax
+from lastlayer.kernels import backends, engine
 from lastlayer.kernels.grouped import softmax_backward
 
 SIZES, COUNTS = torch.tensor([30_000, 1, 9_999]), torch.tensor([1, 2, 7])
 NUM_ROWS, NUM_CLASSES = int(COUNTS.sum()), int(SIZES.sum())
 
 
+@pytest.mark.parametrize("large_work", [0, 1 << 40])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("width", [64, 63])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_large_gradients_at_any_address_and_width(dtype, width, shift, threads, isa):
+def test_large_gradients_at_any_address_and_width(dtype, width, shift, threads, large_work, isa):
     """Rows of 63 numbers, and an address shifted by one, do not lie where such stores may."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(NUM_ROWS, width, generator=generator, dtype=dtype)
@@ -31,7 +33,7 @@ def test_large_gradients_at_any_address_and_width(dtype, width, shift, threads, 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        softmax_backward(table, 1 << 40, hidden, residual, scale, of_weight, of_bias, compact=False)
+        softmax_backward(table, large_work, hidden, residual, scale, of_weight, of_bias, compact=False)
     finally:
         torch.set_num_threads(before)
 
@@ -44,6 +46,27 @@ def test_large_gradients_at_any_address_and_width(dtype, width, shift, threads, 
     torch.testing.assert_close(of_bias, sums, rtol=tolerance, atol=tolerance)
     assert memory[:shift].isnan().all()
     assert memory[shift + NUM_CLASSES * width :].isnan().all()
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("rows", [1, 301])
+def test_a_head_and_clusters_by_shared_products(rows, sparse, monkeypatch, isa):
+    """By products from some thousand multiply-adds on, those above four million shared by threads."""
+    monkeypatch.setattr(backends, "GROUP_WORK", 1 << 12)
+    torch.manual_seed(0)
+    layer = HierarchicalSoftmax(97, 20_000, sparse=sparse)
+    hidden, targets = torch.randn(97, rows).T, torch.randint(20_000, (rows,))
+
+    def found():
+        layer.zero_grad()
+        leaf = hidden.clone().requires_grad_()
+        loss = layer(leaf, targets)
+        loss.backward()
+        return [loss.detach(), leaf.grad, *(p.grad.to_dense() for p in layer.parameters())]
+
+    compiled = found()
+    with engine.forced(None):
+        torch.testing.assert_close(compiled, found(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [HierarchicalSoftmax, TreeSoftmax, FullSoftmax])

@@ -29,8 +29,26 @@ class Groups(NamedTuple):
     order: Tensor  # (N,), the row at each sorted place
     table: Tensor  # (G, 4) int64 on the CPU: the four properties below, of each cluster that occurs
     num_logits: int  # the sum of counts * sizes
-    most_logits: int  # the largest counts * sizes
     num_touched: int  # the sum of sizes
+
+    def sorted(
+        self,
+        rows: Tensor,  # (N, d)
+    ) -> Tensor:  # (N, d)
+        """The rows in this order."""
+        if not _by_kernel(rows):
+            return rows.index_select(0, self.order)
+        return kernels.gather_rows(rows.contiguous().resolve_neg(), self.order)
+
+    def unsorted(
+        self,
+        rows: Tensor,  # (N, d), sorted
+        scale: Tensor,  # (N,), sorted
+    ) -> Tensor:  # (N, d)
+        """The rows times their scale, in the batch's own order."""
+        if not _by_kernel(rows) or scale.dtype != rows.dtype:
+            return torch.empty_like(rows).index_copy_(0, self.order, (rows * scale[:, None]).to(rows.dtype))
+        return kernels.scatter_scaled_rows(rows, self.order, scale)
 
     @property
     def rows(self) -> NDArray[np.int64]:  # (G,)
@@ -70,8 +88,7 @@ def group_by_cluster(
     starts = offsets[touched]
     sizes = offsets[touched + 1] - starts
     table = torch.stack([counts.cumsum(0) - counts, counts, starts, sizes], 1).cpu()
-    logits = table[:, 1] * table[:, 3]
-    return Groups(order, table, int(logits.sum()), max(logits.tolist(), default=0), int(table[:, 3].sum()))
+    return Groups(order, table, int((table[:, 1] * table[:, 3]).sum()), int(table[:, 3].sum()))
 
 
 def whole_batch(
@@ -82,8 +99,7 @@ def whole_batch(
     num_rows = rows.shape[0]
     group = [[0, num_rows, 0, num_classes]] if num_rows else []
     table = torch.tensor(group, dtype=torch.int64, device="cpu").view(-1, 4)
-    num_logits = num_rows * num_classes
-    return Groups(rows.new_empty(0), table, num_logits, num_logits, num_classes)
+    return Groups(rows.new_empty(0), table, num_rows * num_classes, num_classes)
 
 
 def touched_rows(groups: Groups) -> Tensor:
@@ -94,3 +110,7 @@ def touched_rows(groups: Groups) -> Tensor:
     starts, sizes = groups.table[:, 2], groups.table[:, 3]
     shift = (starts - (sizes.cumsum(0) - sizes)).repeat_interleave(sizes)
     return (torch.arange(len(shift), device="cpu") + shift).to(device)
+
+
+def _by_kernel(rows: Tensor) -> bool:
+    return grouped_softmax_backend_for(rows.device, rows.dtype, rows.dtype) == "compiled"

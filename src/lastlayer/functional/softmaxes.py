@@ -1,5 +1,6 @@
 """Many independent softmaxes, each of some rows of a batch over its own rows of one weight."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -8,37 +9,24 @@ from torch import Tensor
 from lastlayer.functional.groups import Groups
 from lastlayer.kernels import backends
 from lastlayer.kernels import grouped as kernels
-from lastlayer.kernels.backends import Backend, grouped_softmax_backend_for, softmax_rows_backend_for
+from lastlayer.kernels.backends import grouped_softmax_backend_for, softmax_rows_backend_for
 from lastlayer.kernels.softmax_rows import RowTerms, fused
 
 
 class Softmaxes(NamedTuple):
-    """The groups of a batch, and by which code each is computed."""
+    """The groups of a batch, and by which code they are computed."""
 
     table: Tensor  # (G, 4), of `Groups`
     compact: bool
     num_residuals: int
-    compiled: bool  # whether the compiled loops compute all groups but the `plain`
-    plain: list[list[int]]  # those that PyTorch's operations compute: row, count, start, size, place, out
+    compiled: bool
 
     @classmethod
     def of(cls, groups: Groups, hidden: Tensor, weight: Tensor, *, compact: bool = False) -> "Softmaxes":
         """Plans the work; `compact` gradients hold the groups' rows only, one group after the other."""
-        width = hidden.shape[1]
-
-        def backend_for(num_logits: int) -> Backend:
-            work = num_logits * width
-            return grouped_softmax_backend_for(hidden.device, hidden.dtype, weight.dtype, work)
-
-        compiled = backend_for(0) == "compiled" and weight.is_contiguous()
-        plain: list[list[int]] = []
-        if not compiled or backend_for(groups.most_logits) == "plain":
-            place = out = 0
-            for row, count, start, size in groups.table.tolist():
-                if not compiled or backend_for(count * size) == "plain":
-                    plain.append([row, count, start, size, place, out if compact else start])
-                place, out = place + count * size, out + size
-        return cls(groups.table, compact, groups.num_logits, compiled, plain)
+        backend = grouped_softmax_backend_for(hidden.device, hidden.dtype, weight.dtype)
+        compiled = backend == "compiled" and weight.is_contiguous()
+        return cls(groups.table, compact, groups.num_logits, compiled)
 
     def forward(
         self,
@@ -47,23 +35,25 @@ class Softmaxes(NamedTuple):
         bias: Tensor | None,  # (V,)
         slots: Tensor,  # (N,), the weight row of each target
         log_prob: Tensor,  # (N,), gains the log-softmax at the targets
-        slope: Tensor,  # (N, d), or (0, d) for none; gains residual @ weight
+        slope: Tensor | None,  # (N, d), gains residual @ weight
+        *,
+        slope_is_new: bool,  # and becomes it
     ) -> Tensor:  # flat, group after group
         """Residuals `softmax(rows @ weight.T + bias) - one_hot(target)` of every group."""
         residual = log_prob.new_empty(self.num_residuals)
-        if self.compiled and len(self.plain) < self.table.shape[0]:
-            formed = slope if slope.shape[0] else None
-            arrays = (rows, weight, None if bias is None else bias.contiguous(), slots, residual, log_prob, formed)
-            kernels.softmax_forward(self.table, backends.GROUP_WORK, *arrays)
-        for row, count, start, size, place, _ in self.plain:
+        if self.compiled:
+            arrays = (rows, weight, None if bias is None else bias.contiguous(), slots, residual, log_prob, slope)
+            kernels.softmax_forward(self.table, backends.GROUP_WORK, *arrays, slope_is_new=slope_is_new)
+            return residual
+        for row, count, start, size, place, _ in self._each_group():
             own = slice(row, row + count)
             block = weight.narrow(0, start, size).to(rows.dtype)
             flat = residual.narrow(0, place, count * size).view(count, size)
             _multiply(rows[own], block.T, flat)
             own_bias = None if bias is None else bias.detach().narrow(0, start, size).to(flat.dtype)
             log_prob[own] += _to_residuals(flat, own_bias, slots[own] - start)
-            if len(slope):
-                slope[own].addmm_(flat.to(rows.dtype), block)
+            if slope is not None:
+                slope[own].addmm_(flat.to(rows.dtype), block, beta=0 if slope_is_new else 1)
         return residual
 
     def backward(
@@ -75,19 +65,25 @@ class Softmaxes(NamedTuple):
         of_bias: Tensor,  # (R,), likewise
     ) -> None:
         """Writes the gradients of weight and bias, `(scale * residual).T @ rows` and its sums, each row once."""
-        if self.compiled and len(self.plain) < self.table.shape[0]:
+        if self.compiled:
             arrays = (rows, residual, scale, of_weight, of_bias)
             kernels.softmax_backward(self.table, backends.GROUP_WORK, *arrays, compact=self.compact)
-        if not self.plain:
             return
         exact = rows.dtype == residual.dtype  # then the scale goes to the narrower factor; else it is rounded once
         scaled = rows * scale[:, None] if exact else rows
-        for row, count, _, size, place, out in self.plain:
+        for row, count, _, size, place, out in self._each_group():
             own = slice(row, row + count)
             factors = residual.narrow(0, place, count * size).view(count, size).T
             left = factors if exact else (factors * scale[own]).to(rows.dtype)
             _multiply(left, scaled[own], of_weight.narrow(0, out, size))
             of_bias.narrow(0, out, size).copy_(factors @ scale[own])
+
+    def _each_group(self) -> Iterator[tuple[int, int, int, int, int, int]]:
+        """Row, count, start and size of each, its place among the residuals, its first row in the gradients."""
+        place = out = 0
+        for row, count, start, size in self.table.tolist():
+            yield row, count, start, size, place, out if self.compact else start
+            place, out = place + count * size, out + size
 
 
 def _multiply(left: Tensor, right: Tensor, into: Tensor) -> None:

@@ -86,16 +86,19 @@ class _TwoLevelLogProb(torch.autograd.Function):
         num_clusters, num_classes = targets.offsets.shape[0] - 1, weight.shape[0]
         groups = group_by_cluster(targets.clusters, targets.offsets)
         order = groups.order
-        rows, slots, clusters = (t.index_select(0, order) for t in (hidden, targets.slots, targets.clusters))
+        rows = groups.sorted(hidden)
+        slots, clusters = (ids.index_select(0, order) for ids in (targets.slots, targets.clusters))
         head = None
         inner = Softmaxes.of(groups, rows, weight, compact=targets.sparse)
         log_prob = rows.new_zeros(rows.shape[0], dtype=exact_dtype(rows.dtype))
-        slope = torch.zeros_like(rows) if ctx.needs_input_grad[1] else rows[:0]
+        slope = torch.empty_like(rows) if ctx.needs_input_grad[1] else None
         head_residual = None
         if head_weight is not None:
             head = Softmaxes.of(whole_batch(rows, num_clusters), rows, head_weight)
-            head_residual = head.forward(rows, head_weight, head_bias, clusters, log_prob, slope)
-        residual = inner.forward(rows, weight, bias, slots, log_prob, slope)
+            head_residual = head.forward(
+                rows, head_weight, head_bias, clusters, log_prob, slope, slope_is_new=True
+            )
+        residual = inner.forward(rows, weight, bias, slots, log_prob, slope, slope_is_new=head is None)
         ctx.save_for_backward(order, rows, slope, head_residual, residual, hidden, *parameters)
         ctx.levels, ctx.groups, ctx.targets = (head, inner), groups, targets
         ctx.like, ctx.num_clusters, ctx.num_classes = weight[:0], num_clusters, num_classes
@@ -108,15 +111,20 @@ class _TwoLevelLogProb(torch.autograd.Function):
 
 
 def _form(
-    ctx: Any, upstream: Tensor, order: Tensor, rows: Tensor, slope: Tensor, head_residual: Tensor, residual: Tensor
+    ctx: Any,
+    upstream: Tensor,
+    order: Tensor,
+    rows: Tensor,
+    slope: Tensor | None,
+    head_residual: Tensor,
+    residual: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of hidden and all parameters."""
     (head, inner), wanted, like = ctx.levels, ctx.needs_input_grad[1:], ctx.like
     scale = upstream.index_select(0, order).neg_()
     of_hidden = of_head_weight = of_head_bias = of_weight = of_bias = None
-    if wanted[0]:
-        sorted_gradient = (slope * scale[:, None]).to(slope.dtype)
-        of_hidden = torch.empty_like(slope).index_copy_(0, order, sorted_gradient)
+    if slope is not None:
+        of_hidden = ctx.groups.unsorted(slope, scale)
     if wanted[1] or wanted[2]:
         make = like.new_empty if rows.shape[0] else like.new_zeros  # all are written where there is a row
         of_head_weight, of_head_bias = make(ctx.num_clusters, rows.shape[1]), make(ctx.num_clusters)

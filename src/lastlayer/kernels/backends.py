@@ -12,8 +12,7 @@ from lastlayer.kernels import engine
 
 Backend = Literal["compiled", "plain"]
 
-# Multiply-adds from which PyTorch's own matrix product, shared among its threads, is as quick as the compiled
-# loops over one group, which stay on one thread.
+# Multiply-adds from which a group is computed by matrix products that threads share; smaller groups they share.
 GROUP_WORK = 1 << 23
 
 
@@ -39,15 +38,14 @@ def grouped_softmax_backend_for(
     device: torch.device,
     dtype: torch.dtype,  # of the hidden states in the products
     weight_dtype: torch.dtype,
-    work: int = 0,  # multiply-adds: rows of the batch * classes * d of one cluster, or of the head
 ) -> Backend:
-    """What computes a cluster of `HierarchicalSoftmax`, or its head.
+    """What computes the clusters of `HierarchicalSoftmax`, and its head.
 
     >>> import torch
-    >>> grouped_softmax_backend_for(torch.device("cpu"), torch.float32, torch.float32, work=1000 * 1000 * 500)
+    >>> grouped_softmax_backend_for(torch.device("cpu"), torch.float32, torch.bfloat16)
     'plain'
     """
-    known = dtype == weight_dtype and dtype in (torch.float32, torch.float64) and work < GROUP_WORK
+    known = dtype == weight_dtype and dtype in (torch.float32, torch.float64)
     return "compiled" if known and _engine_serves(device) else "plain"
 
 

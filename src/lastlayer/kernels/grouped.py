@@ -1,4 +1,5 @@
-"""Many small softmaxes, each over its own few rows of one matrix, and the grouping of a batch: `csrc/grouped.cpp`.
+"""Many softmaxes, each over its own rows of one matrix (`csrc/grouped.cpp`), and the grouping of a batch
+(`csrc/sorted_rows.cpp`).
 
 The plain twins are `functional/softmaxes.py` and `functional/groups.py`.
 """
@@ -8,18 +9,20 @@ from torch import Tensor
 
 from lastlayer.kernels.engine import Kernel
 
-# table, G, most_work, hidden, weight, bias, slots, residual, log_prob, slope, V, d, in float64
-_FORWARD = Kernel("grouped_softmax_forward", "pnnpppppppnnn")
-# table, G, most_work, compact, hidden, residual, scale, of_weight, of_bias, R, d, in float64
+# table, G, large_work, hidden, weight, bias, slots, residual, log_prob, slope, slope is new, V, d, in float64
+_FORWARD = Kernel("grouped_softmax_forward", "pnnpppppppnnnn")
+# table, G, large_work, compact, hidden, residual, scale, of_weight, of_bias, R, d, in float64
 _BACKWARD = Kernel("grouped_softmax_backward", "pnnnpppppnnn")
 # clusters, offsets, N, C, order, table, totals
 _GROUP = Kernel("group_by_cluster", "ppnnppp")
 _TOUCHED = Kernel("touched_rows", "pnp")  # table, G, rows
+_GATHER = Kernel("gather_rows", "pppnn")  # rows, order, out, N, bytes of a row
+_SCATTER = Kernel("scatter_scaled_rows", "ppppnnn")  # rows, order, scale, out, N, d, in float64
 
 
 def softmax_forward(
     table: Tensor,  # (G, 4) int64: first row of the batch, count, first weight row, size of each group
-    most_work: int,  # groups of so many multiply-adds are left out
+    large_work: int,  # multiply-adds from which threads share a group, not the groups
     hidden: Tensor,  # (N, d) float32 or float64, sorted by group
     weight: Tensor,  # (V, d), of the same dtype, as all that follow
     bias: Tensor | None,  # (V,)
@@ -27,17 +30,19 @@ def softmax_forward(
     residual: Tensor,  # flat; becomes softmax - one_hot(target), group after group
     log_prob: Tensor,  # (N,); gains the target's log-probability in its group
     slope: Tensor | None,  # (N, d); gains residual @ weight
+    *,
+    slope_is_new: bool,  # and becomes it
 ) -> None:
     """For every group `log_softmax(hidden @ weight.T + bias)` at the targets, and what its gradient needs."""
     _FORWARD(
-        table, table.shape[0], most_work, hidden, weight, bias, slots, residual, log_prob, slope,
-        *weight.shape, hidden.dtype == torch.float64,
+        table, table.shape[0], large_work, hidden, weight, bias, slots, residual, log_prob, slope,
+        slope_is_new, *weight.shape, hidden.dtype == torch.float64,
     )  # fmt: skip
 
 
 def softmax_backward(
     table: Tensor,  # (G, 4) int64
-    most_work: int,
+    large_work: int,
     hidden: Tensor,  # (N, d), sorted by group
     residual: Tensor,  # flat, from the forward pass
     scale: Tensor,  # (N,)
@@ -48,7 +53,7 @@ def softmax_backward(
 ) -> None:
     """The gradients of weight and bias, every row written once."""
     _BACKWARD(
-        table, table.shape[0], most_work, compact, hidden, residual, scale, of_weight, of_bias,
+        table, table.shape[0], large_work, compact, hidden, residual, scale, of_weight, of_bias,
         *of_weight.shape, hidden.dtype == torch.float64,
     )  # fmt: skip
 
@@ -59,11 +64,11 @@ def group_by_cluster(
 ) -> tuple[Tensor, Tensor, list[int]]:  # (N,), (G, 4)
     """The rows of a batch sorted by cluster; the table of the clusters that occur.
 
-    And of these the sum and the largest of count * size, and the sum of the sizes.
+    And the sums of their count * size and of their sizes.
     """
     clusters, offsets = clusters.contiguous(), offsets.contiguous()
     num_rows, num_clusters = clusters.shape[0], offsets.shape[0] - 1
-    order, table, totals = torch.empty_like(clusters), clusters.new_empty(num_rows, 4), clusters.new_empty(3)
+    order, table, totals = torch.empty_like(clusters), clusters.new_empty(num_rows, 4), clusters.new_empty(2)
     num_groups = _GROUP(clusters, offsets, num_rows, num_clusters, order, table, totals)
     return order, table[:num_groups], totals.tolist()
 
@@ -73,3 +78,24 @@ def touched_rows(table: Tensor, num_touched: int) -> Tensor:  # (R,)
     rows = table.new_empty(num_touched)
     _TOUCHED(table, table.shape[0], rows)
     return rows
+
+
+def gather_rows(
+    rows: Tensor,  # (N, d)
+    order: Tensor,  # (N,) int64
+) -> Tensor:  # (N, d)
+    """`rows[order]`."""
+    gathered = torch.empty_like(rows)
+    _GATHER(rows, order, gathered, rows.shape[0], rows.shape[1] * rows.element_size())
+    return gathered
+
+
+def scatter_scaled_rows(
+    rows: Tensor,  # (N, d) float32 or float64
+    order: Tensor,  # (N,) int64, a permutation
+    scale: Tensor,  # (N,), of the same dtype
+) -> Tensor:  # (N, d)
+    """Row `order[n]` of the result is `scale[n] * rows[n]`."""
+    scattered = torch.empty_like(rows)
+    _SCATTER(rows, order, scale, scattered, *rows.shape, rows.dtype == torch.float64)
+    return scattered

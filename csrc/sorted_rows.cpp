@@ -1,0 +1,61 @@
+// The rows of a batch sorted by the cluster of their target, and back. All on the calling thread: it takes microseconds.
+//
+// The plain twins are in lastlayer/functional/groups.py.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "engine.h"
+#include "products.h"
+
+// The rows of a batch sorted by cluster, stably: `order (N,)`, and of every cluster that occurs its first sorted row,
+// count, first weight row and size, in the first rows of `table (N, 4)`. Returns how many clusters occur. `totals (2,)`:
+// the sums of their count * size and of their sizes.
+LASTLAYER_KERNEL(group_by_cluster)
+(const int64_t* clusters, const int64_t* offsets, int64_t num_rows, int64_t num_clusters, int64_t* order, int64_t* table,
+ int64_t* totals) {
+    std::vector<int64_t> begins(static_cast<size_t>(num_clusters + 1));
+    for (int64_t n = 0; n < num_rows; ++n) ++begins[clusters[n] + 1];
+    std::fill_n(totals, 2, 0);
+    int64_t g = 0;
+    for (int64_t c = 0; c < num_clusters; ++c) {
+        const int64_t count = begins[c + 1];
+        begins[c + 1] += begins[c];
+        if (count == 0) continue;
+        const int64_t group[] = {begins[c], count, offsets[c], offsets[c + 1] - offsets[c]};
+        std::copy_n(group, 4, table + 4 * g++);
+        totals[0] += count * group[3];
+        totals[1] += group[3];
+    }
+    for (int64_t n = 0; n < num_rows; ++n) order[begins[clusters[n]]++] = n;
+    return g;
+}
+
+// The weight rows of the groups, one group after the other.
+LASTLAYER_KERNEL(touched_rows)(const int64_t* table, int64_t num_groups, int64_t* rows) {
+    for (int64_t g = 0; g < num_groups; ++g)
+        for (int64_t i = 0; i < table[4 * g + 3]; ++i) *rows++ = table[4 * g + 2] + i;
+    return 0;
+}
+
+// Sorted rows: out[n] = rows[order[n]], `width` bytes each.
+LASTLAYER_KERNEL(gather_rows)
+(const void* rows, const int64_t* order, void* out, int64_t num_rows, int64_t width) {
+    const auto* from = static_cast<const char*>(rows);
+    auto* to = static_cast<char*>(out);
+    for (int64_t n = 0; n < num_rows; ++n) std::memcpy(to + n * width, from + order[n] * width, static_cast<size_t>(width));
+    return 0;
+}
+
+// And back, scaled: out[order[n]] = scale[n] * rows[n].
+LASTLAYER_KERNEL(scatter_scaled_rows)
+(const void* rows, const int64_t* order, const void* scale, void* out, int64_t num_rows, int64_t width, int64_t in_float64) {
+    const auto run = [&](auto zero) {
+        using Real = decltype(zero);
+        const auto *from = static_cast<const Real*>(rows), *factors = static_cast<const Real*>(scale);
+        auto* to = static_cast<Real*>(out);
+        for (int64_t n = 0; n < num_rows; ++n) lastlayer::set_1x1(to + order[n] * width, factors[n], from + n * width, width);
+    };
+    in_float64 ? run(double{}) : run(float{});
+    return 0;
+}
