@@ -1,4 +1,4 @@
-"""The dependencies of every Debian package as a sequence of items, one package a line: real data for a recommender.
+"""The dependencies of every Debian package as a sequence of items, one a line: real data for a recommender.
 
 python benchmarks/debian_items.py FOLDER FILE
 
