@@ -79,16 +79,19 @@ void collect_reaching(const Row& row, int64_t block, float least, std::vector<Sc
     }
 }
 
+void keep_best(std::vector<Scored>& classes, int64_t count) {
+    if (static_cast<int64_t>(classes.size()) <= count) return;
+    std::nth_element(classes.begin(), classes.begin() + (count - 1), classes.end(), is_better);
+    classes.resize(static_cast<size_t>(count));
+}
+
 // The `count` best scores that are above -inf, in no order.
 std::vector<Scored> choose(const Row& row, int64_t count) {
     const float least = threshold(row, count);
     std::vector<Scored> found;
     for (int64_t block = 0; block < num_blocks(row.screen); ++block)
         if (row.block_max[block] >= least) collect_reaching(row, block, least, found);
-    if (static_cast<int64_t>(found.size()) > count) {
-        std::nth_element(found.begin(), found.begin() + (count - 1), found.end(), is_better);
-        found.resize(static_cast<size_t>(count));
-    }
+    keep_best(found, count);
     return found;
 }
 
@@ -143,23 +146,26 @@ void summarise_again(const Row& row, int64_t block) {
     summarise_block(row.scores + first, row.end_of(block) - first, row.block_max[block], row.block_sum[block]);
 }
 
-// Takes classes out of the scores and out of the sums of their blocks. Maxima stay, as upper bounds, unless `exactly`.
+// Takes classes, given with their scores, out of the scores and out of the sums of their blocks. Maxima stay, as upper
+// bounds, unless `exactly`.
 void set_aside(const Row& row, const std::vector<Scored>& classes, bool exactly) {
+    enum : uint8_t { UNTOUCHED, TOUCHED, WITHOUT_SUMMARY };
     const int64_t blocks = num_blocks(row.screen);
     const bool most = static_cast<int64_t>(classes.size()) > blocks;
-    std::vector<float> left;
-    if (!most && !exactly) left.assign(row.block_sum, row.block_sum + blocks);
-    std::vector<uint8_t> touched(static_cast<size_t>(blocks));
+    std::vector<float> left(row.block_sum, row.block_sum + blocks);
+    std::vector<uint8_t> state(static_cast<size_t>(blocks));
     for (const Scored& one : classes) {
-        const int64_t block = one.id / BLOCK;
-        touched[static_cast<size_t>(block)] = 1;
-        if (!left.empty()) left[static_cast<size_t>(block)] -= exp(row.scores[one.id] - row.block_max[block]);
+        const auto block = static_cast<size_t>(one.id / BLOCK);
         row.scores[one.id] = MINUS_INFINITY;
+        if (most || (exactly && one.value >= row.block_max[block])) state[block] = WITHOUT_SUMMARY;
+        if (state[block] == UNTOUCHED) state[block] = TOUCHED;
+        if (state[block] == TOUCHED) left[block] -= exp(one.value - row.block_max[block]);
     }
     for (int64_t block = 0; block < blocks; ++block) {
-        if (!touched[static_cast<size_t>(block)]) continue;
-        if (left.empty() || left[static_cast<size_t>(block)] < CANCELLED * row.block_sum[block]) summarise_again(row, block);
-        else row.block_sum[block] = left[static_cast<size_t>(block)];
+        const auto n = static_cast<size_t>(block);
+        if (state[n] == UNTOUCHED) continue;
+        if (state[n] == WITHOUT_SUMMARY || left[n] < CANCELLED * row.block_sum[n]) summarise_again(row, block);
+        else row.block_sum[n] = left[n];
     }
 }
 
@@ -207,30 +213,66 @@ double log_sum_exp(const Row& row, const std::vector<Scored>& exact, const std::
     return most + std::log(total);  // in float64, as the logits may be large
 }
 
-// The classes that this row may not return, with their scores.
-std::vector<Scored> barred_classes(const Row& row, int64_t number) {
+// The classes that this row may not return, with their scores, which become -inf; those that are -inf are left out.
+std::vector<Scored> bar_classes(const Row& row, int64_t number) {
     std::vector<Scored> barred;
+    const auto bar = [&](int64_t id) {
+        float& score = row.scores[id];
+        if (score > MINUS_INFINITY) barred.push_back({score, static_cast<int32_t>(id)});
+        score = MINUS_INFINITY;
+    };
     if (row.query.barred != nullptr)
         for (int64_t i = 0; i < row.screen.classes; ++i)
-            if (row.query.barred[i]) barred.push_back({row.scores[i], static_cast<int32_t>(i)});
+            if (row.query.barred[i]) bar(i);
     for (int64_t n = 0; n < row.query.num_excluded; ++n) {
         const int64_t id = row.query.excluded[number * row.query.num_excluded + n];
-        if (id < 0 || id >= row.screen.classes) continue;
-        barred.push_back({row.scores[id], static_cast<int32_t>(id)});
+        if (id >= 0 && id < row.screen.classes) bar(id);
     }
-    std::sort(barred.begin(), barred.end(), [](const Scored& a, const Scored& b) { return a.id < b.id; });
-    const auto same = [](const Scored& a, const Scored& b) { return a.id == b.id; };
-    barred.erase(std::unique(barred.begin(), barred.end(), same), barred.end());
     return barred;
 }
 
-// Exact logits for those of the barred classes that would be candidates: the normaliser hangs on them.
-void rescore_candidates(const Row& row, std::vector<Scored>& barred) {
+void rescore_barred(const Row& row, const std::vector<Scored>& some, std::vector<Scored>& barred) {
+    if (some.empty()) return;
     const auto before = [](const Scored& a, const Scored& b) { return a.id < b.id; };
-    for (const Scored& one : rescored(row, choose(row, row.query.candidates))) {
-        const auto place = std::lower_bound(barred.begin(), barred.end(), one, before);
-        if (place != barred.end() && place->id == one.id) place->value = one.value;
+    std::sort(barred.begin(), barred.end(), before);
+    for (const Scored& one : rescored(row, some)) std::lower_bound(barred.begin(), barred.end(), one, before)->value = one.value;
+}
+
+struct Candidates {
+    std::vector<Scored> permitted, barred;  // with their scores; of the barred ones those among the best exact logits
+};
+
+// The candidates among the classes that the row may return, and the barred classes; both are set aside. The normaliser
+// hangs on the best of all classes, so that barred ones among them need exact logits too.
+Candidates candidates_of(const Row& row, int64_t number) {
+    const int64_t count = row.query.candidates, excluded = row.query.num_excluded;
+    const bool exactly = row.query.exact != 0, few = row.query.barred == nullptr && excluded <= count;
+    std::vector<Scored> best = choose(row, few ? count + excluded : count);  // enough for both, or for those barred
+    if (excluded == 0 && row.query.barred == nullptr) {
+        set_aside(row, best, exactly);
+        return {best, {}};
     }
+    if (static_cast<int64_t>(best.size()) > count)
+        std::nth_element(best.begin(), best.begin() + (count - 1), best.end(), is_better);
+    Candidates found;
+    found.barred = bar_classes(row, number);
+    std::vector<Scored> among_best;
+    for (size_t n = 0; n < best.size(); ++n) {
+        if (row.scores[best[n].id] > MINUS_INFINITY) found.permitted.push_back(best[n]);
+        else if (static_cast<int64_t>(n) < count) among_best.push_back(best[n]);
+    }
+    if (few) {
+        keep_best(found.permitted, count);
+        std::vector<Scored> both(found.permitted);
+        both.insert(both.end(), found.barred.begin(), found.barred.end());
+        set_aside(row, both, exactly);
+    } else {
+        set_aside(row, found.barred, true);
+        found.permitted = choose(row, count);
+        set_aside(row, found.permitted, exactly);
+    }
+    rescore_barred(row, among_best, found.barred);
+    return found;
 }
 
 float kth_best(std::vector<Scored> found, int64_t k) {
@@ -258,21 +300,17 @@ void put_back(const Row& row, const std::vector<Scored>& classes) {
 
 Status select_row(const Row& row, int64_t number) {
     const Query& query = row.query;
-    std::vector<Scored> barred = barred_classes(row, number);
-    if (!barred.empty()) {
-        if (row.of_row != nullptr) rescore_candidates(row, barred);
-        set_aside(row, barred, true);
-    }
     if (row.of_row == nullptr) {  // exact logits: their best
+        const std::vector<Scored> barred = bar_classes(row, number);
+        set_aside(row, barred, true);
         std::vector<Scored> best = choose(row, query.k);
         write_best(query, number, best, log_sum_exp(row, {}, barred));
         query.certified[number] = 1;
         put_back(row, barred);
         return DONE;
     }
-    const std::vector<Scored> chosen = choose(row, query.candidates);
+    const auto [chosen, barred] = candidates_of(row, number);
     std::vector<Scored> exact = rescored(row, chosen);
-    set_aside(row, chosen, query.exact != 0);
     std::vector<Scored> in_play;
     const int64_t limit = query.exact ? row.screen.classes / MOST_WIDENED : 0;
     const bool within = find_in_play(row, kth_best(exact, query.k), limit, in_play);

@@ -6,6 +6,7 @@ from torch import nn
 from lastlayer import (
     PLIF,
     AdaptiveSoftmax,
+    AugmentReduce,
     BlackOut,
     Entmax,
     FactoredOutput,
@@ -215,5 +216,6 @@ CASES: list[LayerCase] = [
     sampled("softmax-one-class", SampledSoftmax, lambda: Uniform(1), 2, num_classes=1),
     sampled("noise-contrastive", NoiseContrastive, lambda: Unigram(SHUFFLED + 1), 6, sparse=True),
     sampled("negative-sampling", NegativeSampling, lambda: Uniform(13, shared=False), 4, calibration=0.5),
+    sampled("augment-reduce", AugmentReduce, lambda: Uniform(13), 6, sparse=True),
     sampled("black-out", BlackOut, lambda: Unigram(SHUFFLED + 1, power=0.4), 6, sparse=True),
 ]

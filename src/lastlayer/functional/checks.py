@@ -55,12 +55,12 @@ def check_hidden(hidden: Tensor, in_features: int, dtype: torch.dtype | None = N
         )
 
 
-def integer_ids(name: str, ids: Tensor) -> Tensor:
+def integer_ids(name: str, ids: Tensor, kind: str = "class ids") -> Tensor:
     """`ids` as int64, or an error unless they are a tensor of an integer dtype."""
     if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} must be a Tensor of class ids, got {type(ids).__name__}")
+        raise TypeError(f"{name} must be a Tensor of {kind}, got {type(ids).__name__}")
     if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
-        raise TypeError(f"{name} must be class ids of an integer dtype, such as torch.int64; got {ids.dtype}")
+        raise TypeError(f"{name} must be {kind} of an integer dtype, such as torch.int64; got {ids.dtype}")
     return ids.long()
 
 

@@ -55,9 +55,10 @@ def make_selection(
         return None
     ids = None
     if exclude is not None:
-        exclude = check_ids("exclude", exclude, num_classes, ignore_index)
-        rows = _as_rows("exclude", exclude, shape).to(device)
-        ids = rows.masked_fill(rows == ignore_index, num_classes)
+        exclude, padded = check_ids("exclude", exclude, num_classes, ignore_index)
+        ids = _as_rows("exclude", exclude, shape).to(device)
+        if padded:
+            ids = ids.masked_fill(ids == ignore_index, num_classes)
     return Selection(ids, None if allowed is None else _barred(allowed, num_classes, device))
 
 
@@ -71,7 +72,7 @@ def _barred(allowed: Tensor, num_classes: int, device: torch.device) -> Tensor: 
         if eager_on_cpu(allowed) and not bool(allowed.any()):
             raise ValueError("allowed must permit at least one class; the mask has no True")
         return ~allowed.to(device)
-    allowed = check_ids("allowed", allowed, num_classes, None)
+    allowed, _ = check_ids("allowed", allowed, num_classes, None)
     if allowed.dim() != 1 or not len(allowed):
         raise ValueError(
             f"allowed must be a bool mask ({num_classes},) or at least one class id, (A,); got shape "
@@ -87,7 +88,7 @@ def check_candidates(
     ignore_index: int,
 ) -> Tensor:  # (N, C), int64
     """The candidates of `score` as rows, or an error unless they are class ids, several for each hidden state."""
-    return _as_rows("ids", check_ids("ids", ids, num_classes, ignore_index), shape)
+    return _as_rows("ids", check_ids("ids", ids, num_classes, ignore_index)[0], shape)
 
 
 def _as_rows(name: str, ids: Tensor, shape: torch.Size) -> Tensor:
@@ -100,19 +101,30 @@ def _as_rows(name: str, ids: Tensor, shape: torch.Size) -> Tensor:
     return ids.reshape(math.prod(shape), ids.shape[-1])  # numel() would fix the batch of an export
 
 
-def check_ids(name: str, ids: Tensor, num_classes: int, ignore_index: int | None) -> Tensor:
-    """`ids` as int64, or an error unless they are class ids (or `ignore_index`) of an integer dtype.
+def check_ids(
+    name: str, ids: Tensor, num_classes: int, ignore_index: int | None, kind: str = "class ids"
+) -> tuple[Tensor, bool]:
+    """`ids` as int64, and whether some may be `ignore_index`; or an error unless they are ids or `ignore_index`.
 
     Eager on a CPU an id out of range raises IndexError; on a GPU or compiled it is asserted on the device.
     """
-    ids = integer_ids(name, ids)
+    ids = integer_ids(name, ids, kind)
+    if eager_on_cpu(ids):
+        if not ids.numel() or _are_below(ids, num_classes):  # the usual case, in one pass
+            return ids, ignore_index is not None and 0 <= ignore_index < num_classes
+        absent = torch.zeros_like(ids, dtype=torch.bool) if ignore_index is None else ids == ignore_index
+        if _are_below(ids.masked_fill(absent, 0), num_classes):
+            return ids, True
+        wrong = int(ids[~absent & ((ids < 0) | (ids >= num_classes))][0])
+        also = "" if ignore_index is None else f", or ignore_index={ignore_index} in unused places"
+        raise IndexError(f"{name} must be {kind} from 0 to {num_classes - 1}{also}; got {wrong}")
     valid = (ids >= 0) & (ids < num_classes)
     if ignore_index is not None:
         valid |= ids == ignore_index
-    if not eager_on_cpu(ids):
-        assert_on_device(valid, f"{name} must be class ids below num_classes")
-    elif not bool(valid.all()):
-        also = "" if ignore_index is None else f", or ignore_index={ignore_index} in unused places"
-        wrong = int(ids[~valid].reshape(-1)[0])
-        raise IndexError(f"{name} must be class ids from 0 to {num_classes - 1}{also}; got {wrong}")
-    return ids
+    assert_on_device(valid, f"{name} must be {kind} below {num_classes}")
+    return ids, True
+
+
+def _are_below(ids: Tensor, num_classes: int) -> bool:
+    least, most = ids.aminmax()
+    return bool(least.item() >= 0 and most.item() < num_classes)

@@ -30,6 +30,7 @@ class Batch(NamedTuple):
     candidate_logits: Tensor  # (N, S), -inf where a candidate is set aside
     loss_weights: Tensor  # (N, K), with class weights
     noise_weights: Tensor | float  # (N,), the mean class weight of each row's targets
+    examples: Tensor | None = None  # (N,), which training example each row is, where a layer wants to know
 
 
 class SampledLayer(SoftmaxHead):
@@ -149,14 +150,21 @@ class SampledLayer(SoftmaxHead):
 
     @outside_graphs
     def _sampled_loss(
-        self, rows: Tensor, ids: Tensor, weights: Tensor, kept: Tensor | None, by_class_weight: bool
+        self,
+        rows: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        kept: Tensor | None,
+        by_class_weight: bool,
+        examples: Tensor | None = None,
     ) -> Tensor:
         if kept is not None and eager_on_cpu(kept):
             at = kept.nonzero().squeeze(1)
-            some = self._batch_loss(self._sampled(rows.index_select(0, at), ids[at], weights[at]))
+            batch = self._sampled(rows.index_select(0, at), ids[at], weights[at])
+            some = self._batch_loss(batch._replace(examples=None if examples is None else examples[at]))
             row_loss = some.new_zeros(len(kept)).index_copy(0, at, some)
         else:
-            row_loss = self._batch_loss(self._sampled(rows, ids, weights))
+            row_loss = self._batch_loss(self._sampled(rows, ids, weights)._replace(examples=examples))
             row_loss = row_loss if kept is None else row_loss.masked_fill(~kept, 0)
         if by_class_weight and self.reduction == "mean":
             assert self.class_weights is not None
