@@ -99,32 +99,28 @@ def test_the_state_tends_to_the_true_normalizers(layer_class):
     assert torch.allclose(torch.stack(seen[500:]).mean(0), true, atol=0.15)
 
 
-def test_an_average_and_a_step():
-    """The formulas of both updates, from the same candidates."""
-    for layer_class in (AugmentReduce, UMax):
-        layer, hidden, targets = make(layer_class, 5)
-        before = torch.tensor([3.0, 3.5, 4.0, 9.0], dtype=torch.float64)
-        layer.normalizers.copy_(before)
-        torch.manual_seed(3)
-        candidates = layer.sampler.sample(5, hidden)
-        logits = hidden @ layer.weight.T + layer.bias
-        excess = logits.gather(1, candidates.ids) - logits.gather(1, targets[:, None])
-        hit = candidates.ids == targets[:, None]
-        total = 1 + (excess - candidates.log_expected_counts).exp().masked_fill(hit, 0).sum(1)
-        torch.manual_seed(3)
-        layer(hidden, targets, torch.arange(4))
-        if layer_class is UMax:
-            moved = before - (1 - (-before).exp() * total)
-            expected = torch.where(total.log() < before, torch.maximum(moved, total.log()), moved)
-            expected = torch.where(total.log() > before, torch.minimum(moved, total.log()), expected)
-        else:
-            layer.uses.fill_(3)
-            torch.manual_seed(3)
-            layer.normalizers.copy_(before)
-            layer(hidden, targets, torch.arange(4))
-            share = 4**-0.9
-            expected = ((1 - share) * before.exp() + share * total).log()
-        assert torch.allclose(layer.normalizers, expected, rtol=1e-6)
+@BOTH
+def test_an_average_or_a_step(layer_class):
+    """The formula of the update, from the same candidates."""
+    layer, hidden, targets = make(layer_class, 5)
+    hidden = 0.3 * hidden  # so that no u is raised
+    before = torch.tensor([2.5, 3.5, 4.0, 9.0], dtype=torch.float64)
+    torch.manual_seed(3)
+    ids, log_counts = layer.sampler.sample(5, hidden)
+    logits = hidden @ layer.weight.T + layer.bias
+    excess = (logits.gather(1, ids) - logits.gather(1, targets[:, None]) - log_counts).exp()
+    total = 1 + excess.masked_fill(ids == targets[:, None], 0).sum(1)
+    if layer_class is UMax:
+        moved = before - layer.rate * (1 - (-before).exp() * total)
+        nearest = torch.where(total.log() < before, torch.maximum(moved, total.log()), total.log())
+        expected = torch.where(total.log() > before, torch.minimum(moved, total.log()), nearest)
+    else:
+        layer.uses.fill_(3)
+        expected = ((1 - 4**-0.9) * before.exp() + 4**-0.9 * total).log()
+    layer.normalizers.copy_(before)
+    torch.manual_seed(3)
+    layer(hidden, targets, torch.arange(4))
+    assert torch.allclose(layer.normalizers, expected, rtol=1e-6)
 
 
 @BOTH
@@ -186,7 +182,7 @@ def test_it_learns_and_is_copied(layer_class):
         (ValueError, "examples must have the shape", lambda f, h, t: f()(h, t, torch.arange(3))),
         (
             IndexError,
-            "examples must be class ids from 0 to 3; got 4",
+            "examples must be numbers of examples from 0 to 3; got 4",
             lambda f, h, t: f()(h, t, torch.arange(1, 5)),
         ),
         (TypeError, "examples must be", lambda f, h, t: f()(h, t, torch.ones(4))),

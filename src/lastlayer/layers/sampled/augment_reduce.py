@@ -15,22 +15,22 @@ class AugmentReduce(UnbiasedLayer):
 
     With o the logits, y the target, j the candidates without y, c their expected counts. Over the samples the mean
     of the loss is the bound `-log p_y <= u + exp(-u) (1 + sum over k != y of exp(o_k - o_y)) - 1` of all classes,
-    and the mean of its gradient is the bound's, from one sample a row as from a thousand; at `u = -log p_y` it is the
-    full softmax's. `SampledSoftmax` has a bias instead, which shrinks as the samples grow.
+    and the mean of its gradient is the bound's, from one sample a row as from a thousand; at `u = -log p_y` it is
+    the full softmax's. `SampledSoftmax` has a bias instead, which shrinks as the samples grow.
 
     After each use `exp(u)` moves to the sample's estimate by `(1 + uses) ** -decay`: a running average.
 
         layer(hidden, targets, examples)     # examples: which of the num_examples training examples each row is
 
-    Without `examples` u is computed exactly, from all logits. u starts at `log V`. Where a sampled class shows that
-    u is too low by more than 1, it is raised first, as in `UMax`: nothing overflows.
+    Without `examples` u is computed exactly, from all logits. u starts at `log V`. Where a sampled class shows
+    that u is too low by more than 1, it is raised first, as in `UMax`: nothing overflows.
 
     Cost of a step: `6 N (1 + S) d` operations; nothing depends on V with `sparse=True`. State: 8 bytes for each
     training example.
 
-    When *not* to use it: where examples are seen a few times only, as the gradient is near the softmax's where u is
-    near `-log p_y`; where candidates are few and V large, as the variance grows with `1 / c`. `SampledSoftmax` then
-    learns faster.
+    When *not* to use it: where examples are seen a few times only, as the gradient is near the softmax's where u
+    is near `-log p_y`; where candidates are few and V large, as the variance grows with `1 / c`. `SampledSoftmax`
+    then learns faster.
 
     Args:
         in_features: d.

@@ -1,4 +1,4 @@
-"""Layers whose expected gradient is that of a bound at any number of samples, by a number kept for each example."""
+"""Layers whose expected gradient is a bound's at any number of samples, by a number kept for each example."""
 
 import math
 from abc import abstractmethod
