@@ -29,7 +29,7 @@ def picture(results: dict) -> str:
         css="picture",
     )
     head, rest = chart.split(">", 1)
-    style = f"{STYLE}.picture{{background:var(--page)}}"
+    style = f"{STYLE}.picture{{--card:var(--page);background:var(--page)}}"
     return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{style}</style>{rest}\n'
 
 

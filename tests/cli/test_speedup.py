@@ -13,7 +13,8 @@ from lastlayer import ScreenedSoftmax
 from lastlayer.cli.app import app
 from lastlayer.screening import choose
 from lastlayer.screening.trials import query_times
-from lastlayer.study.report import frontier
+from lastlayer.study.report import verdict
+from lastlayer.study.report.verdict import screen_name
 
 FIELDS = {
     "preview", "window", "candidates", "agreement_top1", "agreement_topk", "kl",
@@ -88,7 +89,17 @@ def test_heads(run, tmp_path, hidden, suffix):
     records = json.loads((tmp_path / "records.json").read_text())
     assert all(record.keys() == FIELDS for record in records)
     assert sum(record["chosen"] for record in records) == 1
-    assert (tmp_path / "out" / "frontier.png").stat().st_size > 1000
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "<title>lastlayer: screens for head" in page
+    assert all(screen_name(record) in page for record in records)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["records"] == records
+    assert results["head"] == {
+        "name": results["head"]["name"],
+        "num_classes": 2000,
+        "in_features": 16,
+        "bytes": 128_000,
+    }
     assert "…" not in result.output  # every figure is whole at 80 columns
     screen = ScreenedSoftmax.load(tmp_path / "out" / "screen")
     assert torch.equal(screen.weight, weight())
@@ -344,8 +355,8 @@ def slow_record(**fields):
     ],
 )
 def test_the_true_cause_is_named(monkeypatch, weight_bytes, here, records, said):
-    monkeypatch.setattr(frontier, "config", lambda: here)
-    text = frontier.verdict([slow_record(), *records], weight_bytes, 0.999)
+    monkeypatch.setattr(verdict, "config", lambda: here)
+    text = verdict.verdict([slow_record(), *records], weight_bytes, 0.999)
     assert said in text
     assert "is slower than it, 2.00 ms against 1.00 ms" in text
 

@@ -87,6 +87,8 @@ def choose_screen(
         ValueError, TypeError: a layer that `ScreenedSoftmax` does not take; hidden states that do not fit, fewer
             than 16, or NaN; `agreement` outside (0, 1]; `k` above V; `seconds` that are not above 0.
 
+    `lastlayer.study.report.frontier_page.save_frontier` draws the result, agreement against time, as a page.
+
     Cost: preparing each screen, and about `30 * n` queries of the full layer. When NOT to use it: within training.
 
     >>> import torch

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from lastlayer.screening import ScreenedSoftmax, choose_screen
 from lastlayer.study.errors import StudyError, UsageError
-from lastlayer.study.files import make_folder, write_json, write_whole
+from lastlayer.study.files import make_folder, write_json, write_text
 from lastlayer.study.heads import LoadedHead, load_hidden
-from lastlayer.study.measuring.measure import environment
-from lastlayer.study.report.frontier import plot, show, verdict
+from lastlayer.study.report.frontier import show
+from lastlayer.study.report.frontier_page import render_frontier, report
 from lastlayer.study.report.steps import Steps
+from lastlayer.study.report.verdict import verdict
 from lastlayer.study.text.embedded import library_lines
 from lastlayer.study.text.lines import read_lines
 from lastlayer.study.text.sources import STANDARD_INPUT, find_files
@@ -70,8 +71,10 @@ def speed_up(
     show(records, console)
     chosen = next(record for record in records if record["chosen"])
     console.print(f"* {verdict(records, head.weight.nbytes, agreement)}", **PLAIN)
-    write_json(out / "results.json", {"environment": environment(), "source": source, "records": records})
-    write_whole(out / "frontier.png", lambda path: plot(records, agreement, path))
+    about = {"name": head.name, "num_classes": classes, "in_features": width, "bytes": head.weight.nbytes}
+    content = report(about, records, agreement, k, source)
+    write_json(out / "results.json", content)
+    write_text(out / "index.html", render_frontier(content))
     _save(screen, chosen, head, out, console)
     return records
 
@@ -79,12 +82,14 @@ def speed_up(
 def _save(screen: ScreenedSoftmax, chosen: Record, head: LoadedHead, out: Path, console: Console) -> None:
     """Saves a screen that is faster than the full layer, and no other."""
     if chosen["ratio"] <= 1:
-        console.print(f"No screen is saved. The figures: {out / 'results.json'}, {out / 'frontier.png'}", **PLAIN)
+        console.print(f"No screen is saved. The page: {out / 'index.html'}", **PLAIN)
         return
     screen.save(out / "screen", include_weight=head.model is None)
     given = "weight=" if head.bias is None else "weight= and bias="
     loading = "" if head.model is None else f" with {given}, the model's own in float32"
-    console.print(f"Saved: {out / 'screen'} (ScreenedSoftmax.load{loading}), {out / 'frontier.png'}", **PLAIN)
+    console.print(
+        f"Saved: {out / 'screen'} (ScreenedSoftmax.load{loading}). The page: {out / 'index.html'}", **PLAIN
+    )
 
 
 def collect_hidden(

@@ -13,6 +13,7 @@ from lastlayer.study.report.bars import Bar, bar_group, scale_around
 from lastlayer.study.report.chart import Line, line_chart, linear_ticks, log_ticks, spread, useful_top
 from lastlayer.study.report.figures import duration, figure
 from lastlayer.study.report.page import render
+from lastlayer.study.report.scatter import Point, frontier, scatter
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "compare_wikitext2.json"
 
@@ -123,7 +124,9 @@ def test_page_names_both_held_out_sets(results):
 
 def test_page_marks_the_winner_and_says_that_the_table_scrolls(results):
     page = render(results)
-    assert '<tr class=winner><td>adaptive</td><td><b class="best">135</b></td>' in page
+    assert re.search(
+        r'<tr class=winner><td>adaptive</td><td data-value="134.5\d*"><b class="best">135</b></td>', page
+    )
     assert "scrolls sideways" in page
 
 
@@ -141,3 +144,45 @@ def test_page_says_what_its_tokens_are(results):
     assert "characters to learn from" in page
     assert "words" not in page.replace("the ten best next words", "")
     assert "<b>&</h1>" not in page
+
+
+def test_page_names_the_processor(results):
+    assert "on one machine (Intel(R) Xeon(R) Processor, 2 threads)" in render(results)
+    results["environment"]["isa"] = "avx2"
+    assert "Intel(R) Xeon(R) Processor, 2 threads, kernels for avx2)" in render(results)
+    results["environment"]["isa"] = None
+    assert "kernels in plain PyTorch" in render(results)
+
+
+def test_curves_are_drawn_against_time_and_against_words(results):
+    page = render(results)
+    assert page.count("million words read</text>") == page.count("seconds of training</text>") == 2
+    for curve in results["curves"].values():
+        for point in curve:
+            point["tokens"] //= 1000
+    assert render(results).count("thousand words read</text>") == 2
+    assert len(set(re.findall(r'<clipPath id="([\w-]+)"', page))) == 4  # each chart has its own
+
+
+def point(number, ms, missed, proved=False, chosen=False):
+    return Point(number, "a <screen>", ms, missed, proved, chosen)
+
+
+def test_frontier_has_what_no_other_beats():
+    points = [point(1, 2.0, 0.1), point(2, 1.0, 0.2), point(3, 3.0, 0.1), point(4, 4.0, 0.0), point(5, 1.0, 0.3)]
+    assert [p.number for p in frontier(points)] == [2, 1, 4]
+
+
+def test_scatter_is_inside_its_frame():
+    """Screens that miss none, one that misses all, and neighbours whose numbers would cover each other's."""
+    points = [point(1, 1.0, 0.0, proved=True, chosen=True), point(2, 1.01, 0.0), point(3, 90.0, 1.0)]
+    svg = ET.fromstring(scatter(points, full_ms=0.5, allowed=0.0, width=340, height=320, css="narrow"))
+    for node in svg:
+        for axis, limit in (("x", 340), ("cx", 340), ("y", 320), ("cy", 320), ("y1", 320), ("x2", 340)):
+            assert 0 <= float(node.get(axis, 0)) <= limit
+    dots = [node for node in svg if node.get("class", "").startswith("dot")]
+    assert [node.tag for node in dots] == ["rect", "circle", "circle"]
+    assert float(dots[1].get("cy")) < float(dots[2].get("cy"))  # up is better
+    assert "a <screen>, 1.00 ms, 100.0000% found" in dots[0][0].text
+    numbers = [float(node.get("x")) for node in svg if node.get("class", "").startswith("name")]
+    assert numbers[1] - numbers[0] >= 14

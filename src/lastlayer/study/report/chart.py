@@ -77,6 +77,7 @@ def line_chart(
     x_label: str,
     y_label: str,
     css: str,
+    key: str = "chart",  # of this chart on its page
     figures: bool = True,  # beside the names
 ) -> str:
     """The lines over a linear x from 0 and a logarithmic y, each named at its right end; no legend to look up.
@@ -96,13 +97,13 @@ def line_chart(
     )
     parts = [
         f'<svg class="{css}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(y_label)}">',
-        f'<clipPath id="plot-{css}"><rect x="{LEFT}" y="{TOP}" width="{frame.plot_width:.1f}" '
+        f'<clipPath id="plot-{key}"><rect x="{LEFT}" y="{TOP}" width="{frame.plot_width:.1f}" '
         f'height="{height - TOP - BOTTOM}"/></clipPath>',
         *_axes(frame, ticks, x_label),
     ]
     places = spread([frame.y(line.last) for line in lines], LABEL_GAP, TOP, height - BOTTOM)
     for line, label, place in zip(lines, labels, places, strict=True):
-        parts += _drawn(line, frame, css, top)
+        parts += _drawn(line, frame, key, top)
         at = f'x="{frame.x(line.points[-1][0]) + 11:.1f}" y="{place + 4:.1f}"'
         parts.append(f'<text class="name line-{line.colour}" {at}>{escape(label)}</text>')
     return "\n".join([*parts, "</svg>"])
@@ -114,19 +115,22 @@ def _axes(frame: Frame, y_ticks: list[float], x_label: str) -> list[str]:
     for tick in y_ticks:
         y = frame.y(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(LEFT - 7, y + 4, figure_of(tick), "end"))
-    parts += [_text(frame.x(tick), bottom + 18, figure_of(tick), "middle") for tick in linear_ticks(frame.most)]
-    return [*parts, _text(LEFT + frame.plot_width / 2, frame.height - 5, escape(x_label), "middle")]
+        parts.append(axis_text(LEFT - 7, y + 4, figure_of(tick), "end"))
+    parts += [
+        axis_text(frame.x(tick), bottom + 18, figure_of(tick), "middle") for tick in linear_ticks(frame.most)
+    ]
+    return [*parts, axis_text(LEFT + frame.plot_width / 2, frame.height - 5, escape(x_label), "middle")]
 
 
-def _text(x: float, y: float, said: str, anchor: str) -> str:
+def axis_text(x: float, y: float, said: str, anchor: str) -> str:
+    """A word or figure in the style of the axes."""
     return f'<text class="axis" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{said}</text>'
 
 
-def _drawn(line: Line, frame: Frame, css: str, top: float) -> list[str]:
+def _drawn(line: Line, frame: Frame, key: str, top: float) -> list[str]:
     """The curve inside the plot, its dots, and the diamond of its end."""
     path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in line.points)
-    parts = [f'<polyline class="line line-{line.colour}" clip-path="url(#plot-{css})" points="{path}"/>']
+    parts = [f'<polyline class="line line-{line.colour}" clip-path="url(#plot-{key})" points="{path}"/>']
     for x, y in line.points:
         if y <= top:
             said = f"{escape(line.name)}: {figure(y)} at {figure(x)}"

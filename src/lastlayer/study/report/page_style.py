@@ -1,8 +1,9 @@
 """How the page looks: light and dark, wide and narrow. Eight colours told apart in both."""
 
-LIGHT = ("#1f6fc4", "#d4531a", "#12856a", "#8446c0", "#b8860b", "#c02a6c", "#4d7a1f", "#58646f")
+LIGHT = ("#1f6fc4", "#c2480f", "#12856a", "#8446c0", "#8f6900", "#c02a6c", "#4d7a1f", "#58646f")
 DARK = ("#6cb0f5", "#ff9a66", "#4cc9a6", "#c29bf2", "#e6bf55", "#f582b4", "#a4cf6f", "#a9b5c0")
 COLOURS = len(LIGHT)
+WIDE, NARROW = 760, 340  # of drawings, for a desk and for a phone: about as wide as they are shown
 
 
 def _variables(colours: tuple[str, ...]) -> str:
@@ -11,7 +12,8 @@ def _variables(colours: tuple[str, ...]) -> str:
 
 _CLASSES = "".join(
     f".fill-{i}{{background:var(--c{i})}}.line-{i}{{stroke:var(--c{i})}}"
-    f".dot.line-{i},.end.line-{i},.name.line-{i}{{fill:var(--c{i});stroke:none}}"
+    f".dot.line-{i},.end.line-{i}{{fill:var(--c{i});stroke:none}}"
+    f".name.line-{i}{{fill:var(--c{i});stroke:var(--card);stroke-width:4px}}"
     for i in range(COLOURS)
 )
 
@@ -38,7 +40,20 @@ figcaption .quiet{margin-left:.4rem}
 svg{display:block;width:100%;height:auto}
 .narrow{display:none}
 .axis{font:12px system-ui,sans-serif;fill:var(--quiet)}
-.name{font:600 13px system-ui,sans-serif}
+.name{font:600 13px system-ui,sans-serif;paint-order:stroke}
+.frontier{fill:none;stroke:var(--best);stroke-width:2}
+.ring{fill:none;stroke:var(--best);stroke-width:2.5}
+.full{stroke:var(--quiet);stroke-dasharray:7 5}
+.required{stroke:var(--quiet);stroke-width:1.5;stroke-dasharray:2 4}
+.legend i{display:inline-block;width:.65rem;height:.65rem;margin:0 .3rem 0 .5rem}
+.legend i:first-child{margin-left:0}
+.legend .round{border-radius:50%}
+.legend .chosen{border:2px solid var(--best)}
+.switch{display:flex;flex-wrap:wrap;gap:.2rem 1rem;font-size:.92rem;color:var(--quiet);margin:.2rem 0 .4rem}
+.switch label{color:var(--text);cursor:pointer;padding:.15rem 0}
+.switch input{accent-color:var(--c0);margin:0 .35rem 0 0}
+.over-read,.curves:has([value=read]:checked) .over-time{display:none}
+.curves:has([value=read]:checked) .over-read{display:block}
 .grid{stroke:var(--rule)}
 .line{fill:none;stroke-width:2.5;stroke-linejoin:round}
 .measures{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr))}
@@ -64,8 +79,14 @@ linear-gradient(to left,var(--shade),transparent) right/1.4rem 100% no-repeat sc
 table{border-collapse:collapse;min-width:100%;font-size:.84rem;font-variant-numeric:tabular-nums;white-space:nowrap}
 th,td{padding:.35rem .55rem;text-align:right;border-bottom:1px solid var(--rule)}
 th{color:var(--quiet);font-weight:500;white-space:normal;vertical-align:bottom}
+th button{all:unset;cursor:pointer;padding:.3rem 0}
+th button:hover{color:var(--text)}
+th button:focus-visible{outline:2px solid var(--c0)}
+th[aria-sort]{color:var(--text);font-weight:600}
+th[aria-sort=ascending] button::after{content:" ↑"}
+th[aria-sort=descending] button::after{content:" ↓"}
 th:first-child,td:first-child{text-align:left;padding-left:.3rem;font-weight:600;position:sticky;left:0;
-background:var(--page)}
+background:var(--page);white-space:normal}
 .winner td:first-child{background:linear-gradient(var(--winner),var(--winner)),var(--page)}
 code{font-size:.88rem;overflow-wrap:anywhere}
 @media(max-width:52rem){.hint{display:block}}

@@ -1,0 +1,49 @@
+"""What trying screens came to, in words: which is chosen, and where none gains, why."""
+
+from typing import Any
+
+from lastlayer.kernels.config import config
+from lastlayer.study.report.figures import figure
+
+WORTH_IT = 1.2  # a smaller gain is not worth a second copy of the weight
+SMALL = 1 << 22  # bytes of a weight that stays in the caches, where the full layer is hard to beat
+
+Record = dict[str, Any]
+
+
+def verdict(records: list[Record], weight_bytes: int, agreement: float) -> str:
+    """What came out, in one sentence or two; where no screen gains, why."""
+    chosen = next(record for record in records if record["chosen"])
+    name = screen_name(chosen)
+    if chosen["ratio"] < WORTH_IT:
+        little = "is hardly faster than" if chosen["ratio"] > 1 else "is slower than"
+        return (
+            f"Keep the full layer: the fastest screen that agrees ({name}) {little} it, {figure(chosen['ms'])} ms "
+            f"against {figure(chosen['full_ms'])} ms. {why_no_gain(records, weight_bytes)}"
+        )
+    proved = "; every answer is proved" if chosen["certified_fraction"] == 1 else ""
+    return (
+        f"{name}: {figure(chosen['ratio'])} times as fast as the full layer, "
+        f"agreement {chosen['agreement_topk']:.4%} (required: {agreement:.4%}){proved}."
+    )
+
+
+def why_no_gain(records: list[Record], weight_bytes: int) -> str:
+    """The likeliest cause that no screen is faster: the head, the kernels, or the hidden states."""
+    here = config()
+    if weight_bytes <= SMALL:
+        return f"The cause: this head is too small to gain: its {weight_bytes / 1e6:.1f} MB stay in the cache."
+    if here["engine"] == "plain":
+        return f"The cause: the kernels run as plain PyTorch here ({here['why']}); compiled ones may well gain."
+    windows = [r for r in records if r["window"] is not None and r["candidates"] is not None]
+    if windows and all("as candidates" in (r["dropped"] or "") for r in windows):
+        return "The cause: no preview tells these classes apart on these hidden states."
+    processor = f"{here['processor']}, kernels for {here['isa']}"
+    return f"The cause: this processor ({processor}) runs the full layer as fast as it reads a preview."
+
+
+def screen_name(record: Record) -> str:
+    """A screen in a few words."""
+    window = "" if record["window"] is None else f", window {record['window']}"
+    candidates = "" if record["candidates"] is None else f", {record['candidates']:,} candidates"
+    return f"{record['preview']}{window}{candidates}"
