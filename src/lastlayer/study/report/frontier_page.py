@@ -71,7 +71,7 @@ def render_frontier(results: Record) -> str:
         _left_out(records, names),
         "<h2>How this was measured</h2>",
         "<p>Half of the hidden states calibrates and tunes, the other half, seen by neither, is measured: "
-        "agreement with the full layer's best classes, divergence from its probabilities, share of proved results. "
+        "agreement with the full layer's best classes, divergence from its probabilities, share proved. "
         "Times are medians of one query at a time, the screens and the full layer interleaved.</p>",
         f"<p>Machine: {escape(machine(where))}; {escape(versions(where))}.</p>",
         f"<p>Command: <code>{escape(where['command'])}</code></p>",
