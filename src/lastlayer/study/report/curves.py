@@ -56,7 +56,7 @@ def _scale(most: float) -> tuple[float, str]:
 
 def _charts(lines: list[Line], x_label: str, axis: str) -> str:
     """The same chart for a wide and for a narrow screen."""
-    labels = {"x_label": x_label, "y_label": f"held-out perplexity over {x_label}"}
+    labels: dict[str, Any] = {"x_label": x_label, "y_label": f"held-out perplexity over {x_label}"}
     wide = line_chart(lines, width=WIDE, height=340, css="wide", key=f"wide-{axis}", **labels)
     narrow = line_chart(
         lines, width=NARROW, height=320, css="narrow", key=f"narrow-{axis}", figures=False, **labels
