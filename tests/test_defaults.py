@@ -9,18 +9,34 @@ import torch
 from lastlayer import (
     PLIF,
     AdaptiveSoftmax,
+    AugmentReduce,
+    BlackOut,
+    Entmax,
     FactoredOutput,
     FactoredSGD,
     FullSoftmax,
     HierarchicalSoftmax,
+    InBatch,
     Int4Preview,
     Int8Preview,
+    LogUniform,
+    Mixed,
     MixtureOfSoftmaxes,
     MonotoneNetwork,
+    NegativeSampling,
+    NoiseContrastive,
+    OneVsAll,
+    QuadraticKernel,
+    RandomFourier,
+    SampledSoftmax,
     ScreenedSoftmax,
     Sigsoftmax,
     SVDPreview,
+    TopKSoftmax,
     TreeSoftmax,
+    UMax,
+    Uniform,
+    Unigram,
 )
 from lastlayer.functional.clusters import by_embedding, by_frequency
 from lastlayer.functional.trees import huffman
@@ -38,6 +54,19 @@ LAYERS = {
     "tree": lambda: TreeSoftmax(D, V, counts=COUNTS),
     "mixture": lambda: MixtureOfSoftmaxes(D, V, 2),
     "factored": lambda: FactoredOutput(D, V),
+    "entmax": lambda: FullSoftmax(D, V, normalizer=Entmax()),
+    "top-k": lambda: FullSoftmax(D, V, normalizer=TopKSoftmax(50)),
+    "uniform": lambda: SampledSoftmax(D, V, Uniform(V), 50),
+    "log-uniform": lambda: SampledSoftmax(D, V, LogUniform(V, counts=COUNTS, replacement=False), 50, sparse=True),
+    "unigram": lambda: NoiseContrastive(D, V, Unigram(COUNTS), 50, sparse=True),
+    "in-batch": lambda: SampledSoftmax(D, V, Mixed(InBatch(V), Uniform(V)), 50),
+    "one set a row": lambda: NegativeSampling(D, V, LogUniform(V, shared=False), 50),
+    "quadratic kernel": lambda: BlackOut(D, V, QuadraticKernel(V, D), 20),
+    "random Fourier": lambda: SampledSoftmax(D, V, RandomFourier(V, D), 20),
+    "augment and reduce": lambda: AugmentReduce(D, V, Uniform(V), 50),
+    "U-max": lambda: UMax(D, V, Unigram(COUNTS), 50, num_examples=9),
+    "one against all": lambda: OneVsAll(D, V),
+    "one against sampled": lambda: OneVsAll(D, V, sampler=Uniform(V), num_samples=50, sparse=True),
 }
 PREVIEWS = {
     "4 bits": lambda hidden: Int4Preview(calibration=hidden),
@@ -68,14 +97,17 @@ def answers(layer, hidden, targets):
     """Loss, gradients and queries, after a step where the layer makes its own."""
     layer, rows = copy.deepcopy(layer), hidden.clone().requires_grad_()
     optimizer = FactoredSGD(layer, 1e-3) if isinstance(layer, FactoredOutput) else None
-    loss = layer(rows, targets)
+    torch.manual_seed(1)  # of the classes that a sampler draws
+    several = isinstance(layer, OneVsAll)
+    loss = layer(rows, targets[:, None] if several else targets)
     loss.backward()
     gradients = [p.grad.to_dense() for p in layer.parameters() if p.grad is not None and p.dim()]
     if optimizer:
         optimizer.step()
-    best = layer.topk(hidden[:3], 4)
-    found = [loss.detach(), rows.grad, *gradients, layer.log_prob(hidden[:3]).detach(), *best]
-    return [*found, layer.target_log_prob(hidden, targets).detach()]
+    found = [loss.detach(), rows.grad, *gradients, *layer.topk(hidden[:3], 4)]
+    if several:  # no probabilities
+        return [*found, layer.scores(hidden[:3]).detach(), layer.score(hidden, targets[:, None]).detach()]
+    return [*found, layer.log_prob(hidden[:3]).detach(), layer.target_log_prob(hidden, targets).detach()]
 
 
 def screened(screen, hidden):
@@ -128,7 +160,8 @@ def test_a_layer_made_without_memory_is_all_of_it(name):
     assert {tensor.device.type for tensor in layer.state_dict().values()} == {"meta"}
     layer = layer.to_empty(device="cpu")
     layer.load_state_dict(full.state_dict())
-    assert torch.allclose(layer.log_prob(hidden), full.log_prob(hidden), atol=1e-6)
+    answer = "scores" if isinstance(full, OneVsAll) else "log_prob"
+    assert torch.allclose(getattr(layer, answer)(hidden), getattr(full, answer)(hidden), atol=1e-6)
 
 
 def test_clusters_and_trees_are_made_on_the_cpu():

@@ -192,6 +192,11 @@ def test_queries_and_a_screen():
     assert torch.allclose(best.scores, scores.topk(4).values)
     excluded = layer.topk(hidden, 3, exclude=best.indices[:, :1])
     assert torch.equal(excluded.indices, best.indices[:, 1:])
+    none_left = layer.topk(hidden, 2, exclude=torch.arange(V).expand(N, V))
+    assert (none_left.indices == -1).all()
+    ids = torch.cat([best.indices, torch.full((N, 1), layer.ignore_index)], 1)
+    assert torch.allclose(layer.score(hidden, ids)[:, :4], best.scores)
+    assert not layer.score(hidden, ids)[:, 4].any()
     screen = ScreenedSoftmax.from_layer(layer, preview=SVDPreview(3), candidates=20, exact=True)
     assert torch.equal(screen.topk(hidden, 3).indices, best.indices[:, :3])
     for call in (layer.log_prob, layer.sample, lambda h: layer.target_log_prob(h, TARGETS[:, 0])):
@@ -227,6 +232,9 @@ def test_copies_and_casts():
             lambda: make()(hidden_rows(), 2 * torch.eye(N, V).to_sparse()),
         ),
         (IndexError, "targets must be class ids", lambda: make()(hidden_rows(), TARGETS + V)),
+        (IndexError, "exclude must be class ids", lambda: make().topk(hidden_rows(), 1, exclude=TARGETS + V)),
+        (IndexError, "allowed must be class ids", lambda: make().topk(hidden_rows(), 1, allowed=TARGETS[0] + V)),
+        (IndexError, "ids must be class ids", lambda: make().score(hidden_rows(), TARGETS + V)),
         (TypeError, "to_sparse", lambda: make()(hidden_rows(), dense(TARGETS))),
         (TypeError, "hidden must have the layer's dtype", lambda: make()(hidden_rows().float(), TARGETS)),
     ],

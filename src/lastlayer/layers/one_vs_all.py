@@ -151,6 +151,14 @@ class OneVsAll(OutputLayer):
         """The `k` classes of the highest logits, best first; see `OutputLayer.topk`."""
         return ScoreTopK(*super().topk(hidden, k, exclude=exclude, allowed=allowed))
 
+    def score(
+        self,
+        hidden: Tensor,  # (..., d)
+        ids: Tensor,  # (..., C), class ids, padded with ignore_index
+    ) -> Tensor:  # (..., C), 0 where padded
+        """The logits of given candidates, without the rest: `scores(hidden).gather(-1, ids)`; differentiable."""
+        return super().score(hidden, ids)
+
     def linear_head(self) -> tuple[Tensor, Tensor | None, nn.Module | None]:
         """`(weight, bias, None)`: the parameters themselves."""
         return self.weight, self.bias, None
@@ -171,6 +179,9 @@ class OneVsAll(OutputLayer):
             "OneVsAll has no probabilities that sum to one: use scores(hidden), whose sigmoids are each class's "
             "own, or topk(hidden, k)"
         )
+
+    def _score(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        return sampled_logits(hidden, self.weight, self.bias, ids, ids.new_empty(0), sparse=self.sparse)[0]
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return self._log_prob(hidden)

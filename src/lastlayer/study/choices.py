@@ -18,6 +18,7 @@ from lastlayer.layers.sampled.black_out import BlackOut
 from lastlayer.layers.sampled.negative_sampling import NegativeSampling
 from lastlayer.layers.sampled.noise_contrastive import NoiseContrastive
 from lastlayer.layers.sampled.sampled_softmax import SampledSoftmax
+from lastlayer.layers.sampled.u_max import UMax
 from lastlayer.layers.samplers.log_uniform import LogUniform
 from lastlayer.layers.samplers.unigram import Unigram
 from lastlayer.layers.sigsoftmax import Sigsoftmax
@@ -65,6 +66,11 @@ def _blackout(in_features: int, counts: Tensor) -> OutputLayer:
     return BlackOut(in_features, len(counts), _unigram(counts, 0.4), _num_samples(counts), sparse=True)
 
 
+def _umax(in_features: int, counts: Tensor) -> OutputLayer:
+    """Without a state of the examples: each row's own normaliser is computed, from all logits."""
+    return UMax(in_features, len(counts), LogUniform(len(counts)), _num_samples(counts), sparse=True)
+
+
 def _unigram(counts: Tensor, power: float) -> Unigram:
     return Unigram(counts.clamp(min=1), power)
 
@@ -104,6 +110,7 @@ CHOICES: dict[str, Choice] = {
     "nce": Choice("the target told from 1,024 classes of noise", _nce),
     "negative-sampling": Choice("word2vec's loss, with 1,024 negatives", _negative_sampling),
     "blackout": Choice("discriminative softmax over 1,024 sampled classes", _blackout),
+    "umax": Choice("1,024 sampled classes and the exact normaliser: the softmax's gradient without bias", _umax),
 }
 
 DEFAULT_LAYERS = "full,hierarchical,adaptive"

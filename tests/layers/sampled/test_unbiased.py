@@ -136,6 +136,20 @@ def test_a_normalizer_far_too_low_is_raised_before_it_overflows(layer_class):
 
 
 @BOTH
+def test_all_candidates_are_hits(layer_class):
+    """The bound of the target alone, which depends on no logit."""
+    torch.manual_seed(0)
+    layer = layer_class(D, 1, Uniform(1), 5, num_examples=2, dtype=torch.float64)
+    layer.normalizers.fill_(0.5)
+    hidden = torch.randn(2, D, dtype=torch.float64, requires_grad=True)
+    loss = layer(hidden, torch.zeros(2).long(), torch.arange(2))
+    loss.backward()
+    assert math.isclose(float(loss.detach()), 0.5 + math.exp(-0.5) - 1, rel_tol=1e-12)
+    assert not hidden.grad.any()
+    assert not layer.weight.grad.any()
+
+
+@BOTH
 def test_ignored_rows_class_weights_and_reductions(layer_class):
     weights = torch.linspace(0.5, 2, V)
     layer, hidden, targets = make(layer_class, 4, reduction="none", class_weights=weights)

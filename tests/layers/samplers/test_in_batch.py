@@ -70,3 +70,5 @@ def test_bad_input_is_refused():
         InBatch(3, counts=torch.ones(4))
     with pytest.raises(ValueError, match="positive"):
         InBatch(3, counts=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"counts\[2\] is -1"):
+        InBatch(3, counts=torch.tensor([1, 2, -1]))
