@@ -18,6 +18,7 @@ from lastlayer import (
     Sparsemax,
     TopKSoftmax,
 )
+from lastlayer.distributed import shard
 from oracles import entmax, full_softmax
 
 V, D, N = 40, 5, 9
@@ -214,6 +215,7 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch):
         (ValueError, "target_weights must be None", lambda: make()[0](make()[1], make()[2], torch.ones(N))),
         (TypeError, "targets must be class ids", lambda: make()[0](make()[1], torch.ones(N, V))),
         (TypeError, "no linear_head", lambda: make()[0].linear_head()),
+        (TypeError, "no normalizer to be sharded", lambda: shard(make()[0])),
         (
             TypeError,
             "no linear_head",

@@ -61,6 +61,8 @@ def shard(layer: OutputLayer, mesh_or_group: DeviceMesh | dist.ProcessGroup | No
         raise TypeError(f"layer must be an OutputLayer of lastlayer, got {type(layer).__name__}")
     if isinstance(layer, ShardedLayer):
         raise TypeError("layer must not be sharded already")
+    if getattr(layer, "normalizer", None) is not None:  # of FullSoftmax: it needs all logits of a row
+        raise TypeError(f"layer must have no normalizer to be sharded, got normalizer={layer.normalizer}")
     first = next(layer.parameters(), None)
     ranks, copies = check_ranks(mesh_or_group, "cpu" if first is None else first.device.type)
     facts = {"type": type(layer).__name__, **_settings(layer), **layer.state_dict()}
