@@ -2,6 +2,7 @@
 
 from lastlayer.distributed.collectives import count_bytes
 from lastlayer.distributed.layer import ShardedLayer
+from lastlayer.distributed.screened import ShardedScreen
 from lastlayer.distributed.shard import shard
 
-__all__ = ["ShardedLayer", "count_bytes", "shard"]
+__all__ = ["ShardedLayer", "ShardedScreen", "count_bytes", "shard"]

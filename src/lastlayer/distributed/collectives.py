@@ -13,7 +13,7 @@ Each backward pass is made of these again, and so second derivatives are right t
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,12 +67,12 @@ def largest(tensor: Tensor, ranks: Ranks) -> Tensor:
 
 
 def gathered(
-    tensor: Tensor,  # (N, w), w the rank's part of `total`
-    total: int,
+    tensor: Tensor,  # (N, w)
+    spans: Sequence[slice],  # the columns of each rank among all, in order
     ranks: Ranks,
 ) -> Tensor:  # (N, total)
     """The columns of all ranks, in their order."""
-    return tensor if ranks.size == 1 else _Gathered.apply(tensor, total, ranks)  # pyright: ignore[reportReturnType]
+    return tensor if ranks.size == 1 else _Gathered.apply(tensor, spans, ranks)  # pyright: ignore[reportReturnType]
 
 
 def gathered_alike(tensor: Tensor, ranks: Ranks) -> list[Tensor]:
@@ -129,13 +129,12 @@ class _Summed(torch.autograd.Function):
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, total: int, ranks: Ranks) -> Tensor:
-        ctx.own, ctx.ranks = ranks.span(total), ranks
-        spans = [ranks.span(total, rank) for rank in range(ranks.size)]
-        padded = tensor.new_zeros(len(tensor), spans[0].stop)
+    def forward(ctx: Any, tensor: Tensor, spans: Sequence[slice], ranks: Ranks) -> Tensor:
+        ctx.own, ctx.ranks = spans[ranks.rank], ranks
+        widths = [span.stop - span.start for span in spans]
+        padded = tensor.new_zeros(len(tensor), max(widths))
         padded[:, : tensor.shape[1]] = tensor
-        parts = gathered_alike(padded, ranks)
-        return torch.cat([part[:, : s.stop - s.start] for part, s in zip(parts, spans, strict=True)], 1)
+        return torch.cat([p[:, :w] for p, w in zip(gathered_alike(padded, ranks), widths, strict=True)], 1)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:

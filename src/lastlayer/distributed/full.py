@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lastlayer.distributed.collectives import copied
 from lastlayer.distributed.layer import ShardedLayer
 from lastlayer.distributed.linear import (
     DividedHead,
@@ -30,13 +31,13 @@ class ShardedSoftmaxHead(ShardedLayer, SoftmaxHead):
         return DividedHead(self.weight, self.bias, self.logit_map, self.num_classes, self.ranks)
 
     def _log_prob(self, hidden: Tensor) -> Tensor:
-        return divided_log_prob(self._head(), hidden)
+        return divided_log_prob(self._head(), copied(hidden, self.ranks))
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return self._score(hidden, targets[:, None])[:, 0]
 
     def _score(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        return divided_score(self._head(), hidden, ids)
+        return divided_score(self._head(), copied(hidden, self.ranks), ids)
 
     def _topk(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:
         log_prob, indices = divided_topk(self._head(), hidden, k, selection)
@@ -67,7 +68,7 @@ class ShardedFullSoftmax(ShardedSoftmaxHead, FullSoftmax):
             weights = None if target.weights is None else target.weights[at]
             rows, target = rows.index_select(0, at), TargetRows(target.ids[at], weights, None)
         options = Smoothing(self.label_smoothing, self.z_loss, self.class_weights)
-        loss = divided_cross_entropy(self._head(), rows, target, options, self.reduction)
+        loss = divided_cross_entropy(self._head(), copied(rows, self.ranks), target, options, self.reduction)
         if self.reduction != "none":
             return loss
         if at is not None:

@@ -37,7 +37,12 @@ class ShardedLayer(OutputLayer):
     DIVIDED: tuple[str, ...] = ()  # the names of parameters and buffers that have a row for each class
     PARTIAL: tuple[str, ...] = ()  # the parts of the layer that each rank uses for its own classes alone
 
+    @staticmethod
+    def check(layer: Any) -> None:
+        """An error unless the layer, of the right class, can be sharded."""
+
     def __init__(self, layer: OutputLayer, ranks: Ranks, copies: Ranks | None) -> None:
+        self.check(layer)
         shared = {id(tensor): tensor for tensor in (*layer.parameters(), *layer.buffers())}
         self.__setstate__(copy.deepcopy(vars(layer), shared))  # all of it but for the tensors
         self.ranks, self.copies = ranks, copies
@@ -45,12 +50,17 @@ class ShardedLayer(OutputLayer):
         for module_name, module in self.named_modules():
             prefix = f"{module_name}." if module_name else ""
             for name, parameter in list(module.named_parameters(recurse=False)):
-                place = divided if prefix + name in self.DIVIDED else replicated
+                place = divided if self._is_divided(prefix + name) else replicated
                 made = nn.Parameter(place(parameter, ranks), requires_grad=parameter.requires_grad)
                 module.register_parameter(name, made)
             for name, buffer in list(module.named_buffers(recurse=False)):
-                if prefix + name in self.DIVIDED:
-                    setattr(module, name, divided(buffer, ranks))
+                own = self._is_divided(prefix + name)
+                device = buffer.device if buffer.is_meta else ranks.mesh.device_type
+                setattr(module, name, divided(buffer, ranks) if own else buffer.to(device, copy=True))
+
+    def _is_divided(self, name: str) -> bool:
+        """Whether a parameter or buffer has a row for each class."""
+        return name in self.DIVIDED
 
     # The calls, whose arguments are compared between the ranks at first.
 
@@ -128,7 +138,7 @@ class ShardedLayer(OutputLayer):
         """Those of the whole layer, which this rank's parts do not have."""
         return ()
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Whole tensors, as of a layer that is not sharded, are divided first."""
         for name, own in self._tensors().items():
             found = state_dict.get(prefix + name)
@@ -137,4 +147,4 @@ class ShardedLayer(OutputLayer):
             if found.shape == own.shape:  # of others, PyTorch's error names the shapes
                 place = divided if own.placements[-1].is_shard() else replicated
                 state_dict[prefix + name] = place(found, self.ranks)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

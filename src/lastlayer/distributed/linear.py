@@ -11,20 +11,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lastlayer.distributed.collectives import copied, from_first, gathered, gathered_alike, largest, summed
+from lastlayer.distributed.collectives import gathered, largest, summed
+from lastlayer.distributed.queries import best_of_ranks, sample_of_ranks, selection_of
 from lastlayer.distributed.ranks import Ranks
-from lastlayer.functional.checks import eager_on_cpu
 from lastlayer.functional.linear_log_prob import mapped_logits
 from lastlayer.functional.logit_map import LogitMap
 from lastlayer.functional.partial_softmax import PartialSoftmax, best_of_part, mapped, partial_softmax
 from lastlayer.functional.precision import exact_dtype
-from lastlayer.functional.sampling import classes_at, cumulative_weights, intervals_at
 from lastlayer.functional.selection import Selection
 from lastlayer.functional.soft_targets import TargetRows
 
 
 class DividedHead(NamedTuple):
-    """This rank's rows of a linear head."""
+    """This rank's rows of a linear head.
+
+    The functions below take hidden states that are `copied`, so that their gradient is that of all ranks.
+    """
 
     weight: Tensor  # (W, d)
     bias: Tensor | None  # (W,)
@@ -47,9 +49,7 @@ class DividedHead(NamedTuple):
         self, hidden: Tensor, rows: Tensor, weights: Tensor | None = None
     ) -> tuple[PartialSoftmax, Tensor]:
         """`partial_softmax` of this rank's classes, and the peak of all ranks."""
-        terms = partial_softmax(
-            copied(hidden, self.ranks), self.weight, self.bias, rows, logit_map=self.logit_map, weights=weights
-        )
+        terms = partial_softmax(hidden, self.weight, self.bias, rows, logit_map=self.logit_map, weights=weights)
         return terms, largest(terms.peak, self.ranks)
 
 
@@ -154,8 +154,8 @@ def _reduced(loss: Tensor, square: Tensor | None, share: Tensor, counted: Tensor
 
 def divided_log_prob(head: DividedHead, hidden: Tensor) -> Tensor:  # (N, d) to (N, V)
     """All log-probabilities, on every rank: the one call that sends N V numbers, as many as it returns."""
-    own = mapped_logits(copied(hidden, head.ranks), head.weight, head.bias, head.logit_map)
-    return gathered(own, head.num_classes, head.ranks).log_softmax(-1)
+    own = mapped_logits(hidden, head.weight, head.bias, head.logit_map)
+    return gathered(own, head.ranks.spans(head.num_classes), head.ranks).log_softmax(-1)
 
 
 @torch.no_grad()
@@ -167,47 +167,16 @@ def divided_topk(
 ) -> tuple[Tensor, Tensor]:  # (N, k) each
     """The best k of all ranks' k best, by their raw logits; `2 N k` numbers of each rank are sent, and 2 N."""
     own, ranks = head.own, head.ranks
-    found = best_of_part(
-        hidden, head.weight, head.bias, k, logit_map=head.logit_map, selection=_selection_of(selection, own)
-    )
+    selected = selection_of(selection, own)
+    found = best_of_part(hidden, head.weight, head.bias, k, logit_map=head.logit_map, selection=selected)
     peak = largest(found.peak, ranks)
     log_mass = summed((found.log_mass + found.peak - peak).exp(), ranks).log()
-    logits = torch.cat(gathered_alike(found.logits, ranks), 1)
-    ids = torch.cat(gathered_alike(found.ids + own.start, ranks), 1)
-    best, order = logits.topk(k)
-    return mapped(best, head.logit_map) - peak[:, None] - log_mass[:, None], ids.gather(1, order)
+    best, ids = best_of_ranks(found.logits, found.ids + own.start, ranks)
+    return mapped(best, head.logit_map) - peak[:, None] - log_mass[:, None], ids
 
 
-def _selection_of(selection: Selection | None, own: slice) -> Selection | None:
-    """The selection among one rank's classes."""
-    if selection is None:
-        return None
-    exclude, barred = selection
-    if exclude is not None:
-        here = (exclude >= own.start) & (exclude < own.stop)
-        exclude = torch.where(here, exclude - own.start, own.stop - own.start)
-    return Selection(exclude, None if barred is None else barred[own])
-
-
-@torch.no_grad()
 def divided_sample(head: DividedHead, hidden: Tensor, num_samples: int) -> Tensor:  # (N, d) to (N, num_samples)
-    """`sample_classes` over all ranks: with the first rank's random numbers, what one process draws with them."""
-    if not len(hidden):
-        return torch.empty(0, num_samples, dtype=torch.int64, device=hidden.device)
-    own, ranks = head.own, head.ranks
+    """Classes drawn over all ranks; see `sample_of_ranks`."""
     logits = mapped_logits(hidden, head.weight, head.bias, head.logit_map)
-    smallest = logits.new_full((len(hidden), 1), torch.finfo(logits.dtype).min)
-    peak = largest(torch.cat([logits, smallest], 1).amax(1, keepdim=True), ranks)
-    ends = cumulative_weights(logits, peak) if len(head.weight) else peak.double()[:, :0]
-    mass = ends[:, -1:] if len(head.weight) else torch.zeros_like(peak, dtype=torch.float64)
-    masses = torch.cat(gathered_alike(mass, ranks), 1).cumsum(1)  # (N, R)
-    total = masses[:, -1:]
-    if eager_on_cpu(total) and not bool((total.isfinite() & (total > 0)).all()):
-        raise ValueError("hidden must give finite logits to be sampled from; some row has NaN or infinite ones")
-    uniform = torch.rand(len(hidden), num_samples, dtype=torch.float64, device=hidden.device)
-    rank, place = intervals_at(masses, from_first(uniform, ranks) * total)
-    drawn = torch.zeros_like(rank)
-    if len(head.weight):
-        inside = classes_at(logits, peak, ends, place.clamp_(max=mass)) + own.start
-        drawn = torch.where(rank == ranks.rank, inside, 0)
-    return summed(drawn, ranks)
+    classes = torch.arange(head.own.start, head.own.stop, device=logits.device)
+    return sample_of_ranks(logits, classes, num_samples, head.ranks)

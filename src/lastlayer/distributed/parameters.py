@@ -30,7 +30,7 @@ def _on_mesh(own: Tensor, ranks: Ranks, placement: Any, shape: torch.Size) -> DT
     return DTensor.from_local(own, ranks.mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
-def local(tensor: DTensor, copies: Ranks | None) -> Tensor:
-    """This rank's part, differentiable; its gradient is the mean over the ranks with copies."""
+def local(tensor: Any, copies: Ranks | None) -> Tensor:
+    """This rank's part of a DTensor, differentiable; its gradient is the mean over the ranks with copies."""
     own = tensor.to_local()
     return own if copies is None else copied(own, copies, mean=True)

@@ -38,6 +38,10 @@ class Ranks:
         start = min(total, step * (self.rank if rank is None else rank))
         return slice(start, min(total, start + step))
 
+    def spans(self, total: int) -> list[slice]:
+        """The rows of every rank."""
+        return [self.span(total, rank) for rank in range(self.size)]
+
 
 def check_ranks(
     mesh_or_group: DeviceMesh | dist.ProcessGroup | None, device_type: str

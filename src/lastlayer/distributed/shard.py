@@ -6,14 +6,31 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from lastlayer.distributed.adaptive import ShardedAdaptiveSoftmax
 from lastlayer.distributed.agreement import check_agreement
 from lastlayer.distributed.full import ShardedFullSoftmax
+from lastlayer.distributed.hierarchical import ShardedHierarchicalSoftmax
 from lastlayer.distributed.layer import ShardedLayer
+from lastlayer.distributed.mixture import ShardedMixtureOfSoftmaxes
+from lastlayer.distributed.one_vs_all import ShardedOneVsAll
 from lastlayer.distributed.ranks import check_ranks
+from lastlayer.distributed.sampled import ShardedSampledSoftmax
+from lastlayer.layers.adaptive import AdaptiveSoftmax
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.full import FullSoftmax
+from lastlayer.layers.hierarchical import HierarchicalSoftmax
+from lastlayer.layers.mixture import MixtureOfSoftmaxes
+from lastlayer.layers.one_vs_all import OneVsAll
+from lastlayer.layers.sampled.sampled_softmax import SampledSoftmax
 
-KINDS: dict[type[OutputLayer], Callable[..., ShardedLayer]] = {FullSoftmax: ShardedFullSoftmax}
+KINDS: dict[type[OutputLayer], Callable[..., ShardedLayer]] = {
+    FullSoftmax: ShardedFullSoftmax,
+    AdaptiveSoftmax: ShardedAdaptiveSoftmax,
+    HierarchicalSoftmax: ShardedHierarchicalSoftmax,
+    MixtureOfSoftmaxes: ShardedMixtureOfSoftmaxes,
+    OneVsAll: ShardedOneVsAll,
+    SampledSoftmax: ShardedSampledSoftmax,
+}
 
 
 def shard(layer: OutputLayer, mesh_or_group: DeviceMesh | dist.ProcessGroup | None = None) -> ShardedLayer:

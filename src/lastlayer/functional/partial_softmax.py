@@ -1,6 +1,6 @@
 """The terms of a softmax over a part of its classes, from which those over all are put together."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,12 +62,17 @@ def partial_softmax(
 def _nothing(
     hidden: Tensor, ids: Tensor, exact: torch.dtype, parameters: Sequence[Tensor | None]
 ) -> PartialSoftmax:
-    """The terms of no class; gradients of 0 flow through them to all inputs."""
-    zero = hidden[:, :0].sum(1, dtype=exact)
+    zero = zeros_from(hidden, parameters, exact)
+    return PartialSoftmax(zero.detach() + LEAST, zero + LEAST, zero[:, None].expand(ids.shape), zero)
+
+
+def zeros_from(hidden: Tensor, parameters: Iterable[Tensor | None], dtype: torch.dtype) -> Tensor:
+    """What no class gives for hidden states `(N, d)`, `(N,)` zeros: gradients of 0 flow through them to all."""
+    zero = hidden[:, :0].sum(1, dtype=dtype)
     for parameter in parameters:
         if parameter is not None:
-            zero = zero + parameter.reshape(-1)[:0].sum(dtype=exact)
-    return PartialSoftmax(zero.detach() + LEAST, zero + LEAST, zero[:, None].expand(ids.shape), zero)
+            zero = zero + parameter.reshape(-1)[:0].sum(dtype=dtype)
+    return zero
 
 
 def _plain(

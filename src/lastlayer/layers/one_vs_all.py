@@ -203,8 +203,7 @@ class OneVsAll(OutputLayer):
         if self.sampler is None and self.reduction != "none":
             counted = values.new_ones(len(rows)) if kept is None or at is not None else kept.to(values.dtype)
             whole = counted.sum() if self.reduction == "mean" else counted.new_ones(())
-            positives = find_positives(ids, values, self._positive_weight())
-            total = one_vs_all_loss(rows, self.weight, self.bias, positives, (counted / whole).nan_to_num(0.0))
+            total = self._weighted_loss(rows, ids, values, (counted / whole).nan_to_num(0.0))
             return total + (whole / whole - 1)  # nan where a mean is over nothing
         row_loss = self._row_losses(rows, ids, values)
         if kept is None:
@@ -212,6 +211,11 @@ class OneVsAll(OutputLayer):
         if at is None:
             return reduce_loss(row_loss.masked_fill(~kept, 0), kept, self.reduction)
         return reduce_loss(row_loss.new_zeros(len(kept)).index_copy(0, at, row_loss), kept, self.reduction)
+
+    def _weighted_loss(self, rows: Tensor, ids: Tensor, values: Tensor, row_weights: Tensor) -> Tensor:  # ()
+        """The sum of the losses of rows, each times its weight."""
+        positives = find_positives(ids, values, self._positive_weight())
+        return one_vs_all_loss(rows, self.weight, self.bias, positives, row_weights)
 
     def _row_losses(self, rows: Tensor, ids: Tensor, values: Tensor) -> Tensor:  # (N,)
         """With a sampler the positive terms, and each negative divided by how often it is expected."""

@@ -160,17 +160,26 @@ class SampledLayer(SoftmaxHead):
     ) -> Tensor:
         if kept is not None and eager_on_cpu(kept):
             at = kept.nonzero().squeeze(1)
-            batch = self._sampled(rows.index_select(0, at), ids[at], weights[at])
-            some = self._batch_loss(batch._replace(examples=None if examples is None else examples[at]))
+            of_kept = None if examples is None else examples[at]
+            some = self._sampled_row_loss(rows.index_select(0, at), ids[at], weights[at], of_kept)
             row_loss = some.new_zeros(len(kept)).index_copy(0, at, some)
         else:
-            row_loss = self._batch_loss(self._sampled(rows, ids, weights)._replace(examples=examples))
+            row_loss = self._sampled_row_loss(rows, ids, weights, examples)
             row_loss = row_loss if kept is None else row_loss.masked_fill(~kept, 0)
         if by_class_weight and self.reduction == "mean":
-            assert self.class_weights is not None
-            of_rows = self.class_weights[ids[:, 0]].to(row_loss.dtype)
+            of_rows = self._class_weights_of(ids[:, 0]).to(row_loss.dtype)
             return row_loss.sum() / (of_rows if kept is None else of_rows * kept).sum()
         return reduce_loss(row_loss, kept, self.reduction)
+
+    def _class_weights_of(self, ids: Tensor) -> Tensor:
+        assert self.class_weights is not None
+        return self.class_weights[ids]
+
+    def _sampled_row_loss(
+        self, rows: Tensor, ids: Tensor, weights: Tensor, examples: Tensor | None
+    ) -> Tensor:  # (N,)
+        """The loss of every row, from a fresh sample."""
+        return self._batch_loss(self._sampled(rows, ids, weights)._replace(examples=examples))
 
     def _sampled(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Batch:
         """A batch with its candidates and logits."""

@@ -1,0 +1,75 @@
+"""`OneVsAll` with its classes divided among ranks."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lastlayer.distributed.collectives import copied, summed
+from lastlayer.distributed.row_scores import Part, RowScoredLayer
+from lastlayer.distributed.sampled import check_sampling, drawn_of_rank
+from lastlayer.functional.partial_softmax import zeros_from
+from lastlayer.functional.precision import as_exact
+from lastlayer.functional.sampled_logits import sampled_logits
+from lastlayer.functional.sampled_losses import accidental_hits
+from lastlayer.layers.one_vs_all import OneVsAll
+
+
+class ShardedOneVsAll(RowScoredLayer, OneVsAll):
+    """`OneVsAll` over all ranks: each adds up the losses of its own classes.
+
+    Of N rows a training step sends, by the counts of results: forward one number ("none", or with a sampler: N)
+    and backward N d, the gradient of the hidden states; all by all-reduce. Cost of a rank: that of `OneVsAll`
+    divided by the ranks. With a sampler every rank draws the same classes, and computes those of its own.
+    """
+
+    DIVIDED = ("weight", "bias", "positive_weights")
+    check = staticmethod(check_sampling)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """The logits of all classes, on every rank: sends as many numbers as it returns."""
+        return self._run("scores", lambda: OneVsAll.scores(self, hidden), hidden=hidden)
+
+    def _scores(self, hidden: Tensor) -> Tensor:
+        return self._all_scores(hidden)
+
+    def _own_scores(self, hidden: Tensor) -> list[Part]:
+        scores = as_exact(F.linear(copied(hidden, self.ranks), self.weight))
+        return [(scores if self.bias is None else scores + self.bias, self.ranks.span(self.num_classes))]
+
+    def _log_prob(self, hidden: Tensor) -> Tensor:
+        return OneVsAll._log_prob(self, hidden)
+
+    def _score(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        return OneVsAll._log_prob(self, hidden)
+
+    def _weighted_loss(self, rows: Tensor, ids: Tensor, values: Tensor, row_weights: Tensor) -> Tensor:
+        ids, values = self._own_targets(ids, values)
+        return summed(super()._weighted_loss(copied(rows, self.ranks), ids, values, row_weights), self.ranks)
+
+    def _row_losses(self, rows: Tensor, ids: Tensor, values: Tensor) -> Tensor:
+        if self.sampler is not None:
+            return summed(self._own_sampled_losses(rows, ids, values), self.ranks)
+        ids, values = self._own_targets(ids, values)
+        return summed(super()._row_losses(copied(rows, self.ranks), ids, values), self.ranks)
+
+    def _own_targets(self, ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of this rank, and values that are 0 at the classes of others."""
+        own = self.ranks.span(self.num_classes)
+        here = (ids >= own.start) & (ids < own.stop)
+        return (ids - own.start).masked_fill(~here, 0), values * here
+
+    def _own_sampled_losses(self, rows: Tensor, ids: Tensor, values: Tensor) -> Tensor:  # (N,)
+        """Of this rank's classes alone: positive terms, and negatives divided by how often they are expected."""
+        drawn = drawn_of_rank(self, rows, ids, values)
+        places, own_values = self._own_targets(ids, values)
+        rows = copied(rows, self.ranks)
+        if not len(self.weight):
+            return zeros_from(rows, (self.weight, self.bias), values.dtype)
+        of_targets, of_candidates = sampled_logits(rows, self.weight, self.bias, places, drawn.places)
+        negatives = -F.logsigmoid(-of_candidates) * (-drawn.log_counts).exp().to(values.dtype)
+        unused = accidental_hits(ids, values, drawn.ids) | ~drawn.here
+        negatives = negatives.masked_fill(unused, 0).sum(1)
+        weight = self._positive_weight()
+        weight = weight[places].to(values.dtype) if isinstance(weight, Tensor) else weight
+        own = weight * own_values * F.logsigmoid(of_targets) + (1 - own_values) * F.logsigmoid(-of_targets)
+        return negatives - torch.where(own_values == 0, 0.0, own).sum(1)

@@ -1,0 +1,115 @@
+"""`SampledSoftmax` with its classes divided among ranks: each computes the samples that it owns."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lastlayer.distributed.collectives import copied, largest, summed
+from lastlayer.distributed.full import ShardedSoftmaxHead
+from lastlayer.distributed.random_numbers import same_random_numbers
+from lastlayer.functional.partial_softmax import LEAST, zeros_from
+from lastlayer.functional.precision import exact_dtype
+from lastlayer.functional.sampled_logits import sampled_logits
+from lastlayer.functional.sampled_losses import accidental_hits
+from lastlayer.layers.sampled.base import Batch
+from lastlayer.layers.sampled.sampled_softmax import SampledSoftmax
+
+
+class DrawnClasses(NamedTuple):
+    """The candidates of a batch, of which this rank has some."""
+
+    ids: Tensor  # (S,), those of this rank; or (N, S), all of them
+    places: Tensor  # the same shape: their rows of this rank's weight, 0 for those of others
+    here: Tensor  # the same shape, bool: whether this rank has them
+    log_counts: Tensor  # the same shape
+
+
+def check_sampling(layer: Any) -> None:
+    """ValueError for what needs more than this rank's rows."""
+    if layer.sparse:
+        raise ValueError(
+            "layer must have sparse=False to be sharded, as the gradient of a DTensor cannot be sparse; each "
+            "rank's part of the gradient is V / ranks rows"
+        )
+    if layer.sampler is not None and layer.sampler.follows_weight:
+        raise ValueError(
+            f"layer must have a sampler that does not follow the weight to be sharded, such as LogUniform; got "
+            f"{type(layer.sampler).__name__}, which needs all rows"
+        )
+
+
+def drawn_of_rank(layer: Any, rows: Tensor, ids: Tensor, weights: Tensor) -> DrawnClasses:
+    """The candidates of `OneVsAll` or `SampledSoftmax` for a batch, the same on all ranks."""
+    with same_random_numbers(layer.ranks, rows.device):
+        candidates, log_counts = layer._drawing.draw(
+            layer.sampler, layer.num_samples, rows, ids, weights, layer.weight, layer.bias, layer.training
+        )
+    own = layer.ranks.span(layer.num_classes)
+    here = (candidates >= own.start) & (candidates < own.stop)
+    if candidates.dim() == 1:
+        at = here.nonzero()[:, 0]
+        candidates, log_counts, here = candidates[at], log_counts[at], here[at]
+    return DrawnClasses(candidates, (candidates - own.start).masked_fill(~here, 0), here, log_counts)
+
+
+class ShardedSampledSoftmax(ShardedSoftmaxHead, SampledSoftmax):
+    """`SampledSoftmax` over all ranks: every rank draws the same classes, and computes those of its own.
+
+    Of N rows a training step sends, by the counts of results: forward 3 N numbers (peak, mass and the targets'
+    terms; 4 N with class weights, and N more for their mean) and backward N d, by all-reduce; and the state of
+    the first rank's random numbers, some kB. Cost of a rank: `6 N (K + S) d / ranks` operations on average; the
+    gradient is dense, V / ranks rows.
+    """
+
+    check = staticmethod(check_sampling)
+
+    def _class_weights_of(self, ids: Tensor) -> Tensor:
+        places, here = self._head().places(ids)
+        own = self.class_weights
+        assert own is not None
+        return summed(own[places] * here if len(own) else own.new_zeros(ids.shape), self.ranks)
+
+    def _sampled_row_loss(self, rows: Tensor, ids: Tensor, weights: Tensor, examples: Tensor | None) -> Tensor:
+        """With o the logits less the log counts, P the peak of the logits, M the mass of `exp(o - P)` and w the
+        weights of the targets, `Σ_k w_k log M - Σ_k w_k (o_k - P)`."""
+        batch, present = self._batch_of_rank(rows, ids, weights)
+        logits = torch.cat([batch.target_logits.masked_fill(~present, -torch.inf), batch.candidate_logits], 1)
+        least = logits.new_full((len(logits), 1), LEAST)
+        peak = largest(torch.cat([logits.detach(), least], 1).amax(1, keepdim=True), self.ranks)
+        of_targets, of_candidates = batch.target_logits - peak, batch.candidate_logits - peak
+        if self.correction == "all":
+            of_targets = of_targets - self._target_log_counts(batch)
+        if self.correction != "none":
+            of_candidates = of_candidates - batch.candidate_log_counts
+        mass = torch.cat([of_targets.masked_fill(~present, -torch.inf), of_candidates], 1).exp().sum(1)
+        own = batch.loss_weights
+        parts = [mass, torch.where(own == 0, 0.0, own * of_targets).sum(1)]
+        if self.class_weights is not None:
+            parts.append(own.sum(1))
+        sums = summed(torch.stack(parts), self.ranks)
+        whole = batch.target_weights.sum(1) if self.class_weights is None else sums[2]
+        return whole * sums[0].log() - sums[1]
+
+    def _batch_of_rank(self, rows: Tensor, ids: Tensor, weights: Tensor) -> tuple[Batch, Tensor]:
+        """The logits of this rank's classes, and which targets are of this rank."""
+        drawn = drawn_of_rank(self, rows, ids, weights)
+        places, here = self._head().places(ids)
+        weights = weights.to(exact_dtype(rows.dtype))
+        own_weights = weights * here
+        rows = copied(rows, self.ranks)
+        if len(self.weight):
+            of_targets, of_candidates = sampled_logits(rows, self.weight, self.bias, places, drawn.places)
+            if self.class_weights is not None:
+                own_weights = own_weights * self.class_weights[places].to(weights.dtype)
+        else:
+            zero = zeros_from(rows, (self.weight, self.bias), weights.dtype)[:, None]
+            of_targets, of_candidates = zero.expand(ids.shape), zero.expand(-1, drawn.ids.shape[-1])
+        unused = ~drawn.here
+        if self.remove_hits:
+            unused = unused | accidental_hits(ids, weights, drawn.ids)
+        batch = Batch(
+            rows, ids, weights, drawn.ids, drawn.log_counts.to(of_targets.dtype), of_targets,
+            of_candidates.masked_fill(unused.expand_as(of_candidates), -torch.inf), own_weights, 1.0,
+        )  # fmt: skip
+        return batch, here & (weights != 0)
