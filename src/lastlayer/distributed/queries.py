@@ -108,6 +108,6 @@ def sample_of_ranks(
     rank, place = intervals_at(masses, from_first(uniform, ranks) * total)
     drawn = torch.zeros_like(rank)
     if some:
-        inside = classes[classes_at(logits, peak, ends, torch.minimum(place, mass))]
-        drawn = torch.where(rank == ranks.rank, inside, 0)
+        inside = classes_at(logits, peak, ends, torch.minimum(place, mass)).clamp(max=len(classes) - 1)
+        drawn = torch.where(rank == ranks.rank, classes[inside], 0)  # of another rank's places any class
     return summed(drawn, ranks)
