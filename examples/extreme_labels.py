@@ -1,6 +1,6 @@
 """Extreme multi-label classification of what every Debian machine knows: package descriptions to dependencies.
 
-python examples/extreme_labels.py [--data FOLDER] [--labels dependencies|debtags] [--seconds 60]
+python examples/extreme_labels.py [--data FOLDER] [--labels dependencies|debtags] [--seconds 60] [--json FILE]
 
 FOLDER holds `packages.train.tsv.xz` and `packages.test.tsv.xz`, five fields a line between tabs: name, section,
 text, debtags, dependencies. Without it the packages are those that `apt-cache dumpavail` knows. A bag of words
@@ -23,8 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from lastlayer import HierarchicalSoftmax, OneVsAll, OutputLayer, Unigram, clusters, metrics
+from lastlayer.study.measuring.measure import write_records
 
 WIDTH, BATCH, IGNORED = 128, 256, -100
+FIGURES = ("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5")
 
 
 class Package(NamedTuple):
@@ -148,6 +150,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="the folder of the prepared files; none: apt-cache dumpavail")
     parser.add_argument("--labels", choices=("dependencies", "debtags"), default="dependencies")
     parser.add_argument("--seconds", type=float, default=60.0, help="of training, for every layer")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
     arguments = parser.parse_args()
     packages, test_packages = load(arguments.data, 4 if arguments.labels == "dependencies" else 3)
     words, labels = numbered(packages)
@@ -155,9 +158,10 @@ def main() -> None:
     V = len(labels)
     counts = torch.bincount(rows.labels[rows.labels != IGNORED], minlength=V)
     propensity = metrics.propensities(counts, len(rows.words))
-    print(
+    about = (
         f"{len(rows.words):,} packages, {len(words):,} words, {V:,} {arguments.labels}; test {len(test.words):,}"
     )
+    print(about)
     sampler = Unigram(counts, power=0.5)
     layers: dict[str, tuple[OutputLayer, Callable[[Tensor], Tensor]]] = {
         "one against all": (OneVsAll(WIDTH, V), lambda ids: ids),
@@ -170,15 +174,18 @@ def main() -> None:
             one_of,
         ),
     }
-    print(
-        f"{'':22}{'steps':>8}" + "".join(f"{name:>8}" for name in ("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5"))
-    )
+    print(f"{'':22}{'steps':>8}" + "".join(f"{name:>8}" for name in FIGURES))
+    records = []
     for name, (output, pick) in layers.items():
         torch.manual_seed(0)
         model = Classifier(len(words), output)
         steps = train(model, rows, arguments.seconds, pick)
-        cells = "".join(f"{value:8.1f}" for value in evaluate(model, test, propensity))
-        print(f"{name:22}{steps:8,}{cells}", flush=True)
+        values = evaluate(model, test, propensity)
+        print(f"{name:22}{steps:8,}" + "".join(f"{value:8.1f}" for value in values), flush=True)
+        found = dict(zip(FIGURES, (round(value, 2) for value in values), strict=True))
+        records.append({"name": name, "num_classes": V, "seconds": arguments.seconds, "steps": steps, **found})
+    if arguments.json is not None:
+        write_records(arguments.json, records, notes=about)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ thousand steps: after a hundred, whether the sampled logits are corrected hardly
 
 import argparse
 import html
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -52,13 +51,6 @@ def layers_for(counts: Tensor) -> dict[str, Callable[[], OutputLayer]]:
     def log_uniform() -> LogUniform:
         return LogUniform(V, counts=counts, replacement=False)
 
-    def sigmoids() -> OutputLayer:
-        layer = NegativeSampling(
-            WIDTH, V, Uniform(V), samples, calibration=0.75, sparse=True, ignore_index=IGNORED
-        )
-        nn.init.constant_(layer.bias, -math.log(samples))  # at first each item is as rare as targets among samples
-        return layer
-
     return {
         "full": lambda: FullSoftmax(WIDTH, V, ignore_index=IGNORED),
         "two levels": lambda: HierarchicalSoftmax(
@@ -69,7 +61,9 @@ def layers_for(counts: Tensor) -> dict[str, Callable[[], OutputLayer]]:
         "in-batch, corrected": sampled(lambda: InBatch(V, counts=counts), "all"),
         "in-batch, uncorrected": sampled(lambda: InBatch(V, counts=counts), "none"),
         "in-batch and uniform, corrected": sampled(lambda: Mixed(InBatch(V, counts=counts), Uniform(V)), "all"),
-        "calibrated sigmoids": sigmoids,
+        "calibrated sigmoids": lambda: NegativeSampling(
+            WIDTH, V, Uniform(V), samples, calibration=0.75, sparse=True, ignore_index=IGNORED
+        ),
     }
 
 

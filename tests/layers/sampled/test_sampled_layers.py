@@ -285,3 +285,11 @@ def test_a_screen_and_the_sampler_are_moved_with_the_layer():
 def test_bad_input_is_refused(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("num_samples", [1, 50])
+def test_fresh_negative_sampling_expects_one_target_among_its_negatives(num_samples):
+    """A bias from 0 on would cost `k log 2`, most of it a push down that every class gets."""
+    layer = NegativeSampling(D, V, Uniform(V), num_samples, remove_hits=False)
+    loss = layer(torch.zeros(5, D), torch.arange(5))
+    assert float(loss.detach()) < math.log(num_samples + 1) + 1.01

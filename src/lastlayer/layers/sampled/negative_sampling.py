@@ -1,8 +1,9 @@
 """Negative sampling: push the target up, sampled classes down (Mikolov et al. 2013)."""
 
+import math
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lastlayer.functional.checks import check_fraction
 from lastlayer.functional.sampled_losses import noise_contrastive_loss, positive_power
@@ -20,6 +21,9 @@ class NegativeSampling(SampledLayer):
     With `calibration` t above 0 it is the generalised binary cross-entropy, whose positive term has the power
     `beta = t (alpha - 1) + 1`, `alpha = k / (V - 1)`: it corrects the overconfidence that comes from seeing a
     share alpha of the negatives only. At t = 1 the sigmoids are those of training on all negatives.
+
+    A fresh bias is `-log k`: each class is as rare as the target is among its negatives. From 0 on, the gradients
+    of k negatives a row would first move every class down, which takes Adagrad and its like hundreds of steps.
 
     `log_prob` is the softmax of the logits, which is *not* what they were trained to be; `topk` ranks by them.
 
@@ -65,6 +69,8 @@ class NegativeSampling(SampledLayer):
     ) -> None:
         super().__init__(in_features, num_classes, sampler, num_samples, remove_hits=remove_hits, **options)
         self.calibration = check_fraction("calibration", calibration)
+        if self.bias is not None:
+            nn.init.constant_(self.bias, -math.log(self.num_samples))
 
     def _batch_loss(self, batch: Batch) -> Tensor:
         power = positive_power(self.num_samples, self.num_classes, self.calibration)
