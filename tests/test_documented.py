@@ -1,6 +1,6 @@
 """No public name without a docstring and its place in the reference, and no page names what does not exist."""
 
-import importlib
+import importlib.util
 import inspect
 import pydoc
 import re
@@ -71,3 +71,17 @@ def test_remembered_claims_say_so():
         if "†" in text:
             said = " ".join(text.split())
             assert re.search(r"†(: | \()as remembered; not verified against the paper", said), page.name
+
+
+def test_examples_are_shown_as_code():
+    """Markdown takes `>>>` for three levels of quotation: every example of a docstring is put into a fence."""
+    pytest.importorskip("griffe")
+    spec = importlib.util.spec_from_file_location("doctests", ROOT / "docs" / "_doctests.py")
+    extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extension)
+    text = "Does.\n\nExample:\n    >>> x = [\n    ...     1]\n    >>> x\n    [1]\n\nMore.\n>>> y"
+    said = "Does.\n\nExample:\n    ```pycon\n    >>> x = [\n    ...     1]\n    >>> x\n    [1]\n    ```\n\nMore.\n"
+    assert extension.fenced(text) == said + "```pycon\n>>> y\n```\n"
+    for name, thing in public("lastlayer").items():
+        outside = re.sub(r"```pycon\n.*?```\n", "", extension.fenced(inspect.getdoc(thing) or ""), flags=re.DOTALL)
+        assert ">>>" not in outside, name
