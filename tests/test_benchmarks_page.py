@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,18 @@ def test_long_tables_are_folded(script, tmp_path):
     text = script.page([write(tmp_path / "long.json", records)])
     assert '<details markdown="1"><summary>16 rows</summary>\n\n| name | ms |' in text
     assert "<details" not in script.page([write(tmp_path / "short.json", records[1:])])
+
+
+def test_figures_of_the_readme_are_in_their_files():
+    """Each number of a result, as it is written, is a time or a memory of the file that its row names."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|[^|]*\|([^|]*)\| `(\w+\.json)` \|$", text, re.MULTILINE)
+    assert len(rows) == 5
+    for result, name in rows:
+        records = json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))["records"]
+        values = [r[key] / unit for r in records for key, unit in (("ms", 1), ("peak_bytes", 1e6)) if r.get(key)]
+        numbers = re.findall(r"[\d,]+\.?\d*", result.replace(", ", " "))
+        assert numbers
+        for number in numbers:
+            decimals = len(number.partition(".")[2])
+            assert any(f"{value:,.{decimals}f}" == number for value in values), f"{name} has no {number}"

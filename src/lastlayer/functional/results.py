@@ -6,22 +6,38 @@ from torch import Tensor
 
 
 class TopK(NamedTuple):
-    """The `k` most probable classes of every row, best first."""
+    """The `k` most probable classes of every row, best first.
 
-    log_prob: Tensor  # (..., k)
-    indices: Tensor  # (..., k), class ids
+    Attributes:
+        log_prob: `(..., k)`, log-probabilities of the whole model.
+        indices: `(..., k)`, class ids.
+    """
+
+    log_prob: Tensor
+    indices: Tensor
 
 
 class ScoreTopK(NamedTuple):
-    """The `k` best classes of a method that has scores but no probabilities, best first."""
+    """The `k` best classes of a method that has scores but no probabilities, best first.
 
-    scores: Tensor  # (..., k)
-    indices: Tensor  # (..., k), class ids
+    Attributes:
+        scores: `(..., k)`.
+        indices: `(..., k)`, class ids.
+    """
+
+    scores: Tensor
+    indices: Tensor
 
 
 class ScreenedTopK(NamedTuple):
-    """A screened result; where `certified`, indices and their logits are proved equal to the full layer's."""
+    """A screened result; where `certified`, indices and their logits are proved equal to the full layer's.
 
-    log_prob: Tensor  # (..., k)
-    indices: Tensor  # (..., k), class ids
-    certified: Tensor  # (...), bool
+    Attributes:
+        log_prob: `(..., k)`, log-probabilities by the screen's normaliser.
+        indices: `(..., k)`, class ids, best first.
+        certified: `(...)`, bool, one for each row.
+    """
+
+    log_prob: Tensor
+    indices: Tensor
+    certified: Tensor
