@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import lastlayer
-
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DIRECTIVE = re.compile(r"^::: (lastlayer[\w.]*)$", re.MULTILINE)
@@ -31,13 +29,14 @@ def public(door):
     return {f"{door}.{name}": getattr(package, name) for name in package.__all__}
 
 
-@pytest.mark.parametrize("name", lastlayer.__all__)
-def test_public_name_is_documented(name):
-    thing = getattr(lastlayer, name)
-    assert inspect.getdoc(thing), f"{name} has no docstring"
-    if inspect.isclass(thing):
-        for member, value in vars(thing).items():
-            if inspect.isfunction(value) and not member.startswith("_") and member != "extra_repr":
+@pytest.mark.parametrize("door", DOORS)
+def test_public_names_are_documented(door):
+    for name, thing in public(door).items():
+        if not isinstance(thing, tuple):
+            assert inspect.getdoc(thing), f"{name} has no docstring"
+        for member, value in vars(thing).items() if inspect.isclass(thing) else ():
+            shown = inspect.isfunction(value) or isinstance(value, property | classmethod | staticmethod)
+            if shown and not member.startswith("_") and member != "extra_repr":
                 assert inspect.getdoc(getattr(thing, member)), f"{name}.{member} has no docstring"
 
 
@@ -85,3 +84,10 @@ def test_examples_are_shown_as_code():
     for name, thing in public("lastlayer").items():
         outside = re.sub(r"```pycon\n.*?```\n", "", extension.fenced(inspect.getdoc(thing) or ""), flags=re.DOTALL)
         assert ">>>" not in outside, name
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(name):
+    """Those between pages are checked by mkdocs."""
+    for link in re.findall(r"\]\(([^)#]+)", (ROOT / name).read_text(encoding="utf-8")):
+        assert (ROOT / link).exists(), f"{name} links to {link}"
