@@ -26,6 +26,7 @@ void forward(const int64_t* starts, const int64_t* nodes, const int8_t* signs, c
     parallel_for(num_rows, items_a_chunk(num_rows, num_pairs, width), [&](int64_t begin, int64_t end) {
         for (int64_t n = begin; n < end; ++n) {
             const Real* row = hidden + n * width;
+            if (slope != nullptr) std::fill_n(slope + n * width, width, Real{0});
             Real total = 0;
             for (int64_t p = starts[n]; p < starts[n + 1]; ++p) {
                 if (p + NODES_AHEAD < num_pairs)

@@ -1,6 +1,8 @@
-// The rows of a batch sorted by the cluster of their target, and back. All on the calling thread: it takes microseconds.
+// Rows of a batch: sorted by the cluster of their target, and back; scaled; summed up by class. All on the calling
+// thread: it takes microseconds, but a shared operation of PyTorch's, of which there would be several, waits on a busy
+// machine for milliseconds each.
 //
-// The plain twins are in lastlayer/functional/groups.py.
+// The plain twins are in lastlayer/functional/groups.py, paths.py and sampled_logits.py.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -47,14 +49,33 @@ LASTLAYER_KERNEL(gather_rows)
     return 0;
 }
 
-// And back, scaled: out[order[n]] = scale[n] * rows[n].
-LASTLAYER_KERNEL(scatter_scaled_rows)
+// And back, scaled: out[order[n]] = scale[n] * rows[n]; without an order each row stays where it is.
+LASTLAYER_KERNEL(scaled_rows)
 (const void* rows, const int64_t* order, const void* scale, void* out, int64_t num_rows, int64_t width, int64_t in_float64) {
     const auto run = [&](auto zero) {
         using Real = decltype(zero);
         const auto *from = static_cast<const Real*>(rows), *factors = static_cast<const Real*>(scale);
         auto* to = static_cast<Real*>(out);
-        for (int64_t n = 0; n < num_rows; ++n) lastlayer::set_1x1(to + order[n] * width, factors[n], from + n * width, width);
+        for (int64_t n = 0; n < num_rows; ++n) {
+            const int64_t place = order == nullptr ? n : order[n];
+            lastlayer::set_1x1(to + place * width, factors[n], from + n * width, width);
+        }
+    };
+    in_float64 ? run(double{}) : run(float{});
+    return 0;
+}
+
+// sums[places[n * count + c]] += factors[n * count + c] * rows[n], c < count; without factors, of 1.
+LASTLAYER_KERNEL(add_rows)
+(void* sums, const int64_t* places, const void* factors, const void* rows, int64_t num_rows, int64_t count, int64_t width,
+ int64_t in_float64) {
+    const auto run = [&](auto zero) {
+        using Real = decltype(zero);
+        const auto *from = static_cast<const Real*>(rows), *of_place = static_cast<const Real*>(factors);
+        for (int64_t k = 0; k < num_rows * count; ++k) {
+            const Real factor = of_place == nullptr ? Real{1} : of_place[k];
+            lastlayer::add_1x1(static_cast<Real*>(sums) + places[k] * width, factor, from + k / count * width, width);
+        }
     };
     in_float64 ? run(double{}) : run(float{});
     return 0;

@@ -7,7 +7,7 @@ import torch
 
 from lastlayer import FullSoftmax, HierarchicalSoftmax, TreeSoftmax
 from lastlayer.kernels import backends, engine
-from lastlayer.kernels.grouped import softmax_backward
+from lastlayer.kernels.grouped import add_rows, scaled_rows, softmax_backward
 
 SIZES, COUNTS = torch.tensor([30_000, 1, 9_999]), torch.tensor([1, 2, 7])
 NUM_ROWS, NUM_CLASSES = int(COUNTS.sum()), int(SIZES.sum())
@@ -84,3 +84,27 @@ def test_eight_python_threads_on_one_layer(kind, isa):
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(gradient, batches))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("count", [1, 3])
+def test_rows_are_added_where_they_belong(count, weighted, dtype, isa):
+    generator = torch.Generator().manual_seed(0)
+    rows, places = (
+        torch.randn(50, 33, generator=generator, dtype=dtype),
+        torch.arange(50 * count).view(50, count) % 7,
+    )
+    factors = torch.randn(50, count, generator=generator, dtype=dtype) if weighted else None
+    sums = torch.ones(8, 33, dtype=dtype)
+    add_rows(sums, places, factors, rows)
+    terms = rows.repeat_interleave(count, 0) * (1 if factors is None else factors.reshape(-1, 1))
+    expected = torch.ones(8, 33, dtype=torch.float64).index_add_(0, places.reshape(-1), terms.double())
+    torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_are_scaled(isa):
+    rows, scale, order = torch.randn(5, 7), torch.randn(5), torch.tensor([3, 0, 4, 1, 2])
+    torch.testing.assert_close(scaled_rows(rows, scale), rows * scale[:, None])
+    expected = torch.empty_like(rows).index_copy_(0, order, rows * scale[:, None])
+    torch.testing.assert_close(scaled_rows(rows, scale, order), expected)

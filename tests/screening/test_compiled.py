@@ -1,5 +1,6 @@
 """Compiled queries against their plain twin: the same candidates, values, normalisers and certificates."""
 
+import os
 import subprocess
 import sys
 
@@ -205,6 +206,6 @@ weight, hidden = torch.randn(500, 8).half(), torch.randn(1, 8).half()
 screen = ScreenedSoftmax(weight, preview=Int8Preview(), candidates=20, exact=True, use="screen")
 assert torch.equal(screen.topk(hidden, 3).indices, (hidden.float() @ weight.float().T).topk(3).indices)
 """
-    variables = {"NUMBA_CPU_NAME": "generic", "PYTHONPATH": ":".join(sys.path)}
+    variables = os.environ | {"NUMBA_CPU_NAME": "generic", "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables)
     assert done.returncode == 0, done.stderr

@@ -48,7 +48,7 @@ class Groups(NamedTuple):
         """The rows times their scale, in the batch's own order."""
         if not _by_kernel(rows) or scale.dtype != rows.dtype:
             return torch.empty_like(rows).index_copy_(0, self.order, (rows * scale[:, None]).to(rows.dtype))
-        return kernels.scatter_scaled_rows(rows, self.order, scale)
+        return kernels.scaled_rows(rows, scale, self.order)
 
     @property
     def rows(self) -> NDArray[np.int64]:  # (G,)

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,6 +15,7 @@ from lastlayer.functional.second_order import gradients
 from lastlayer.functional.trees import Tree
 from lastlayer.kernels import paths as kernels
 from lastlayer.kernels.backends import paths_backend_for
+from lastlayer.kernels.grouped import scaled_rows
 
 
 @outside_graphs
@@ -62,7 +64,7 @@ class _PathLogProb(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight)
         hidden = hidden.contiguous()
         log_prob, factors = hidden.new_empty(len(hidden)), hidden.new_empty(len(nodes))
-        slope = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         kernels.forward(starts, nodes, signs, hidden, weight, log_prob, factors, slope)
         ctx.formed, ctx.paths, ctx.sparse, ctx.memory = (factors, slope), paths, sparse, memory
         return log_prob
@@ -78,12 +80,12 @@ def _form(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of hidden and weight."""
     (hidden, weight), (factors, slope), (starts, nodes, _) = ctx.saved_tensors, ctx.formed, ctx.paths
     hidden, scale = hidden.contiguous(), upstream.contiguous()
-    of_hidden = slope * scale[:, None] if ctx.needs_input_grad[0] else None
+    of_hidden = scaled_rows(slope, scale) if ctx.needs_input_grad[0] else None
     if not ctx.needs_input_grad[1]:
         return of_hidden, None
     ordered, pairs = nodes.sort(stable=True)
     touched, counts = ordered.unique_consecutive(return_counts=True)
-    rows = torch.arange(len(hidden)).repeat_interleave(starts.diff())
+    rows = torch.from_numpy(np.arange(len(hidden)).repeat(starts.diff().numpy()))
     values = (ctx.memory or GradientMemory()).allocate((len(touched), hidden.shape[1]), hidden)
     kernels.backward(F.pad(counts.cumsum(0), (1, 0)), pairs, rows, factors, scale, hidden, values)
     if ctx.sparse:

@@ -10,6 +10,8 @@ from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.precision import as_exact, exact_dtype, no_autocast, product_dtype
 from lastlayer.functional.row_sparse import row_sparse
 from lastlayer.functional.second_order import gradients
+from lastlayer.kernels.backends import grouped_softmax_backend_for
+from lastlayer.kernels.grouped import add_rows
 
 # Numbers of one block of gathered class vectors.
 BLOCK_NUMBERS = 1 << 22
@@ -97,7 +99,8 @@ def _form(ctx: Any, upstream: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     rows = hidden.to(dtype)
     parts = [(part.to(dtype), ids) for part, ids in zip(upstream, (targets, candidates), strict=True)]
     if wants_hidden:
-        of_hidden = torch.stack([_times_classes(part, weight, ids) for part, ids in parts]).sum(0).to(hidden.dtype)
+        of_targets, of_candidates = (_times_classes(part, weight, ids) for part, ids in parts)
+        of_hidden = of_candidates.add_(of_targets).to(hidden.dtype)
     touched, places = torch.unique(torch.cat([targets.reshape(-1), candidates.reshape(-1)]), return_inverse=True)
     ends = places.split([targets.numel(), candidates.numel()])
     placed = [(part, at.view_as(ids)) for (part, ids), at in zip(parts, ends, strict=True)]
@@ -136,8 +139,13 @@ def _times_classes(gradient: Tensor, weight: Tensor, ids: Tensor) -> Tensor:  # 
 
 def _add_outer(sums: Tensor, gradient: Tensor, at: Tensor, rows: Tensor) -> None:
     """Adds `gradient[n, c] * rows[n]` to `sums[at[n, c]]`."""
+    compiled = grouped_softmax_backend_for(sums.device, sums.dtype, rows.dtype) == "compiled"
     if at.dim() == 1:
-        sums.index_add_(0, at, (gradient.T @ rows).to(sums.dtype))
+        products = (gradient.T @ rows).to(sums.dtype)
+        add_rows(sums, at[:, None], None, products) if compiled else sums.index_add_(0, at, products)
+        return
+    if compiled:
+        add_rows(sums, at.contiguous(), gradient.contiguous(), rows.contiguous())
         return
     for part in _blocks(at, rows.shape[1]):
         outer = as_exact(gradient[part])[..., None] * as_exact(rows[part])[:, None]

@@ -17,7 +17,8 @@ _BACKWARD = Kernel("grouped_softmax_backward", "pnnnpppppnnn")
 _GROUP = Kernel("group_by_cluster", "ppnnppp")
 _TOUCHED = Kernel("touched_rows", "pnp")  # table, G, rows
 _GATHER = Kernel("gather_rows", "pppnn")  # rows, order, out, N, bytes of a row
-_SCATTER = Kernel("scatter_scaled_rows", "ppppnnn")  # rows, order, scale, out, N, d, in float64
+_SCALED = Kernel("scaled_rows", "ppppnnn")  # rows, order, scale, out, N, d, in float64
+_ADD = Kernel("add_rows", "ppppnnnn")  # sums, places, factors, rows, N, K, d, in float64
 
 
 def softmax_forward(
@@ -90,12 +91,22 @@ def gather_rows(
     return gathered
 
 
-def scatter_scaled_rows(
+def scaled_rows(
     rows: Tensor,  # (N, d) float32 or float64
-    order: Tensor,  # (N,) int64, a permutation
     scale: Tensor,  # (N,), of the same dtype
+    order: Tensor | None = None,  # (N,) int64, a permutation
 ) -> Tensor:  # (N, d)
-    """Row `order[n]` of the result is `scale[n] * rows[n]`."""
-    scattered = torch.empty_like(rows)
-    _SCATTER(rows, order, scale, scattered, *rows.shape, rows.dtype == torch.float64)
-    return scattered
+    """Row `order[n]` of the result, or row n without an order, is `scale[n] * rows[n]`."""
+    scaled = torch.empty_like(rows)
+    _SCALED(rows, order, scale, scaled, *rows.shape, rows.dtype == torch.float64)
+    return scaled
+
+
+def add_rows(
+    sums: Tensor,  # (R, d) float32 or float64; gains the rows
+    places: Tensor,  # (N, K) int64, where each goes
+    factors: Tensor | None,  # (N, K), of the same dtype, as is all that follows; None: ones
+    rows: Tensor,  # (N, d)
+) -> None:
+    """`sums[places[n, c]] += factors[n, c] * rows[n]`, as `index_add_` does in some thirty times the time."""
+    _ADD(sums, places, factors, rows, *places.shape, rows.shape[1], sums.dtype == torch.float64)

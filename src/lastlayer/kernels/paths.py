@@ -34,7 +34,7 @@ def forward(
     weight: Tensor,  # (V - 1, d), of the same dtype, as all that follow
     log_prob: Tensor,  # (N,); becomes the sum of log sigmoid(sign * score)
     factors: Tensor,  # (P,); becomes sign * sigmoid(-sign * score)
-    slope: Tensor | None,  # (N, d); gains factors @ weight
+    slope: Tensor | None,  # (N, d); becomes factors @ weight
 ) -> None:
     """Log-probabilities of paths, and what their gradient needs."""
     _FORWARD(
