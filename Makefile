@@ -12,7 +12,7 @@ NO_COMPILER := true
 export CXX := env -u PYTHONPATH $(abspath $(BIN))/python -m ziglang c++
 endif
 
-.PHONY: demo test lint types docs format engine sanitize test-tiles test-arm
+.PHONY: demo test lint types docs format wheel engine sanitize test-tiles test-arm
 
 .venv/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
@@ -40,6 +40,12 @@ docs: .venv/installed
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# One wheel, for every Python on this kind of machine, into dist/; `.ci/wheel` also installs and tests it.
+wheel: .venv/installed
+	rm -rf dist
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/twine check --strict dist/*.whl
 
 # While csrc/ is being worked on: builds what has changed, into src/lastlayer/kernels/engines/.
 engine:

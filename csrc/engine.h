@@ -12,4 +12,9 @@
 
 #include <cstdint>
 
-#define LASTLAYER_KERNEL(name) extern "C" __attribute__((visibility("default"))) int64_t lastlayer_##name
+#if defined(_WIN32)
+#define LASTLAYER_EXPORT __declspec(dllexport)
+#else
+#define LASTLAYER_EXPORT __attribute__((visibility("default")))
+#endif
+#define LASTLAYER_KERNEL(name) extern "C" LASTLAYER_EXPORT int64_t lastlayer_##name
