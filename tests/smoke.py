@@ -1,4 +1,4 @@
-"""What an installed lastlayer must do: `python smoke.py`, outside the source tree, where only its wheel is installed.
+"""What an installed lastlayer must do: `python smoke.py`, outside the source tree, with only the wheel installed.
 
 `python smoke.py plain` expects a wheel that was built without a compiler, and so runs the plain PyTorch twins.
 """

@@ -131,7 +131,7 @@ def test_every_folder_has_a_level():
 
 def test_import_is_lean():
     """Importing lastlayer imports nothing heavy but torch."""
-    heavy = "numba matplotlib rich typer transformers faiss hnswlib entmax sklearn scipy pandas"
+    heavy = "numba matplotlib rich typer transformers onnx onnxruntime faiss hnswlib entmax sklearn scipy pandas"
     code = f"import sys, lastlayer; print([m for m in '{heavy}'.split() if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
