@@ -2,8 +2,8 @@
 
 python benchmarks/import_time.py            (about a minute)
 
-Python's garbage collector may go over all objects of PyTorch once while lastlayer is imported, as it does from time
-to time in any program that makes objects; `collector_ms` is its part of the time.
+Python's garbage collector may go over all objects of PyTorch once while lastlayer is imported, as it does from
+time to time in any program that makes objects; `collector_ms` is its part of the time.
 """
 
 import os
