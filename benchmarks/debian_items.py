@@ -9,6 +9,7 @@ bought with it: few are in most baskets, and most in few.
 
 import argparse
 import lzma
+from io import TextIOWrapper
 from pathlib import Path
 
 DEPENDENCIES = 4  # the field of a line, between tabs
@@ -23,7 +24,7 @@ def main() -> None:
     written = 0
     with arguments.file.open("w", encoding="utf-8") as file:
         for part in ("train", "test"):
-            with lzma.open(arguments.folder / f"packages.{part}.tsv.xz", "rt", encoding="utf-8") as packages:
+            with TextIOWrapper(lzma.open(arguments.folder / f"packages.{part}.tsv.xz"), "utf-8") as packages:
                 for package in packages:
                     items = package.rstrip("\n").split("\t")[DEPENDENCIES].split()
                     if len(items) > 1:

@@ -92,6 +92,8 @@ def test_the_state_tends_to_the_true_normalizers(layer_class):
     layer.train()
     if layer_class is UMax:
         layer.rate = 0.05
+    else:
+        layer.decay = 0.9
     seen = []
     for _ in range(1500):
         layer(hidden, targets, torch.arange(4))
@@ -116,7 +118,7 @@ def test_an_average_or_a_step(layer_class):
         expected = torch.where(total.log() > before, torch.minimum(moved, total.log()), nearest)
     else:
         layer.uses.fill_(3)
-        expected = ((1 - 4**-0.9) * before.exp() + 4**-0.9 * total).log()
+        expected = ((1 - 4**-0.5) * before.exp() + 4**-0.5 * total).log()
     layer.normalizers.copy_(before)
     torch.manual_seed(3)
     layer(hidden, targets, torch.arange(4))

@@ -38,7 +38,8 @@ class AugmentReduce(UnbiasedLayer):
         sampler: of the candidates, with replacement; `Uniform` in the paper.
         num_samples: S.
         num_examples: how many training examples there are; None keeps nothing.
-        decay: of the steps of the average, between 0 and 1.
+        decay: of the steps of the average, from 0 (the last estimate alone) to 1 (the plain mean). The paper's 0.9
+            is for hundreds of uses: for some tens it forgets the sums of an untrained model too slowly.
         bias, sparse, class_weights, weight, reduction, ignore_index: see `SampledLayer`.
 
     Raises:
@@ -68,7 +69,7 @@ class AugmentReduce(UnbiasedLayer):
         num_samples: int,
         *,
         num_examples: int | None = None,
-        decay: float = 0.9,
+        decay: float = 0.5,
         **options: Any,
     ) -> None:
         super().__init__(in_features, num_classes, sampler, num_samples, num_examples=num_examples, **options)
