@@ -3,6 +3,7 @@
 from lastlayer.transformers.after_head import ScaledLogits, logit_map_of, output_layer
 from lastlayer.transformers.chunked_loss import chunked_loss
 from lastlayer.transformers.deferred_logits import DeferredLogits
+from lastlayer.transformers.evaluation import top_predictions
 from lastlayer.transformers.hidden_states import hidden_states
 from lastlayer.transformers.replace import replace_lm_head
 from lastlayer.transformers.replaced_head import ReplacedHead
@@ -16,4 +17,5 @@ __all__ = [
     "replace_lm_head",
     "ReplacedHead",
     "ScaledLogits",
+    "top_predictions",
 ]

@@ -1,22 +1,20 @@
 """chunked_loss: a Transformers model trains without its logits, by its own code."""
 
 import importlib.metadata
-import inspect
 import re
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from lastlayer.transformers.deferred_logits import defer
-from lastlayer.transformers.recorded_logits import LinearHead
+from lastlayer.layers.base import OutputLayer
+from lastlayer.transformers.deferring_head import DeferringHead
+from lastlayer.transformers.layer_head import check_layer
 from lastlayer.transformers.replaced_head import ReplacedHead, own_head, put_head, refuse_what_needs_own_head
 
 OLDEST = (4, 57)  # of Transformers
 
 
-def chunked_loss(model: Any) -> ReplacedHead:
+def chunked_loss(model: Any, layer: OutputLayer | None = None) -> ReplacedHead:
     """Trains a Transformers model by its own code, but without the `(N, V)` logits of its head.
 
     In training, and wherever the model is called with labels, its head returns `DeferredLogits`: the model scales,
@@ -29,12 +27,21 @@ def chunked_loss(model: Any) -> ReplacedHead:
     stay the very same, also in the state dict; the gradient of a frozen head is not formed. `torch.compile` keeps
     one graph; in models that do not call their `loss_function` (T5, Marian, BART, Whisper) it computes the logits.
 
+    Args:
+        model: called with `labels` as ever.
+        layer: an output layer that is trained as the head instead: `SampledSoftmax`, `HierarchicalSoftmax`. The
+            hidden states meet the labels as the model shifts them; in `eval()` the loss is the layer's exact
+            cross-entropy, and its logits are those of its matrix or its log-probabilities. It goes on from the
+            model's own head where it has its parameters: `weight=model.get_output_embeddings().weight,
+            bias=False`; only then is it saved by `save_pretrained`. Otherwise keep `layer.state_dict()`.
+
     Returns:
         a handle with `undo()`, also a context manager.
 
     Raises:
         TypeError: a model without a head, with several, or with one that is more than `nn.Linear`, as PEFT and
-            quantisation put one there; the model is unchanged.
+            quantisation put one there; a layer that is no `OutputLayer`. The model is unchanged.
+        ValueError: a layer of other sizes, or under a model that caps, scales or shifts its logits.
         ImportError: a Transformers older than 4.57.
 
     Labels that are no classes raise IndexError when the model is called.
@@ -55,7 +62,10 @@ def chunked_loss(model: Any) -> ReplacedHead:
     True
     """
     _check_version()
-    head = DeferringHead(model, linear_head(model))
+    own = linear_head(model)
+    if layer is not None:
+        check_layer(model, own, layer)
+    head = DeferringHead(model, own, layer)
     handle = put_head(model, head)
     refuse_what_needs_own_head(handle)
     handle.with_undo(model.register_forward_pre_hook(head.before_model, with_kwargs=True).remove)
@@ -63,42 +73,10 @@ def chunked_loss(model: Any) -> ReplacedHead:
     return handle
 
 
-class DeferringHead(nn.Module):
-    """A model's `nn.Linear` head, on the same parameters, whose logits are deferred where a loss may follow."""
-
-    def __init__(self, model: Any, own: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = own.in_features, own.out_features
-        self.weight, self.bias = own.weight, own.bias
-        self.place = _labels_place(model)
-        self.compilable = _calls_loss_function(model)
-        self.labelled = False  # whether the model was called with labels
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        expected = self.labelled or (self.training and torch.is_grad_enabled())
-        if expected and (self.compilable or not torch.compiler.is_compiling()):
-            return defer(LinearHead(self.weight, self.bias), hidden)
-        return F.linear(hidden, self.weight, self.bias)
-
-    def before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Notes whether the model is called with labels."""
-        labels = kwargs.get("labels")
-        if labels is None and self.place is not None and len(args) > self.place:
-            labels = args[self.place]
-        self.labelled = labels is not None
-
-    def after_model(self, *_: Any) -> None:
-        """The model's own call has ended."""
-        self.labelled = False
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-
 def linear_head(model: Any) -> nn.Linear:
     """The model's head, or a TypeError unless it is a plain `nn.Linear`."""
     head = own_head(model)
-    name, kind = type(model).__name__, type(head).__name__
+    name, kind = type(model).__name__, f"{type(head).__module__}.{type(head).__qualname__}"
     if isinstance(head, (nn.ModuleList, nn.ModuleDict)):
         raise TypeError(f"model must have one output head, and {name} has {len(head)}")
     plain = type(head).forward is nn.Linear.forward and "forward" not in vars(head)
@@ -110,22 +88,6 @@ def linear_head(model: Any) -> nn.Linear:
             "other modules only"
         )
     return head
-
-
-def _labels_place(model: Any) -> int | None:
-    """Where `labels` stands among the arguments of the model's `forward`."""
-    names = list(inspect.signature(model.forward).parameters)
-    return names.index("labels") if "labels" in names else None
-
-
-def _calls_loss_function(model: Any) -> bool:
-    """Whether the model's loss comes from its `loss_function`, which calls `F.cross_entropy`.
-
-    `torch.compile` has a rule of its own for the module `nn.CrossEntropyLoss`, which does not see that the logits
-    are deferred (it would compute on their placeholder, which is NaN): models that use it get real ones.
-    """
-    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
-    return code is not None and "loss_function" in code.co_names
 
 
 def _check_version() -> None:

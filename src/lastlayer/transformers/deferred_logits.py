@@ -82,7 +82,9 @@ def _getters(*names: str) -> list[Any]:
     return [getattr(Tensor, name).__get__ for name in names]
 
 
+# Strides are those of the placeholder: torch.compile guards on them, and must not compute the logits for it.
 METADATA = {
+    *(Tensor.stride, Tensor.storage_offset),
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__),
     *(
         Tensor.is_floating_point,
@@ -91,9 +93,13 @@ METADATA = {
         Tensor.element_size,
         Tensor.get_device,
     ),
-    *_getters("shape", "ndim", "dtype", "device", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse"),
+    *(Tensor.is_conj, Tensor.is_neg, Tensor.is_inference),
+    *_getters("shape", "ndim", "dtype", "device", "layout", "itemsize", "nbytes"),
+    *_getters(
+        "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_sparse_csr", "is_mkldnn", "is_quantized", "is_nested"
+    ),
 }
-REQUIRES_GRAD = _getters("requires_grad")
+REQUIRES_GRAD, IS_LEAF, GRAD = (_getters(name) for name in ("requires_grad", "is_leaf", "grad"))
 COMMUTATIVE = {torch.mul, torch.multiply, torch.add, Tensor.mul, Tensor.add, Tensor.__mul__, Tensor.__add__}
 # Functions of rows, and the place of their argument `dim` after the logits.
 ROW_QUERIES = {
@@ -115,6 +121,10 @@ def _record(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any
         return _holding(recorded.then(step))
     if func in REQUIRES_GRAD:
         return recorded.requires_grad
+    if func in IS_LEAF:
+        return not recorded.requires_grad
+    if func in GRAD:
+        return None
     if func in (Tensor.detach, torch.detach):
         return _view(logits, recorded.detach())
     if func is F.cross_entropy:

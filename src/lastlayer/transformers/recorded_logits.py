@@ -70,6 +70,11 @@ class Head(Protocol):
         """V."""
         ...
 
+    @property
+    def own_loss(self) -> str | None:
+        """Whose loss trains it, where that is not the cross-entropy of the logits."""
+        ...
+
     def parameters(self) -> tuple[Tensor, ...]:
         """What the logits depend on besides the hidden states."""
         ...
@@ -92,6 +97,10 @@ class LinearHead(NamedTuple):
     @property
     def num_classes(self) -> int:
         return len(self.weight)
+
+    @property
+    def own_loss(self) -> str | None:
+        return None
 
     def parameters(self) -> tuple[Tensor, ...]:
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
@@ -151,6 +160,12 @@ class RecordedLogits(NamedTuple):
     def compute(self) -> Tensor:
         """The logits, with the gradients and under the autocast of the time when the head was called."""
         self._check_versions()
+        if self.head.own_loss is not None and self.with_gradient and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"a loss of these logits would train a full softmax, not the {self.head.own_loss} that is the "
+                "model's head: the model, or torch.compile, does not use them by F.cross_entropy alone; read them "
+                "under torch.no_grad(), or use layer=None"
+            )
         with torch.set_grad_enabled(self.with_gradient), self._precision():
             logits = self.head.logits(self.hidden)
         with torch.set_grad_enabled(self.with_gradient):
