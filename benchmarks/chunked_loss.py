@@ -89,8 +89,9 @@ def measured(model: LlamaForCausalLM, ids: Tensor, rounds: int) -> list[dict[str
     timings = interleaved({name: step for name, (step, _) in steps.items()}, rounds=rounds, warmup=1)
     records = []
     for name, (step, head_step) in steps.items():
-        step_bytes, of_step = peak(step, [*model.parameters()])
-        head_bytes, of_head = peak(head_step, [hidden, *model.lm_head.parameters()])
+        leaves = [hidden, *model.parameters()]
+        step_bytes, of_step = peak(step, leaves)
+        head_bytes, of_head = peak(head_step, leaves)
         records.append(
             {
                 "case": "training step",

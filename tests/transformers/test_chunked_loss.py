@@ -79,7 +79,7 @@ def test_evaluation(family):
 
 
 def test_replace_lm_head(family):
-    """A screen of the head gives the model's logits, whatever follows it; refused where a number for each class does."""
+    """A screen of the head gives the model's logits; refused where the model adds a number to each class."""
     model, inputs = make(family).eval(), batch(family)
     head = model.get_output_embeddings()
     screen = ScreenedSoftmax.from_linear(head, preview=Int8Preview(), candidates=V)
