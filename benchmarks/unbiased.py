@@ -60,7 +60,7 @@ def main() -> None:
     write_records(
         RESULTS,
         records,
-        notes="seconds are of processor time, one thread; loss: the full softmax's, of all training examples; best "
+        notes="seconds are of processor time, one thread; loss: the full softmax's, of all examples; best "
         "of three rates",
     )
 
