@@ -1,5 +1,7 @@
 """What `docs/compile.md` says of every layer: which calls compile whole, and which are exported for any batch."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -7,13 +9,19 @@ from torch import nn
 from lastlayer import (
     PLIF,
     AdaptiveSoftmax,
+    FactoredOutput,
     FullSoftmax,
     HierarchicalSoftmax,
+    Int8Preview,
     MixtureOfSoftmaxes,
     MonotoneNetwork,
+    QuadraticKernel,
+    SampledSoftmax,
+    ScreenedSoftmax,
     Sigsoftmax,
     SoftCap,
     TreeSoftmax,
+    Uniform,
 )
 from lastlayer.functional.ordinary import DYNAMO_KNOWS_EXPORTS
 
@@ -88,6 +96,46 @@ def test_exports_every_call_for_any_batch(name, strict):
         exported = torch.export.export(model, batch(6), dynamic_shapes=({0: rows}, {0: rows}), strict=strict)
         for size in (2, 37):
             torch.testing.assert_close(exported.module()(*batch(size)), model(*batch(size)))
+
+
+class Loss(nn.Module):
+    """The loss of a layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden, targets):
+        return self.layer(hidden, targets)
+
+
+def test_an_exported_sampled_loss_draws_at_every_run():
+    model = Loss(SampledSoftmax(5, 11, Uniform(11), 3).double())
+    hidden, targets = batch(6)
+    exported = torch.export.export(model, (hidden.detach(), targets)).module()
+    losses = {exported(hidden.detach(), targets).item() for _ in range(5)}
+    assert len(losses) == 5
+    assert all(0 < loss < 10 for loss in losses)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: SampledSoftmax(5, 11, Uniform(11, replacement=False), 3), "use replacement=True"),
+        (lambda: SampledSoftmax(5, 11, QuadraticKernel(11, 5), 3), "use one that does not follow the weight"),
+        (lambda: FactoredOutput(5, 11), "use layer.eval()"),
+    ],
+)
+def test_a_loss_that_cannot_be_exported_says_what_to_use(make, says):
+    hidden, targets = batch(6)
+    with pytest.raises(RuntimeError, match=f"of lastlayer.*{re.escape(says)}"):
+        torch.export.export(Loss(make()), (hidden.detach().float(), targets), strict=False)
+
+
+def test_a_screen_is_exported_by_to_onnx_alone():
+    screen = ScreenedSoftmax(torch.randn(50, 5), preview=Int8Preview(), candidates=9)
+    with pytest.raises(RuntimeError, match=r"ScreenedSoftmax of lastlayer.*lastlayer.export.to_onnx"):
+        torch.export.export(screen, (torch.randn(3, 5),), strict=False)
 
 
 @pytest.mark.parametrize("name", [*WHOLE, *GROUPED])

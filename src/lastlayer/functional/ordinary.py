@@ -19,7 +19,7 @@ def ordinary(*tensors: Tensor | None) -> bool:
     twin, made of PyTorch's own operations. Under `torch.compile` all tensors count as ordinary.
     """
     if torch.compiler.is_compiling():
-        return not _exporting()
+        return not exporting()
     for tensor in tensors:  # a plain loop, for speed: every small step calls this
         if tensor is not None and not (
             _dispatch_of(type(tensor)) is _dispatch_of(Tensor)
@@ -31,7 +31,8 @@ def ordinary(*tensors: Tensor | None) -> bool:
     return True
 
 
-def _exporting() -> bool:
+def exporting() -> bool:
+    """Whether `torch.export` traces this."""
     if torch.compiler.is_dynamo_compiling() and not DYNAMO_KNOWS_EXPORTS:
         return False
     return torch.compiler.is_exporting()

@@ -59,6 +59,7 @@ class OutputLayer(nn.Module, ABC):
     8. bad input is a `ValueError`, `TypeError` or `IndexError` that names the argument; the layer is unchanged
     9. second derivatives in every way to form them, and the transforms of `torch.func`, are right or refused
     10. on "meta" every call gives the shapes and dtypes that it gives with values
+    11. `torch.export` takes `log_prob`, `topk` and the loss, for any number of rows
 
     A bias of -inf bars a class: `topk` and `sample` never return it, its probability is 0, and it has no gradient.
     As a target its loss is infinite.

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from lastlayer.functional.ordinary import exporting
+
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
@@ -92,6 +94,11 @@ class WatchedHead(nn.Module, ABC):
         return self._prepared_for == self._stamp()
 
     def _check_fresh(self) -> None:
+        if exporting():
+            raise RuntimeError(
+                f"{type(self).__name__} of lastlayer cannot be exported by torch.export, as the work of a query "
+                "depends on its values: lastlayer.export.to_onnx writes a screen as an ONNX file"
+            )
         if not self._is_fresh():
             raise RuntimeError(
                 "the weight was changed, moved or replaced since the preview was prepared: call refresh() first"

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from lastlayer.testing.cases import LayerCase
 from lastlayer.testing.derivatives import law_functional_transforms, law_second_derivatives
+from lastlayer.testing.exported import law_exports
 from lastlayer.testing.handling import (
     law_any_integer_targets,
     law_any_shape,
@@ -41,6 +42,7 @@ LAWS: tuple[Callable[[LayerCase], None], ...] = (
     law_second_derivatives,
     law_functional_transforms,
     law_without_values,
+    law_exports,
     law_low_precision,
     law_large_common_logits,
     law_survives_copies,

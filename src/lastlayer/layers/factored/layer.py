@@ -267,8 +267,9 @@ class FactoredOutput(OutputLayer):
                 raise TypeError("a float16 FactoredOutput does not train: use layer.float() or layer.bfloat16()")
             if not ordinary(hidden, self.anchor):
                 raise RuntimeError(
-                    "FactoredOutput of lastlayer cannot record a training step in torch.func, forward-mode AD or "
-                    "on 'meta'; use layer.eval(), or lastlayer.functional.spherical_loss with layer.weight"
+                    "FactoredOutput of lastlayer cannot record a training step in torch.func, forward-mode AD, an "
+                    "exported program or on 'meta'; use layer.eval(), or lastlayer.functional.spherical_loss with "
+                    "layer.weight"
                 )
             own = Pass(self.state, self._ledger, self.anchor)
             return recorded_loss(hidden, ids, weights, self.loss, own, reduction)
@@ -282,7 +283,9 @@ class FactoredOutput(OutputLayer):
 
     def _featured(self, rows: Tensor) -> Tensor:  # (N, d), or (N, d + 1) with the constant feature of the bias
         rows = rows.to(self.state.factor.dtype)
-        return torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if self.has_bias else rows
+        if not self.has_bias:
+            return rows
+        return torch.cat([rows, rows.new_ones(rows.shape[0], 1)], 1)  # len() would fix the batch of an export
 
     # Copies, moves and state dicts.
 

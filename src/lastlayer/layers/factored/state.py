@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lastlayer.functional.gram import gram_matrix
+from lastlayer.functional.ordinary import ordinary
 
 CHUNK_NUMBERS = 1 << 22  # numbers of the (V, d) factor that one pass over its rows holds at once
 SAME_WEIGHT = 1e-4  # the relative difference of two equal weights that the order of summation can cause
@@ -251,11 +252,14 @@ def target_scores(
 ) -> Tensor:  # (N, K)
     """`F_t (U h)`, differentiable; rows of F are gathered in pieces."""
     count, d = ids.shape[1], factor.shape[1]
+
+    def of_rows(ids: Tensor, mapped: Tensor) -> Tensor:
+        return (factor.index_select(0, ids.reshape(-1)).view(-1, count, d) * mapped[:, None]).sum(2)
+
+    if not ordinary(ids, mapped):  # a split would fix the batch of an export
+        return of_rows(ids, mapped)
     rows = max(1, CHUNK_NUMBERS // (count * d))
-    pieces = [
-        (factor.index_select(0, piece.reshape(-1)).view(len(piece), count, d) * part[:, None]).sum(2)
-        for piece, part in zip(ids.split(rows), mapped.split(rows), strict=True)
-    ]
+    pieces = [of_rows(*parts) for parts in zip(ids.split(rows), mapped.split(rows), strict=True)]
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 

@@ -48,7 +48,8 @@ class Drawing:
         if not readable(weight, bias, hidden, targets):
             raise RuntimeError(
                 f"{type(sampler).__name__} of lastlayer keeps sums of the weight, which it cannot update inside a "
-                "transform of torch.func or on 'meta'; use one that does not follow the weight, such as LogUniform"
+                "transform of torch.func, in an exported program or on 'meta'; use one that does not "
+                "follow the weight, such as LogUniform"
             )
         sampler.update(weight, bias, torch.cat(self._touched) if self._touched else None)
         found = sampler.sample(num_samples, hidden)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lastlayer.functional.checks import check_count
+from lastlayer.functional.ordinary import exporting
 from lastlayer.layers.samplers.base import Candidates, Sampler
 from lastlayer.layers.samplers.distinct import distinct_rows, num_draws_for
 
@@ -50,12 +51,18 @@ class IndependentSampler(Sampler):
         if hidden is None and not self.shared:
             raise ValueError("hidden must be given, as shared=False draws one set for each of its rows")
         leading = torch.Size() if self.shared or hidden is None else hidden.shape[:-1]
+        num_sets = math.prod(leading)  # numel() would fix the batch of an export
         device = self.anchor.device if hidden is None else hidden.device
         if self.replacement:
-            ids, log_prob = self._draw(leading.numel(), num_samples, device)
+            ids, log_prob = self._draw(num_sets, num_samples, device)
             log_counts = log_prob + math.log(num_samples)
+        elif exporting():
+            raise RuntimeError(
+                f"{type(self).__name__}(replacement=False) of lastlayer cannot be exported: it draws until enough "
+                "classes are distinct; use replacement=True"
+            )
         else:
-            ids = self._draw_distinct(leading.numel(), num_samples, device)
+            ids = self._draw_distinct(num_sets, num_samples, device)
             log_counts = self.log_inclusion(ids, num_samples)
         shape = (*leading, num_samples)
         return Candidates(ids.reshape(shape), log_counts.reshape(shape))
