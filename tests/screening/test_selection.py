@@ -50,8 +50,9 @@ def test_excluded_and_allowed(way, preview, barred, use):
     mask = torch.rand(V, generator=torch.Generator().manual_seed(3)) < 0.3
     few = torch.zeros(V, dtype=torch.bool)
     few[[4, 5, 300]] = True
-    some = excluded(hidden, weight, bias, 40)
-    for exclude in (None, some, some[:, :0], torch.arange(V).expand(ROWS, V)):
+    some = excluded(hidden, weight, bias, 40)  # more than candidates
+    fewer = torch.cat([some[:, :9], some[:, 4:11]], 1)  # fewer, and some of them twice
+    for exclude in (None, some, fewer, some[:, :0], torch.arange(V).expand(ROWS, V)):
         for allowed in (None, mask, mask.nonzero()[:, 0], few):
             as_mask = allowed if allowed is None or allowed.dtype == torch.bool else mask
             values, indices = expected_topk(log_prob, 5, exclude, as_mask)
