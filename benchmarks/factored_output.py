@@ -1,6 +1,6 @@
 """FactoredOutput's step against plain ones at the sizes of the paper; its scaling, its drift, its losses on text.
 
-python benchmarks/factored_output.py [--part PART] [--num-classes V] [--rounds R]
+python benchmarks/factored_output.py [--part PART] [--num-classes V] [--rounds R] [--results PATH]
 
 Parts: output, repairs, whole, scaling, exactness, words, classifiers, rates.
 """
@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--seconds", type=float, default=12.0)
     parser.add_argument("--text", type=Path, nargs="*", default=[])
+    parser.add_argument("--results", type=Path, help="default: results/factored_PART.json")
     given = parser.parse_args()
     size = (given.num_classes, IN_FEATURES, BATCH)
     count = multiply_adds(*size)
@@ -100,7 +101,7 @@ def main() -> None:
         print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items()))
     ratio = count["plain"] / count["factored"]
     notes = f"multiply-adds of a step at V={size[0]}, d={size[1]}, N={size[2]}: {count}, their ratio {ratio:.0f}"
-    write_records(RESULTS / f"factored_{given.part}.json", records, notes=notes)
+    write_records(given.results or RESULTS / f"factored_{given.part}.json", records, notes=notes)
 
 
 if __name__ == "__main__":
