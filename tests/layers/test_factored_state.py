@@ -122,6 +122,19 @@ def test_a_screen_notices_training():
         copy.deepcopy(screen).topk(hidden, 3)
 
 
+def test_loaded_factors_drop_what_was_read_from_others():
+    """The products that a forward pass kept are of the factors before."""
+    layer = FactoredOutput(D, V)
+    optimizer = FactoredSGD(layer, lr=0.1)
+    layer(torch.randn(3, D), torch.arange(3)).backward()
+    loss = layer(torch.randn(3, D), torch.arange(3))
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with pytest.raises(RuntimeError, match="run forward again"):
+        loss.backward()
+    with pytest.raises(RuntimeError, match="no gradient"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     ("number", "place", "what"),
     [(-math.inf, "bias", "exclude"), (math.nan, "weight", "finite"), (1e30, "weight", "squares")],
