@@ -3,7 +3,8 @@
 python benchmarks/busy_machine.py [--num-classes V] [--seconds S] [--layers NAME ...] [--results PATH]
 
 Every layer and number of threads runs in turn for a fraction of a second, so that a disturbance meets all alike.
-A step is forward, backward and SGD. "PyTorch" is `nn.Linear` and `F.cross_entropy`, for comparison.
+A pass is forward and backward; a step is these and SGD, whose operations are PyTorch's.
+"PyTorch" is `nn.Linear` and `F.cross_entropy`, for comparison.
 """
 
 import argparse
@@ -38,7 +39,8 @@ IN_FEATURES, BATCH, BATCHES, RATE = 300, 128, 16, 1e-3
 TURN_SECONDS = 0.3
 SPIN = "while True: pass"
 
-Step = Callable[[], None]
+Step = Callable[[], float]
+Times = dict[tuple[str, int], list[tuple[float, float]]]  # of layer and threads: seconds of passes and of steps
 
 
 def steps(num_classes: int) -> dict[str, Callable[[], tuple[nn.Module, torch.optim.Optimizer]]]:
@@ -63,18 +65,21 @@ def steps(num_classes: int) -> dict[str, Callable[[], tuple[nn.Module, torch.opt
 
 
 def step_of(layer: nn.Module, optimizer: torch.optim.Optimizer, num_classes: int) -> Step:
-    """One step, on other targets each time."""
+    """One step, on other targets each time; it returns the seconds of its pass."""
     targets = torch.randint(num_classes, (BATCHES, BATCH))
     hidden = torch.randn(BATCH, IN_FEATURES).requires_grad_()
     turn = iter(range(10**9))
 
-    def step() -> None:
+    def step() -> float:
+        start = time.perf_counter()
         own = targets[next(turn) % BATCHES]
         hidden.grad = None
         optimizer.zero_grad()
         loss = F.cross_entropy(layer(hidden), own) if isinstance(layer, nn.Linear) else layer(hidden, own)
         loss.backward()
+        seconds = time.perf_counter() - start
         optimizer.step()
+        return seconds
 
     return step
 
@@ -91,9 +96,9 @@ def spinning(count: int) -> Iterator[None]:
             process.wait()
 
 
-def measure(calls: dict[str, Step], seconds: float) -> dict[tuple[str, int], list[float]]:
-    """The times of the steps of each layer on one thread and on two, in turns."""
-    found: dict[tuple[str, int], list[float]] = {(name, threads): [] for name in calls for threads in (1, 2)}
+def measure(calls: dict[str, Step], seconds: float) -> Times:
+    """The times of each layer on one thread and on two, in turns."""
+    found: Times = {(name, threads): [] for name in calls for threads in (1, 2)}
     end = time.perf_counter() + seconds * len(found)
     while time.perf_counter() < end:
         for (name, threads), times in found.items():
@@ -102,19 +107,18 @@ def measure(calls: dict[str, Step], seconds: float) -> dict[tuple[str, int], lis
             until = time.perf_counter() + TURN_SECONDS
             while time.perf_counter() < until:
                 start = time.perf_counter()
-                calls[name]()
-                times.append(time.perf_counter() - start)
+                of_pass = calls[name]()
+                times.append((of_pass, time.perf_counter() - start))
     return found
 
 
-def records_of(
-    case: str, found: dict[tuple[str, int], list[float]], sizes: dict[str, int]
-) -> list[dict[str, Any]]:
-    """A record of each layer and number of threads; `of_one_thread` compares the means."""
+def records_of(case: str, found: Times, sizes: dict[str, int]) -> list[dict[str, Any]]:
+    """A record of each layer and number of threads; those `of_one_thread` compare the means."""
+    means = {key: [statistics.fmean(part) for part in zip(*times, strict=True)] for key, times in found.items()}
     records = []
     for (name, threads), times in found.items():
-        mean = statistics.fmean(times)
-        timing = Timing.of(times)
+        of_pass, of_step = means[name, threads]
+        timing = Timing.of([step for _, step in times])
         records.append(
             {
                 "case": case,
@@ -124,10 +128,12 @@ def records_of(
                 "ms": timing.ms,
                 "low_ms": timing.low_ms,
                 "high_ms": timing.high_ms,
-                "mean_ms": 1e3 * mean,
-                "most_ms": 1e3 * max(times),
+                "mean_ms": 1e3 * of_step,
+                "mean_pass_ms": 1e3 * of_pass,
+                "most_ms": 1e3 * max(step for _, step in times),
                 "steps": timing.runs,
-                "of_one_thread": mean / statistics.fmean(found[name, 1]),
+                "step_of_one_thread": of_step / means[name, 1][1],
+                "pass_of_one_thread": of_pass / means[name, 1][0],
             }
         )
     return records
@@ -152,7 +158,9 @@ def main() -> None:
         records += records_of("busy", measure(calls, given.seconds), sizes)
     for record in records:
         print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items()))
-    notes = f"busy: {processors} spinning processes beside it; of_one_thread: the mean against that on one thread"
+    notes = (
+        f"busy: {processors} spinning processes beside it; of_one_thread: the means against those on one thread"
+    )
     write_records(given.results, records, notes=notes)
 
 

@@ -1,5 +1,7 @@
 #include "parallel.h"
 
+#include <time.h>
+
 #include "engine.h"
 
 namespace {
@@ -24,8 +26,8 @@ void run_once_or_more(int64_t, int64_t, void* context) {
     task.task(task.context);
 }
 
-constexpr std::chrono::microseconds LEAST_WAIT{300};  // that says anything: waking a thread takes some 50
-constexpr int ALONE_FOR = 30;                         // times what was waited
+constexpr std::chrono::microseconds LEAST_LOSS{100};  // that says anything: waking a thread takes some 50
+constexpr int ALONE_FOR = 30;                         // times what was lost
 constexpr std::chrono::seconds MOST_ALONE{1};
 
 std::atomic<std::chrono::steady_clock::rep> alone_until{0};
@@ -34,11 +36,19 @@ std::atomic<std::chrono::steady_clock::rep> alone_until{0};
 
 namespace lastlayer {
 
+int64_t processor_time() {
+#if defined(CLOCK_THREAD_CPUTIME_ID)
+    timespec time;
+    if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time) == 0) return time.tv_sec * int64_t{1'000'000'000} + time.tv_nsec;
+#endif
+    return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 void Watch::region_done() const {
     const Clock::time_point now = Clock::now();
-    const Clock::duration waited = now - last;
-    if (waited < LEAST_WAIT + 2 * longest) return;
-    const Clock::duration alone = std::min<Clock::duration>(ALONE_FOR * waited, MOST_ALONE);
+    const Clock::duration lost = now - began - std::chrono::nanoseconds(needed.load(std::memory_order_relaxed));
+    if (lost < LEAST_LOSS) return;
+    const Clock::duration alone = std::min<Clock::duration>(ALONE_FOR * lost, MOST_ALONE);
     alone_until.store((now + alone).time_since_epoch().count(), std::memory_order_relaxed);
 }
 

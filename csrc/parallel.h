@@ -5,7 +5,6 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <thread>
 
 namespace lastlayer {
 
@@ -15,31 +14,28 @@ int64_t num_threads();
 // Calls `task(context)` on `workers` of PyTorch's threads (on fewer inside another parallel region) and waits.
 void run_on_threads(int64_t workers, void (*task)(void* context), void* context);
 
-// What the calling thread of a parallel region did, to see whether the others kept up.
+// Nanoseconds that the calling thread has had a processor for.
+int64_t processor_time();
+
+// Whether sharing a loop paid: its duration against the processor time that its threads needed for it.
 class Watch {
    public:
-    Watch() : caller(std::this_thread::get_id()), last(Clock::now()), longest(0) {}
+    Watch() : began(Clock::now()), needed(0) {}
 
-    // Of the calling thread, after each chunk; others do nothing.
-    void chunk_done() {
-        if (std::this_thread::get_id() != caller) return;
-        const Clock::time_point now = Clock::now();
-        longest = std::max(longest, now - last);
-        last = now;
-    }
+    // Of every thread, after its last chunk.
+    void add(int64_t nanoseconds) { needed.fetch_add(nanoseconds, std::memory_order_relaxed); }
 
-    // After the region. Where the caller waited for much longer than a chunk takes, another thread did not get its
+    // After the region. Where it took much longer than one thread alone would have, some thread did not get its
     // processor: parallel regions would go on to wait for it, so that for a while there are none.
     void region_done() const;
 
    private:
     using Clock = std::chrono::steady_clock;
-    std::thread::id caller;
-    Clock::time_point last;
-    Clock::duration longest;
+    Clock::time_point began;
+    std::atomic<int64_t> needed;
 };
 
-// Whether other threads came too late lately, as the machine is busy.
+// Whether sharing cost time lately, as the machine is busy.
 bool better_alone();
 
 // `body(begin, end)` over all of [0, count), in chunks of `grain`, which threads take as they become free: one that
@@ -61,12 +57,13 @@ void parallel_for(int64_t count, int64_t grain, const Body& body) {
     } shared{body, count, grain, {0}, {}};
     const auto task = [](void* context) {
         auto& work = *static_cast<Shared*>(context);
+        const int64_t before = processor_time();
         for (;;) {
             const int64_t begin = work.next.fetch_add(work.grain, std::memory_order_relaxed);
-            if (begin >= work.count) return;
+            if (begin >= work.count) break;
             work.body(begin, std::min(begin + work.grain, work.count));
-            work.watch.chunk_done();
         }
+        work.watch.add(processor_time() - before);
     };
     run_on_threads(workers, task, &shared);
     shared.watch.region_done();
