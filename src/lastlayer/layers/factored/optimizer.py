@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lastlayer.layers.factored.conditioning import Stabilizer
+from lastlayer.layers.factored.processes import of_all_processes
 from lastlayer.layers.factored.record import Ledger
 from lastlayer.layers.factored.state import FactoredState
 from lastlayer.layers.factored.step import plan_step
@@ -48,6 +49,10 @@ class FactoredSGD(torch.optim.Optimizer):
         lr: the learning rate.
         weight_decay: coupled decay, of the bias too.
         max_norm: clips the norm of each layer's gradient, weight and bias together.
+        process_group: processes that hold the same layers and step together, each on its own part of a batch, as
+            in `DistributedDataParallel`: every step is that of all their rows, with the mean of their losses. All
+            call `step` together; one that has no backward before it adds no rows. Hidden states and target
+            gradients are gathered, O(N d). `torch.distributed.group.WORLD` for all.
 
     Raises:
         TypeError: something that is not a `FactoredOutput`, or momentum and similar options.
@@ -58,8 +63,8 @@ class FactoredSGD(torch.optim.Optimizer):
 
     Warns:
         UserWarning: once, when a step overshoots (reverses a direction of the weight), which is exact but a
-            sign of too large a rate; when made in a group of several processes, whose layers would drift apart
-            where each steps on its own part of a batch.
+            sign of too large a rate; when made without `process_group` where there are several processes, whose
+            layers would drift apart if each stepped on its own part of a batch.
 
     Example:
         >>> import torch
@@ -81,16 +86,20 @@ class FactoredSGD(torch.optim.Optimizer):
         *,
         weight_decay: float = 0.0,
         max_norm: float | None = None,
+        process_group: Any = None,
         **refused: Any,
     ) -> None:
         if refused:
             raise TypeError(
                 f"FactoredSGD takes no {', '.join(refused)}: the gradient of the weight is never made, so a "
-                "state of its size (momentum, Adam) cannot be kept; it takes lr, weight_decay and max_norm"
+                "state of its size (momentum, Adam) cannot be kept; it takes lr, weight_decay, max_norm and "
+                "process_group"
             )
         self._layers: dict[Tensor, Trained] = {}
         self._warned = False
-        _warn_of_processes()
+        self._group = process_group
+        if process_group is None:
+            _warn_of_processes()
         given: list[Any] = [layers] if isinstance(layers, nn.Module) else list(layers)
         if not given:
             raise ValueError("layers must be at least one FactoredOutput, got none")
@@ -128,6 +137,8 @@ class FactoredSGD(torch.optim.Optimizer):
                 layer = self._owned(anchor)
                 layer._ledger.apply_scaling(anchor)
                 gradient = layer._ledger.take()
+                if self._group is not None:
+                    gradient = of_all_processes(gradient, layer.state, self._group)
                 if gradient is not None:
                     settings = {name: group[name] for name in ("weight_decay", "max_norm")}
                     plans.append((layer, plan_step(layer.state, gradient, float(group["lr"]), **settings)))
@@ -201,8 +212,8 @@ def _warn_of_processes() -> None:
     if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
         warnings.warn(
             "FactoredSGD steps on the rows that its own process has seen, and steps are not averaged over these "
-            f"{group.get_world_size()} processes: gather hidden states and targets first, as the page on "
-            "FactoredOutput shows",
+            f"{group.get_world_size()} processes: pass process_group=torch.distributed.group.WORLD for steps on "
+            "the rows of all",
             stacklevel=3,
         )
 
