@@ -7,6 +7,8 @@ import typer
 from lastlayer.cli.options import Common, Records
 from lastlayer.study.bench import Sizes, run_bench
 from lastlayer.study.choices import CHOICES, choose
+from lastlayer.study.distributed_bench import SHARDABLE, run_distributed_bench
+from lastlayer.study.processes import joined
 
 
 def bench(
@@ -16,10 +18,24 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="N, the examples of one call.")] = 256,
     k: Annotated[int, typer.Option(min=1, help="How many classes a query returns.")] = 10,
     layers: Annotated[
-        str, typer.Option(metavar="NAMES", help="Which layers, with commas between them.")
-    ] = ",".join(CHOICES),
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Which layers, with commas between them [default: all, or all that can be divided].",
+        ),
+    ] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="About how long each case may take.")] = 20.0,
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            "--distributed",
+            help="Divide the classes among the processes of torchrun, and report time, bytes sent and memory.",
+        ),
+    ] = False,
 ) -> Records:
     """Time a training step and top-k queries: PyTorch's own layers and these, side by side."""
     sizes = Sizes(num_classes, in_features, batch, k)
-    return run_bench(sizes, choose(layers), seconds, common.seed, common.device)
+    if distributed:
+        with joined(common.device):
+            return run_distributed_bench(sizes, choose(layers or ",".join(SHARDABLE)), common.seed, common.device)
+    return run_bench(sizes, choose(layers or ",".join(CHOICES)), seconds, common.seed, common.device)

@@ -10,6 +10,7 @@ from lastlayer.cli.options import Common, Records
 from lastlayer.study.choices import DEFAULT_LAYERS, choose
 from lastlayer.study.compare import Comparison, Plan
 from lastlayer.study.errors import UsageError
+from lastlayer.study.processes import is_first, joined
 from lastlayer.study.text.corpus import load_corpus
 from lastlayer.study.text.ids import BIN_DTYPES
 from lastlayer.study.text.items import load_items
@@ -99,7 +100,10 @@ def compare(
     ),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what was interrupted in --out.")] = False,
 ) -> Records:
-    """Train the same small language model under each output layer for the same time, and compare them."""
+    """Train the same small language model under each output layer for the same time, and compare them.
+
+    Under torchrun the classes of each layer are divided among the processes.
+    """
     if seconds is not None and steps is not None:
         raise UsageError("give --seconds or --steps, not both")
     plan = Plan(
@@ -113,7 +117,7 @@ def compare(
         seed=common.seed,
         device=common.device,
     )
-    console = Console()
+    console = Console(quiet=not is_first())
     paths = [*(text or []), *(more_text or [])]
     reading = Reading(split_signs, characters, tokenizer, ids, ids_dtype, field)
     with console.status(f"reading the {'items' if items else 'text'}"):
@@ -122,7 +126,8 @@ def compare(
             corpus = load_items(items, min_count=min_count, field=field)
         else:
             corpus = load_corpus(paths, min_count=min_count, reading=reading)
-    return Comparison(corpus, plan, out, console).run(resume)
+    with joined(common.device):
+        return Comparison(corpus, plan, out, console).run(resume)
 
 
 def _refuse_text_options(paths: list[Path], reading: Reading) -> None:

@@ -96,6 +96,13 @@ class ShardedLayer(OutputLayer):
         work = super().sample
         return self._run("sample", lambda: work(hidden, num_samples), hidden=hidden, num_samples=num_samples)
 
+    def linear_head(self) -> Any:
+        """Raises TypeError: no rank has the whole matrix."""
+        raise TypeError(
+            f"{type(self).__name__} has no linear_head(), as no rank has all rows; "
+            "lastlayer.distributed.ShardedScreen screens it"
+        )
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ranks={self.ranks.size}"
 

@@ -17,6 +17,7 @@ from lastlayer.study.files import make_folder, write_text
 from lastlayer.study.measuring.cost import Sample, count_parameters, measure_costs, rehearse_costs
 from lastlayer.study.measuring.measure import seconds_of
 from lastlayer.study.measuring.memory import check_memory
+from lastlayer.study.processes import is_first, sharded
 from lastlayer.study.report.comparison import Report, show, write_report
 from lastlayer.study.report.figures import counted, duration, figure
 from lastlayer.study.text.batches import NO_TARGET
@@ -103,7 +104,8 @@ class Comparison:
             stop.add_note(f"the same command with --resume goes on from {self.out}")
             raise
         write_report(self.out, report)
-        show(report, self.out, self.console)
+        if is_first():
+            show(report, self.out, self.console)
         return report.records
 
     def checkpoint(self, name: str) -> Path:
@@ -135,7 +137,7 @@ class Comparison:
     def _trainer(self, name: str, path: Path | None) -> Trainer:
         """The run of one layer from its start; the seed is the same for each."""
         torch.manual_seed(self.plan.seed)
-        layer = build_layer(name, self.plan.width, self.corpus.counts)
+        layer = sharded(name, build_layer(name, self.plan.width, self.corpus.counts))
         model = LanguageModel(self.corpus.num_classes, layer, self.plan.dropout).to(self.plan.device)
         return Trainer(
             model,

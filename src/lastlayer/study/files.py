@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lastlayer.study.errors import StudyError
+from lastlayer.study.processes import is_first
 
 ABANDONED = 600.0  # seconds after which what a killed process left behind is removed
 
@@ -35,11 +36,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write(temporary)` and moves what it wrote onto `path`; on failure `path` is as it was.
 
     The temporary file is in a new folder of a random name that only this user may enter, beside `path`: in a
-    folder that others share, nobody can put a link in its place.
+    folder that others share, nobody can put a link in its place. Of several processes of one command the first
+    writes.
 
     Raises:
         StudyError: the file cannot be written, or `path` is a symbolic link that another user made.
     """
+    if not is_first():
+        return
     if is_special(path):
         _or_study_error(path, lambda: write(path))
         return

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lastlayer.study.errors import StudyError
 from lastlayer.study.files import write_whole
+from lastlayer.study.processes import whole
 
 HEADER, CHECKSUM = "lastlayer", "sha256"
 
@@ -65,7 +66,7 @@ def _checksum(text: str, tensors: dict[str, Tensor]) -> str:
 def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """`value` with each tensor moved to `tensors` and named in its place."""
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().contiguous()
+        tensors[name] = whole(value.detach()).contiguous()
         return {"tensor": name}
     if isinstance(value, dict):
         return {

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lastlayer.study.errors import StudyError, UsageError
 from lastlayer.study.measuring.measure import synchronise
+from lastlayer.study.processes import of_first, parts_of_state
 from lastlayer.study.text.batches import Batches, num_targets
 from lastlayer.study.training.checkpoint import load_checkpoint, save_checkpoint
 from lastlayer.study.training.evaluation import evaluate
@@ -21,7 +22,7 @@ CURVE_AT = (0.03, 0.08, 0.16, 0.26, 0.38, 0.5, 0.62, 0.75, 0.88, 1.0)  # shares 
 CURVE_TOKENS = 4_000
 DECAY_FROM, FINAL_RATE = 0.5, 0.05  # the learning rate falls linearly over the second half
 CLIP = 0.5
-SAVE_EVERY = 20.0  # seconds
+SAVE_EVERY = 20.0  # seconds of training
 
 
 @dataclass(frozen=True)
@@ -106,21 +107,21 @@ class Trainer:
             raise
 
     def _run(self, on_step: Callable[["Trainer"], object]) -> None:
-        saved = time.monotonic()
+        saved = self.seconds
         while self.passed < len(CURVE_AT):
             synchronise()
             start = time.perf_counter()
             self._step()
             synchronise()
-            self.seconds += time.perf_counter() - start
+            self.seconds += of_first(time.perf_counter() - start)
             on_step(self)
             if self.share_used >= CURVE_AT[self.passed]:
                 self._add_point()
                 self.save()
-                saved = time.monotonic()
-            elif time.monotonic() - saved > SAVE_EVERY:
+                saved = self.seconds
+            elif self.seconds - saved > SAVE_EVERY:
                 self.save()
-                saved = time.monotonic()
+                saved = self.seconds
 
     def _step(self) -> None:
         window = self.steps % self.train.windows
@@ -205,7 +206,7 @@ class Trainer:
         self.passed, self.result = saved["passed"], saved["result"]
         if self.result is None:
             for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
+                optimizer.load_state_dict(parts_of_state(optimizer, state))
             device = self.train.device
             self.state = None if saved["state"] is None else tuple(part.to(device) for part in saved["state"])
             _set_random_state(saved["random"])

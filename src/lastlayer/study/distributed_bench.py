@@ -1,0 +1,96 @@
+"""What a training step of every layer costs when its classes are divided among processes: time, bytes, memory."""
+
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lastlayer.layers.base import OutputLayer
+from lastlayer.study import processes
+from lastlayer.study.bench import Sizes
+from lastlayer.study.choices import build_layer
+from lastlayer.study.measuring.cost import training_step
+from lastlayer.study.measuring.measure import interleaved, peak_bytes
+from lastlayer.study.measuring.peers import zipf_counts
+from lastlayer.study.report.figures import figure
+from lastlayer.study.report.tables import print_table
+
+ROUNDS = 5
+SHARDABLE = ("full", "hierarchical", "sigsoftmax", "plif", "mixture", "adaptive", "sampled")
+
+
+def run_distributed_bench(
+    sizes: Sizes, layers: list[str], seed: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """Measures every layer over all processes of torchrun, prints a table, and returns the first one's records.
+
+    A record has the time of a step, the bytes that each process sends in it (by the ring algorithms, as
+    `lastlayer.distributed.count_bytes` counts), the bytes of this process's parameters, and the most memory that a
+    step holds beyond them, their gradients and the optimizer's state.
+
+    Raises:
+        UsageError: a layer that cannot be divided.
+    """
+    from lastlayer.distributed import count_bytes
+
+    counts = zipf_counts(sizes.num_classes)
+    torch.manual_seed(seed)
+    hidden = torch.randn(sizes.batch, sizes.in_features, device=device)
+    targets = torch.multinomial(counts.double(), sizes.batch, replacement=True).to(device)
+    records = []
+    for name in layers:
+        torch.manual_seed(seed)
+        whole = build_layer(name, sizes.in_features, counts).to(device)
+        layer = processes.sharded(name, whole)
+        del whole
+        step = training_step(layer, torch.optim.SGD(layer.parameters(), lr=1e-3), hidden, targets)
+        step()
+        with count_bytes() as sent:
+            step()
+        timing = interleaved({name: step}, rounds=ROUNDS, warmup=1)[name]
+        records.append(
+            {
+                "case": "training, distributed",
+                "name": name,
+                "num_classes": sizes.num_classes,
+                "in_features": sizes.in_features,
+                "batch": sizes.batch,
+                "ranks": processes.count(),
+                "ms": timing.ms,
+                "low_ms": timing.low_ms,
+                "high_ms": timing.high_ms,
+                "sent_bytes": sent.total(),
+                "parameter_bytes": _own_bytes(layer),
+                "peak_bytes": peak_bytes(step),
+            }
+        )
+        del layer, step
+    if processes.is_first():
+        print_table(Console(), _table(sizes, records))
+    return records
+
+
+def _own_bytes(layer: OutputLayer) -> int:
+    """The bytes of this process's parts of the parameters."""
+    parts: list[Any] = list(layer.parameters())
+    return sum((part.to_local() if hasattr(part, "to_local") else part).nbytes for part in parts)
+
+
+def _table(sizes: Sizes, records: list[dict[str, Any]]) -> Table:
+    title = (
+        f"training step over {processes.count()} processes: V={sizes.num_classes:,} d={sizes.in_features} "
+        f"N={sizes.batch}"
+    )
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for heading in ("", "ms", "sent kB", "parameters MB", "peak MB"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for record in records:
+        table.add_row(
+            record["name"],
+            figure(record["ms"]),
+            figure(record["sent_bytes"] / 1e3),
+            figure(record["parameter_bytes"] / 1e6),
+            figure(record["peak_bytes"] / 1e6),
+        )
+    return table
