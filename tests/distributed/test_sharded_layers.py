@@ -69,10 +69,15 @@ def likelihoods_are_equal(group, name):
             check_calls(layer, sharded, hidden, targets, queries(layer, hidden, targets), name)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("name", MAKES)
-def test_likelihoods(pool, ranks, name):
-    pool.run(likelihoods_are_equal, ranks, name)
+def test_likelihoods(pool, name):
+    pool.run(likelihoods_are_equal, 3, name)
+
+
+@pytest.mark.parametrize("name", ["adaptive with counts", "hierarchical, ragged", "mixture with a map"])
+def test_fewer_ranks_likelihoods(pool, name):
+    for ranks in (1, 2):
+        pool.run(likelihoods_are_equal, ranks, name)
 
 
 def classes_are_barred(group, name):
