@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.torch_version import TorchVersion
 
 # PyTorch 2.11 says that it exports in all that Dynamo traces: there only exports with strict=False are recognised.
-DYNAMO_KNOWS_EXPORTS = TorchVersion(torch.__version__) >= (2, 12)
+DYNAMO_KNOWS_EXPORTS = TorchVersion(torch.__version__) >= "2.12"
 
 
 def ordinary(*tensors: Tensor | None) -> bool:
