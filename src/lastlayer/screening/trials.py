@@ -39,7 +39,7 @@ class Truth(NamedTuple):
 
 
 def certified_screen(make: Make, preview: Preview, num_classes: int, k: int) -> ScreenedSoftmax:
-    """A screen whose every answer is proved."""
+    """A screen whose every result is proved."""
     candidates = min(num_classes, max(CERTIFIED_CANDIDATES[type(preview)], 2 * k))
     return make(preview=preview, candidates=candidates, exact=True)
 

@@ -21,7 +21,7 @@ def verdict(records: list[Record], weight_bytes: int, agreement: float) -> str:
             f"Keep the full layer: the fastest screen that agrees ({name}) {little} it, {figure(chosen['ms'])} ms "
             f"against {figure(chosen['full_ms'])} ms. {why_no_gain(records, weight_bytes)}"
         )
-    proved = "; every answer is proved" if chosen["certified_fraction"] == 1 else ""
+    proved = "; every result is proved" if chosen["certified_fraction"] == 1 else ""
     return (
         f"{name}: {figure(chosen['ratio'])} times as fast as the full layer, "
         f"agreement {chosen['agreement_topk']:.4%} (required: {agreement:.4%}){proved}."
