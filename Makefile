@@ -35,7 +35,7 @@ types: .venv/installed
 	$(BIN)/pyright
 
 docs: .venv/installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict # with --quiet it would not count warnings
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

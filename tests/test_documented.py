@@ -72,18 +72,43 @@ def test_remembered_claims_say_so():
             assert re.search(r"†(: | \()as remembered; not verified against the paper", said), page.name
 
 
-def test_examples_are_shown_as_code():
-    """Markdown takes `>>>` for three levels of quotation: every example of a docstring is put into a fence."""
+@pytest.fixture(scope="module")
+def docstrings():
     pytest.importorskip("griffe")
-    spec = importlib.util.spec_from_file_location("doctests", ROOT / "docs" / "_doctests.py")
-    extension = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(extension)
+    spec = importlib.util.spec_from_file_location("docstrings", ROOT / "docs" / "_docstrings.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_examples_are_shown_as_code(docstrings):
+    """Markdown takes `>>>` for three levels of quotation: every example of a docstring is put into a fence."""
     text = "Does.\n\nExample:\n    >>> x = [\n    ...     1]\n    >>> x\n    [1]\n\nMore.\n>>> y"
     said = "Does.\n\nExample:\n    ```pycon\n    >>> x = [\n    ...     1]\n    >>> x\n    [1]\n    ```\n\nMore.\n"
-    assert extension.fenced(text) == said + "```pycon\n>>> y\n```\n"
+    assert docstrings.fenced(text) == said + "```pycon\n>>> y\n```\n"
     for name, thing in public("lastlayer").items():
-        outside = re.sub(r"```pycon\n.*?```\n", "", extension.fenced(inspect.getdoc(thing) or ""), flags=re.DOTALL)
+        outside = re.sub(
+            r"```pycon\n.*?```\n", "", docstrings.fenced(inspect.getdoc(thing) or ""), flags=re.DOTALL
+        )
         assert ">>>" not in outside, name
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_arguments_have_the_names_of_the_signature(door, docstrings):
+    text = "Args:\n    a, b: both\n        of them.\n    c: one.\n\nRaises:\n    x, y: no."
+    both = "both\n        of them.\n"
+    said = f"Args:\n    a: {both}    b: {both}    c: one.\n\nRaises:\n    x, y: no."
+    assert docstrings.separate(text) == said
+    for name, thing in public(door).items():
+        section = docstrings.ARGUMENTS.search(docstrings.separate(inspect.getdoc(thing) or ""))
+        if section is None or not callable(thing):
+            continue
+        parameters = inspect.signature(thing).parameters
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            continue  # `**options` go on to a base class
+        described = re.findall(r"^ {4}(\w+): ", section[0], re.MULTILINE)
+        assert described, name
+        assert set(described) <= parameters.keys(), f"{name} has no {set(described) - parameters.keys()}"
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
