@@ -51,6 +51,17 @@ def test_public_names_are_in_the_reference(door):
             assert any(thing is other for other in shown), f"no page of docs/ has `::: {name}`"
 
 
+def test_overview_of_the_reference_names_all_of_it():
+    overview = (ROOT / "docs" / "api" / "index.md").read_text(encoding="utf-8")
+    for page in sorted((ROOT / "docs" / "api").glob("*.md")):
+        if page.name != "index.md":
+            assert f"]({page.name})" in overview, page.name
+            for name in DIRECTIVE.findall(page.read_text(encoding="utf-8")):
+                assert re.search(rf"`([\w.]+\.)?{name.rpartition('.')[2]}`", overview), (
+                    f"{name} is not in the overview"
+                )
+
+
 def test_pages_name_only_what_exists():
     for page in PAGES:
         for name in DIRECTIVE.findall(page.read_text(encoding="utf-8")):
