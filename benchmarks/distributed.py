@@ -2,7 +2,7 @@
 
 python benchmarks/distributed.py [--num-classes V] [--in-features d] [--batch N] [--results PATH]
 
-Each process counts what it writes to its connections (`/proc/self/io`, which counts gloo's writes) in 20 steps,
+Each process counts what it writes to its connections (`/proc/self/io`, which counts gloo's writes) in 10 steps,
 beside
 what the formula of each layer's docstring gives. Processes share the processors here, so that no time is written.
 """
@@ -24,7 +24,7 @@ from lastlayer.study.measuring.measure import peak_bytes, write_records
 from lastlayer.study.measuring.peers import zipf_counts
 
 RESULTS = Path(__file__).parent / "results" / "distributed.json"
-RANKS, STEPS = (1, 2, 4), 20
+RANKS, STEPS = (1, 2, 4), 10
 LAYERS = ("full", "hierarchical", "adaptive", "sampled")
 
 
