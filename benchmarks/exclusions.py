@@ -1,6 +1,6 @@
 """What `exclude` costs a screened query: 100 ids a row, the very best or any, against none.
 
-python benchmarks/exclusions.py [--rounds 15]
+python benchmarks/exclusions.py [--rounds 15] [--threads 1]
 """
 
 import argparse
@@ -22,7 +22,10 @@ def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, help="of PyTorch; one is steadier on a busy machine")
     arguments = parser.parse_args()
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     spectrum = torch.arange(1, IN_FEATURES + 1) ** -0.5  # as of trained weights, for the preview by SVD
     weight = torch.randn(CLASSES, IN_FEATURES) * spectrum
@@ -45,7 +48,7 @@ def measured(name: str, screen: ScreenedSoftmax, hidden: Tensor, rounds: int) ->
     best = (hidden @ screen.weight.T).topk(EXCLUDED).indices
     excluded = {"none": None, "any": torch.randint(CLASSES, best.shape), "the best": best}
     peers = {kind: (lambda ids=ids: screen.topk(hidden, K, exclude=ids)) for kind, ids in excluded.items()}
-    timings = interleaved(peers, rounds=rounds, repeats=max(1, 64 // len(hidden)))
+    timings = interleaved(peers, rounds=rounds, repeats=max(1, 32 // len(hidden)))
     found = []
     for kind, timing in timings.items():
         ratio = timing.ms / timings["none"].ms

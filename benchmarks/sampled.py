@@ -1,6 +1,6 @@
 """Sampled layers against all classes: steps, draws, bias of kernel samples, and one sigmoid a class.
 
-python benchmarks/sampled.py [--parts step,growth,draws,kernel,one-vs-all] [--rounds 3]
+python benchmarks/sampled.py [--parts step,growth,draws,kernel,one-vs-all] [--rounds 3] [--threads 1]
 
 Each part's peers run interleaved. The parts that are measured replace theirs in the results file.
 """
@@ -39,7 +39,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="of PyTorch; one is steadier on a busy machine")
     arguments = parser.parse_args()
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     for name in arguments.parts.split(","):
         kept = json.loads(RESULTS.read_text(encoding="utf-8"))["records"] if RESULTS.exists() else []
