@@ -50,6 +50,7 @@ def chunked_loss(model: Any, layer: OutputLayer | None = None) -> ReplacedHead:
     their gradients: one chunk of logits. When NOT to use it: where a loss needs all logits anyway
     (`label_smoothing_factor` of `TrainingArguments`, distillation by logits), it saves nothing.
 
+    >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from lastlayer.transformers import chunked_loss
     >>> sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
