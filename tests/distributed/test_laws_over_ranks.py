@@ -12,12 +12,13 @@ from lastlayer.testing import LAWS, LayerCase
 from law_table import CASES
 
 # Second derivatives and barred classes have tests of their own; first derivatives are in `law_loss_is_likelihood`.
-# `torch.func` and "meta" do not go through collectives.
+# `torch.func`, "meta" and exports do not go through collectives.
 LEFT_OUT = (
     "law_gradcheck",
     "law_second_derivatives",
     "law_functional_transforms",
     "law_without_values",
+    "law_exports",
     "law_a_bias_of_minus_infinity_bars",
 )
 SHARDED_LAWS = [law.__name__ for law in LAWS if law.__name__ not in LEFT_OUT]
