@@ -1,6 +1,6 @@
 """`logit_map(hidden @ weight.T + bias)`, a chunk of rows at a time, and its backward pass."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,12 @@ class Wanted(NamedTuple):
     bias: bool
     logit_map: bool
 
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, parameters: Sequence[Tensor]) -> "Wanted":
+        """Those of the tensors that require one."""
+        of_bias = bias is not None and bias.requires_grad
+        return cls(hidden.requires_grad, weight.requires_grad, of_bias, any(p.requires_grad for p in parameters))
+
 
 class Gradients(NamedTuple):
     """The gradients, each in its own tensor's dtype; None where it was not needed."""
@@ -35,6 +41,12 @@ class Gradients(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     logit_map: tuple[Tensor | None, ...]
+
+    def scale_(self, scale: Tensor) -> None:
+        """Multiplies them in place."""
+        for gradient in (*self[:3], *self.logit_map):
+            if gradient is not None:
+                gradient.mul_(scale)
 
 
 class LinearChunks:

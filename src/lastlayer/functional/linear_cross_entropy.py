@@ -1,7 +1,6 @@
 """Cross-entropy of a linear layer without its `(N, V)` logits."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from lastlayer.functional.linear_twin import linear_logits, row_loss
 from lastlayer.functional.logit_map import LogitMap, bound, check_logit_map
 from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.precision import exact_dtype, no_autocast, product_dtype
-from lastlayer.functional.second_order import gradients
+from lastlayer.functional.second_order import HandWritten, gradients
 from lastlayer.functional.soft_targets import DenseRows, TargetRows, target_rows
 from lastlayer.kernels.backends import softmax_rows_backend_for
 from lastlayer.kernels.softmax_rows import NO_MAP, RowTerms, fused, plain
@@ -94,7 +93,7 @@ def linear_cross_entropy(
         rows, target = rows.index_select(0, at), TargetRows(target.ids[at], weights, None)
     dtype = product_dtype(hidden)
     terms, absent = row_terms(target, class_weights, label_smoothing, z_loss, len(weight), reduction, dtype)
-    loss = loss_of(rows, weight, bias, terms, target.dense, logit_map, dtype, reduction)
+    loss = loss_of(rows, weight, bias, RowLoss(terms, dtype, reduction, logit_map, target.dense))
     if reduction != "none":
         return loss + absent
     if at is not None:
@@ -102,37 +101,42 @@ def linear_cross_entropy(
     return loss.reshape(shape)
 
 
+class RowLoss(NamedTuple):
+    """The loss of rows of logits, and how it is reduced."""
+
+    terms: RowTerms
+    dtype: torch.dtype  # of the products
+    reduction: str
+    logit_map: LogitMap | None = None
+    dense: DenseRows | None = None  # weights of all classes
+
+    def parameters(self) -> tuple[Tensor, ...]:
+        """Those of the map."""
+        return () if self.logit_map is None else tuple(self.logit_map.parameters())
+
+    def plain(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *parameters: Tensor) -> Tensor:
+        """The loss by PyTorch's own operations, with `parameters` in place of the map's own."""
+        _, values = linear_logits(hidden, weight, bias, self.logit_map, parameters, self.dtype)
+        losses = row_loss(values, self.terms, None if self.dense is None else self.dense.whole(values.dtype))
+        return losses if self.reduction == "none" else losses.sum()
+
+
 def loss_of(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    terms: RowTerms,
-    dense: DenseRows | None,
-    logit_map: LogitMap | None,
-    dtype: torch.dtype,
-    reduction: str,
+    rows: Tensor,  # (N, d)
+    weight: Tensor,  # (V, d)
+    bias: Tensor | None,  # (V,)
+    loss: RowLoss,
 ) -> Tensor:  # (), or (N,) for "none"
-    """The loss by its terms; `dense` gives the weights of all classes."""
-    parameters = () if logit_map is None else tuple(logit_map.parameters())
-    if not ordinary(rows, weight, bias, terms.ids, *parameters):
-        return _twin(terms, dense, logit_map, dtype, reduction)(rows, weight, bias, *parameters)
+    """The loss of the logits of a linear layer; nothing is checked."""
+    parameters = loss.parameters()
+    if not ordinary(rows, weight, bias, loss.terms.ids, *parameters):
+        return loss.plain(rows, weight, bias, *parameters)
+    wanted = None
+    if torch.is_grad_enabled() and loss.reduction != "none":
+        wanted = Wanted.of(rows, weight, bias, parameters)
     with no_autocast(rows.device.type):
-        return _LinearCrossEntropy.apply(  # pyright: ignore[reportReturnType]
-            rows, weight, bias, terms, dense, logit_map, dtype, reduction, torch.is_grad_enabled(), *parameters
-        )
-
-
-def _twin(
-    terms: RowTerms, dense: DenseRows | None, logit_map: LogitMap | None, dtype: torch.dtype, reduction: str
-) -> Callable[..., Tensor]:
-    """The same by PyTorch's own operations, of hidden, weight, bias and the map's parameters."""
-
-    def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, *parameters: Tensor) -> Tensor:
-        _, values = linear_logits(hidden, weight, bias, logit_map, parameters, dtype)
-        losses = row_loss(values, terms, None if dense is None else dense.whole(values.dtype))
-        return losses if reduction == "none" else losses.sum()
-
-    return loss
+        found: Any = _LinearCrossEntropy.apply(rows, weight, bias, loss, wanted, *parameters)
+    return found[0]
 
 
 def linear_nll(
@@ -150,7 +154,7 @@ def linear_nll(
     """
     dtype = product_dtype(hidden)
     terms = RowTerms(ids, hidden.new_full((len(ids),), scale, dtype=exact_dtype(dtype)), None, None, None)
-    return loss_of(hidden, weight, bias, terms, None, None, dtype, "sum")
+    return loss_of(hidden, weight, bias, RowLoss(terms, dtype, "sum"))
 
 
 def row_terms(
@@ -192,61 +196,51 @@ def row_terms(
     return terms, absent
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearCrossEntropy(HandWritten):
     @staticmethod
     def forward(
-        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        terms: RowTerms,
-        dense: DenseRows | None,
-        logit_map: LogitMap | None,
-        dtype: torch.dtype,
-        reduction: str,
-        with_gradients: bool,
+        loss: RowLoss,
+        wanted: Wanted | None,  # which gradients to form already
         *parameters: Tensor,
-    ) -> Tensor:
-        needs = ctx.needs_input_grad
-        ctx.wanted = Wanted(needs[0], needs[1], needs[2], any(needs[9:]))
-        ctx.settings, ctx.reduction = (terms, dense, logit_map, dtype), reduction
+    ) -> tuple[Tensor, Gradients | None]:
+        form = wanted is not None and any(wanted)
+        losses, formed = _run(hidden, weight, bias, loss, wanted if form else None)
+        return losses if loss.reduction == "none" else losses.sum(), formed if form else None
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        hidden, weight, bias, ctx.loss, _, *parameters = inputs
+        _, ctx.formed = output
         ctx.save_for_backward(hidden, weight, bias, *parameters)
-        form = with_gradients and reduction != "none" and any(ctx.wanted)
-        row_loss, formed = _run(hidden, weight, bias, *ctx.settings, ctx.wanted if form else None)
-        ctx.formed = formed if form else None
-        return row_loss if reduction == "none" else row_loss.sum()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (scale,), (terms, dense, logit_map, dtype) = upstream, ctx.settings
+        scale, loss, needs = upstream[0], ctx.loss, ctx.needs_input_grad
         hidden, weight, bias, *parameters = ctx.saved_tensors
 
         def form() -> tuple[Tensor | None, ...]:
             formed, ctx.formed = ctx.formed, None
             if formed is None:  # "none", or a second pass over a retained graph
-                arguments = hidden, weight, bias, terms.scaled(scale), dense, logit_map, dtype, ctx.wanted
-                _, formed = bound(logit_map, parameters, lambda: _run(*arguments))
+                scaled = loss._replace(terms=loss.terms.scaled(scale))
+                wanted = Wanted(needs[0], needs[1], needs[2], any(needs[5:]))
+                again = lambda: _run(hidden, weight, bias, scaled, wanted)  # noqa: E731
+                _, formed = bound(loss.logit_map, parameters, again)
             elif not (eager_on_cpu(scale) and float(scale) == 1.0):
-                for gradient in (*formed[:3], *formed.logit_map):
-                    if gradient is not None:  # no other reference to it exists
-                        gradient.mul_(scale)
+                formed.scale_(scale)  # no other reference to them exists
             return *formed[:3], *formed.logit_map
 
-        found = gradients(form, _twin(terms, dense, logit_map, dtype, ctx.reduction), ctx.saved_tensors, upstream)
-        return *found[:3], None, None, None, None, None, None, *found[3:]
+        found = gradients(form, loss.plain, ctx.saved_tensors, upstream[:1])
+        return *found[:3], None, None, *found[3:]
 
 
 def _run(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    terms: RowTerms,
-    dense: DenseRows | None,
-    logit_map: LogitMap | None,
-    dtype: torch.dtype,
-    wanted: Wanted | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: RowLoss, wanted: Wanted | None
 ) -> tuple[Tensor, Gradients]:
     """The loss of every row (N,); and the gradients of their sum that are needed."""
+    terms, dtype, _, logit_map, dense = loss
     kernel_map = None
     backend = softmax_rows_backend_for(hidden.device, dtype, label_smoothing=terms.soft is not None)
     if backend == "compiled" and terms.ids.dim() == 1:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from lastlayer.functional.checks import REDUCTIONS, check_above_zero, check_choice, check_linear
-from lastlayer.functional.linear_cross_entropy import loss_of, row_terms
+from lastlayer.functional.linear_cross_entropy import RowLoss, loss_of, row_terms
 from lastlayer.functional.precision import product_dtype
 from lastlayer.functional.soft_targets import TeacherRows, all_classes
 
@@ -60,5 +60,5 @@ def linear_kl_div(
     dense = TeacherRows(teacher_rows, teacher_weight, teacher_bias, temperature)
     terms, absent = row_terms(all_classes(dense, rows), None, 0.0, 0.0, len(weight), reduction, dtype)
     bias = None if bias is None else bias / temperature
-    loss = temperature**2 * loss_of(rows, weight, bias, terms, dense, None, dtype, reduction)
+    loss = temperature**2 * loss_of(rows, weight, bias, RowLoss(terms, dtype, reduction, dense=dense))
     return loss.reshape(shape) if reduction == "none" else loss + absent

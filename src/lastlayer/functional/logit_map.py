@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lastlayer.functional.ordinary import ordinary
-from lastlayer.functional.second_order import gradients
+from lastlayer.functional.second_order import HandWritten, gradients
 from lastlayer.kernels.softmax_rows import KernelMap
 
 Result = TypeVar("Result")
@@ -139,14 +139,17 @@ class MapPass:
         return tuple(torch.zeros_like(p) if p.requires_grad else None for p in self.logit_map.parameters())
 
 
-class MapFunction(torch.autograd.Function):
+class MapFunction(HandWritten):
     """`logit_map.evaluate(logits)` with the gradient of `logit_map.vjp`."""
 
     @staticmethod
-    def forward(ctx: Any, logit_map: LogitMap, logits: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.logit_map = logit_map
-        ctx.save_for_backward(logits, *parameters)
+    def forward(logit_map: LogitMap, logits: Tensor, *parameters: Tensor) -> Tensor:
         return logit_map.evaluate(logits)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.logit_map, *tensors = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:

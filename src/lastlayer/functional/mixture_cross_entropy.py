@@ -11,7 +11,7 @@ from lastlayer.functional.linear_twin import linear_logits
 from lastlayer.functional.logit_map import LogitMap, bound
 from lastlayer.functional.ordinary import eager_on_cpu, ordinary
 from lastlayer.functional.precision import exact_dtype, no_autocast, product_dtype
-from lastlayer.functional.second_order import gradients
+from lastlayer.functional.second_order import HandWritten, gradients
 from lastlayer.kernels.backends import softmax_rows_backend_for
 from lastlayer.kernels.softmax_rows import NO_MAP, RowTerms, fused, plain
 
@@ -42,19 +42,15 @@ def mixture_cross_entropy(
     rows, log_prior = latent.flatten(0, 1), log_prior.to(exact_dtype(dtype))
     if not ordinary(rows, log_prior, weight, bias, targets, *parameters):
         return _twin(targets, shares, logit_map, dtype)(rows, log_prior, weight, bias, *parameters)
+    wanted = None  # no gradient is formed in the forward pass
+    if torch.is_grad_enabled() and shares is not None:
+        of_all = Wanted.of(rows, weight, bias, parameters)
+        wanted = of_all if any(of_all) or log_prior.requires_grad else None
     with no_autocast(latent.device.type):
-        return _MixtureCrossEntropy.apply(  # pyright: ignore[reportReturnType]
-            rows,
-            log_prior,
-            weight,
-            bias,
-            targets,
-            shares,
-            logit_map,
-            dtype,
-            torch.is_grad_enabled(),
-            *parameters,
+        found: Any = _MixtureCrossEntropy.apply(
+            rows, log_prior, weight, bias, targets, shares, logit_map, dtype, wanted, *parameters
         )
+    return found[0]
 
 
 def _twin(
@@ -74,10 +70,9 @@ def _twin(
     return loss
 
 
-class _MixtureCrossEntropy(torch.autograd.Function):
+class _MixtureCrossEntropy(HandWritten):
     @staticmethod
     def forward(
-        ctx: Any,
         latent: Tensor,
         log_prior: Tensor,
         weight: Tensor,
@@ -86,40 +81,39 @@ class _MixtureCrossEntropy(torch.autograd.Function):
         shares: Tensor | None,
         logit_map: LogitMap | None,
         dtype: torch.dtype,
-        with_gradients: bool,
+        wanted: Wanted | None,  # which gradients to form already
         *parameters: Tensor,
-    ) -> Tensor:
-        needs = ctx.needs_input_grad
-        ctx.wanted = Wanted(needs[0], needs[2], needs[3], any(needs[9:]))
-        ctx.settings = shares, logit_map, dtype
+    ) -> tuple[Tensor, tuple[Tensor, Gradients] | None]:
+        row_loss, formed = _run(latent, log_prior, weight, bias, targets, logit_map, dtype, shares, wanted)
+        return row_loss if shares is None else row_loss @ shares, None if wanted is None else formed
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        latent, log_prior, weight, bias, targets, *settings = inputs
+        ctx.settings, parameters = settings[:3], settings[4:]
+        _, ctx.formed = output
         ctx.save_for_backward(latent, log_prior, weight, bias, targets, *parameters)
-        form = with_gradients and shares is not None and any(needs)
-        arguments = latent, log_prior, weight, bias, targets, logit_map, dtype
-        row_loss, formed = _run(*arguments, shares, ctx.wanted if form else None)
-        ctx.formed = formed if form else None
-        return row_loss if shares is None else row_loss @ shares
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (scale,), (shares, logit_map, dtype) = upstream, ctx.settings
+        scale, needs, (shares, logit_map, dtype) = upstream[0], ctx.needs_input_grad, ctx.settings
         latent, log_prior, weight, bias, targets, *parameters = ctx.saved_tensors
 
         def form() -> tuple[Tensor | None, ...]:
             formed, ctx.formed = ctx.formed, None
             if formed is None:  # row losses, or a second pass over a retained graph
                 rows = scale if shares is None else scale * shares
-                arguments = latent, log_prior, weight, bias, targets, logit_map, dtype, rows, ctx.wanted
+                wanted = Wanted(needs[0], needs[2], needs[3], any(needs[9:]))
+                arguments = latent, log_prior, weight, bias, targets, logit_map, dtype, rows, wanted
                 _, formed = bound(logit_map, parameters, lambda: _run(*arguments))
             elif not (eager_on_cpu(scale) and float(scale) == 1.0):
-                of_prior, chunked = formed
-                for gradient in (of_prior, *chunked[:3], *chunked.logit_map):
-                    if gradient is not None:  # no other reference to it exists
-                        gradient.mul_(scale)
+                for part in (formed[0].mul_, formed[1].scale_):  # no other reference to them exists
+                    part(scale)
             of_prior, (of_latent, of_weight, of_bias, of_map) = formed
-            return of_latent, of_prior if ctx.needs_input_grad[1] else None, of_weight, of_bias, *of_map
+            return of_latent, of_prior if needs[1] else None, of_weight, of_bias, *of_map
 
         inputs = latent, log_prior, weight, bias, *parameters
-        found = gradients(form, _twin(targets, shares, logit_map, dtype), inputs, upstream)
+        found = gradients(form, _twin(targets, shares, logit_map, dtype), inputs, upstream[:1])
         return *found[:4], None, None, None, None, None, *found[4:]
 
 

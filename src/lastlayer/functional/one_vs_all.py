@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from lastlayer.functional.checks import eager_on_cpu
 from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.precision import exact_dtype, no_autocast, product_dtype
-from lastlayer.functional.second_order import gradients
+from lastlayer.functional.second_order import HandWritten, gradients
 
 # Numbers of one block of logits, and the fewest classes that one has.
 BLOCK_NUMBERS, LEAST_CLASSES = 1 << 20, 256
@@ -75,9 +75,11 @@ def one_vs_all_loss(
     with no_autocast(hidden.device.type):
         if not ordinary(hidden, weight, bias, *positives, row_weights):
             return _plain(positives, row_weights, dtype, hidden, weight, bias)
-        return _OneVsAll.apply(  # pyright: ignore[reportReturnType]
-            hidden, weight, bias, positives, row_weights, dtype, torch.is_grad_enabled()
-        )
+        wanted = None  # no gradient is formed in the forward pass
+        if torch.is_grad_enabled() and row_weights is not None:
+            wanted = _Wanted(hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
+        found: Any = _OneVsAll.apply(hidden, weight, bias, positives, row_weights, dtype, wanted)
+        return found[0]
 
 
 def _plain(
@@ -102,36 +104,38 @@ def _plain(
     return row_loss if row_weights is None else (row_loss * row_weights).sum()
 
 
-class _OneVsAll(torch.autograd.Function):
+class _OneVsAll(HandWritten):
     @staticmethod
     def forward(
-        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         positives: Positives,
         row_weights: Tensor | None,
         dtype: torch.dtype,
-        with_gradients: bool,
-    ) -> Tensor:
-        ctx.wanted = _Wanted(*ctx.needs_input_grad[:3])
-        ctx.positives, ctx.row_weights, ctx.dtype = positives, row_weights, dtype
-        ctx.save_for_backward(hidden, weight, bias)
-        form = row_weights is not None and with_gradients and any(ctx.wanted)
+        wanted: _Wanted | None,  # which gradients to form already
+    ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
+        form = wanted is not None and any(wanted)
         blocks = _Blocks(hidden, weight, bias, positives, dtype)
-        row_loss, formed = blocks.run(ctx.wanted if form else None, row_weights)
-        ctx.formed = formed if form else None
-        return row_loss if row_weights is None else (row_loss * row_weights).sum()
+        row_loss, formed = blocks.run(wanted if form else None, row_weights)
+        return row_loss if row_weights is None else (row_loss * row_weights).sum(), formed if form else None
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        hidden, weight, bias, ctx.positives, ctx.row_weights, ctx.dtype, _ = inputs
+        _, ctx.formed = output
+        ctx.save_for_backward(hidden, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (scale,), (hidden, weight, bias) = upstream, ctx.saved_tensors
+        scale, (hidden, weight, bias) = upstream[0], ctx.saved_tensors
 
         def form() -> tuple[Tensor | None, ...]:
             formed, ctx.formed = ctx.formed, None
             if formed is None:  # the loss of every row, or a second pass over a retained graph
                 row_weights = scale if ctx.row_weights is None else scale * ctx.row_weights
-                _, formed = _Blocks(hidden, weight, bias, ctx.positives, ctx.dtype).run(ctx.wanted, row_weights)
+                wanted = _Wanted(*ctx.needs_input_grad[:3])
+                _, formed = _Blocks(hidden, weight, bias, ctx.positives, ctx.dtype).run(wanted, row_weights)
             elif not (eager_on_cpu(scale) and float(scale) == 1.0):
                 for gradient in formed:
                     if gradient is not None:  # no other reference to it exists
@@ -139,7 +143,7 @@ class _OneVsAll(torch.autograd.Function):
             return formed
 
         twin = partial(_plain, ctx.positives, ctx.row_weights, ctx.dtype)
-        return *gradients(form, twin, ctx.saved_tensors, upstream), None, None, None, None
+        return *gradients(form, twin, ctx.saved_tensors, upstream[:1]), None, None, None, None
 
 
 class _Blocks:

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lastlayer.functional.operators import make_operator
 from lastlayer.functional.outside_graphs import outside_graphs
-from lastlayer.functional.precision import as_exact, no_autocast, product_dtype
+from lastlayer.functional.precision import as_exact, exact_dtype, no_autocast
 from lastlayer.functional.row_sparse import GradientMemory, row_sparse
-from lastlayer.functional.second_order import gradients
-from lastlayer.functional.trees import Tree
+from lastlayer.functional.second_order import HandWritten, gradients
+from lastlayer.functional.trees import Tree, paths_of
 from lastlayer.kernels import paths as kernels
 from lastlayer.kernels.backends import paths_backend_for
 from lastlayer.kernels.grouped import scaled_rows
 
 
-@outside_graphs
 def path_log_prob(
     hidden: Tensor,  # (N, d)
     weight: Tensor,  # (V - 1, d)
@@ -33,13 +33,31 @@ def path_log_prob(
     Only nodes on some path are read, and of the gradient only their rows are written; `sparse` ones hold no
     others, in a buffer that `memory` allocates. Second derivatives are dense.
     """
-    starts, nodes, signs = tree.paths(classes.cpu())
     with no_autocast(hidden.device.type):
-        backend = paths_backend_for(hidden.device, product_dtype(hidden), weight.dtype)
-        if backend == "compiled" and hidden.dtype == weight.dtype and weight.is_contiguous():
-            log_prob: Any = _PathLogProb.apply(hidden, weight, (starts, nodes, signs), sparse, memory)
-            return log_prob
-        return _plain((starts, nodes, signs), hidden, weight, sparse)
+        tables = tree.parents, tree.sides, tree.depths
+        if torch.compiler.is_compiling() and not sparse:
+            return _OPERATOR(hidden, weight, classes, *tables)
+        return _along_paths(hidden, weight, classes, *tables, sparse, memory)
+
+
+@outside_graphs
+def _along_paths(
+    hidden: Tensor,
+    weight: Tensor,
+    classes: Tensor,
+    parents: Tensor,
+    sides: Tensor,
+    depths: Tensor,
+    sparse: bool = False,
+    memory: GradientMemory | None = None,
+) -> Tensor:
+    paths = paths_of(classes.cpu(), parents, sides, depths)
+    backend = paths_backend_for(hidden.device, hidden.dtype, weight.dtype)
+    if backend == "compiled" and hidden.dtype == weight.dtype and weight.is_contiguous():
+        wants_slope = torch.is_grad_enabled() and hidden.requires_grad
+        found: Any = _PathLogProb.apply(hidden, weight, paths, sparse, memory, wants_slope)
+        return found[0]
+    return _plain(paths, hidden, weight, sparse)
 
 
 def _plain(paths: Any, hidden: Tensor, weight: Tensor, sparse: bool = False) -> Tensor:
@@ -52,28 +70,32 @@ def _plain(paths: Any, hidden: Tensor, weight: Tensor, sparse: bool = False) -> 
     return terms.new_zeros(len(hidden)).index_add(0, rows, terms)
 
 
-class _PathLogProb(torch.autograd.Function):
+class _PathLogProb(HandWritten):
     """With x = sign * (h . w), f = sign * sigmoid(-x) and upstream g: of h, g f w summed over the path, its factor
     of g formed in the forward pass; of w, g f h summed over the rows whose path has it."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, paths: Any, sparse: bool, memory: GradientMemory | None
-    ) -> Tensor:
+        hidden: Tensor, weight: Tensor, paths: Any, sparse: bool, memory: GradientMemory | None, wants_slope: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
         starts, nodes, signs = paths
-        ctx.save_for_backward(hidden, weight)
         hidden = hidden.contiguous()
         log_prob, factors = hidden.new_empty(len(hidden)), hidden.new_empty(len(nodes))
-        slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        slope = torch.empty_like(hidden) if wants_slope else None
         kernels.forward(starts, nodes, signs, hidden, weight, log_prob, factors, slope)
-        ctx.formed, ctx.paths, ctx.sparse, ctx.memory = (factors, slope), paths, sparse, memory
-        return log_prob
+        return log_prob, (factors, slope)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        hidden, weight, ctx.paths, ctx.sparse, ctx.memory, _ = inputs
+        _, ctx.formed = output
+        ctx.save_for_backward(hidden, weight)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         twin = partial(_plain, ctx.paths)
-        found = gradients(lambda: _form(ctx, upstream[0]), twin, ctx.saved_tensors, upstream)
-        return *found, None, None, None
+        found = gradients(lambda: _form(ctx, upstream[0]), twin, ctx.saved_tensors, upstream[:1])
+        return *found, None, None, None, None
 
 
 def _form(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -91,3 +113,12 @@ def _form(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
     if ctx.sparse:
         return of_hidden, row_sparse(touched, values, len(weight))
     return of_hidden, torch.zeros_like(weight).index_copy_(0, touched, values)
+
+
+_OPERATOR = make_operator(
+    "path_log_prob",
+    "Tensor hidden, Tensor weight, Tensor classes, Tensor parents, Tensor sides, Tensor depths",
+    _along_paths,
+    leaves=2,
+    empty=lambda hidden, *_: hidden.new_empty(len(hidden), dtype=exact_dtype(hidden.dtype)),
+)

@@ -9,7 +9,7 @@ from torch import Tensor
 from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.precision import as_exact, exact_dtype, no_autocast, product_dtype
 from lastlayer.functional.row_sparse import row_sparse
-from lastlayer.functional.second_order import gradients
+from lastlayer.functional.second_order import HandWritten, gradients
 from lastlayer.kernels.backends import grouped_softmax_backend_for
 from lastlayer.kernels.grouped import add_rows
 
@@ -53,10 +53,9 @@ def _plain(
     return logits(targets), logits(candidates)
 
 
-class _SampledLogits(torch.autograd.Function):
+class _SampledLogits(HandWritten):
     @staticmethod
     def forward(
-        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -74,9 +73,13 @@ class _SampledLogits(torch.autograd.Function):
         if bias is not None:
             of_targets += bias.detach()[targets]
             of_candidates += bias.detach()[candidates]
-        ctx.save_for_backward(hidden, weight, bias, targets, candidates)
-        ctx.settings = dtype, sparse
         return of_targets, of_candidates
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, dtype, sparse = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.settings = dtype, sparse
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:

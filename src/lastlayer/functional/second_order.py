@@ -65,17 +65,20 @@ def gradients(
     return _spread(found, wanted, len(inputs))
 
 
-class _Formed(torch.autograd.Function):
+class _Formed(HandWritten):
     """The identity for gradients that were computed already; its backward pass differentiates the twin's."""
 
     @staticmethod
     def forward(
-        ctx: Any, twin: Twin, formed: tuple[Tensor, ...], wanted: list[int], count: int, *tensors: Tensor | None
+        twin: Twin, formed: tuple[Tensor, ...], wanted: list[int], count: int, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        ctx.twin, ctx.wanted, ctx.count = twin, wanted, count
+        return formed
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.twin, _, ctx.wanted, ctx.count, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        return formed
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
@@ -128,13 +131,16 @@ def refused(gradient: Tensor, why: str, *sources: Tensor | None) -> Tensor:
     return _Refused.apply(why, gradient, *sources) if torch.is_grad_enabled() else gradient  # pyright: ignore[reportReturnType]
 
 
-class _Refused(torch.autograd.Function):
+class _Refused(HandWritten):
     """The identity for its first tensor; differentiating through it raises."""
 
     @staticmethod
-    def forward(ctx: Any, why: str, gradient: Tensor, *sources: Tensor | None) -> Tensor:
-        ctx.why = why
+    def forward(why: str, gradient: Tensor, *sources: Tensor | None) -> Tensor:
         return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.why = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:

@@ -88,19 +88,24 @@ class Tree(NamedTuple):
         classes: Tensor,  # (N,) int64, on the CPU
     ) -> tuple[Tensor, Tensor, Tensor]:  # (N + 1,), (P,), (P,)
         """`starts, nodes, signs` of the paths of some classes, leaf to root, one after the other."""
-        starts = F.pad(self.depths.index_select(0, classes).cumsum(0), (1, 0))
-        if engine.available():
-            return starts, *walk_to_root(classes.contiguous(), starts, self.parents, self.sides)
-        num_pairs = int(starts[-1])
-        nodes, signs = starts.new_empty(num_pairs), self.sides.new_empty(num_pairs)
-        place, current = starts[:-1], classes
-        while len(current):
-            above = self.parents[current]
-            on_the_way = above >= 0
-            place, current, above = place[on_the_way], current[on_the_way], above[on_the_way]
-            nodes[place], signs[place] = above, self.sides[current]
-            place, current = place + 1, above + len(self.depths)
-        return starts, nodes, signs
+        return paths_of(classes, self.parents, self.sides, self.depths)
+
+
+def paths_of(classes: Tensor, parents: Tensor, sides: Tensor, depths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`Tree.paths`, of the tables of a tree."""
+    starts = F.pad(depths.index_select(0, classes).cumsum(0), (1, 0))
+    if engine.available():
+        return starts, *walk_to_root(classes.contiguous(), starts, parents, sides)
+    num_pairs = int(starts[-1])
+    nodes, signs = starts.new_empty(num_pairs), sides.new_empty(num_pairs)
+    place, current = starts[:-1], classes
+    while len(current):
+        above = parents[current]
+        on_the_way = above >= 0
+        place, current, above = place[on_the_way], current[on_the_way], above[on_the_way]
+        nodes[place], signs[place] = above, sides[current]
+        place, current = place + 1, above + len(depths)
+    return starts, nodes, signs
 
 
 def _check_children(children: Tensor) -> NDArray[np.int64]:

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lastlayer.functional.groups import Targets, group_by_cluster, touched_rows, whole_batch
+from lastlayer.functional.groups import Groups, Targets, group_by_cluster, touched_rows, whole_batch
+from lastlayer.functional.operators import make_operator
 from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.outside_graphs import outside_graphs
 from lastlayer.functional.precision import exact_dtype, no_autocast, product_dtype
 from lastlayer.functional.row_sparse import GradientMemory, row_sparse
-from lastlayer.functional.second_order import gradients
+from lastlayer.functional.second_order import HandWritten, gradients
 from lastlayer.functional.softmaxes import Softmaxes
 from lastlayer.functional.two_level_plain import plain_two_level
 
@@ -57,15 +58,32 @@ def two_level_log_prob(
     with no_autocast(hidden.device.type):
         if not ordinary(hidden, *own, clusters):
             return plain_two_level(targets, hidden.to(dtype), *own)
+        if torch.compiler.is_compiling() and not sparse:
+            return _OPERATOR(hidden.to(dtype), *own, clusters, slots, offsets)
         return _grouped(targets, hidden.to(dtype), *own)
 
 
 @outside_graphs
-def _grouped(*arguments: Any) -> Tensor:
-    return _TwoLevelLogProb.apply(*arguments)  # pyright: ignore[reportReturnType]
+def _grouped(targets: Targets, hidden: Tensor, *parameters: Tensor | None) -> Tensor:
+    wants_slope = torch.is_grad_enabled() and hidden.requires_grad
+    found: Any = _TwoLevelLogProb.apply(targets, wants_slope, hidden, *parameters)
+    return found[0]
 
 
-class _TwoLevelLogProb(torch.autograd.Function):
+class _Kept(NamedTuple):
+    """What the backward pass needs of the forward pass; the tensors sorted by cluster."""
+
+    order: Tensor  # (N,)
+    rows: Tensor  # (N, d)
+    slope: Tensor | None  # (N, d)
+    head_residual: Tensor | None
+    residual: Tensor
+    head: Softmaxes | None
+    inner: Softmaxes
+    groups: Groups
+
+
+class _TwoLevelLogProb(HandWritten):
     """Each level is a softmax p over weight rows W with target t. With the residual r = p - e_t and scale = -g:
 
     hidden: scale W^T r        its factor of scale is formed in the forward pass, while W is in the cache
@@ -77,13 +95,12 @@ class _TwoLevelLogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         targets: Targets,
+        wants_slope: bool,
         hidden: Tensor,  # (N, d)
         *parameters: Any,  # of `TwoLevel`; those of the head may be None
-    ) -> Tensor:  # (N,)
+    ) -> tuple[Tensor, _Kept]:  # (N,)
         head_weight, head_bias, weight, bias = parameters
-        num_clusters, num_classes = targets.offsets.shape[0] - 1, weight.shape[0]
         groups = group_by_cluster(targets.clusters, targets.offsets)
         order = groups.order
         rows = groups.sorted(hidden)
@@ -91,23 +108,29 @@ class _TwoLevelLogProb(torch.autograd.Function):
         head = None
         inner = Softmaxes.of(groups, rows, weight, compact=targets.sparse)
         log_prob = rows.new_zeros(rows.shape[0], dtype=exact_dtype(rows.dtype))
-        slope = torch.empty_like(rows) if ctx.needs_input_grad[1] else None
+        slope = torch.empty_like(rows) if wants_slope else None
         head_residual = None
         if head_weight is not None:
-            head = Softmaxes.of(whole_batch(rows, num_clusters), rows, head_weight)
+            head = Softmaxes.of(whole_batch(rows, len(head_weight)), rows, head_weight)
             head_residual = head.forward(
                 rows, head_weight, head_bias, clusters, log_prob, slope, slope_is_new=True
             )
         residual = inner.forward(rows, weight, bias, slots, log_prob, slope, slope_is_new=head is None)
-        ctx.save_for_backward(order, rows, slope, head_residual, residual, hidden, *parameters)
-        ctx.levels, ctx.groups, ctx.targets = (head, inner), groups, targets
-        ctx.like, ctx.num_clusters, ctx.num_classes = weight[:0], num_clusters, num_classes
-        return torch.empty_like(log_prob).index_copy_(0, order, log_prob)
+        kept = _Kept(order, rows, slope, head_residual, residual, head, inner, groups)
+        return torch.empty_like(log_prob).index_copy_(0, order, log_prob), kept
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, _Kept]) -> None:
+        ctx.targets, _, hidden, *parameters = inputs
+        *tensors, head, inner, ctx.groups = output[1]
+        ctx.levels, weight = (head, inner), parameters[2]
+        ctx.like, ctx.num_clusters, ctx.num_classes = weight[:0], len(ctx.targets.offsets) - 1, len(weight)
+        ctx.save_for_backward(*tensors, hidden, *parameters)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         saved, twin = ctx.saved_tensors, partial(plain_two_level, ctx.targets)
-        return None, *gradients(lambda: _form(ctx, upstream[0], *saved[:5]), twin, saved[5:], upstream)
+        return None, None, *gradients(lambda: _form(ctx, upstream[0], *saved[:5]), twin, saved[5:], upstream[:1])
 
 
 def _form(
@@ -120,7 +143,7 @@ def _form(
     residual: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of hidden and all parameters."""
-    (head, inner), wanted, like = ctx.levels, ctx.needs_input_grad[1:], ctx.like
+    (head, inner), wanted, like = ctx.levels, ctx.needs_input_grad[2:], ctx.like
     scale = upstream.index_select(0, order).neg_()
     of_hidden = of_head_weight = of_head_bias = of_weight = of_bias = None
     if slope is not None:
@@ -149,3 +172,19 @@ def _inner_gradients(
     of_weight, of_bias = (ctx.targets.memory or GradientMemory()).allocate(shape, like), like.new_empty(shape[0])
     inner.backward(rows, residual, scale, of_weight, of_bias)
     return row_sparse(touched, of_weight, num_classes), row_sparse(touched, of_bias, num_classes)
+
+
+def _two_level(hidden: Tensor, *others: Tensor) -> Tensor:
+    """`_grouped` of dense gradients, its arguments all tensors."""
+    *parameters, clusters, slots, offsets = others
+    return _grouped(Targets(clusters, slots, offsets, False, None), hidden, *parameters)
+
+
+_OPERATOR = make_operator(
+    "two_level_log_prob",
+    "Tensor hidden, Tensor? head_weight, Tensor? head_bias, Tensor weight, Tensor? bias, "
+    "Tensor clusters, Tensor slots, Tensor offsets",
+    _two_level,
+    leaves=5,
+    empty=lambda hidden, *_: hidden.new_empty(len(hidden), dtype=exact_dtype(hidden.dtype)),
+)

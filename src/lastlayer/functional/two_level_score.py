@@ -9,7 +9,7 @@ from lastlayer.functional.linear_statistics import linear_score
 from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.precision import as_exact
 from lastlayer.functional.row_sparse import row_sparse
-from lastlayer.functional.second_order import gradients
+from lastlayer.functional.second_order import HandWritten, gradients
 from lastlayer.functional.two_level import TwoLevel, two_level_log_prob
 
 
@@ -91,11 +91,14 @@ def _rows(table: Tensor, rows: Tensor, sparse: bool) -> Tensor:
     return selected
 
 
-class _Rows(torch.autograd.Function):
+class _Rows(HandWritten):
     @staticmethod
-    def forward(ctx: Any, table: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(table, rows)
+    def forward(table: Tensor, rows: Tensor) -> Tensor:
         return table.index_select(0, rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
+from lastlayer.functional.second_order import HandWritten
 from lastlayer.layers.base import OutputLayer
 from lastlayer.testing.cases import LayerCase
 from lastlayer.testing.rows import ROWS, assert_equal, rows_for
@@ -78,12 +79,16 @@ class _Caller(nn.Module):
         return self.call(self.layer, hidden)
 
 
-class _DenseGradient(torch.autograd.Function):
+class _DenseGradient(HandWritten):
     """The identity; its gradient is dense, since `gradcheck` takes no sparse gradient of a dense input."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor) -> Tensor:
+    def forward(parameter: Tensor) -> Tensor:
         return parameter.view_as(parameter)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Nothing is saved."""
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Tensor:

@@ -10,14 +10,14 @@ the records, and whoever multiplies it (`clip_grad_norm_`, a loss scaler) scales
 """
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lastlayer.functional.precision import no_autocast
 from lastlayer.functional.reduce import reduce_loss
-from lastlayer.functional.second_order import refused
+from lastlayer.functional.second_order import HandWritten, refused
 from lastlayer.functional.spherical import RowDerivatives, SphericalLoss
 from lastlayer.kernels import factored as kernel
 from lastlayer.kernels.backends import factored_backend_for
@@ -135,15 +135,24 @@ def recorded_loss(
     """The loss; its backward records the step."""
     anchor = own.anchor.clone()
     anchor.register_hook(own.record)
-    return _Loss.apply(anchor, hidden, ids, weights, loss, own, reduction)  # pyright: ignore[reportReturnType]
+    found: Any = _Loss.apply(anchor, hidden, ids, weights, loss, own, reduction)
+    return found[0]
 
 
-class _Loss(torch.autograd.Function):
+class _Kept(NamedTuple):
+    """What the backward pass needs of the forward pass."""
+
+    rows: Tensor  # (N, d), of the hidden states
+    products: Tensor  # of the rows with the state
+    ids: Tensor  # (N, K)
+    found: RowDerivatives
+
+
+class _Loss(HandWritten):
     """The loss's own derivatives are formed in the forward pass, of a few numbers a row."""
 
     @staticmethod
     def forward(
-        ctx: Any,
         anchor: Tensor,
         hidden: Tensor,
         ids: Tensor,
@@ -151,7 +160,7 @@ class _Loss(torch.autograd.Function):
         loss: SphericalLoss,
         own: Pass,
         reduction: str,
-    ) -> Tensor:
+    ) -> tuple[Tensor, _Kept]:
         state = own.state
         with no_autocast(hidden.device.type):
             ids = ids.contiguous()
@@ -160,36 +169,40 @@ class _Loss(torch.autograd.Function):
             else:
                 rows = hidden.clone(memory_format=torch.contiguous_format)  # the caller may refill its buffer
                 read = rows, *state.read(rows, ids)
-            ctx.rows, ctx.products, scores, squared_norm, total = read
-        ctx.found = loss.derivatives(scores, weights, squared_norm, total, state.num_classes)
-        ctx.own, ctx.ids = own, ids
+            rows, products, scores, squared_norm, total = read
+        found = loss.derivatives(scores, weights, squared_norm, total, state.num_classes)
+        reduced = reduce_loss(found.row_loss, None, reduction)
+        kept = _Kept(rows, products, ids, found)
+        return reduced if reduction == "none" else reduced.to(state.factor.dtype), kept
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, _Kept]) -> None:
+        _, hidden, _, _, _, ctx.own, reduction = inputs
+        _, ctx.kept = output
         ctx.share = max(len(hidden), 1) if reduction == "mean" else 1
         ctx.save_for_backward(hidden)
-        reduced = reduce_loss(ctx.found.row_loss, None, reduction)
-        return reduced if reduction == "none" else reduced.to(state.factor.dtype)
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, upstream: Tensor
+        ctx: Any, upstream: Tensor, _: None
     ) -> tuple[Tensor | None, ...]:
         ctx.own.check_weight()
         with torch.no_grad(), no_autocast(upstream.device.type):
-            ctx.own.gradient, by_hidden = _gradient(ctx.own.state, ctx, upstream / ctx.share)
+            ctx.own.gradient, by_hidden = _gradient(ctx.own.state, ctx.kept, upstream / ctx.share)
         by_hidden = refused(by_hidden, NO_SECOND, upstream, *ctx.saved_tensors)
         return torch.zeros_like(ctx.own.anchor), by_hidden, *[None] * 5  # pyright: ignore[reportReturnType]
 
 
 def _gradient(
     state: FactoredState,
-    ctx: Any,
+    kept: _Kept,
     share: Tensor,  # () or (N,), float64: what each row counts
 ) -> tuple[Gradient, Tensor]:  # and (N, d)
     """What the step needs, and the gradient of the hidden states for its owner to change:
 
     Z = G W = D H Q + sparse,    sparse = Y W + g_s total^T,    Y W = (Y F) U + y offset^T.
     """
-    ids, products, d = ctx.ids, ctx.products, state.features
-    found: RowDerivatives = ctx.found
+    (rows, products, ids, found), d = kept, state.features
     by_score = ((share[:, None] if share.dim() else share) * found.by_score).to(products.dtype)
     by_norm = (share * found.by_norm).to(products.dtype)
     by_total = None if found.by_total is None else (share * found.by_total).to(products.dtype)
@@ -203,4 +216,4 @@ def _gradient(
             sparse.addr_(by_total, state.total)
         by_hidden = torch.addcmul(sparse, by_norm[:, None], products[:, :d], value=2)
         copy = by_hidden.clone()
-    return Gradient(ctx.rows, products, ids, by_score.contiguous(), by_norm, by_total, by_hidden, sparse), copy
+    return Gradient(rows, products, ids, by_score.contiguous(), by_norm, by_total, by_hidden, sparse), copy
