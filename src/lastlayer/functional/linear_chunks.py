@@ -88,6 +88,8 @@ class LinearChunks:
         self.chunk_rows = max(group, min(CHUNK_BYTES // row_bytes, most) // group * group)
         numbers = PART_NUMBERS if hidden.device.type == "cpu" else PART_NUMBERS_GPU
         self.part_rows = max(group, numbers // len(weight) // group * group)
+        if torch.compiler.is_compiling():  # the compiler joins elementwise operations itself; a graph has each part
+            self.part_rows = self.chunk_rows
         self.product = hidden.new_empty(self.chunk_rows, len(weight), dtype=dtype)
         self.sums: list[Tensor | None] = [None, None, None]
         self.wanted = Wanted(False, False, False, False)
@@ -104,8 +106,7 @@ class LinearChunks:
             self.sums[2] = torch.zeros(len(self.weight), dtype=self.exact, device=self.weight.device)
 
     def __iter__(self) -> Iterator[slice]:
-        for start in range(0, len(self.hidden), self.chunk_rows):
-            yield slice(start, min(start + self.chunk_rows, len(self.hidden)))
+        yield from _slices(0, len(self.hidden), self.chunk_rows)
 
     def multiply(self, rows: slice) -> Tensor:  # (n, V)
         """The logits of a chunk before the bias, in the dtype of the products, in a buffer."""
@@ -114,8 +115,7 @@ class LinearChunks:
     def parts(self, rows: slice) -> Iterator[slice]:
         """Multiplies a chunk, then yields its parts."""
         self.multiply(rows)
-        for start in range(rows.start, rows.stop, self.part_rows):
-            yield slice(start, min(start + self.part_rows, rows.stop))
+        yield from _slices(rows.start, rows.stop, self.part_rows)
 
     def all_parts(self) -> Iterator[slice]:
         """The parts of every chunk, for callers that need no backward pass."""
@@ -197,3 +197,9 @@ class LinearChunks:
         """The part of the buffer that holds some rows of the chunk."""
         start = rows.start % self.chunk_rows
         return self.product[start : start + rows.stop - rows.start]
+
+
+def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
+    """`range(start, stop)` in slices of `step`, by their number: of the sizes a compiled graph fixes that alone."""
+    for place in range(-((start - stop) // step)):
+        yield slice(start + place * step, min(start + (place + 1) * step, stop))

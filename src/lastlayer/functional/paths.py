@@ -120,5 +120,5 @@ _OPERATOR = make_operator(
     "Tensor hidden, Tensor weight, Tensor classes, Tensor parents, Tensor sides, Tensor depths",
     _along_paths,
     leaves=2,
-    empty=lambda hidden, *_: hidden.new_empty(len(hidden), dtype=exact_dtype(hidden.dtype)),
+    empty=lambda hidden, *_: hidden.new_empty(hidden.shape[0], dtype=exact_dtype(hidden.dtype)),
 )

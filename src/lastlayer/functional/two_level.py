@@ -186,5 +186,5 @@ _OPERATOR = make_operator(
     "Tensor clusters, Tensor slots, Tensor offsets",
     _two_level,
     leaves=5,
-    empty=lambda hidden, *_: hidden.new_empty(len(hidden), dtype=exact_dtype(hidden.dtype)),
+    empty=lambda hidden, *_: hidden.new_empty(hidden.shape[0], dtype=exact_dtype(hidden.dtype)),
 )

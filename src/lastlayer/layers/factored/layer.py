@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lastlayer.functional.checks import eager_on_cpu
 from lastlayer.functional.ordinary import ordinary
+from lastlayer.functional.outside_graphs import outside_graphs
 from lastlayer.functional.precision import no_autocast
 from lastlayer.functional.reduce import reduce_loss
 from lastlayer.functional.results import ScoreTopK, TopK
@@ -263,20 +264,24 @@ class FactoredOutput(OutputLayer):
     ) -> Tensor:  # (), or (N,) in float64 for "none"
         hidden = self._featured(rows)
         if self._trains():
-            if self.anchor.dtype == torch.float16:
-                raise TypeError("a float16 FactoredOutput does not train: use layer.float() or layer.bfloat16()")
-            if not ordinary(hidden, self.anchor):
-                raise RuntimeError(
-                    "FactoredOutput of lastlayer cannot record a training step in torch.func, forward-mode AD, an "
-                    "exported program or on 'meta'; use layer.eval(), or lastlayer.functional.spherical_loss with "
-                    "layer.weight"
-                )
-            own = Pass(self.state, self._ledger, self.anchor)
-            return recorded_loss(hidden, ids, weights, self.loss, own, reduction)
+            return self._recorded_loss(hidden, ids, weights, reduction)
         with no_autocast(self.anchor.device.type):
             scores, squared_norm, total = self.state.statistics(hidden, ids)
         row_loss = self.loss.row_loss(scores, weights, squared_norm, total, self.num_classes)
         return reduce_loss(row_loss, None, reduction)
+
+    @outside_graphs
+    def _recorded_loss(self, hidden: Tensor, ids: Tensor, weights: Tensor, reduction: str) -> Tensor:
+        if self.anchor.dtype == torch.float16:
+            raise TypeError("a float16 FactoredOutput does not train: use layer.float() or layer.bfloat16()")
+        if not ordinary(hidden, self.anchor):
+            raise RuntimeError(
+                "FactoredOutput of lastlayer cannot record a training step in torch.func, forward-mode AD, an "
+                "exported program or on 'meta'; use layer.eval(), or lastlayer.functional.spherical_loss with "
+                "layer.weight"
+            )
+        own = Pass(self.state, self._ledger, self.anchor)
+        return recorded_loss(hidden, ids, weights, self.loss, own, reduction)
 
     def _trains(self) -> bool:
         return self.training and torch.is_grad_enabled() and self.anchor.requires_grad
