@@ -1,53 +1,121 @@
-"""What `docs/compile.md` says of every layer: which calls compile whole, and which are exported for any batch."""
+"""Every cell of the table in `docs/compile.md`: which calls compile whole, and which export for any batch."""
 
+import inspect
 import re
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
+import lastlayer
 from lastlayer import (
     PLIF,
     AdaptiveSoftmax,
+    AugmentReduce,
+    BlackOut,
     FactoredOutput,
+    FactoredSGD,
     FullSoftmax,
     HierarchicalSoftmax,
     Int8Preview,
+    LogUniform,
     MixtureOfSoftmaxes,
     MonotoneNetwork,
+    NegativeSampling,
+    NoiseContrastive,
+    OneVsAll,
+    OutputLayer,
     QuadraticKernel,
     SampledSoftmax,
     ScreenedSoftmax,
     Sigsoftmax,
     SoftCap,
+    TaylorSoftmax,
+    TopKSoftmax,
     TreeSoftmax,
+    UMax,
     Uniform,
 )
 from lastlayer.functional.ordinary import DYNAMO_KNOWS_EXPORTS
+from pages import ROOT
 
-WHOLE = {
-    "full": lambda: FullSoftmax(5, 11, label_smoothing=0.1, z_loss=0.1, class_weights=torch.linspace(0.1, 1, 11)),
-    "soft-cap": lambda: FullSoftmax(5, 11, logit_map=SoftCap(3.0)),
-    "sigsoftmax": lambda: FullSoftmax(5, 11, logit_map=Sigsoftmax()),
-    "plif": lambda: FullSoftmax(5, 11, logit_map=PLIF(7, 2.0, init_std=1.0)),
-    "monotone-network": lambda: FullSoftmax(5, 11, logit_map=MonotoneNetwork(3)),
-    "mixture": lambda: MixtureOfSoftmaxes(5, 11, 2),
-    "adaptive": lambda: AdaptiveSoftmax(5, 11, [3, 7], div_value=2.0),
+SAMPLED = [SampledSoftmax, NoiseContrastive, NegativeSampling, BlackOut, UMax, AugmentReduce]
+LAYERS = {  # by the first cell of their line
+    "`FullSoftmax`, with any logit map of the library": {
+        "full": lambda: FullSoftmax(
+            5, 11, label_smoothing=0.1, z_loss=0.1, class_weights=torch.linspace(0.1, 1, 11)
+        ),
+        "soft-cap": lambda: FullSoftmax(5, 11, logit_map=SoftCap(3.0)),
+        "sigsoftmax": lambda: FullSoftmax(5, 11, logit_map=Sigsoftmax()),
+        "plif": lambda: FullSoftmax(5, 11, logit_map=PLIF(7, 2.0, init_std=1.0)),
+        "monotone-network": lambda: FullSoftmax(5, 11, logit_map=MonotoneNetwork(3)),
+    },
+    "`FullSoftmax` with a `normalizer`": {"top-k": lambda: FullSoftmax(5, 11, normalizer=TopKSoftmax(4))},
+    "`MixtureOfSoftmaxes`": {"mixture": lambda: MixtureOfSoftmaxes(5, 11, 2)},
+    "`AdaptiveSoftmax`": {"adaptive": lambda: AdaptiveSoftmax(5, 11, [3, 7], div_value=2.0)},
+    "`HierarchicalSoftmax`, `TreeSoftmax`": {
+        "hierarchical": lambda: HierarchicalSoftmax(5, 11),
+        "tree": lambda: TreeSoftmax(5, 11),
+    },
+    "the same with `sparse=True`": {
+        "hierarchical-sparse": lambda: HierarchicalSoftmax(5, 11, sparse=True),
+        "tree-sparse": lambda: TreeSoftmax(5, 11, sparse=True),
+    },
+    "`SampledSoftmax`, `NoiseContrastive`, `NegativeSampling`, `BlackOut`, `UMax`, `AugmentReduce`": {
+        kind.__name__: lambda kind=kind: kind(5, 11, LogUniform(11), 4) for kind in SAMPLED
+    },
+    "`OneVsAll`": {"one-vs-all": lambda: OneVsAll(5, 11)},
+    "`FactoredOutput` in training": {"factored": lambda: FactoredOutput(5, 11, loss=TaylorSoftmax())},
+    "`FactoredOutput` in `eval()`": {"factored-eval": lambda: FactoredOutput(5, 11, loss=TaylorSoftmax()).eval()},
 }
-GROUPED = {"hierarchical": lambda: HierarchicalSoftmax(5, 11), "tree": lambda: TreeSoftmax(5, 11)}
+MAKE = {name: make for layers in LAYERS.values() for name, make in layers.items()}
+
+
+def table():
+    """The cells of each line, by its first."""
+    text = (ROOT / "docs" / "compile.md").read_text(encoding="utf-8")
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*\|$", text, re.M)]
+    return {first: cells for first, *cells in lines[2:]}
+
+
+CELLS = {name: cells for line, cells in table().items() for name in LAYERS.get(line, {})}
+
+
+def loss(layer, hidden, targets):
+    return [layer(hidden, targets)]
+
+
+def target_log_prob(layer, hidden, targets):
+    return [layer.target_log_prob(hidden, targets)]
+
+
+def queries(layer, hidden, targets):
+    if isinstance(layer, OneVsAll):
+        return [layer.topk(hidden, 3).scores]
+    ids = targets.clamp(min=0)[:, None]
+    return [layer.log_prob(hidden), layer.topk(hidden, 3).log_prob, layer.score(hidden, ids)]
+
+
+CALLS = (loss, target_log_prob, queries)
+
+
+def calls_that(name, word):
+    """Those whose cell begins with the word, or holds it in the last place."""
+    return [
+        call for call, cell in zip(CALLS, CELLS[name], strict=False) if word in cell.split(":")[0].split(",")[0]
+    ]
 
 
 class Calls(nn.Module):
-    """All calls of a layer at once: one graph, and one export."""
+    """Some calls of a layer at once: one graph, and one export."""
 
-    def __init__(self, layer, loss=True):
+    def __init__(self, layer, calls):
         super().__init__()
-        self.layer, self.loss = layer, loss
+        self.layer, self.calls = layer, calls
 
     def forward(self, hidden, targets):
-        layer, ids = self.layer, targets.clamp(min=0)
-        found = [layer.log_prob(hidden), layer.topk(hidden, 3).log_prob, layer.score(hidden, ids[:, None])]
-        return (*found, layer(hidden, targets), layer.target_log_prob(hidden, targets)) if self.loss else (*found,)
+        return [found for call in self.calls for found in call(self.layer, hidden, targets)]
 
 
 def batch(rows):
@@ -58,39 +126,84 @@ def batch(rows):
     return hidden.requires_grad_(), targets
 
 
-@pytest.mark.parametrize("name", [*WHOLE, *GROUPED])
-def test_compiles_whole_with_its_gradients(name):
-    torch.compiler.reset()
-    eager = Calls({**WHOLE, **GROUPED}[name]().double(), loss=name in WHOLE)
-    compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
-    hidden, targets = batch(6)
+def layer_of(name):
+    """With parameters that are nothing special: those of a new `TreeSoftmax` are 0."""
+    torch.manual_seed(0)
+    layer = MAKE[name]().double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return layer
+
+
+def test_the_table_has_every_layer():
+    lines = table()
+    assert list(lines) == list(LAYERS)
+    public = [getattr(lastlayer, name) for name in lastlayer.__all__]
+    layers = {kind.__name__ for kind in public if inspect.isclass(kind) and issubclass(kind, OutputLayer)}
+    assert layers - {"OutputLayer"} == set(re.findall(r"`(\w+)`", " ".join(lines))) & layers
+    for cells in lines.values():
+        assert all("whole" in cell or cell.startswith("breaks") or cell == "none" for cell in cells[:3])
+
+
+def compare(eager, compiled, rows):
+    """Values and gradients of both."""
+    hidden, targets = batch(rows)
     results = []
     for model in (eager, compiled):
         values = model(hidden, targets)
-        total = sum((value * torch.linspace(0.5, 2, value.numel()).view(value.shape)).sum() for value in values)
+        total = sum((v * torch.linspace(0.5, 2, v.numel()).view(v.shape)).sum() for v in values)
         leaves = [hidden, *eager.parameters()]
         results.append((values, torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)))
     torch.testing.assert_close(results[1], results[0])
 
 
-@pytest.mark.parametrize("name", GROUPED)
-def test_a_loss_that_groups_its_batch_says_so_when_compiled_whole(name):
+@pytest.mark.parametrize("name", MAKE)
+def test_compiles_whole_with_its_gradients(name):
     torch.compiler.reset()
-    layer = GROUPED[name]()
-    hidden, targets = torch.randn(6, 5), torch.randint(11, (6,))
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        torch.compile(layer, fullgraph=True, backend="eager")(hidden, targets)
-    torch.testing.assert_close(torch.compile(layer, backend="eager")(hidden, targets), layer(hidden, targets))
+    eager = Calls(layer_of(name), [call for call in calls_that(name, "whole") if call is not loss])
+    compare(eager, torch.compile(eager, fullgraph=True, dynamic=True, backend="aot_eager"), 6)
+
+
+@pytest.mark.parametrize("name", [name for name in MAKE if loss in calls_that(name, "whole")])
+def test_one_graph_is_the_loss_of_any_batch(name):
+    torch.compiler.reset()
+    eager, graphs = Calls(layer_of(name), [loss]), CompileCounterWithBackend("aot_eager")
+    compiled, counts = torch.compile(eager, fullgraph=True, dynamic=True, backend=graphs), []
+    for rows in (6, 9):
+        compare(eager, compiled, rows)
+        counts.append(graphs.frame_count)
+    assert counts[0] == counts[1], "another batch size compiled again"
+
+
+@pytest.mark.parametrize("name", [name for name in MAKE if calls_that(name, "breaks")])
+def test_where_the_graph_breaks_the_layer_runs_eagerly(name):
+    hidden, targets = batch(6)
+    for call in calls_that(name, "breaks"):
+        torch.compiler.reset()
+        model, values = Calls(layer_of(name), [call]), []
+        owner = FactoredSGD(model.layer, 0.1) if isinstance(model.layer, FactoredOutput) else model
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            torch.compile(model, fullgraph=True, backend="eager")(hidden, targets)
+        for run in (model, torch.compile(model, backend="eager")):
+            torch.manual_seed(1)  # a sampled loss draws
+            values.append(run(hidden, targets))
+            sum(value.sum() for value in values[-1]).backward()
+            owner.zero_grad()
+        torch.testing.assert_close(*values)
 
 
 @pytest.mark.parametrize(
-    ("name", "strict"), [*((name, False) for name in [*WHOLE, *GROUPED]), ("plif", True), ("hierarchical", True)]
+    ("name", "strict"), [*((name, False) for name in MAKE), ("plif", True), ("hierarchical", True)]
 )
-def test_exports_every_call_for_any_batch(name, strict):
+def test_exports_for_any_batch(name, strict):
     if strict and not DYNAMO_KNOWS_EXPORTS:
-        pytest.skip("strict exports need PyTorch 2.12")
+        pytest.skip("in this PyTorch a strict export has the chunks of a compiled graph, of one batch size")
     torch.compiler.reset()
-    model = Calls({**WHOLE, **GROUPED}[name]().double())
+    cell = CELLS[name][3]
+    chosen = {"all calls": CALLS, "all but the loss": CALLS[1:]}[re.split(r"[,;]", cell)[0]]
+    chosen = CALLS[1:] if "draws" in cell else chosen  # the loss: below
+    model = Calls(layer_of(name), [call for call in chosen if CELLS[name][CALLS.index(call)] != "none"])
     rows = torch.export.Dim("rows", min=2, max=1 << 30)
     with torch.no_grad():
         exported = torch.export.export(model, batch(6), dynamic_shapes=({0: rows}, {0: rows}), strict=strict)
@@ -98,24 +211,13 @@ def test_exports_every_call_for_any_batch(name, strict):
             torch.testing.assert_close(exported.module()(*batch(size)), model(*batch(size)))
 
 
-class Loss(nn.Module):
-    """The loss of a layer."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, hidden, targets):
-        return self.layer(hidden, targets)
-
-
 def test_an_exported_sampled_loss_draws_at_every_run():
-    model = Loss(SampledSoftmax(5, 11, Uniform(11), 3).double())
+    model = Calls(SampledSoftmax(5, 11, Uniform(11), 3).double(), [loss])
     hidden, targets = batch(6)
     exported = torch.export.export(model, (hidden.detach(), targets)).module()
-    losses = {exported(hidden.detach(), targets).item() for _ in range(5)}
+    losses = {exported(hidden.detach(), targets)[0].item() for _ in range(5)}
     assert len(losses) == 5
-    assert all(0 < loss < 10 for loss in losses)
+    assert all(0 < value < 10 for value in losses)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +231,7 @@ def test_an_exported_sampled_loss_draws_at_every_run():
 def test_a_loss_that_cannot_be_exported_says_what_to_use(make, says):
     hidden, targets = batch(6)
     with pytest.raises(RuntimeError, match=f"of lastlayer.*{re.escape(says)}"):
-        torch.export.export(Loss(make()), (hidden.detach().float(), targets), strict=False)
+        torch.export.export(Calls(make(), [loss]), (hidden.detach().float(), targets), strict=False)
 
 
 def test_a_screen_is_exported_by_to_onnx_alone():
@@ -138,12 +240,12 @@ def test_a_screen_is_exported_by_to_onnx_alone():
         torch.export.export(screen, (torch.randn(3, 5),), strict=False)
 
 
-@pytest.mark.parametrize("name", [*WHOLE, *GROUPED])
+@pytest.mark.parametrize("name", [n for n in MAKE if len(calls_that(n, "whole")) == 3 and "factored" not in n])
 def test_fake_tensors(name):
     """Shapes and dtypes without memory, from a layer whose parameters have values."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    model = Calls({**WHOLE, **GROUPED}[name]().double())
+    model = Calls(layer_of(name), CALLS)
     expected = model(*batch(6))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         hidden, targets = (mode.from_tensor(part.detach()) for part in batch(6))

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lastlayer.distributed.ranks import Ranks
+from lastlayer.functional.second_order import HandWritten
 
 _counters: list[Counter[str]] = []
 
@@ -104,11 +105,14 @@ def _reduce(tensor: Tensor, ranks: Ranks, operation: Any = dist.ReduceOp.SUM) ->
     return result
 
 
-class _Copied(torch.autograd.Function):
+class _Copied(HandWritten):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, ranks: Ranks, mean: bool) -> Tensor:
-        ctx.ranks, ctx.mean = ranks, mean
+    def forward(tensor: Tensor, ranks: Ranks, mean: bool) -> Tensor:
         return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.ranks, ctx.mean = inputs
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
@@ -116,25 +120,32 @@ class _Copied(torch.autograd.Function):
         return total / ctx.ranks.size if ctx.mean else total, None, None
 
 
-class _Summed(torch.autograd.Function):
+class _Summed(HandWritten):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks = ranks
+    def forward(tensor: Tensor, ranks: Ranks) -> Tensor:
         return _reduce(tensor, ranks)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.ranks = inputs
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         return copied(upstream[0], ctx.ranks), None
 
 
-class _Gathered(torch.autograd.Function):
+class _Gathered(HandWritten):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, spans: Sequence[slice], ranks: Ranks) -> Tensor:
-        ctx.own, ctx.ranks = spans[ranks.rank], ranks
+    def forward(tensor: Tensor, spans: Sequence[slice], ranks: Ranks) -> Tensor:
         widths = [span.stop - span.start for span in spans]
         padded = tensor.new_zeros(len(tensor), max(widths))
         padded[:, : tensor.shape[1]] = tensor
         return torch.cat([p[:, :w] for p, w in zip(gathered_alike(padded, ranks), widths, strict=True)], 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, spans, ctx.ranks = inputs
+        ctx.own = spans[ctx.ranks.rank]
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:

@@ -88,7 +88,9 @@ class LinearChunks:
         self.chunk_rows = max(group, min(CHUNK_BYTES // row_bytes, most) // group * group)
         numbers = PART_NUMBERS if hidden.device.type == "cpu" else PART_NUMBERS_GPU
         self.part_rows = max(group, numbers // len(weight) // group * group)
-        if torch.compiler.is_compiling():  # the compiler joins elementwise operations itself; a graph has each part
+        if (
+            torch.compiler.is_compiling()
+        ):  # which joins elementwise operations itself, and whose graph has each part
             self.part_rows = self.chunk_rows
         self.product = hidden.new_empty(self.chunk_rows, len(weight), dtype=dtype)
         self.sums: list[Tensor | None] = [None, None, None]
@@ -200,6 +202,6 @@ class LinearChunks:
 
 
 def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
-    """`range(start, stop)` in slices of `step`, by their number: of the sizes a compiled graph fixes that alone."""
+    """`range(start, stop)` in slices of `step`, by their number: a compiled graph fixes that, and no size."""
     for place in range(-((start - stop) // step)):
         yield slice(start + place * step, min(start + (place + 1) * step, stop))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lastlayer.functional.checks import integer_ids
 from lastlayer.functional.linear_chunks import Gradients, LinearChunks, Wanted
 from lastlayer.functional.linear_twin import linear_logits
 from lastlayer.functional.logit_map import LogitMap, bound
@@ -20,7 +21,7 @@ def mixture_cross_entropy(
     latent: Tensor,  # (N, K, d)
     log_prior: Tensor,  # (N, K), normalised, float32 at least
     weight: Tensor,  # (V, d)
-    targets: Tensor,  # (N,) valid classes
+    targets: Tensor,  # (N,) valid classes, of any integer dtype
     *,
     bias: Tensor | None = None,  # (V,)
     logit_map: LogitMap | None = None,
@@ -37,7 +38,7 @@ def mixture_cross_entropy(
 
     Cost: `6 N K V d` operations. Memory: a chunk of logits, the latent's gradient.
     """
-    dtype = product_dtype(latent)
+    dtype, targets = product_dtype(latent), integer_ids("targets", targets)
     parameters = () if logit_map is None else tuple(logit_map.parameters())
     rows, log_prior = latent.flatten(0, 1), log_prior.to(exact_dtype(dtype))
     if not ordinary(rows, log_prior, weight, bias, targets, *parameters):

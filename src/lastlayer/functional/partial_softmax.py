@@ -12,7 +12,7 @@ from lastlayer.functional.linear_twin import linear_logits
 from lastlayer.functional.logit_map import LogitMap, bound
 from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.precision import exact_dtype, no_autocast, product_dtype
-from lastlayer.functional.second_order import gradients
+from lastlayer.functional.second_order import HandWritten, gradients
 from lastlayer.functional.selection import Selection
 
 # In place of -inf, which is what all logits are where all classes are barred: differences of it are not NaN.
@@ -99,10 +99,9 @@ def _weighted(shifted: Tensor, weights: Tensor) -> Tensor:  # (n, W), (W,) or (n
     return (weights * shifted.masked_fill(weights == 0, 0)).sum(1)
 
 
-class _PartialSoftmax(torch.autograd.Function):
+class _PartialSoftmax(HandWritten):
     @staticmethod
     def forward(
-        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -124,10 +123,15 @@ class _PartialSoftmax(torch.autograd.Function):
             if weights is not None:
                 weighted[part] = _weighted(values, weights if weights.dim() == 1 else weights[part])
             log_mass[part] = values.exp_().sum(1).log_().clamp_(min=LEAST)
-        ctx.settings = logit_map, dtype
-        ctx.save_for_backward(hidden, weight, bias, ids, weights, peak, log_mass, *parameters)
-        ctx.mark_non_differentiable(peak)
         return PartialSoftmax(peak, log_mass, at, weighted)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, logit_map, dtype = inputs[:7]
+        peak, log_mass, *_ = output
+        ctx.settings = logit_map, dtype
+        ctx.save_for_backward(*tensors, peak, log_mass, *inputs[7:])
+        ctx.mark_non_differentiable(peak)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:

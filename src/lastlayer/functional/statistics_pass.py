@@ -180,7 +180,7 @@ def _run(
             shifted = values - peak[part, None]
             at_best = shifted.gather(1, indices[part].clamp(min=0))
             at_ids = None if ids is None else shifted.gather(1, ids[part])
-            shifted.clamp_(min=LEAST_LOG_PROB)
+            shifted = shifted.clamp(min=LEAST_LOG_PROB)
             mass = torch.exp(shifted, out=values).sum(1)
             log_mass[part] = mass.log()
             entropy[part] = log_mass[part] - torch.einsum("nv,nv->n", values, shifted) / mass
