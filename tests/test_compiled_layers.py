@@ -162,7 +162,7 @@ def compare(eager, compiled, rows):
 def test_compiles_whole_with_its_gradients(name):
     torch.compiler.reset()
     eager = Calls(layer_of(name), [call for call in calls_that(name, "whole") if call is not loss])
-    compare(eager, torch.compile(eager, fullgraph=True, dynamic=True, backend="aot_eager"), 6)
+    compare(eager, torch.compile(eager, fullgraph=True, backend="aot_eager"), 6)
 
 
 @pytest.mark.parametrize("name", [name for name in MAKE if loss in calls_that(name, "whole")])

@@ -15,9 +15,6 @@ from lastlayer.functional.reference_head import ReferenceChunks, ReferenceHead, 
 from lastlayer.functional.second_order import HandWritten, gradients
 from lastlayer.functional.selection import Selection
 
-# Log-probabilities are bounded by this in sums that weigh them: a class of probability 0 adds 0, not nan.
-LEAST_LOG_PROB = -1e4
-
 
 class StatisticsSettings(NamedTuple):
     """What is computed, of which logits."""
@@ -86,7 +83,7 @@ def _plain(
     values = values / temperature
     log_prob = values.log_softmax(1)
     prob = log_prob.exp()
-    bounded = log_prob.clamp(min=LEAST_LOG_PROB)
+    bounded = log_prob.clamp(min=-1e4)
     entropy = -(prob * bounded).sum(1)
     if indices is None:
         found = (logits if selection is None else selection.bar(logits)).topk(k or 0)
@@ -180,7 +177,7 @@ def _run(
             shifted = values - peak[part, None]
             at_best = shifted.gather(1, indices[part].clamp(min=0))
             at_ids = None if ids is None else shifted.gather(1, ids[part])
-            shifted = shifted.clamp(min=LEAST_LOG_PROB)
+            _bound_(shifted)
             mass = torch.exp(shifted, out=values).sum(1)
             log_mass[part] = mass.log()
             entropy[part] = log_mass[part] - torch.einsum("nv,nv->n", values, shifted) / mass
@@ -194,6 +191,11 @@ def _run(
                 if ids is not None:
                     of_reference[part] = reference.gather(1, ids[part])
     return gathered, peak + log_mass, entropy, best, kl, indices, of_reference, peak, log_mass
+
+
+def _bound_(log_prob: Tensor) -> Tensor:
+    """`log_prob`, bounded in place for sums that weigh it: a class of probability 0 adds 0, not nan."""
+    return log_prob.clamp_(min=-1e4)  # no constant of the module, which `dynamic=True` would make a symbol
 
 
 def _best_indices(logits: Tensor, part: slice, settings: StatisticsSettings) -> Tensor:  # (n, V) to (n, k)
@@ -244,7 +246,7 @@ def _form(
             gradient = log_prob.exp()
             factor = of_mass[part, None]
             if of_entropy is not None or other is not None:
-                log_prob.clamp_(min=LEAST_LOG_PROB)
+                _bound_(log_prob)
             if other is not None and of_kl is not None:
                 gap = (log_prob - other.log_prob(part)).masked_fill_(gradient == 0, 0)
                 factor = gap.sub_(kl[part]).mul_(of_kl[part]).add_(factor)
