@@ -7,7 +7,7 @@ import torch
 
 from lastlayer import Int4Preview, Int8Preview, ScreenedSoftmax, SVDPreview
 from lastlayer.kernels import engine
-from lastlayer.screening import base
+from lastlayer.screening import screen_rows
 from lastlayer.screening.plan import Plan
 from lastlayer.study.measuring.measure import peak_bytes
 
@@ -42,6 +42,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    base.measure_plan = lambda *_: Plan(())  # nothing is timed
+    screen_rows.measure_plan = lambda *_: Plan(())  # nothing is timed
     with engine.forced(None):
         main()

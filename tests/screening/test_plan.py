@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lastlayer import Int8Preview, ScreenedSoftmax, SVDPreview
-from lastlayer.screening import base
+from lastlayer.screening import screen_rows
 from lastlayer.screening.backend import backend_for
 from lastlayer.screening.plan import BATCHES, Plan, Planned, Tally, measure_plan
 
@@ -48,7 +48,7 @@ def test_backend_for(change, backend):
 def test_the_faster_answers(monkeypatch, faster):
     """An SVD screen of one coordinate is often wrong; the full layer never is, and certifies."""
     times = plan(1.0, 2.0) if faster == "screen" else plan(2.0, 1.0)
-    monkeypatch.setattr(base, "measure_plan", lambda *_: times)
+    monkeypatch.setattr(screen_rows, "measure_plan", lambda *_: times)
     weight, hidden = head()
     truth = (hidden @ weight.T).topk(5).indices
     for use in ("fastest", "screen", "full"):
@@ -63,10 +63,10 @@ def test_the_faster_answers(monkeypatch, faster):
 
 @pytest.mark.parametrize(("setting", "value"), [("candidates", 300), ("exact", True)])
 def test_a_changed_setting_is_measured_anew(monkeypatch, setting, value):
-    monkeypatch.setattr(base, "measure_plan", lambda *_: plan(1.0, 2.0))
+    monkeypatch.setattr(screen_rows, "measure_plan", lambda *_: plan(1.0, 2.0))
     weight, hidden = head()
     layer = ScreenedSoftmax(weight, preview=SVDPreview(1), candidates=20)
-    monkeypatch.setattr(base, "measure_plan", lambda *_: plan(2.0, 1.0))
+    monkeypatch.setattr(screen_rows, "measure_plan", lambda *_: plan(2.0, 1.0))
     assert layer.plan() == plan(1.0, 2.0)
     setattr(layer, setting, value)
     assert layer.plan() == plan(2.0, 1.0)
@@ -130,7 +130,7 @@ def test_rows_that_need_the_full_layer_all_the_same():
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_flat_rows_leave_the_screen(monkeypatch, rows):
-    monkeypatch.setattr(base, "measure_plan", lambda *_: plan(1.0, 2.0))
+    monkeypatch.setattr(screen_rows, "measure_plan", lambda *_: plan(1.0, 2.0))
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(2000, 32, generator=generator)
     layer = ScreenedSoftmax(weight, preview=SVDPreview(1), candidates=5, exact=True)
@@ -151,7 +151,7 @@ def test_bad_use(use):
 
 
 def test_one_warning_where_the_screen_never_gains(monkeypatch):
-    monkeypatch.setattr(base, "measure_plan", lambda *_: plan(2.0, 1.0))
+    monkeypatch.setattr(screen_rows, "measure_plan", lambda *_: plan(2.0, 1.0))
     weight, hidden = head()
     layer = ScreenedSoftmax(weight, preview=Int8Preview(), candidates=20)
     with pytest.warns(RuntimeWarning, match="the full layer is faster than this screen"):
@@ -164,7 +164,7 @@ def test_one_warning_where_the_screen_never_gains(monkeypatch):
 def test_no_warning_where_it_gains_or_was_not_asked(monkeypatch, recwarn):
     weight, hidden = head()
     for times, use in ((plan(1.0, 2.0), "fastest"), (plan(2.0, 1.0), "full"), (plan(2.0, 1.0), "screen")):
-        monkeypatch.setattr(base, "measure_plan", lambda *_, times=times: times)
+        monkeypatch.setattr(screen_rows, "measure_plan", lambda *_, times=times: times)
         layer = ScreenedSoftmax(weight, preview=Int8Preview(), candidates=20, use=use)
         layer.topk(hidden, 5)
     assert not [warning for warning in recwarn if issubclass(warning.category, RuntimeWarning)]
