@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
 from lastlayer.distributed import count_bytes, shard
@@ -87,7 +88,7 @@ def measure(rank: int, ranks: int, sizes: tuple[int, int, int], folder: str) -> 
                 "written_bytes": (written() - before) / STEPS,
                 "counted_bytes": sent.total(),
                 "formula_bytes": None if formula is None else 2 * (ranks - 1) / ranks * 4 * formula,
-                "parameter_bytes": sum(p.to_local().nbytes for p in layer.parameters()),
+                "parameter_bytes": sum(p.to_local().nbytes for p in layer.parameters() if isinstance(p, DTensor)),
                 "whole_parameter_bytes": parameters,
                 "peak_bytes": peak_bytes(step),
             }

@@ -158,7 +158,7 @@ class ScreenRows(WatchedHead):
         return Head(self.weight.detach(), None if self.bias is None else self.bias.detach())
 
     def _found(self, rows: Tensor, query: Query, use: Use) -> Result | Screened:
-        """The result of the screen, or of the full layer in its place, without a gradient; by the engine a `Result`."""
+        """What the screen, or the full layer in its place, finds, without a gradient; a `Result` of the engine."""
         rows, compiled, backend = rows.detach(), self._engine(), self._backend(len(rows), use)
         if compiled is not None and len(rows):
             if backend == "full":
