@@ -42,8 +42,8 @@ def a_gradient(state, rows, width, with_total):
     with engine.forced(None):
         products, *_ = state.read(hidden, ids)
         found = type("Found", (), {"by_score": by_score, "by_norm": by_norm, "by_total": by_total})
-        context = type("Context", (), {"rows": hidden, "products": products, "ids": ids, "found": found})
-        return record._gradient(state, context, torch.ones((), dtype=dtype))[0]
+        kept = record._Kept(hidden, products, ids, found)
+        return record._gradient(state, kept, torch.ones((), dtype=dtype))[0]
 
 
 def same(ours, theirs, dtype):
