@@ -177,6 +177,15 @@ def test_one_graph_is_the_loss_of_any_batch(name):
         assert counts[0] == counts[1], "another batch size compiled again"
 
 
+@pytest.mark.parametrize("name", ["full", "mixture", "hierarchical"])
+def test_a_loss_without_gradients(name):
+    torch.compiler.reset()
+    layer = layer_of(name)
+    with torch.no_grad():
+        found = torch.compile(layer, fullgraph=True, backend="eager")(*batch(6))
+        torch.testing.assert_close(found, layer(*batch(6)))
+
+
 @pytest.mark.parametrize("name", [name for name in MAKE if calls_that(name, "breaks")])
 def test_where_the_graph_breaks_the_layer_runs_eagerly(name):
     hidden, targets = batch(6)

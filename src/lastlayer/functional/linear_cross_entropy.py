@@ -135,7 +135,7 @@ def loss_of(
     if torch.is_grad_enabled() and loss.reduction != "none":
         wanted = Wanted.of(rows, weight, bias, parameters)
     with no_autocast(rows.device.type):
-        found: Any = _LinearCrossEntropy.apply(rows, weight, bias, loss, wanted, *parameters)
+        found: Any = _LinearCrossEntropy.run(rows, weight, bias, loss, wanted, *parameters)
     return found[0]
 
 

@@ -48,7 +48,7 @@ def mixture_cross_entropy(
         of_all = Wanted.of(rows, weight, bias, parameters)
         wanted = of_all if any(of_all) or log_prior.requires_grad else None
     with no_autocast(latent.device.type):
-        found: Any = _MixtureCrossEntropy.apply(
+        found: Any = _MixtureCrossEntropy.run(
             rows, log_prior, weight, bias, targets, shares, logit_map, dtype, wanted, *parameters
         )
     return found[0]

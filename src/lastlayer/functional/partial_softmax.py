@@ -55,7 +55,7 @@ def partial_softmax(
     if not ordinary(hidden, weight, bias, ids, *parameters):
         return _plain(hidden, weight, bias, ids, weights, logit_map, parameters, dtype)
     with no_autocast(hidden.device.type):
-        found: Any = _PartialSoftmax.apply(hidden, weight, bias, ids, weights, logit_map, dtype, *parameters)
+        found: Any = _PartialSoftmax.run(hidden, weight, bias, ids, weights, logit_map, dtype, *parameters)
     return PartialSoftmax(*found)
 
 

@@ -27,6 +27,16 @@ class HandWritten(torch.autograd.Function):
     Transformed tensors take the function's plain twin (see `ordinary`); a batched one never comes here.
     """
 
+    @classmethod
+    def run(cls, *args: Any) -> Any:
+        """`apply`, or `forward` alone where nothing is differentiated.
+
+        There Dynamo would call `forward` itself, and with `*parameters` in its signature pass it the context too.
+        """
+        if torch.is_grad_enabled() and any(isinstance(part, Tensor) and part.requires_grad for part in args):
+            return cls.apply(*args)
+        return cls.forward(*args)
+
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         raise RuntimeError(

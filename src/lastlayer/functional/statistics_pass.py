@@ -64,7 +64,7 @@ def row_statistics(
     if not ordinary(hidden, weight, bias, ids, *others, *parameters):
         return RowStatistics(*_plain(hidden, weight, bias, ids, settings, parameters))
     with no_autocast(hidden.device.type):
-        found: Any = _RowStatistics.apply(hidden, weight, bias, ids, settings, *parameters)
+        found: Any = _RowStatistics.run(hidden, weight, bias, ids, settings, *parameters)
     return RowStatistics(*found[: len(RowStatistics._fields)])
 
 

@@ -66,7 +66,7 @@ def two_level_log_prob(
 @outside_graphs
 def _grouped(targets: Targets, hidden: Tensor, *parameters: Tensor | None) -> Tensor:
     wants_slope = torch.is_grad_enabled() and hidden.requires_grad
-    found: Any = _TwoLevelLogProb.apply(targets, wants_slope, hidden, *parameters)
+    found: Any = _TwoLevelLogProb.run(targets, wants_slope, hidden, *parameters)
     return found[0]
 
 
