@@ -21,7 +21,7 @@ class FullSoftmax(SoftmaxHead):
     `functional.linear_cross_entropy`, whose options the constructor takes.
 
     Cost of a training step: `6 N V d` operations (three matrix products); memory beyond the parameters and their
-    gradients: one chunk of logits, about 130 MB at most (twice that with a logit map). A query reads all of
+    gradients: one chunk of logits, about 270 MB at most (twice that with a logit map). A query reads all of
     `weight`.
 
     With a `normalizer` (`Sparsemax()`, `Entmax(alpha)`, `TopKSoftmax(k)`) the probabilities are its own, and so is
