@@ -12,16 +12,16 @@ from lastlayer.distributed.one_vs_all import ShardedOneVsAll
 from lastlayer.distributed.parameters import local
 from lastlayer.distributed.queries import best_of_ranks, sample_of_ranks, selection_of
 from lastlayer.distributed.ranks import Ranks
+from lastlayer.functional.changes import count_of_changes
 from lastlayer.functional.checks import check_count, check_hidden, check_positive
 from lastlayer.functional.partial_softmax import LEAST, mapped
 from lastlayer.functional.precision import exact_dtype
 from lastlayer.functional.results import ScreenedTopK
 from lastlayer.functional.selection import Selection, check_candidates, make_selection
+from lastlayer.screening.base import IGNORE_INDEX
 from lastlayer.screening.exact import logits_at
 from lastlayer.screening.preview import Preview
 from lastlayer.screening.screened import ScreenedSoftmax
-
-IGNORE_INDEX = -100
 
 
 class ShardedScreen(nn.Module):
@@ -78,7 +78,9 @@ class ShardedScreen(nn.Module):
     def _stamp(self) -> list[tuple[int, int]]:
         """Changes with the weight and bias: which DTensors, and how often these were written."""
         (layer,) = self._layer
-        return [(id(tensor), tensor._version) for tensor in (layer.weight, layer.bias) if tensor is not None]
+        return [
+            (id(tensor), count_of_changes(tensor)) for tensor in (layer.weight, layer.bias) if tensor is not None
+        ]
 
     @torch.no_grad()
     def topk(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from lastlayer.functional.changes import count_of_changes
 from lastlayer.functional.ordinary import exporting
 
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -105,16 +106,11 @@ class WatchedHead(nn.Module, ABC):
             )
 
     def _stamp(self) -> tuple[Any, ...]:
-        """Changes whenever the weight or bias is written, moved or replaced (except through `.data`).
-
-        `Tensor._version` is the count of changes by which autograd notices that a saved tensor was written.
-        PyTorch documents the count, and `torch.autograd.graph.increment_version` to raise it, but has no public
-        way to read it.
-        """
+        """Changes whenever the weight or bias is written, moved or replaced (except through `.data`)."""
         weight, bias = self.weight, self.bias
-        stamp = (weight.data_ptr(), weight._version)
+        stamp = (weight.data_ptr(), count_of_changes(weight))
         if bias is not None:
-            stamp = (*stamp, bias.data_ptr(), bias._version)
+            stamp = (*stamp, bias.data_ptr(), count_of_changes(bias))
         if self._watched:
             own = {"weight": weight, "bias": bias}
             stamp = (*stamp, *(place.current() is own[place.own] for place in self._watched))

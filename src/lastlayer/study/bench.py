@@ -24,7 +24,7 @@ from lastlayer.study.measuring.peers import (
     zipf_counts,
 )
 from lastlayer.study.report.figures import figure
-from lastlayer.study.report.tables import print_table
+from lastlayer.study.report.tables import plain_table, print_table
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
 
@@ -147,9 +147,7 @@ def _measure(case: Case, sizes: Sizes, seconds: float) -> list[dict[str, Any]]:
 
 def _table(case: Case, sizes: Sizes, records: list[dict[str, Any]]) -> Table:
     title = f"{case.meaning}: V={sizes.num_classes:,} d={sizes.in_features} N={case.batch}"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for heading in ("", "ms", "middle half", "of full", "peak MB"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    table = plain_table(title, ("", "ms", "middle half", "of full", "peak MB"))
     for record in records:
         table.add_row(
             record["name"],

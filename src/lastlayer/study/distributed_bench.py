@@ -14,7 +14,7 @@ from lastlayer.study.measuring.cost import training_step
 from lastlayer.study.measuring.measure import interleaved, peak_bytes
 from lastlayer.study.measuring.peers import zipf_counts
 from lastlayer.study.report.figures import figure
-from lastlayer.study.report.tables import print_table
+from lastlayer.study.report.tables import plain_table, print_table
 
 ROUNDS = 5
 SHARDABLE = ("full", "hierarchical", "sigsoftmax", "plif", "mixture", "adaptive", "sampled")
@@ -82,9 +82,7 @@ def _table(sizes: Sizes, records: list[dict[str, Any]]) -> Table:
         f"training step over {processes.count()} processes: V={sizes.num_classes:,} d={sizes.in_features} "
         f"N={sizes.batch}"
     )
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for heading in ("", "ms", "sent kB", "parameters MB", "peak MB"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    table = plain_table(title, ("", "ms", "sent kB", "parameters MB", "peak MB"))
     for record in records:
         table.add_row(
             record["name"],

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lastlayer.functional.changes import count_of_changes
 from lastlayer.functional.linear_cross_entropy import linear_cross_entropy
 from lastlayer.functional.precision import autocast_is_on, product_dtype
 from lastlayer.layers.soft_cap import SoftCap
@@ -203,4 +204,4 @@ class RecordedLogits(NamedTuple):
 def _versions(head: Head) -> tuple[int, ...]:
     if torch.compiler.is_compiling():
         return ()
-    return tuple(-1 if tensor.is_inference() else tensor._version for tensor in head.parameters())
+    return tuple(-1 if tensor.is_inference() else count_of_changes(tensor) for tensor in head.parameters())

@@ -5,6 +5,7 @@ function here returns NotImplemented for arguments that it does not know; the re
 """
 
 from collections.abc import Callable
+from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -124,26 +125,6 @@ def _shift(recorded: RecordedLogits, vector: Any) -> Any:
     return Step("shift", vector.reshape(-1))
 
 
-@_of(STEPS, Tensor.float)
-def _float(recorded: RecordedLogits) -> Any:
-    return _cast(recorded, torch.float32)
-
-
-@_of(STEPS, Tensor.double)
-def _double(recorded: RecordedLogits) -> Any:
-    return _cast(recorded, torch.float64)
-
-
-@_of(STEPS, Tensor.bfloat16)
-def _bfloat16(recorded: RecordedLogits) -> Any:
-    return _cast(recorded, torch.bfloat16)
-
-
-@_of(STEPS, Tensor.half)
-def _half(recorded: RecordedLogits) -> Any:
-    return _cast(recorded, torch.float16)
-
-
 @_of(STEPS, Tensor.to)
 def _to(recorded: RecordedLogits, *where: Any, **more: Any) -> Any:
     if len(where) == 1 and more.keys() <= {"non_blocking"}:
@@ -158,3 +139,12 @@ def _to(recorded: RecordedLogits, *where: Any, **more: Any) -> Any:
 
 def _cast(recorded: RecordedLogits, dtype: torch.dtype) -> Any:
     return None if dtype == recorded.dtype else Step("cast", dtype)
+
+
+DTYPE_METHODS = {
+    Tensor.float: torch.float32,
+    Tensor.double: torch.float64,
+    Tensor.bfloat16: torch.bfloat16,
+    Tensor.half: torch.float16,
+}
+STEPS.update({method: partial(_cast, dtype=dtype) for method, dtype in DTYPE_METHODS.items()})

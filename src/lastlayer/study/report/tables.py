@@ -8,6 +8,14 @@ from rich.table import Table
 LEAST_COLUMNS = 80  # what every table is laid out for
 
 
+def plain_table(title: str, headings: tuple[str, ...]) -> Table:
+    """An empty table of figures without lines; the first column is for names."""
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    return table
+
+
 def print_table(console: Console, table: Table) -> None:
     """Prints a table; a terminal too narrow for it gets a block of lines for each row, no figure cut."""
     options = console.options.update(width=max(console.width, LEAST_COLUMNS))
