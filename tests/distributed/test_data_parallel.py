@@ -22,7 +22,8 @@ from lastlayer import (
     TreeSoftmax,
     ZLoss,
 )
-from lastlayer.distributed import GradientAverager
+from lastlayer.distributed import GradientAverager, count_bytes
+from lastlayer.layers.factored import optimizer as optimizers
 
 MAKES = {
     "hierarchical": lambda: HierarchicalSoftmax(5, 23, sparse=True, dtype=torch.float64),
@@ -136,6 +137,37 @@ def factored_steps_are_equal(group, loss, bias):
 def test_factored_steps(pool, ranks):
     for loss in LOSSES:
         pool.run(factored_steps_are_equal, ranks, loss, loss == "squared")
+
+
+def a_refusal_is_one_of_all(group):
+    """A process that cannot plan the step: no other makes it, and all can make it afterwards."""
+    layer = FactoredOutput(6, 40, loss=SquaredError(), dtype=torch.float64)
+    own = FactoredSGD(layer, lr=0.02, process_group=group)
+    before, targets = layer.weight, torch.arange(5) + group.rank()
+    layer(torch.ones(5, 6, dtype=torch.float64) / 6, targets).backward()
+    plan = optimizers.plan_step
+
+    def fails(*_, **settings):
+        raise ValueError("of one process alone")
+
+    if group.rank() == 1:
+        optimizers.plan_step = fails
+    try:
+        with pytest.raises(ValueError, match="of one process alone"):
+            own.step()
+    finally:
+        optimizers.plan_step = plan
+    assert torch.equal(layer.weight, before)
+    with count_bytes() as sent:
+        own.step()
+    assert not torch.equal(layer.weight, before)
+    R, N, K, d = group.size(), 5, 1, 6
+    numbers = N * (5 * d + 3 + 2 * K)  # of a loss that does not read the sum; and three facts, and an agreement
+    assert sent.total() == (R - 1) * 8 * (numbers + 3) + round(2 * (R - 1) / R * 16)
+
+
+def test_a_refusal_is_one_of_all(pool):
+    pool.run(a_refusal_is_one_of_all, 3)
 
 
 def encoder_and_factored_train_as_one(group):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lastlayer import FactoredOutput
 from lastlayer.distributed import shard
 from lastlayer.testing import LAWS, LayerCase
 from law_table import CASES
@@ -28,6 +29,7 @@ SHARDED_CASES = [
     "adaptive-counts",
     "mixture-mapped",
     "sampled-softmax",
+    "factored-taylor-bias",
 ]
 
 
@@ -49,6 +51,9 @@ def over_ranks(case, group):
         """A layer of one process with the parameters of all ranks, differentiable."""
         options = {"reduction": layer.reduction, "ignore_index": layer.ignore_index}
         made = case.make(dtype=next(layer.parameters()).dtype, **options)
+        if isinstance(layer, FactoredOutput):  # whose weight is no parameter
+            made.set_weight(layer.weight.full_tensor(), layer.bias.full_tensor())
+            return made.eval()
         for name, parameter in layer.named_parameters():
             module, _, own = name.rpartition(".")
             made.get_submodule(module)._parameters[own] = parameter.full_tensor()
@@ -63,6 +68,7 @@ def over_ranks(case, group):
         oracle=lambda layer, hidden: case.oracle(whole(layer), hidden),
         loss_oracle=loss,
         likelihood=case.likelihood,
+        fill=case.fill,
         case=case,
         group=group,
     )

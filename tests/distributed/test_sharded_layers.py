@@ -159,8 +159,9 @@ def one_vs_all_is_equal(group, sampled, V):
                 "topk": lambda layer, h: layer.topk(h, 2, exclude=several[: len(h)]).scores,
             }
             check_calls(layer, sharded, hidden, None, calls, f"one against all, V={V}, {rows} rows, {reduction}")
-    with pytest.raises(TypeError, match="scores"):
-        sharded.log_prob(hidden)
+    for call in (sharded.log_prob, sharded.sample):
+        with pytest.raises(TypeError, match="scores"):
+            call(hidden)
 
 
 def test_one_vs_all(pool):

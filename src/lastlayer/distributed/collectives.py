@@ -1,4 +1,4 @@
-"""The collectives of sharded layers, differentiable, and the bytes that they send.
+"""The collectives of sharded layers, differentiable.
 
 All ranks compute the same loss from the same hidden states, and each runs its own backward pass. So the gradient
 of a tensor that all ranks hold is the same on all; and with R ranks
@@ -12,9 +12,7 @@ of a tensor that all ranks hold is the same on all; and with R ranks
 Each backward pass is made of these again, and so second derivatives are right too.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,33 +21,7 @@ from torch import Tensor
 
 from lastlayer.distributed.ranks import Ranks
 from lastlayer.functional.second_order import HandWritten
-
-_counters: list[Counter[str]] = []
-
-
-@contextmanager
-def count_bytes() -> Iterator[Counter[str]]:
-    """Counts the bytes that each collective of a sharded layer sends from this rank, by its name.
-
-    By the usual ring algorithms, with R ranks and n bytes of result: `2 (R - 1) / R n` for an all-reduce,
-    `(R - 1) / R n` for an all-gather and a broadcast. Equal parts are sent: the largest counts.
-
-    >>> with count_bytes() as sent:
-    ...     pass  # a step
-    >>> sent.total()
-    0
-    """
-    counter: Counter[str] = Counter()
-    _counters.append(counter)
-    try:
-        yield counter
-    finally:
-        _counters.remove(counter)
-
-
-def _count(name: str, sent: float) -> None:
-    for counter in _counters:
-        counter[name] += round(sent)
+from lastlayer.functional.sent_bytes import count_sent
 
 
 def copied(tensor: Tensor, ranks: Ranks, *, mean: bool = False) -> Tensor:
@@ -82,7 +54,7 @@ def gathered_alike(tensor: Tensor, ranks: Ranks) -> list[Tensor]:
     if ranks.size == 1 or not tensor.numel():
         return [tensor] * ranks.size
     parts = [torch.empty_like(tensor) for _ in range(ranks.size)]
-    _count("all_gather", tensor.nbytes * (ranks.size - 1))
+    count_sent("all_gather", tensor.nbytes * (ranks.size - 1))
     dist.all_gather(parts, tensor, group=ranks.group)
     return parts
 
@@ -91,7 +63,7 @@ def from_first(tensor: Tensor, ranks: Ranks) -> Tensor:
     """The tensor of the first rank, on all."""
     if ranks.size > 1 and tensor.numel():
         tensor = tensor.clone()
-        _count("broadcast", tensor.nbytes * (ranks.size - 1) / ranks.size)
+        count_sent("broadcast", tensor.nbytes * (ranks.size - 1) / ranks.size)
         dist.broadcast(tensor, group=ranks.group, group_src=0)
     return tensor
 
@@ -100,7 +72,7 @@ def _reduce(tensor: Tensor, ranks: Ranks, operation: Any = dist.ReduceOp.SUM) ->
     if ranks.size == 1 or not tensor.numel():
         return tensor
     result = tensor.clone(memory_format=torch.contiguous_format)
-    _count("all_reduce", 2 * (ranks.size - 1) / ranks.size * result.nbytes)
+    count_sent("all_reduce", 2 * (ranks.size - 1) / ranks.size * result.nbytes)
     dist.all_reduce(result, operation, group=ranks.group)
     return result
 

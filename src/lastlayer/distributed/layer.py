@@ -36,27 +36,40 @@ class ShardedLayer(OutputLayer):
 
     DIVIDED: tuple[str, ...] = ()  # the names of parameters and buffers that have a row for each class
     PARTIAL: tuple[str, ...] = ()  # the parts of the layer that each rank uses for its own classes alone
+    PLAIN: tuple[str, ...] = ()  # the names of parameters that stay plain tensors
+    KEPT: tuple[str, ...] = ()  # the names of attributes that are not copied, as a subclass divides them itself
 
     @staticmethod
     def check(layer: Any) -> None:
         """An error unless the layer, of the right class, can be sharded."""
 
+    @staticmethod
+    def facts(layer: Any) -> dict[str, Any]:
+        """What all ranks must have the same beside settings and the state dict."""
+        return {}
+
     def __init__(self, layer: OutputLayer, ranks: Ranks, copies: Ranks | None) -> None:
         self.check(layer)
-        shared = {id(tensor): tensor for tensor in (*layer.parameters(), *layer.buffers())}
+        kept = (getattr(layer, name) for name in self.KEPT)
+        shared = {id(part): part for part in (*layer.parameters(), *layer.buffers(), *kept)}
         self.__setstate__(copy.deepcopy(vars(layer), shared))  # all of it but for the tensors
         self.ranks, self.copies = ranks, copies
         self._agreed: set[str] = set()
         for module_name, module in self.named_modules():
             prefix = f"{module_name}." if module_name else ""
             for name, parameter in list(module.named_parameters(recurse=False)):
-                place = divided if self._is_divided(prefix + name) else replicated
-                made = nn.Parameter(place(parameter, ranks), requires_grad=parameter.requires_grad)
+                made = nn.Parameter(self._placed(prefix + name, parameter), requires_grad=parameter.requires_grad)
                 module.register_parameter(name, made)
             for name, buffer in list(module.named_buffers(recurse=False)):
                 own = self._is_divided(prefix + name)
                 device = buffer.device if buffer.is_meta else ranks.mesh.device_type
                 setattr(module, name, divided(buffer, ranks) if own else buffer.to(device, copy=True))
+
+    def _placed(self, name: str, parameter: Tensor) -> Tensor:
+        if name in self.PLAIN:
+            device = parameter.device if parameter.is_meta else self.ranks.mesh.device_type
+            return parameter.detach().to(device, copy=True)
+        return (divided if self._is_divided(name) else replicated)(parameter, self.ranks)
 
     def _is_divided(self, name: str) -> bool:
         """Whether a parameter or buffer has a row for each class."""

@@ -32,6 +32,9 @@ class ShardedOneVsAll(RowScoredLayer, OneVsAll):
     def _scores(self, hidden: Tensor) -> Tensor:
         return self._all_scores(hidden)
 
+    def _sample(self, hidden: Tensor, num_samples: int) -> Tensor:
+        return OneVsAll._sample(self, hidden, num_samples)
+
     def _own_scores(self, hidden: Tensor) -> list[Part]:
         scores = as_exact(F.linear(copied(hidden, self.ranks), self.weight))
         return [(scores if self.bias is None else scores + self.bias, self.ranks.span(self.num_classes))]

@@ -1,6 +1,5 @@
 """`shard`: a layer with its classes divided among processes."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -8,6 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lastlayer.distributed.adaptive import ShardedAdaptiveSoftmax
 from lastlayer.distributed.agreement import check_agreement
+from lastlayer.distributed.factored import ShardedFactoredOutput
 from lastlayer.distributed.full import ShardedFullSoftmax
 from lastlayer.distributed.hierarchical import ShardedHierarchicalSoftmax
 from lastlayer.distributed.layer import ShardedLayer
@@ -17,15 +17,17 @@ from lastlayer.distributed.ranks import check_ranks
 from lastlayer.distributed.sampled import ShardedSampledSoftmax
 from lastlayer.layers.adaptive import AdaptiveSoftmax
 from lastlayer.layers.base import OutputLayer
+from lastlayer.layers.factored import FactoredOutput
 from lastlayer.layers.full import FullSoftmax
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
 from lastlayer.layers.mixture import MixtureOfSoftmaxes
 from lastlayer.layers.one_vs_all import OneVsAll
 from lastlayer.layers.sampled.sampled_softmax import SampledSoftmax
 
-KINDS: dict[type[OutputLayer], Callable[..., ShardedLayer]] = {
+KINDS: dict[type[OutputLayer], type[ShardedLayer]] = {
     FullSoftmax: ShardedFullSoftmax,
     AdaptiveSoftmax: ShardedAdaptiveSoftmax,
+    FactoredOutput: ShardedFactoredOutput,
     HierarchicalSoftmax: ShardedHierarchicalSoftmax,
     MixtureOfSoftmaxes: ShardedMixtureOfSoftmaxes,
     OneVsAll: ShardedOneVsAll,
@@ -45,7 +47,8 @@ def shard(layer: OutputLayer, mesh_or_group: DeviceMesh | dist.ProcessGroup | No
     Parameters are DTensors, `Shard(0)` where they have a row for each class and else `Replicate()`, named as in
     `layer`: optimizers, `torch.nn.utils.clip_grad_norm_` (of this layer's parameters alone: it takes no plain
     tensors beside DTensors) and `torch.distributed.checkpoint` work, the last with another number of ranks;
-    `load_state_dict` also takes the state of a layer that is not sharded.
+    `load_state_dict` also takes the state of a layer that is not sharded. A `FactoredOutput` has its weight in the
+    state dict alone, and is trained by `FactoredSGD`.
 
     With a mesh of two dimensions the first holds copies for data parallelism: each row of the mesh divides the
     classes, takes its own data, and all gradients of this layer are averaged over the first dimension in the
@@ -82,11 +85,12 @@ def shard(layer: OutputLayer, mesh_or_group: DeviceMesh | dist.ProcessGroup | No
         raise TypeError(f"layer must have no normalizer to be sharded, got normalizer={layer.normalizer}")
     first = next(layer.parameters(), None)
     ranks, copies = check_ranks(mesh_or_group, "cpu" if first is None else first.device.type)
-    facts = {"type": type(layer).__name__, **_settings(layer), **layer.state_dict()}
+    make = next((KINDS[kind] for kind in type(layer).__mro__ if kind in KINDS), None)
+    more = {} if make is None else make.facts(layer)
+    facts = {"type": type(layer).__name__, **_settings(layer), **layer.state_dict(), **more}
     check_agreement("layer", facts, ranks)
     if copies is not None:
         check_agreement("layer", facts, copies)
-    make = next((KINDS[kind] for kind in type(layer).__mro__ if kind in KINDS), None)
     if make is None:
         allowed = ", ".join(sorted(kind.__name__ for kind in KINDS))
         raise TypeError(f"layer must be one of {allowed} to be sharded, got {type(layer).__name__}")

@@ -18,6 +18,8 @@ Repairs, by increasing cost (that of R in the rows of a batch is part of each st
 - rows of U whose scale leaves the range of the numbers are brought back, exactly, O(V) for each; an offset that
   has grown large relative to W, which `F U` then nearly cancels, moves into F, O(V d);
 - Q is computed anew from the weight, O(V d^2), once in so many steps that this costs one part in twenty of them.
+
+Where processes divide the rows of F, each repairs its own, and all repair what the first one decides.
 """
 
 import math
@@ -26,6 +28,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lastlayer.layers.factored.rows import Rows
 from lastlayer.layers.factored.state import FactoredState, inverse_transpose
 from lastlayer.layers.factored.step import Step, drift_limit
 
@@ -78,14 +81,15 @@ class Stabilizer:
         """Frees the rows of U that depend on others, and recomputes R; returns how many rows. W is unchanged."""
         exact = state.map.double()
         scale = exact.norm(dim=1, keepdim=True)
-        presence = column_presence(state.factor) * scale[:, 0]
+        presence = column_presence(state.rows) * scale[:, 0]
         light = presence < state.negligible()
         found = independent_rows(exact / scale, presence, light, math.exp(growth_limit(state)) / SLACK)
-        if found is None:
+        nothing = torch.full_like(exact, torch.nan)
+        rows, transform = state.rows.first(torch.stack((nothing, nothing) if found is None else found))
+        if not bool(rows.isfinite().all()):
             state.rebase()
             self._measure(state)
             return state.features
-        rows, transform = found
         changed = (transform != torch.eye(len(transform), device=exact.device)).any(1).nonzero().squeeze(1)
         if len(changed):
             state.change_rows(changed, rows * scale, scale * transform / scale.T)
@@ -96,7 +100,7 @@ class Stabilizer:
     def stabilize(self, state: FactoredState) -> int:
         """Multiplies the product out where a singular value of U is outside [1/2, 2]; how many were."""
         values = torch.linalg.svdvals(state.map.double())
-        outside = int(((values < 0.5) | (values > 2)).sum())
+        outside = int(state.rows.first(((values < 0.5) | (values > 2)).sum()))
         if outside:
             state.rebase()
         else:
@@ -114,15 +118,15 @@ class Stabilizer:
         if not state.inverse_drift() <= drift_limit(state.factor.dtype):
             state.refresh_inverse()
         scale = state.map.double().norm(dim=1)
-        amplification, least, most, offset, typical = torch.stack(
-            [
-                (scale * state.inverse.double().norm(dim=1)).norm(),
-                scale.min(),
-                scale.max(),
-                state.offset.double().norm(),
-                state.typical_norm(),
-            ]
-        ).tolist()
+        own = [
+            (scale * state.inverse.double().norm(dim=1)).norm(),
+            scale.min(),
+            scale.max(),
+            state.offset.double().norm(),
+            state.typical_norm(),
+        ]
+        measured = state.rows.first(torch.cat([torch.stack(own), scale]))
+        (amplification, least, most, offset, typical), scale = measured[:5].tolist(), measured[5:]
         if least < 1 / RANGE or most > RANGE:
             state.rescale(scale, FAR)
         if offset > CANCELLING * typical:
@@ -195,7 +199,7 @@ def independent_rows(
     return (rows, transform) if known < enough else None
 
 
-def column_presence(factor: Tensor) -> Tensor:  # (d,), float64
+def column_presence(rows: Rows) -> Tensor:  # (d,), float64
     """What most rows of F do not exceed, column by column, judged by some of them."""
-    some = factor[:: max(1, len(factor) // SAMPLED)].abs().double()
+    some = rows.some(SAMPLED).abs().double()
     return some.kthvalue(1 + int(MOST * (len(some) - 1)), 0).values.clamp(min=1e-200)

@@ -25,6 +25,7 @@ from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.factored.conditioning import Stabilizer
 from lastlayer.layers.factored.optimizer import FactoredSGD
 from lastlayer.layers.factored.record import Ledger, Pass, recorded_loss
+from lastlayer.layers.factored.rows import Rows
 from lastlayer.layers.factored.state import Consistency, FactoredState
 
 
@@ -183,13 +184,12 @@ class FactoredOutput(OutputLayer):
             raise ValueError(f"weight must have shape (V, d) = {expected}, got {tuple(weight.shape)}")
         if bias is not None and (not self.has_bias or bias.shape != expected[:1]):
             raise ValueError(f"bias must have shape {expected[:1]}, with bias=True; got {tuple(bias.shape)}")
-        columns = weight.to(self.anchor)
+        columns = self._own_rows(weight).to(self.anchor)
         if self.has_bias:
-            last = self.bias if bias is None else bias.to(self.anchor)
-            assert last is not None
-            columns = torch.cat([columns, last[:, None]], 1)
+            last = self.state.weight()[:, self.in_features] if bias is None else self._own_rows(bias)
+            columns = torch.cat([columns, last.to(self.anchor)[:, None]], 1)
         if not columns.is_meta:
-            _check_finite(columns)
+            _check_finite(columns, self.state.rows)
         self._rebuild(columns.clone())
 
     def linear_head(self) -> tuple[Tensor, Tensor | None, nn.Module | None]:
@@ -294,9 +294,16 @@ class FactoredOutput(OutputLayer):
 
     # Copies, moves and state dicts.
 
+    def _own_rows(self, tensor: Tensor) -> Tensor:
+        """The rows of a `(V, ...)` tensor that this process has: all, unless the layer is sharded."""
+        return tensor
+
+    def _rows_of(self, columns: Tensor) -> Rows:
+        return Rows(columns)
+
     def _rebuild(self, columns: Tensor) -> None:
         with torch.no_grad():
-            self.state = FactoredState(columns)
+            self.state = FactoredState(columns, self._rows_of)
         self._stabilizer = Stabilizer(automatic=self._stabilizer.automatic)
         self._ledger.forget(self.anchor)
 
@@ -335,17 +342,18 @@ class FactoredOutput(OutputLayer):
                 errors.append(f"{prefix}: {error}")
 
 
-def _check_finite(columns: Tensor) -> None:
+def _check_finite(columns: Tensor, rows: Rows) -> None:
     """An error unless all numbers of weight and bias are finite, and their squares in the range of the state."""
-    largest = float(columns.abs().max())
+    own = columns.abs().max() if columns.numel() else columns.new_zeros(())
+    largest = float(rows.largest(own.double().nan_to_num(nan=math.inf, posinf=math.inf)))
     state_dtype = torch.promote_types(columns.dtype, torch.float32)
     if not math.isfinite(largest):
         raise ValueError(
             f"weight and bias must be finite in {columns.dtype}, got NaN or infinity; a bias of -inf cannot bar a "
             "class of this layer, as the norm of all outputs would be infinite: use topk(..., exclude=, allowed=)"
         )
-    if largest > math.sqrt(torch.finfo(state_dtype).max / 16 / len(columns)):
+    if largest > math.sqrt(torch.finfo(state_dtype).max / 16 / rows.num_classes):
         raise ValueError(
-            f"weight and bias must be so small that the sum of {len(columns)} of their squares is in the range of "
-            f"{state_dtype}, got {largest:.3g}"
+            f"weight and bias must be so small that the sum of {rows.num_classes} of their squares is in the "
+            f"range of {state_dtype}, got {largest:.3g}"
         )

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lastlayer.layers.factored.conditioning import Stabilizer
-from lastlayer.layers.factored.processes import of_all_processes
+from lastlayer.layers.factored.processes import agreed, of_all_processes
 from lastlayer.layers.factored.record import Ledger
 from lastlayer.layers.factored.state import FactoredState
-from lastlayer.layers.factored.step import plan_step
+from lastlayer.layers.factored.step import Gradient, Step, plan_step
 
 if TYPE_CHECKING:
     from lastlayer.layers.factored.layer import FactoredOutput
@@ -52,13 +53,15 @@ class FactoredSGD(torch.optim.Optimizer):
         process_group: processes that hold the same layers and step together, each on its own part of a batch, as
             in `DistributedDataParallel`: every step is that of all their rows, with the mean of their losses. All
             call `step` together; one that has no backward before it adds no rows. Hidden states and target
-            gradients are gathered, O(N d). `torch.distributed.group.WORLD` for all.
+            gradients are gathered, O(N d). `torch.distributed.group.WORLD` for all. Of a layer that
+            `lastlayer.distributed.shard` divided, the mesh says which processes step together; leave this None.
 
     Raises:
         TypeError: something that is not a `FactoredOutput`, or momentum and similar options.
-        ValueError: no layer, or one twice; a negative number; in `step`, a rate at which the step is singular (the
-            message has the largest safe one), a gradient that is not finite, or a weight that would overflow: no
-            layer has changed, and the gradient is kept.
+        ValueError: no layer, or one twice; a negative number; `process_group` with a layer that is sharded; in
+            `step`, a rate at which the step is singular (the message has the largest safe one), a gradient that is
+            not finite, or a weight that would overflow: no layer has changed, in no process, and the gradient is
+            kept.
         RuntimeError: `step` without a backward before it.
 
     Warns:
@@ -98,8 +101,6 @@ class FactoredSGD(torch.optim.Optimizer):
         self._layers: dict[Tensor, Trained] = {}
         self._warned = False
         self._group = process_group
-        if process_group is None:
-            _warn_of_processes()
         given: list[Any] = [layers] if isinstance(layers, nn.Module) else list(layers)
         if not given:
             raise ValueError("layers must be at least one FactoredOutput, got none")
@@ -108,6 +109,8 @@ class FactoredSGD(torch.optim.Optimizer):
             given if in_groups else [{"params": given}],
             {"lr": lr, "weight_decay": weight_decay, "max_norm": max_norm},
         )
+        if process_group is None and not all(layer.state.rows.groups for layer in self._layers.values()):
+            _warn_of_processes()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group whose `"params"` are layers."""
@@ -116,6 +119,11 @@ class FactoredSGD(torch.optim.Optimizer):
         for layer in layers:
             if not isinstance(layer, Trained):
                 raise TypeError(f"layers must be FactoredOutput layers, got {type(layer).__name__}")
+            if self._group is not None and layer.state.rows.groups:
+                raise ValueError(
+                    f"process_group must be None for a sharded layer, got {self._group}: pass shard a mesh of two "
+                    "dimensions, of which the first takes parts of a batch"
+                )
         if len(set(layers)) < len(layers):
             raise ValueError("layers must differ: one occurs twice, and would make each step twice")
         super().add_param_group({**param_group, "params": [layer.anchor for layer in layers]})
@@ -130,27 +138,27 @@ class FactoredSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plans = []
-        for group in self.param_groups:
-            _check_settings(group)
-            for anchor in group["params"]:
-                layer = self._owned(anchor)
-                layer._ledger.apply_scaling(anchor)
-                gradient = layer._ledger.take()
-                if self._group is not None:
-                    gradient = of_all_processes(gradient, layer.state, self._group)
-                if gradient is not None:
-                    settings = {name: group[name] for name in ("weight_decay", "max_norm")}
-                    plans.append((layer, plan_step(layer.state, gradient, float(group["lr"]), **settings)))
-        if not plans:
-            raise RuntimeError(
-                "step() without a backward since the last step or zero_grad(): there is no gradient"
-            )
-        for layer, step in plans:
+        gradients = self._gradients()
+        plans: dict[Tensor, Step | None] = {}
+        error = None
+        try:
+            if not gradients:
+                raise RuntimeError(
+                    "step() without a backward since the last step or zero_grad(): there is no gradient"
+                )
+            for anchor, (gradient, group) in gradients.items():
+                settings = {name: group[name] for name in ("weight_decay", "max_norm")}
+                state = self._layers[anchor].state
+                plans[anchor] = plan_step(state, gradient, float(group["lr"]), **settings)
+        except Exception as problem:  # whatever it is, no other process may step alone
+            error = problem
+        growths = self._agreed(plans, error)
+        for anchor, step in plans.items():
+            layer = self._layers[anchor]
             if step is not None:
                 self._warn(step.overshoots)
                 step.apply(layer.state)
-                layer._stabilizer.after(layer.state, step)
+                layer._stabilizer.after(layer.state, replace(step, growth=growths[anchor]))
             layer._ledger.close()
         return loss
 
@@ -190,6 +198,35 @@ class FactoredSGD(torch.optim.Optimizer):
                     "load the model before its optimizer",
                     stacklevel=2,
                 )
+
+    def _gradients(self) -> dict[Tensor, tuple[Gradient, dict[str, Any]]]:
+        """By anchor, of all processes that step together, with the settings."""
+        found = {}
+        for group in self.param_groups:
+            _check_settings(group)
+            for anchor in group["params"]:
+                layer = self._owned(anchor)
+                layer._ledger.apply_scaling(anchor)
+                gradient, processes = layer._ledger.take(), layer.state.rows.copies or self._group
+                if processes is not None:
+                    gradient = of_all_processes(gradient, layer.state, processes)
+                if gradient is not None:
+                    found[anchor] = gradient, group
+        return found
+
+    def _agreed(self, plans: dict[Tensor, Step | None], error: Exception | None) -> dict[Tensor, float]:
+        """The growth of each layer's plan, the largest of its processes; an error where one of these has one."""
+        growths = {}
+        for anchor, layer in self._layers.items():
+            step, rows = plans.get(anchor), layer.state.rows
+            groups = rows.groups or (() if self._group is None else (self._group,))
+            try:
+                growths[anchor] = agreed(0.0 if step is None else step.growth, error, groups, rows.factor.device)
+            except Exception as problem:  # the processes of the other layers must hear of it
+                error = problem
+        if error is not None:
+            raise error
+        return growths
 
     def _owned(self, anchor: Tensor) -> Trained:
         layer = self._layers[anchor]

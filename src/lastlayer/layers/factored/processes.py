@@ -1,11 +1,13 @@
-"""One step of the rows of several processes: their gradients, gathered, as one."""
+"""One step of several processes: the gradients of all their rows gathered as one; all make it, or none."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lastlayer.functional.sent_bytes import count_sent
 from lastlayer.layers.factored.state import FactoredState
 from lastlayer.layers.factored.step import Gradient
 
@@ -37,6 +39,30 @@ def of_all_processes(gradient: Gradient | None, state: FactoredState, group: Any
     return Gradient.joined([_part(widths, n[: s[0]], i[: s[0]]) for n, i, s in parts]).scaled(1 / size)
 
 
+def agreed(growth: float, error: Exception | None, groups: Iterable[Any], device: torch.device) -> float:
+    """The largest `growth` of all processes of the groups; where one of them has an error, an error in each.
+
+    So all make a step, and repair after it, or none does. Sends two numbers.
+    """
+    groups = [group for group in groups if dist.get_world_size(group) > 1]
+    if not groups and error is None:
+        return growth
+    facts = torch.tensor([growth, float(error is not None)], dtype=torch.float64, device=device)
+    for group in groups:
+        size = dist.get_world_size(group)
+        count_sent("all_reduce", 2 * (size - 1) / size * facts.nbytes)
+        dist.all_reduce(facts, dist.ReduceOp.MAX, group=group)
+    growth, refused = facts.tolist()
+    if refused:
+        message = None if error is None else str(error)
+        for group in groups:
+            messages = [None] * dist.get_world_size(group)
+            dist.all_gather_object(messages, message, group=group)
+            message = message or next((other for other in messages if other), None)
+        raise error or ValueError(f"another process cannot make this step, so none makes it: {message}")
+    return growth
+
+
 def _widths(state: FactoredState, totals: bool) -> dict[str, int]:
     """The columns of each part."""
     d = state.features
@@ -62,5 +88,6 @@ def _part(widths: dict[str, int], numbers: Tensor, ids: Tensor) -> Gradient:
 
 def _gathered(tensor: Tensor, group: Any) -> list[Tensor]:
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    count_sent("all_gather", tensor.nbytes * (len(parts) - 1))
     dist.all_gather(parts, tensor.contiguous(), group=group)
     return parts

@@ -20,7 +20,6 @@ from lastlayer.functional.reduce import reduce_loss
 from lastlayer.functional.second_order import HandWritten, refused
 from lastlayer.functional.spherical import RowDerivatives, SphericalLoss
 from lastlayer.kernels import factored as kernel
-from lastlayer.kernels.backends import factored_backend_for
 from lastlayer.layers.factored.state import FactoredState
 from lastlayer.layers.factored.step import Gradient
 
@@ -162,14 +161,9 @@ class _Loss(HandWritten):
         reduction: str,
     ) -> tuple[Tensor, _Kept]:
         state = own.state
+        ids = ids.contiguous()
         with no_autocast(hidden.device.type):
-            ids = ids.contiguous()
-            if factored_backend_for(hidden.device, hidden.dtype) == "compiled":
-                read = kernel.read(hidden.contiguous().resolve_neg(), state.reading, state.factor, ids)
-            else:
-                rows = hidden.clone(memory_format=torch.contiguous_format)  # the caller may refill its buffer
-                read = rows, *state.read(rows, ids)
-            rows, products, scores, squared_norm, total = read
+            rows, products, scores, squared_norm, total = state.read_copy(hidden, ids)
         found = loss.derivatives(scores, weights, squared_norm, total, state.num_classes)
         reduced = reduce_loss(found.row_loss, None, reduction)
         kept = _Kept(rows, products, ids, found)
@@ -206,11 +200,11 @@ def _gradient(
     by_score = ((share[:, None] if share.dim() else share) * found.by_score).to(products.dtype)
     by_norm = (share * found.by_norm).to(products.dtype)
     by_total = None if found.by_total is None else (share * found.by_total).to(products.dtype)
-    if factored_backend_for(ids.device, products.dtype) == "compiled":
+    if state.compiled():
         given = products, state.reading, state.factor, ids, by_score.contiguous(), by_norm, by_total
         by_hidden, sparse, copy = kernel.hidden_gradient(*given)
     else:
-        sums = nn.functional.embedding_bag(ids, state.factor, per_sample_weights=by_score, mode="sum")
+        sums = state.rows.target_sums(ids, by_score)
         sparse = torch.addr(sums @ state.map, by_score.sum(1), state.offset)
         if by_total is not None:
             sparse.addr_(by_total, state.total)

@@ -1,16 +1,17 @@
 """The state of `FactoredOutput`: a weight kept as a product, so that an exact SGD step need not touch its rows."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lastlayer.functional.gram import gram_matrix
-from lastlayer.functional.ordinary import ordinary
+from lastlayer.kernels import factored as kernel
+from lastlayer.kernels.backends import factored_backend_for
+from lastlayer.layers.factored.rows import CHUNK_NUMBERS, Rows
 
-CHUNK_NUMBERS = 1 << 22  # numbers of the (V, d) factor that one pass over its rows holds at once
 SAME_WEIGHT = 1e-4  # the relative difference of two equal weights that the order of summation can cause
 
 
@@ -30,21 +31,30 @@ class FactoredState:
     `W` from the right, which `U` takes; the sparse part touches the target rows of `F`; `Q` gives `||W h||^2`.
     float64 for a float64 weight, else float32. 3 d^2 + 2 d numbers in addition to the V d of the weight.
 
+    Where several processes divide the rows (`rows_of`), all else is the same in each of them, and they call
+    together every method that reads rows: the sums over rows are over those of all.
+
     Args:
-        weight: `(V, d)`; becomes the factor `F` itself, so pass a copy of what must not change.
+        weight: `(V, d)`, the rows of this process; becomes the factor `F` itself, so pass a copy of what must not
+            change.
+        rows_of: makes `Rows` of them.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, rows_of: Callable[[Tensor], Rows] = Rows) -> None:
         d = weight.shape[1]
-        self.factor = weight.to(torch.promote_types(weight.dtype, torch.float32)).contiguous()  # F (V, d)
+        self.rows = rows_of(weight.to(torch.promote_types(weight.dtype, torch.float32)).contiguous())
         self.reading = self.factor.new_zeros(2 * d + 2, d)  # Q, U, offset, total: one product reads a batch
         self.inverse = self.factor.new_zeros(d, d)  # R
         self._reset_maps()
         self.refresh_gram()
 
     @property
+    def factor(self) -> Tensor:  # (V, d), F; where the rows are divided those of this process
+        return self.rows.factor
+
+    @property
     def num_classes(self) -> int:
-        return self.factor.shape[0]
+        return self.rows.num_classes
 
     @property
     def features(self) -> int:
@@ -67,7 +77,7 @@ class FactoredState:
         return self.reading[2 * self.features + 1]
 
     def weight(self) -> Tensor:  # (V, d)
-        """The weight itself, computed anew: O(V d^2)."""
+        """The weight itself, computed anew: O(V d^2). Of divided rows, and outputs, this process's own."""
         return torch.addmm(self.offset, self.factor, self.map)
 
     def outputs(
@@ -93,14 +103,29 @@ class FactoredState:
         """The same, after the products of `hidden` with Q, U, offset and total."""
         products, d = hidden @ self.reading.T, self.features
         squared_norm = (products[:, :d] * hidden).sum(1).double().clamp(min=0)
-        scores = target_scores(products[:, d : 2 * d], self.factor, ids) + products[:, 2 * d, None]
+        scores = self.rows.target_scores(products[:, d : 2 * d], ids) + products[:, 2 * d, None]
         return products, scores.double(), squared_norm, products[:, 2 * d + 1].double()
+
+    def compiled(self) -> bool:
+        """Whether the compiled engine reads F in a pass, which it does where this process has all rows."""
+        return self.rows.whole and factored_backend_for(self.factor.device, self.factor.dtype) == "compiled"
+
+    @torch.no_grad()
+    def read_copy(
+        self,
+        hidden: Tensor,  # (N, d)
+        ids: Tensor,  # (N, K)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # (N, d), then as `read`
+        """A copy of `hidden`, whose buffer the caller may refill, and what `read` gives, without derivatives."""
+        if self.compiled():
+            return kernel.read(hidden.contiguous().resolve_neg(), self.reading, self.factor, ids)
+        rows = hidden.clone(memory_format=torch.contiguous_format)
+        return rows, *self.read(rows, ids)
 
     def to(self, device: torch.device) -> None:
         """Moves every part, bit for bit."""
-        self.factor, self.reading, self.inverse = (
-            part.to(device) for part in (self.factor, self.reading, self.inverse)
-        )
+        self.rows.factor = self.factor.to(device)
+        self.reading, self.inverse = self.reading.to(device), self.inverse.to(device)
 
     def consistency(self) -> Consistency:
         """The drift, measured from scratch: O(V d^2)."""
@@ -191,7 +216,7 @@ class FactoredState:
 
     def tensors(self) -> dict[str, Tensor]:
         """All parts by name, not copied: what a checkpoint keeps so that training resumes bit for bit."""
-        return {"factor": self.factor, "reading": self.reading, "inverse": self.inverse}
+        return {"factor": self.rows.saved(), "reading": self.reading, "inverse": self.inverse}
 
     def load(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
         """Parts as `tensors` gave them, where they are those of this very weight, which may have been rounded to
@@ -200,29 +225,35 @@ class FactoredState:
         Raises:
             ValueError: parts of other shapes; nothing has changed then.
         """
-        own = self.tensors()
+        names = self.tensors()
         shapes, saved_shapes = (
-            {name: tuple(part.shape) for name, part in parts.items() if name in own} for parts in (own, tensors)
+            {name: tuple(part.shape) for name, part in parts.items() if name in names}
+            for parts in (names, tensors)
         )
         if shapes != saved_shapes:
             raise ValueError(f"the factors of a state must have shapes {shapes}, got {saved_shapes}")
         saved = copy.copy(self)
-        saved.factor, saved.reading, saved.inverse = (tensors[name].to(part.device) for name, part in own.items())
+        saved.rows = self.rows.like(tensors["factor"])
+        saved.reading, saved.inverse = (tensors[name].to(self.factor.device) for name in ("reading", "inverse"))
         most = max(SAME_WEIGHT, torch.finfo(dtype).eps)
         if saved.factor.dtype != self.factor.dtype or not self._difference(saved) <= most:
             return False
-        for name, part in saved.tensors().items():
-            own[name].copy_(part)
+        for own, part in (
+            (self.factor, saved.factor),
+            (self.reading, saved.reading),
+            (self.inverse, saved.inverse),
+        ):
+            own.copy_(part)
         return True
 
     def _difference(self, other: "FactoredState") -> float:
         """`||W - other W|| / ||W||`."""
-        square = torch.zeros((), dtype=torch.float64, device=self.factor.device)
-        norm = square.clone()
+        squares = torch.zeros(2, dtype=torch.float64, device=self.factor.device)
         for ours, theirs in zip(self._row_chunks(), other._row_chunks(), strict=True):
             weight = torch.addmm(self.offset, ours, self.map)
-            square += (weight - torch.addmm(other.offset, theirs, other.map)).double().square().sum()
-            norm += weight.double().square().sum()
+            squares[0] += (weight - torch.addmm(other.offset, theirs, other.map)).double().square().sum()
+            squares[1] += weight.double().square().sum()
+        square, norm = self.rows.summed(squares)
         return float((square / norm.clamp(min=1e-300)).sqrt())
 
     def _reset_maps(self) -> None:
@@ -233,34 +264,16 @@ class FactoredState:
 
     def _measured_gram(self) -> tuple[Tensor, Tensor]:
         """`W^T W` and `W^T 1` in float64, from W a piece at a time: `U^T (F^T F) U` would square the condition."""
-        gram = torch.zeros(self.features, self.features, dtype=torch.float64, device=self.factor.device)
-        total = torch.zeros(self.features, dtype=torch.float64, device=self.factor.device)
+        sums = torch.zeros(self.features + 1, self.features, dtype=torch.float64, device=self.factor.device)
         for rows in self._row_chunks():
             weight = torch.addmm(self.offset, rows, self.map)
-            gram += gram_matrix(weight)
-            total += weight.sum(0, dtype=torch.float64)
-        return gram, total
+            sums[:-1] += gram_matrix(weight)
+            sums[-1] += weight.sum(0, dtype=torch.float64)
+        sums = self.rows.summed(sums)
+        return sums[:-1], sums[-1]
 
     def _row_chunks(self) -> tuple[Tensor, ...]:
         return self.factor.split(max(1, CHUNK_NUMBERS // self.features))
-
-
-def target_scores(
-    mapped: Tensor,  # (N, d), hidden @ U^T
-    factor: Tensor,  # (V, d)
-    ids: Tensor,  # (N, K)
-) -> Tensor:  # (N, K)
-    """`F_t (U h)`, differentiable; rows of F are gathered in pieces."""
-    count, d = ids.shape[1], factor.shape[1]
-
-    def of_rows(ids: Tensor, mapped: Tensor) -> Tensor:
-        return (factor.index_select(0, ids.reshape(-1)).view(-1, count, d) * mapped[:, None]).sum(2)
-
-    if not ordinary(ids, mapped):  # a split would fix the batch of an export
-        return of_rows(ids, mapped)
-    rows = max(1, CHUNK_NUMBERS // (count * d))
-    pieces = [of_rows(*parts) for parts in zip(ids.split(rows), mapped.split(rows), strict=True)]
-    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
 def inverse_transpose(

@@ -115,13 +115,7 @@ class Step:
 
     def apply(self, state: FactoredState) -> None:
         """Makes the step."""
-        if factored_backend_for(self.ids.device, self.solution.dtype) == "compiled":
-            kernel.move_targets(state.factor, self.ids, self.by_score, self.solution, self.rate)
-        else:
-            for ids, by_score in zip(
-                self.ids.T, self.by_score.T, strict=True
-            ):  # one target of every row at a time
-                state.factor.index_add_(0, ids, by_score[:, None] * self.solution, alpha=-self.rate)
+        state.rows.move(self.ids, self.by_score, self.solution, self.rate)
         state.reading, state.inverse = self.reading, self.inverse
 
 

@@ -1,0 +1,115 @@
+"""The rows of F of a `FactoredOutput`, divided among ranks: each reads and changes those of its own classes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lastlayer.distributed.collectives import copied, from_first, gathered_alike, largest, summed
+from lastlayer.distributed.parameters import of_own_rows, own_rows
+from lastlayer.distributed.ranks import Ranks
+from lastlayer.layers.factored.rows import CHUNK_NUMBERS, Rows
+
+
+class DividedRows(Rows):
+    """This rank's rows of F.
+
+    Args:
+        factor: `(W, d)`, those of its W classes.
+        total: V.
+        ranks: those that divide the rows.
+        across: those that have the same rows, and take batches of their own; None: there are none.
+    """
+
+    def __init__(self, factor: Tensor, total: int, ranks: Ranks, across: Ranks | None) -> None:
+        super().__init__(factor)
+        self.total, self.ranks, self.across = total, ranks, across
+
+    @property
+    def groups(self) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return tuple(ranks.group for ranks in (self.ranks, self.across) if ranks is not None)
+
+    @property
+    def copies(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return None if self.across is None else self.across.group
+
+    @property
+    def num_classes(self) -> int:
+        return self.total
+
+    @property
+    def whole(self) -> bool:
+        return self.ranks.size == 1
+
+    def like(self, factor: Tensor) -> Rows:
+        own = own_rows(factor, self.ranks).to(self.factor.device)
+        return DividedRows(own, self.total, self.ranks, self.across)
+
+    def saved(self) -> Tensor:
+        return of_own_rows(self.factor, self.total, self.ranks)
+
+    # The rows of targets: each has one owner.
+
+    def target_scores(self, mapped: Tensor, ids: Tensor) -> Tensor:  # (N, d), (N, K) to (N, K)
+        mapped, found = copied(mapped, self.ranks), []
+        rows, columns, places = self._own_targets(ids)
+        for row, place in self._pieces(rows, places):
+            found.append(super().target_scores(mapped.index_select(0, row), place[:, None])[:, 0])
+        own = mapped.new_zeros(ids.shape).index_put((rows, columns), torch.cat(found))
+        return summed(own, self.ranks)
+
+    def target_sums(self, ids: Tensor, by_score: Tensor) -> Tensor:  # (N, K) each, to (N, d)
+        rows, columns, places = self._own_targets(ids)
+        sums = by_score.new_zeros(len(ids), self.factor.shape[1])
+        if len(places):
+            counts = torch.bincount(rows, minlength=len(ids))
+            sums = torch.nn.functional.embedding_bag(
+                places,
+                self.factor,
+                offsets=counts.cumsum(0) - counts,
+                per_sample_weights=by_score[rows, columns],
+                mode="sum",
+            )
+        return summed(sums, self.ranks)
+
+    def move(self, ids: Tensor, by_score: Tensor, solution: Tensor, rate: float) -> None:
+        rows, columns, places = self._own_targets(ids)
+        for row, place, value in self._pieces(rows, places, by_score[rows, columns]):
+            if len(row):
+                super().move(place[:, None], value[:, None], solution.index_select(0, row), rate)
+
+    def _own_targets(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (n,) each
+        """Of the n targets that this rank owns: the row and column of `ids`, in order, and the row of F."""
+        own = self.ranks.span(self.total)
+        rows, columns = ((ids >= own.start) & (ids < own.stop)).nonzero().unbind(1)
+        return rows, columns, ids[rows, columns] - own.start
+
+    def _pieces(self, *parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """So many at a time that their rows of F are at most `CHUNK_NUMBERS`; once where there are none."""
+        size = max(1, CHUNK_NUMBERS // self.factor.shape[1])
+        return zip(*(part.split(size) for part in parts), strict=True)
+
+    # What is computed from the rows of all ranks; on "meta" there is nothing to send.
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.is_meta else summed(tensor, self.ranks)
+
+    def largest(self, tensor: Tensor) -> Tensor:
+        return largest(tensor, self.ranks)
+
+    def first(self, tensor: Tensor) -> Tensor:
+        tensor = from_first(tensor, self.ranks)
+        return tensor if self.across is None else from_first(tensor, self.across)
+
+    def some(self, count: int) -> Tensor:
+        """Those that one process would take, in their order: sends at most `2 count d` numbers."""
+        step = max(1, self.total // count)
+        counts = [
+            len(range(-own.start % step, own.stop - own.start, step)) for own in self.ranks.spans(self.total)
+        ]
+        own = self.factor[-self.ranks.span(self.total).start % step :: step]
+        padded = own.new_zeros(max(counts), own.shape[1])
+        padded[: len(own)] = own
+        parts = zip(gathered_alike(padded, self.ranks), counts, strict=True)
+        return torch.cat([part[:length] for part, length in parts])
