@@ -97,7 +97,7 @@ def test_an_offset_that_cancels_moves_into_the_factor():
     shared = torch.randn(D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for size in (1.0, 1e4):
         state.offset.add_(size * shared)
-        state.factor -= size * shared @ state.inverse.T
+        state.factor.sub_(size * shared @ state.inverse.T)
         assert state.consistency().gram < 1e-11
         state.inverse *= 1.001  # as after drift
         Stabilizer()._measure(state)
