@@ -128,7 +128,7 @@ def train(name: str, corpus: Corpus, options: Any) -> dict[str, Any]:
         "steps": trainer.steps,
         "tokens": trainer.tokens,
         "seconds": trainer.seconds,
-        "curve": [[point.tokens, round(point.perplexity, 2)] for point in trainer.curve],
+        "curve": [[point.tokens, round(point.perplexity, 2)] for point in trainer.curve if point.perplexity],
     }
 
 

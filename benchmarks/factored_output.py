@@ -61,12 +61,12 @@ def rates(paths: list[Path], steps: int = 200) -> list[dict[str, Any]]:
             trainer = Trainer(model, train, held_out, Budget(steps=steps), learning_rate=0.1)
             trainer.optimizers[-1].param_groups[0]["lr"] = rate
             trainer.base_rates[-1] = rate
-            perplexity = math.inf
+            perplexity: float | None = None
             with suppress(ValueError):  # a step that would be singular is refused
                 trainer.run()
                 perplexity = evaluate(model, held_out, 4000).perplexity
             sizes = {"num_classes": corpus.num_classes, "batch": 20 * batch, "steps": trainer.steps}
-            known = perplexity if math.isfinite(perplexity) else None
+            known = None if perplexity is None or not math.isfinite(perplexity) else perplexity
             records.append({"case": "rates", **sizes, "rate": rate, "perplexity": known})
     return records
 

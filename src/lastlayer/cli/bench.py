@@ -6,7 +6,7 @@ import typer
 
 from lastlayer.cli.options import Common, Records
 from lastlayer.study.bench import Sizes, run_bench
-from lastlayer.study.choices import CHOICES, choose
+from lastlayer.study.choices import CHOICES, choose, installed
 from lastlayer.study.distributed_bench import SHARDABLE, run_distributed_bench
 from lastlayer.study.processes import joined
 
@@ -21,7 +21,8 @@ def bench(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Which layers, with commas between them [default: all, or all that can be divided].",
+            help=f"Which layers, with commas between them: {', '.join(CHOICES)} [default: all that are "
+            "installed, or all that can be divided].",
         ),
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="About how long each case may take.")] = 20.0,
@@ -38,4 +39,4 @@ def bench(
     if distributed:
         with joined(common.device):
             return run_distributed_bench(sizes, choose(layers or ",".join(SHARDABLE)), common.seed, common.device)
-    return run_bench(sizes, choose(layers or ",".join(CHOICES)), seconds, common.seed, common.device)
+    return run_bench(sizes, choose(layers or ",".join(installed())), seconds, common.seed, common.device)

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from lastlayer.cli.options import Common, Records
-from lastlayer.study.choices import DEFAULT_LAYERS, choose
+from lastlayer.study.choices import CHOICES, DEFAULT_LAYERS, choose
 from lastlayer.study.compare import Comparison, Plan
 from lastlayer.study.errors import UsageError
 from lastlayer.study.processes import is_first, joined
@@ -64,7 +64,8 @@ def compare(
         ),
     ] = None,
     layers: Annotated[
-        str, typer.Option(metavar="NAMES", help="Which layers, with commas between them.")
+        str,
+        typer.Option(metavar="NAMES", help=f"Which layers, with commas between them: {', '.join(CHOICES)}."),
     ] = DEFAULT_LAYERS,
     seconds: Annotated[
         float | None,

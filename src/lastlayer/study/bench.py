@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import nn
 
 from lastlayer.functional.sampling import sample_classes
+from lastlayer.study.choices import CHOICES
 from lastlayer.study.errors import UsageError
 from lastlayer.study.measuring.measure import interleaved, peak_bytes, synchronise
 from lastlayer.study.measuring.memory import check_memory
@@ -85,7 +86,8 @@ def _check_memory(sizes: Sizes, layers: list[str], device: torch.device) -> None
     weight = 4 * sizes.num_classes * sizes.in_features
     weights = 1 + 1 + sum(0.2 if name == "adaptive" else 1 for name in layers)  # the plain layer, and a gradient
     screens = 0.5 * weight  # in 8 bits, and an eighth of the width twice
-    logits = 3 * 4 * sizes.batch * sizes.num_classes  # with their softmax and gradient
+    held = max(3, *(CHOICES[name].logits for name in layers))  # logits, their softmax and gradient at the least
+    logits = held * 4 * sizes.batch * sizes.num_classes
     needed = round(weights * weight + screens + logits + 40 * sizes.num_classes)  # counts, targets, orders
     shortage = check_memory(needed, device)
     if shortage is not None:
@@ -100,7 +102,7 @@ def _cases(sizes: Sizes, layers: list[str], device: torch.device) -> Iterator[Ca
     counts = zipf_counts(sizes.num_classes).double()
     targets = sample_classes(counts.log()[None], sizes.batch)[0].to(device)
     linear = nn.Linear(sizes.in_features, sizes.num_classes, device=device)
-    made = make_layers(layers, sizes.in_features, sizes.num_classes, device)
+    made = make_layers(layers, sizes.in_features, sizes.num_classes, sizes.batch, device)
     yield Case(
         "training",
         "forward, backward and SGD step",

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from torch import Tensor
 
 from lastlayer.functional import clusters
+from lastlayer.functional.normalizers import Entmax, Sparsemax, TopKSoftmax
 from lastlayer.functional.spherical import SphericalSoftmax
 from lastlayer.layers.adaptive import AdaptiveSoftmax
 from lastlayer.layers.base import OutputLayer
@@ -13,7 +15,9 @@ from lastlayer.layers.factored import FactoredOutput
 from lastlayer.layers.full import FullSoftmax
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
 from lastlayer.layers.mixture import MixtureOfSoftmaxes
+from lastlayer.layers.one_vs_all import OneVsAll
 from lastlayer.layers.plif import PLIF
+from lastlayer.layers.sampled.augment_reduce import AugmentReduce
 from lastlayer.layers.sampled.black_out import BlackOut
 from lastlayer.layers.sampled.negative_sampling import NegativeSampling
 from lastlayer.layers.sampled.noise_contrastive import NoiseContrastive
@@ -23,7 +27,7 @@ from lastlayer.layers.samplers.log_uniform import LogUniform
 from lastlayer.layers.samplers.unigram import Unigram
 from lastlayer.layers.sigsoftmax import Sigsoftmax
 from lastlayer.layers.tree import TreeSoftmax
-from lastlayer.study.errors import UsageError
+from lastlayer.study.errors import StudyError, UsageError
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,22 @@ class Choice:
     Args:
         description: one line for a reader who does not know it.
         build: `build(in_features, counts (V,))` gives the layer; `counts` fall, as ids are sorted by frequency.
+        per_example: whether the layer keeps a number for each training example; `build` then takes `num_examples`
+            as well, None to keep nothing.
+        logits: how many `(N, V)` tensors a training step holds at once; 0 where it never holds all logits.
+        package: an optional package that it needs, and the extra of lastlayer that installs it.
     """
 
     description: str
-    build: Callable[[int, Tensor], OutputLayer]
+    build: Callable[..., OutputLayer]
+    per_example: bool = False
+    logits: int = 0
+    package: str | None = None
+
+    @property
+    def installed(self) -> bool:
+        """Whether the package that it needs is there."""
+        return self.package is None or find_spec(self.package) is not None
 
 
 def _adaptive(in_features: int, counts: Tensor) -> OutputLayer:
@@ -66,9 +82,20 @@ def _blackout(in_features: int, counts: Tensor) -> OutputLayer:
     return BlackOut(in_features, len(counts), _unigram(counts, 0.4), _num_samples(counts), sparse=True)
 
 
-def _umax(in_features: int, counts: Tensor) -> OutputLayer:
-    """Without a state of the examples: each row's own normaliser is computed, from all logits."""
-    return UMax(in_features, len(counts), LogUniform(len(counts)), _num_samples(counts), sparse=True)
+def _umax(in_features: int, counts: Tensor, num_examples: int | None = None) -> OutputLayer:
+    sampler, options = LogUniform(len(counts)), {"num_examples": num_examples, "sparse": True}
+    return UMax(in_features, len(counts), sampler, _num_samples(counts), **options)
+
+
+def _augment_reduce(in_features: int, counts: Tensor, num_examples: int | None = None) -> OutputLayer:
+    sampler, options = LogUniform(len(counts)), {"num_examples": num_examples, "sparse": True}
+    return AugmentReduce(in_features, len(counts), sampler, _num_samples(counts), **options)
+
+
+def _one_vs_sampled(in_features: int, counts: Tensor) -> OutputLayer:
+    """A flat sampler: each negative counts 1 over how often it is expected."""
+    sampler, num_samples = _unigram(counts, 0.5), _num_samples(counts)
+    return OneVsAll(in_features, len(counts), sampler=sampler, num_samples=num_samples, sparse=True)
 
 
 def _unigram(counts: Tensor, power: float) -> Unigram:
@@ -110,7 +137,33 @@ CHOICES: dict[str, Choice] = {
     "nce": Choice("the target told from 1,024 classes of noise", _nce),
     "negative-sampling": Choice("word2vec's loss, with 1,024 negatives", _negative_sampling),
     "blackout": Choice("discriminative softmax over 1,024 sampled classes", _blackout),
-    "umax": Choice("1,024 sampled classes and the exact normaliser: the softmax's gradient without bias", _umax),
+    "umax": Choice(
+        "1,024 sampled classes and a number for each training example: the softmax's minimum without bias",
+        _umax,
+        per_example=True,
+    ),
+    "augment-reduce": Choice(
+        "the same, with a running average as the number of each example", _augment_reduce, per_example=True
+    ),
+    "one-vs-all": Choice("a sigmoid for each class", lambda d, counts: OneVsAll(d, len(counts))),
+    "one-vs-sampled": Choice("a sigmoid for each class, with 1,024 sampled negatives", _one_vs_sampled),
+    "sparsemax": Choice(
+        "exact, and most classes have probability 0",
+        lambda d, counts: FullSoftmax(d, len(counts), normalizer=Sparsemax()),
+        logits=12,
+        package="entmax",
+    ),
+    "entmax": Choice(
+        "exact, between softmax and sparsemax (alpha 1.5): many classes have probability 0",
+        lambda d, counts: FullSoftmax(d, len(counts), normalizer=Entmax(1.5)),
+        logits=12,
+        package="entmax",
+    ),
+    "topk-softmax": Choice(
+        "softmax of the 1,024 largest logits; all other classes have probability 0",
+        lambda d, counts: FullSoftmax(d, len(counts), normalizer=TopKSoftmax(_num_samples(counts))),
+        logits=6,
+    ),
 }
 
 DEFAULT_LAYERS = "full,hierarchical,adaptive"
@@ -121,15 +174,30 @@ def choose(names: str) -> list[str]:
 
     Raises:
         UsageError: a name that is not known (it lists those that are), or none.
+        StudyError: a layer whose package is not installed; says what to install.
     """
     chosen = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     unknown = [name for name in chosen if name not in CHOICES]
     if unknown or not chosen:
         problem = f"there is no layer {unknown[0]!r}" if unknown else "no layer was named"
         raise UsageError(f"{problem}; the layers are: {', '.join(CHOICES)}")
+    for name in chosen:
+        if not CHOICES[name].installed:
+            package = CHOICES[name].package
+            raise StudyError(f"{name} needs the {package} package: pip install 'lastlayer[{package}]'")
     return chosen
 
 
-def build_layer(name: str, in_features: int, counts: Tensor) -> OutputLayer:
-    """The layer called `name` for classes that occur `counts (V,)` times."""
-    return CHOICES[name].build(in_features, counts)
+def installed() -> list[str]:
+    """All names but those of layers whose package is missing."""
+    return [name for name, choice in CHOICES.items() if choice.installed]
+
+
+def build_layer(name: str, in_features: int, counts: Tensor, num_examples: int | None = None) -> OutputLayer:
+    """The layer called `name` for classes that occur `counts (V,)` times.
+
+    With `num_examples` a layer that keeps a number for each training example does so.
+    """
+    choice = CHOICES[name]
+    more = {"num_examples": num_examples} if choice.per_example else {}
+    return choice.build(in_features, counts, **more)

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from lastlayer.study.choices import build_layer
+from lastlayer.study.choices import CHOICES, build_layer
 from lastlayer.study.errors import UsageError
 from lastlayer.study.files import make_folder, write_text
 from lastlayer.study.measuring.cost import Sample, count_parameters, measure_costs, rehearse_costs
@@ -19,7 +19,8 @@ from lastlayer.study.measuring.measure import seconds_of
 from lastlayer.study.measuring.memory import check_memory
 from lastlayer.study.processes import is_first, sharded
 from lastlayer.study.report.comparison import Report, show, write_report
-from lastlayer.study.report.figures import counted, duration, figure
+from lastlayer.study.report.figures import counted, duration
+from lastlayer.study.report.quality import best_first, in_a_line
 from lastlayer.study.text.batches import NO_TARGET
 from lastlayer.study.text.corpus import Corpus
 from lastlayer.study.text.items import ItemCorpus
@@ -125,7 +126,9 @@ class Comparison:
         """Refuses a width that does not fit: the models are kept, each with the state of its optimizers."""
         table = 4 * self.corpus.num_classes * self.plan.width  # of embedding or output layer
         lstm = 4 * 8 * self.plan.width**2
-        needed = len(self.plan.layers) * (4 * table + 4 * lstm) + 2 * table
+        rows = self.plan.batch * self.plan.window
+        logits = 4 * rows * self.corpus.num_classes * max(CHOICES[name].logits for name in self.plan.layers)
+        needed = len(self.plan.layers) * (4 * table + 4 * lstm) + 2 * table + logits
         shortage = check_memory(needed, self.plan.device)
         if shortage is not None:
             sides = f"{self.corpus.num_classes:,} {self.corpus.unit} at --width {self.plan.width:,}"
@@ -137,7 +140,8 @@ class Comparison:
     def _trainer(self, name: str, path: Path | None) -> Trainer:
         """The run of one layer from its start; the seed is the same for each."""
         torch.manual_seed(self.plan.seed)
-        layer = sharded(name, build_layer(name, self.plan.width, self.corpus.counts))
+        layer = build_layer(name, self.plan.width, self.corpus.counts, len(self.corpus.train))
+        layer = sharded(name, layer)
         model = LanguageModel(self.corpus.num_classes, layer, self.plan.dropout).to(self.plan.device)
         return Trainer(
             model,
@@ -202,6 +206,7 @@ class Comparison:
             ranking = rank_held_out(trainer.model, self.held_out, TOP, TOP_TOKENS)
         trainer.result = {
             "perplexity": quality.perplexity,
+            "zero_probability_share": quality.zero_share,
             "held_out_tokens": quality.tokens,
             "top10_accuracy": ranking.recall,
             "ndcg10": ranking.ndcg,
@@ -209,9 +214,8 @@ class Comparison:
             "top10_tokens": ranking.tokens,
         }
         trainer.save()
-        self.console.print(
-            f"{name}: perplexity {figure(quality.perplexity)} after {trainer.tokens:,} tokens", highlight=False
-        )
+        said = in_a_line(trainer.result, self.corpus.unit)
+        self.console.print(f"{name}: {said} after {trainer.tokens:,} tokens", highlight=False)
         return trainer
 
     def _measure(self, trainers: dict[str, Trainer]) -> Report:
@@ -253,7 +257,7 @@ class Comparison:
         if isinstance(self.corpus, ItemCorpus):
             text["sequences"] = self.corpus.sequences
         settings = self.plan.settings() | {"device": str(self.plan.device)}
-        return Report(text, settings, sorted(records, key=lambda r: r["perplexity"]), curves)
+        return Report(text, settings, best_first(records), curves)
 
     def _query_k(self) -> int:
         return min(TOP, self.corpus.num_classes)
@@ -288,9 +292,19 @@ def _progress(name: str, trainer: Trainer, console: Console) -> Iterator[Any]:
         )
 
         def on_step(at: Trainer) -> None:
-            last = f"{at.curve[-1].perplexity:,.0f}" if at.curve else "..."
             progress.update(
-                task, completed=STEPS_OF_BAR * at.share_used, speed=at.tokens / at.seconds, perplexity=last
+                task,
+                completed=STEPS_OF_BAR * at.share_used,
+                speed=at.tokens / at.seconds,
+                perplexity=_last_perplexity(at),
             )
 
         yield on_step
+
+
+def _last_perplexity(trainer: Trainer) -> str:
+    """Of the learning curve; `-` where it has none, `...` before its first point."""
+    if not trainer.curve:
+        return "..."
+    last = trainer.curve[-1].perplexity
+    return "-" if last is None else f"{last:,.0f}"

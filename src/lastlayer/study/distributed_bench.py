@@ -17,7 +17,17 @@ from lastlayer.study.report.figures import figure
 from lastlayer.study.report.tables import plain_table, print_table
 
 ROUNDS = 5
-SHARDABLE = ("full", "hierarchical", "sigsoftmax", "plif", "mixture", "adaptive", "sampled")
+SHARDABLE = (
+    "full",
+    "hierarchical",
+    "sigsoftmax",
+    "plif",
+    "mixture",
+    "adaptive",
+    "sampled",
+    "one-vs-all",
+    "one-vs-sampled",
+)
 
 
 def run_distributed_bench(

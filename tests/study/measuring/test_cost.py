@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from lastlayer import FactoredOutput, FullSoftmax, HierarchicalSoftmax
+from lastlayer import AugmentReduce, FactoredOutput, FullSoftmax, HierarchicalSoftmax, Uniform
 from lastlayer.study.measuring import cost
 from lastlayer.study.measuring.cost import Sample, count_parameters, measure_costs, one_by_one, screen_of
 
@@ -14,6 +14,7 @@ def test_costs_of_layers(monkeypatch):
     monkeypatch.setattr(cost, "QUERY_ROUNDS", 2)
     layers = {"full": FullSoftmax(16, 5000), "hierarchical": HierarchicalSoftmax(16, 5000, sparse=True)}
     layers["factored"] = FactoredOutput(16, 5000)
+    layers["augment-reduce"] = AugmentReduce(16, 5000, Uniform(5000), 10, num_examples=100, sparse=True)
     before = {name: copy.deepcopy(layer.state_dict()) for name, layer in layers.items()}
     samples = {name: Sample(torch.randn(64, 16), torch.randint(5000, (64,))) for name in layers}
     costs = measure_costs(layers, samples, 10)

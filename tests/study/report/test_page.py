@@ -13,6 +13,7 @@ from lastlayer.study.report.bars import Bar, bar_group, scale_around
 from lastlayer.study.report.chart import Line, line_chart, linear_ticks, log_ticks, spread, useful_top
 from lastlayer.study.report.figures import duration, figure
 from lastlayer.study.report.page import render
+from lastlayer.study.report.quality import best_first
 from lastlayer.study.report.scatter import Point, frontier, scatter
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "compare_wikitext2.json"
@@ -162,6 +163,38 @@ def test_curves_are_drawn_against_time_and_against_words(results):
             point["tokens"] //= 1000
     assert render(results).count("thousand words read</text>") == 2
     assert len(set(re.findall(r'<clipPath id="([\w-]+)"', page))) == 4  # each chart has its own
+
+
+def without_perplexity(results, layer, share):
+    """That layer gives a share of what is held out probability 0; None: it has scores."""
+    record = next(r for r in results["records"] if r["layer"] == layer)
+    record |= {"perplexity": None, "zero_probability_share": share}
+    results["curves"][layer] = [point | {"perplexity": None} for point in results["curves"][layer]]
+
+
+def test_a_layer_without_perplexity_is_named_and_not_drawn(results):
+    assert "Without a perplexity" not in render(results)
+    assert "zero probability" not in render(results).lower()
+    without_perplexity(results, "full", 0.00001)
+    without_perplexity(results, "adaptive", None)
+    page = render({**results, "records": best_first(results["records"])})
+    assert "Without a perplexity: " in page
+    assert "full: 0.001% of the held-out words have probability 0" in page
+    assert "adaptive: its scores are no probabilities" in page
+    assert page.count('<polyline class="line line-') == 4 * (len(results["records"]) - 2)
+    best = max(results["records"], key=lambda r: r["top10_accuracy"])
+    assert f"<b>{best['layer']}</b> has the next word among its ten best most often" in page
+    assert '<td data-value="1e-05">0.001%</td>' in page
+    assert "None" not in page
+
+
+def test_no_layer_has_a_perplexity(results):
+    for layer in results["curves"]:
+        without_perplexity(results, layer, None)
+    page = render(results)
+    assert "<svg" not in page
+    assert "<h3>Perplexity" not in page
+    assert "None" not in page
 
 
 def point(number, ms, missed, proved=False, chosen=False):

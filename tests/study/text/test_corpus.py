@@ -174,6 +174,7 @@ def test_streams_are_contiguous():
     targets = torch.cat([streams[i][1] for i in range(streams.windows)], 1)
     assert torch.equal(inputs, torch.arange(1000).view(10, 100))
     assert torch.equal(targets, inputs + 1)
+    assert torch.equal(torch.cat([streams.examples(i) for i in range(streams.windows)], 1), targets)
     with pytest.raises(IndexError):
         streams[streams.windows]
 

@@ -48,6 +48,9 @@ def test_every_item_but_the_first_is_a_target_once(batch, window):
         seen += targets[kept].tolist()
     assert sorted(seen) == sorted(set(range(30)) - firsts)
     assert batches.tokens == len(seen)
+    for number in range(batches.windows):
+        targets, examples = batches[number][1], batches.examples(number)
+        assert torch.equal(examples, targets.clamp(min=0)), "ids of this text are their places"
     assert [batches[0][0].tolist(), batches[0][1].tolist()] == [part.tolist() for part in batches[0]]
 
 

@@ -1,17 +1,18 @@
 """Training learns, stops on its budget, resumes when killed, and never replaces a good checkpoint by a bad one."""
 
 import math
+import sys
 
 import pytest
 import torch
 
-from lastlayer.study.choices import CHOICES, build_layer, choose
+from lastlayer.study.choices import CHOICES, build_layer, choose, installed
 from lastlayer.study.errors import StudyError, UsageError
 from lastlayer.study.text.batches import Streams
 from lastlayer.study.text.corpus import make_corpus
 from lastlayer.study.training import trainer as training
 from lastlayer.study.training.checkpoint import load_checkpoint, save_checkpoint
-from lastlayer.study.training.evaluation import evaluate, rank_held_out
+from lastlayer.study.training.evaluation import Quality, evaluate, rank_held_out
 from lastlayer.study.training.language_model import LanguageModel
 from lastlayer.study.training.trainer import Budget, Trainer
 
@@ -21,7 +22,8 @@ CPU = torch.device("cpu")
 
 def trainer(layer="full", steps=30, path=None, seed=0, **budget):
     torch.manual_seed(seed)
-    model = LanguageModel(CORPUS.num_classes, build_layer(layer, 8, CORPUS.counts), dropout=0.3)
+    output = build_layer(layer, 8, CORPUS.counts, len(CORPUS.train))
+    model = LanguageModel(CORPUS.num_classes, output, dropout=0.3)
     return Trainer(
         model,
         Streams(CORPUS.train, 4, 5, CPU),
@@ -82,6 +84,34 @@ def test_evaluation_is_the_models_own_probability():
     assert quality.tokens == targets.numel()
 
 
+@pytest.mark.parametrize("layer", ["umax", "augment-reduce"])
+def test_a_number_is_kept_for_each_place_of_the_text(layer):
+    """It changes at the targets that were trained on, and nowhere else."""
+    run = trainer(layer, steps=3)
+    before = run.model.output.normalizers.clone()
+    run.run()
+    changed = (run.model.output.normalizers != before).nonzero()[:, 0]
+    trained = torch.cat([run.train.examples(number).flatten() for number in range(3)])
+    assert torch.equal(changed, trained.sort().values)
+
+
+def test_tokens_of_probability_0_are_counted():
+    """By the layer's own log-probabilities; a layer of scores has neither share nor perplexity."""
+    run = trainer("topk-softmax")
+    inputs, targets = run.held_out[0]
+    run.model.eval()
+    log_prob = run.model.output.log_prob(run.model.encode(inputs, None)[0])
+    none = log_prob.gather(-1, targets[..., None]) == -math.inf
+    assert 0 < none.sum() < none.numel()
+    assert evaluate(run.model, run.held_out, targets.numel()) == Quality(
+        None, float(none.double().mean()), targets.numel()
+    )
+    assert evaluate(trainer().model, run.held_out, 1).zero_share == 0
+    assert evaluate(trainer("one-vs-all").model, run.held_out, targets.numel()) == Quality(
+        None, None, targets.numel()
+    )
+
+
 def test_seconds_are_a_budget_too():
     run, ends = trainer(seconds=0.2), []
     run.run(lambda at: ends.append(at.seconds))
@@ -95,7 +125,7 @@ def test_seconds_are_a_budget_too():
     )
 
 
-@pytest.mark.parametrize("layer", ["full", "hierarchical", "factored"])
+@pytest.mark.parametrize("layer", ["full", "hierarchical", "factored", "augment-reduce"])
 @pytest.mark.parametrize("killed_at", [1, 17, 30])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, layer, killed_at, monkeypatch):
     monkeypatch.setattr(training, "SAVE_EVERY", 0.0)  # after each step, dropout and all
@@ -120,7 +150,7 @@ def test_passes_start_with_an_empty_state(monkeypatch):
     windows = run.train.windows
     run.steps = windows - 1
     forward = run.model.forward
-    monkeypatch.setattr(run.model, "forward", lambda x, y, state: seen.append(state) or forward(x, y, state))
+    monkeypatch.setattr(run.model, "forward", lambda x, y, state, _: seen.append(state) or forward(x, y, state))
     run._step(), run._step(), run._step()
     assert [state is None for state in seen] == [True, True, False]  # fresh, a new pass, carried
 
@@ -213,6 +243,14 @@ def test_layers_by_name():
     for wrong in ("full,fool", "", ","):
         with pytest.raises(UsageError, match="the layers are: full, hierarchical"):
             choose(wrong)
+
+
+def test_a_layer_whose_package_is_missing(monkeypatch):
+    assert installed() == list(CHOICES)
+    monkeypatch.setitem(sys.modules, "entmax", None)
+    assert set(CHOICES) - set(installed()) == {"sparsemax", "entmax"}
+    with pytest.raises(StudyError, match=r"entmax needs the entmax package: pip install 'lastlayer\[entmax\]'"):
+        choose("full,entmax")
 
 
 @pytest.mark.parametrize("name", list(CHOICES))

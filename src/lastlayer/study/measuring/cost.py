@@ -1,5 +1,6 @@
 """What trained output layers cost, all of them side by side: a training step, its memory, a query."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
@@ -12,7 +13,7 @@ from lastlayer.layers.factored import FactoredOutput
 from lastlayer.screening import Int8Preview, ScreenedSoftmax
 from lastlayer.screening.base import Screen
 from lastlayer.study.measuring.measure import interleaved, peak_bytes, seconds_of
-from lastlayer.study.training.language_model import adagrad
+from lastlayer.study.training.language_model import adagrad, kept_examples
 
 ROUNDS, QUERY_ROUNDS, QUERY_REPEATS = 7, 15, 8
 CANDIDATES = 64  # rescored at first; an exact screen widens them where it must
@@ -82,9 +83,20 @@ def rehearse_costs(layer: OutputLayer, sample: Sample, k: int) -> float:
 
 def _harmless_step(layer: OutputLayer, sample: Sample) -> Callable[[], None]:
     """A training step too small to change anything, which costs what any other does."""
+    if kept_examples(layer):  # a step changes what is kept for its examples
+        layer = copy.deepcopy(layer)
     optimizer = layer.own_optimizer(1e-20) or adagrad(layer.parameters(), 0.0)
     layer.train()
-    return training_step(layer, optimizer, sample.hidden, sample.targets)
+    return training_step(loss_of(layer, len(sample.hidden)), optimizer, sample.hidden, sample.targets)
+
+
+def loss_of(layer: OutputLayer, rows: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """The training loss of a batch: its rows are the first examples, where the layer keeps a number for each."""
+    kept = kept_examples(layer)
+    if not kept:
+        return layer
+    examples = torch.arange(rows, device=next(layer.parameters()).device) % kept
+    return lambda hidden, targets: layer(hidden, targets, examples)
 
 
 def training_step(

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from lastlayer.layers.base import OutputLayer
 from lastlayer.screening import Int8Preview, ScreenedSoftmax, SVDPreview
 from lastlayer.study.choices import build_layer
-from lastlayer.study.measuring.cost import training_step
+from lastlayer.study.measuring.cost import loss_of, training_step
 
 Call = Callable[[], object]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -25,11 +25,11 @@ def zipf_counts(num_classes: int) -> Tensor:  # (V,)
 
 
 def make_layers(
-    names: list[str], in_features: int, num_classes: int, device: torch.device
+    names: list[str], in_features: int, num_classes: int, num_examples: int, device: torch.device
 ) -> dict[str, OutputLayer]:
-    """The chosen layers, for classes with Zipf counts."""
+    """The chosen layers, for classes with Zipf counts and so many training examples."""
     counts = zipf_counts(num_classes)
-    return {name: build_layer(name, in_features, counts).to(device) for name in names}
+    return {name: build_layer(name, in_features, counts, num_examples).to(device) for name in names}
 
 
 def training_peers(
@@ -52,7 +52,7 @@ def training_peers(
     if adaptive is not None:
         adaptive = adaptive.to(hidden.device)
         losses["nn.AdaptiveLogSoftmaxWithLoss"] = (adaptive, lambda h, t: adaptive(h, t).loss)
-    losses |= {name: (layer, layer) for name, layer in layers.items()}
+    losses |= {name: (layer, loss_of(layer, len(hidden))) for name, layer in layers.items()}
     return {name: sgd_step(module, loss, hidden, targets) for name, (module, loss) in losses.items()}
 
 

@@ -14,11 +14,12 @@ from lastlayer.study.files import write_json, write_text
 from lastlayer.study.measuring.measure import environment
 from lastlayer.study.report.figures import figure
 from lastlayer.study.report.page import render, screen_remark
+from lastlayer.study.report.quality import why_no_perplexity
 from lastlayer.study.report.tables import print_table
 from lastlayer.study.training.trainer import Point
 
 Column = tuple[str, Callable[[dict[str, Any]], str]]
-PERPLEXITY: Column = ("perplexity", lambda r: figure(r["perplexity"]))
+PERPLEXITY: Column = ("perplexity", lambda r: "-" if r["perplexity"] is None else figure(r["perplexity"]))
 COSTS: tuple[Column, ...] = (  # UNIT stands for words, characters, tokens or items
     ("UNIT/s", lambda r: figure(r["tokens_per_second"])),
     ("layer\nms/step", lambda r: figure(r["output_layer_ms"])),
@@ -83,6 +84,8 @@ def show(report: Report, out: Path, console: Console) -> None:
         table.add_row(record["layer"], *(shown(record) for _, shown in columns), style=style)
     print_table(console, table)
     for record in report.records:
+        if reason := why_no_perplexity(record, unit):
+            console.print(f"{record['layer']} has no perplexity: {reason}", highlight=False, markup=False)
         if remark := screen_remark(record):
             console.print(f"{record['layer']}, screened: {remark}", highlight=False, markup=False)
     console.print(f"The page: {out / 'index.html'}", highlight=False, markup=False, soft_wrap=True)

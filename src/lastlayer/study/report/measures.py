@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from lastlayer.study.report.figures import figure
+from lastlayer.study.report.quality import percent, zero_share
 from lastlayer.study.report.sorted_table import Measure
 
 PLACES = (("NDCG@10", "ndcg10"), ("MRR@10", "mrr10"))  # of items: the place among the ten counts
@@ -13,11 +14,26 @@ def milliseconds(value: float) -> str:
     return f"{figure(value)} ms"
 
 
-def measures(text: dict[str, Any]) -> tuple[Measure, ...]:
+def measures(text: dict[str, Any], records: list[dict[str, Any]]) -> tuple[Measure, ...]:
+    """The groups of bars; what no layer has is left out."""
+    return tuple(measure for measure in _measures(text) if _is_known(measure, records))
+
+
+def _is_known(measure: Measure, records: list[dict[str, Any]]) -> bool:
+    return any(measure.value(record) is not None for record in records)
+
+
+def _measures(text: dict[str, Any]) -> tuple[Measure, ...]:
     unit = unit_of(text)
     held_out = "sequences" if of_items(text) else "text"
     return (
         Measure("Perplexity", f"held-out {held_out}; lower is better", lambda r: r["perplexity"], figure),
+        Measure(
+            "Zero probability",
+            f"share of held-out {unit} of probability 0; lower is better",
+            lambda r: zero_share(r) or None,
+            percent,
+        ),
         *_rankings(text),
         Measure(
             "Training speed",
@@ -65,12 +81,14 @@ def _rankings(text: dict[str, Any]) -> tuple[Measure, ...]:
     )
 
 
-def columns(text: dict[str, Any]) -> tuple[Measure, ...]:
+def columns(text: dict[str, Any], records: list[dict[str, Any]]) -> tuple[Measure, ...]:
     """Of the table; where nothing is better than anything else there is no note."""
     unit = unit_of(text)
+    has_zeros = any(zero_share(record) for record in records)
     lower, higher = "lower is better", "higher is better"
     return (
         Measure("perplexity", lower, lambda r: r["perplexity"], figure),
+        *([Measure("zero probability", lower, zero_share, percent)] if has_zeros else []),
         *(replace(measure, note=higher) for measure in _rankings(text)),
         Measure(f"{unit} seen", higher, lambda r: r["tokens"], lambda v: f"{v:,}", lower_is_better=False),
         Measure(f"{unit}/s", higher, lambda r: r["tokens_per_second"], figure, lower_is_better=False),

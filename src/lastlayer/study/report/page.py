@@ -9,6 +9,7 @@ from lastlayer.study.report.document import document, machine, versions
 from lastlayer.study.report.figures import figure
 from lastlayer.study.report.measures import columns, measures, milliseconds, of_items, unit_of
 from lastlayer.study.report.page_style import COLOURS
+from lastlayer.study.report.quality import have_perplexities
 from lastlayer.study.report.sorted_table import Measure, sorted_table
 
 Record = dict[str, Any]
@@ -28,13 +29,13 @@ def render(results: dict[str, Any]) -> str:
         f"on one machine ({escape(machine(results['environment'], settings['device']))}).</p>",
         learning_curves(results, colours),
         '<div class="measures">',
-        *(_bars(measure, records, colours) for measure in measures(text)),
+        *(_bars(measure, records, colours) for measure in measures(text, records)),
         _query_bars(records, colours, unit),
         "</div>",
         "<h2>The layers</h2>",
         _descriptions(results, colours),
         "<h2>All figures</h2>",
-        sorted_table("layer", names, records, columns(text), 0 if len(records) > 1 else None),
+        sorted_table("layer", names, records, columns(text, records), 0 if len(records) > 1 else None),
         "<h2>How this was measured</h2>",
         _conditions(results),
     ]
@@ -53,15 +54,15 @@ def _length(settings: Record) -> str:
 
 def _answer(records: list[Record], settings: Record, unit: str) -> str:
     """The one sentence for who reads no further; records are sorted, the best first."""
-    best = records[0]
-    said = (
-        f"After {_length(settings).removeprefix('for ')}, <b>{escape(best['layer'])}</b> predicts the next "
-        f"{unit[:-1]} best: perplexity <b>{figure(best['perplexity'])}</b>"
-    )
-    if len(records) == 1:
-        return f"{said}."
-    others = ", ".join(f"{escape(r['layer'])} {figure(r['perplexity'])}" for r in records[1:])
-    return f"{said}, against {others}."
+    after = f"After {_length(settings).removeprefix('for ')}, <b>{escape(records[0]['layer'])}</b>"
+    if have_perplexities(records):
+        said, shown = f"predicts the next {unit[:-1]} best: perplexity", [figure(r["perplexity"]) for r in records]
+    else:
+        said = f"has the next {unit[:-1]} among its ten best most often:"
+        shown = [f"{r['top10_accuracy']:.1%}" for r in records]
+    best, *others = shown
+    against = ", ".join(f"{escape(r['layer'])} {other}" for r, other in zip(records[1:], others, strict=True))
+    return f"{after} {said} <b>{best}</b>{', against ' if others else ''}{against}."
 
 
 def _bars(measure: Measure, records: list[Record], colours: dict[str, int]) -> str:

@@ -31,6 +31,11 @@ class Batches(ABC):
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:  # (batch, length) each
         """Inputs and targets of window `number` of a pass; each target is the token after its input."""
 
+    @abstractmethod
+    def examples(self, number: int) -> Tensor:  # (batch, length)
+        """Where each target of window `number` stands among all ids, which tells training examples apart; 0, the
+        place of no target, where there is none."""
+
     def _check(self, number: int) -> None:
         if not 0 <= number < self.windows:
             raise IndexError(f"number must be between 0 and {self.windows - 1}, got {number}")
@@ -63,13 +68,22 @@ class Streams(Batches):
         return number == 0
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        self._check(number)
-        start = number * self.window
-        stop = min(start + self.window, self.length)
+        start, stop = self._span(number)
         used = self.tokens
         inputs = self.ids[:used].view(self.batch, -1)[:, start:stop]
         targets = self.ids[1 : used + 1].view(self.batch, -1)[:, start:stop]
         return inputs.to(self.device), targets.to(self.device)
+
+    def examples(self, number: int) -> Tensor:
+        """The place of each target in the text."""
+        start, stop = self._span(number)
+        return (1 + self.length * torch.arange(self.batch)[:, None] + torch.arange(start, stop)).to(self.device)
+
+    def _span(self, number: int) -> tuple[int, int]:
+        """The first and the last target of a window, in each stream."""
+        self._check(number)
+        start = number * self.window
+        return start, min(start + self.window, self.length)
 
 
 class Sequences(Batches):
@@ -106,13 +120,22 @@ class Sequences(Batches):
         return True
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        places, inside = self._places(number)
+        items = self.ids[places].masked_fill(~inside, NO_TARGET)
+        inputs, targets = items[:, :-1].clamp(min=0), items[:, 1:]
+        return inputs.to(self.device), targets.to(self.device)
+
+    def examples(self, number: int) -> Tensor:
+        """The place of each target among the items of all sequences."""
+        return self._places(number)[0][:, 1:].to(self.device)
+
+    def _places(self, number: int) -> tuple[Tensor, Tensor]:  # (batch, length + 1) each
+        """Where the items of each piece are, 0 after its end, and which of them are inside."""
         self._check(number)
         begins, ends = self.pieces[number * self.batch : (number + 1) * self.batch].unbind(1)
         places = begins[:, None] + torch.arange(int((ends - begins).max()))
         inside = places < ends[:, None]
-        items = self.ids[places.clamp(max=len(self.ids) - 1)].masked_fill(~inside, NO_TARGET)
-        inputs, targets = items[:, :-1].clamp(min=0), items[:, 1:]
-        return inputs.to(self.device), targets.to(self.device)
+        return places.masked_fill(~inside, 0), inside
 
 
 def num_targets(targets: Tensor) -> int:

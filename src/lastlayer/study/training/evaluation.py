@@ -1,4 +1,8 @@
-"""How well a language model predicts held-out text: from the layer's own exact, normalised probabilities."""
+"""How well a language model predicts held-out text: from the layer's own exact, normalised probabilities.
+
+Two kinds of layers have no perplexity: one whose scores are no probabilities (`OneVsAll`), and one that gives a
+held-out token probability 0 (a `normalizer` of `FullSoftmax`), whose perplexity would be infinite.
+"""
 
 import math
 from dataclasses import dataclass
@@ -6,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from lastlayer.layers.base import OutputLayer
+from lastlayer.layers.one_vs_all import OneVsAll
 from lastlayer.metrics import ndcg, recall, reciprocal_rank
 from lastlayer.study.text.batches import NO_TARGET, Batches, num_targets
 from lastlayer.study.training.language_model import LanguageModel, State
@@ -15,7 +21,8 @@ from lastlayer.study.training.language_model import LanguageModel, State
 class Quality:
     """What held-out tokens say of a model."""
 
-    perplexity: float  # exp of the mean negative log-probability
+    perplexity: float | None  # exp of the mean negative log-probability, where that is a number; nan if one is
+    zero_share: float | None  # of the tokens, those of probability 0; None for a layer without probabilities
     tokens: int
 
 
@@ -31,15 +38,28 @@ class Ranking(NamedTuple):
 @torch.no_grad()
 def evaluate(model: LanguageModel, batches: Batches, tokens: int) -> Quality:
     """Perplexity on about the first `tokens`; a state is carried from window to window where the text goes on."""
-    total, seen = 0.0, 0
+    windows = range(windows_for(batches, tokens))
+    seen = sum(num_targets(batches[number][1]) for number in windows)
+    if not has_probabilities(model.output):
+        return Quality(None, None, seen)
+    total, zeros = 0.0, 0
     state: State | None = None
     with _in_eval_mode(model):
-        for number in range(windows_for(batches, tokens)):
+        for number in windows:
             inputs, targets = batches[number]
             hidden, state = model.encode(inputs, None if batches.starts_anew(number) else state)
-            total -= float(model.output.target_log_prob(hidden, targets).sum(dtype=torch.float64))
-            seen += num_targets(targets)
-    return Quality(math.exp(min(total / seen, 700.0)) if math.isfinite(total) else math.inf, seen)
+            log_prob = model.output.target_log_prob(hidden, targets)
+            is_zero = log_prob == -torch.inf
+            total -= float(log_prob.masked_fill(is_zero, 0).sum(dtype=torch.float64))
+            zeros += int(is_zero.sum())
+    if not math.isfinite(total):
+        return Quality(math.nan, zeros / seen, seen)
+    return Quality(None if zeros else math.exp(min(total / seen, 700.0)), zeros / seen, seen)
+
+
+def has_probabilities(layer: OutputLayer) -> bool:
+    """Whether the layer is a distribution over its classes; the scores of a `OneVsAll` are not."""
+    return not isinstance(layer, OneVsAll)
 
 
 @torch.no_grad()

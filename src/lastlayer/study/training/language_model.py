@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lastlayer.layers.base import OutputLayer
+from lastlayer.layers.sampled.unbiased import UnbiasedLayer
 
 State = tuple[Tensor, Tensor]  # of the LSTM: (1, batch, width) each
 
@@ -42,10 +43,18 @@ class LanguageModel(nn.Module):
         inputs: Tensor,  # (batch, window)
         targets: Tensor,  # (batch, window)
         state: State | None = None,
+        examples: Tensor | None = None,  # (batch, window), for a layer of `kept_examples`
     ) -> tuple[Tensor, State]:
         """The training loss, and the state to carry into the next window, detached."""
         hidden, (cell, memory) = self.encode(inputs, state)
-        return self.output(hidden, targets), (cell.detach(), memory.detach())
+        more = () if examples is None else (examples,)
+        return self.output(hidden, targets, *more), (cell.detach(), memory.detach())
+
+
+def kept_examples(layer: OutputLayer) -> int:
+    """How many training examples the layer keeps a number for; 0 for most layers."""
+    normalizers = layer.normalizers if isinstance(layer, UnbiasedLayer) else None
+    return 0 if normalizers is None else len(normalizers)
 
 
 def make_optimizers(model: LanguageModel, learning_rate: float) -> list[torch.optim.Optimizer]:

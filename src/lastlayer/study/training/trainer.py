@@ -16,7 +16,7 @@ from lastlayer.study.processes import of_first, parts_of_state
 from lastlayer.study.text.batches import Batches, num_targets
 from lastlayer.study.training.checkpoint import load_checkpoint, save_checkpoint
 from lastlayer.study.training.evaluation import evaluate
-from lastlayer.study.training.language_model import LanguageModel, State, make_optimizers
+from lastlayer.study.training.language_model import LanguageModel, State, kept_examples, make_optimizers
 
 CURVE_AT = (0.03, 0.08, 0.16, 0.26, 0.38, 0.5, 0.62, 0.75, 0.88, 1.0)  # shares of the budget
 CURVE_TOKENS = 4_000
@@ -50,7 +50,7 @@ class Point:
 
     seconds: float  # of training
     tokens: int  # trained on
-    perplexity: float  # held out
+    perplexity: float | None  # held out; None where `evaluate` has none
 
 
 class Trainer:
@@ -128,7 +128,8 @@ class Trainer:
         state = None if self.train.starts_anew(window) else self.state
         inputs, targets = self.train[window]
         self.model.train()
-        loss, self.state = self.model(inputs, targets, state)
+        examples = self.train.examples(window) if kept_examples(self.model.output) else None
+        loss, self.state = self.model(inputs, targets, state, examples)
         if not math.isfinite(float(loss.detach())):
             self._refuse_to_go_on(f"the training loss became {float(loss.detach())}")
         for optimizer in self.optimizers:
@@ -153,7 +154,7 @@ class Trainer:
     def _add_point(self) -> None:
         """One point of the curve, also where a long step has passed several of its shares."""
         quality = evaluate(self.model, self.held_out, CURVE_TOKENS)
-        if not math.isfinite(quality.perplexity):
+        if quality.perplexity is not None and not math.isfinite(quality.perplexity):
             self._refuse_to_go_on("the held-out perplexity is not finite")
         self.curve.append(Point(self.seconds, self.tokens, quality.perplexity))
         self.passed = sum(share <= self.share_used for share in CURVE_AT)
