@@ -34,7 +34,7 @@ def story(tmp_path):
 
 def test_layers_with_and_without_a_perplexity(tmp_path, story):
     out, names = tmp_path / "out", sorted(SOFTMAXES | SPARSE | SCORES)
-    result = run("--text", story, *OPTIONS, "--layers", ",".join(names), "--steps", 60, "--out", out)
+    result = run("--text", story, *OPTIONS, "--layers", ",".join(names), "--steps", 25, "--out", out)
     assert result.exit_code == 0, result.output
     results = strict_json(out / "results.json")
     records = {record["layer"]: record for record in results["records"]}

@@ -39,7 +39,7 @@ class Choice:
         build: `build(in_features, counts (V,))` gives the layer; `counts` fall, as ids are sorted by frequency.
         per_example: whether the layer keeps a number for each training example; `build` then takes `num_examples`
             as well, None to keep nothing.
-        logits: how many `(N, V)` tensors a training step holds at once; 0 where it never holds all logits.
+        logits: how many float32 `(N, V)` tensors a training step holds at once; 0 where it never holds all logits.
         package: an optional package that it needs, and the extra of lastlayer that installs it.
     """
 
@@ -150,19 +150,19 @@ CHOICES: dict[str, Choice] = {
     "sparsemax": Choice(
         "exact, and most classes have probability 0",
         lambda d, counts: FullSoftmax(d, len(counts), normalizer=Sparsemax()),
-        logits=12,
+        logits=32,
         package="entmax",
     ),
     "entmax": Choice(
         "exact, between softmax and sparsemax (alpha 1.5): many classes have probability 0",
         lambda d, counts: FullSoftmax(d, len(counts), normalizer=Entmax(1.5)),
-        logits=12,
+        logits=32,
         package="entmax",
     ),
     "topk-softmax": Choice(
         "softmax of the 1,024 largest logits; all other classes have probability 0",
         lambda d, counts: FullSoftmax(d, len(counts), normalizer=TopKSoftmax(_num_samples(counts))),
-        logits=6,
+        logits=8,
     ),
 }
 
