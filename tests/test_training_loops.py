@@ -1,6 +1,7 @@
 """What `docs/training_loops.md` says of its loops: each trains as the plain loop does."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -65,6 +66,26 @@ def test_loss_scaling_changes_nothing(page, seeded, name):
         train(trained, page["make_optimizers"](trained, 0.01), batches(page, 16), scaler)
         results.append(weights(trained))
     assert_same_but_not_untrained(results, before)
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_loss_scaling_leaves_out_what_overflows(page, seeded, name):
+    """Alone, or accumulated before or after a gradient that does not; and training goes on."""
+    model, (first, second, *_) = page["Model"](OUTPUTS[name]()), batches(page, 16)
+    plain, before = copy.deepcopy(model), weights(model)
+    optimizers, scaler = page["make_optimizers"](model, 0.01), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for factors in ((math.inf,), (1.0, math.inf), (math.inf, 1.0)):
+        for factor in factors:
+            scaler.scale(factor * model(*first)).backward()
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+            optimizer.zero_grad()
+        scaler.update()
+        assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
+    assert scaler.get_scale() == 1024 / 2**3
+    train(model, optimizers, [second], scaler)
+    train(plain, page["make_optimizers"](plain, 0.01), [second])
+    assert_same_but_not_untrained([weights(model), weights(plain)], before)
 
 
 @pytest.mark.parametrize("name", OUTPUTS)

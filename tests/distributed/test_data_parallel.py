@@ -1,6 +1,7 @@
 """Processes with a part of the batch each: one step of all rows, row-sparse gradients, uneven batches."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -195,3 +196,28 @@ def encoder_and_factored_train_as_one(group):
 
 def test_encoder_and_factored(pool):
     pool.run(encoder_and_factored_train_as_one, 2)
+
+
+def a_step_that_overflows_in_one_process(group):
+    """Left out in all, where the anchor's gradient tells the others, as the page has it."""
+    layer = FactoredOutput(8, 50)
+    optimizer, scaler = FactoredSGD(layer, 0.5, process_group=group), torch.amp.GradScaler("cpu", init_scale=64.0)
+    generator = torch.Generator().manual_seed(group.rank())
+    for factor, trains in ((math.inf if group.rank() == 1 else 1.0, False), (1.0, True)):
+        before = layer.weight
+        loss = factor * layer(torch.randn(4, 8, generator=generator), torch.arange(4))
+        scaler.scale(loss).backward()
+        dist.all_reduce(layer.anchor.grad, group=group)
+        layer.anchor.grad /= group.size()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.equal(layer.weight, before) != trains
+    assert scaler.get_scale() == 32
+    first = layer.weight.clone()
+    dist.broadcast(first, group=group, group_src=0)
+    assert torch.equal(first, layer.weight)
+
+
+def test_loss_scaling(pool):
+    pool.run(a_step_that_overflows_in_one_process, 3)

@@ -40,7 +40,7 @@ class FactoredSGD(torch.optim.Optimizer):
     An ordinary `torch.optim.Optimizer` over one anchor parameter a layer, so learning-rate schedulers, param
     groups, gradient accumulation and `zero_grad` are as usual. Several backward passes before a step are one
     step of all their rows. What scales the anchor's gradient (`clip_grad_norm_` over the model, a loss scaler)
-    scales the step.
+    scales the step; it is NaN where the gradient is not finite, so that `GradScaler` leaves the step out.
 
     What needs a state of the weight's size (momentum, Adam) cannot be exact in this form and is refused. Nor can
     clipping of single entries: `clip_grad_value_` finds no gradient of this weight, and has no effect on it.

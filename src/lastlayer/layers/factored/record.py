@@ -6,12 +6,14 @@ the gradient of the layer itself is needed: `loss.backward()` records the pass f
 `torch.autograd.grad(loss, hidden)` does not.
 
 The anchor's gradient stands for the weight's: a tiny mark. Whoever removes it (`zero_grad` of any kind) removes
-the records, and whoever multiplies it (`clip_grad_norm_`, a loss scaler) scales the step.
+the records, and whoever multiplies it (`clip_grad_norm_`, a loss scaler) scales the step. It is NaN where the
+weight's is not finite, so that a loss scaler leaves the step out.
 """
 
 import weakref
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -66,6 +68,8 @@ class Ledger:
         if not self.gradients:
             self.mark = MARK
             anchor.grad = torch.full_like(anchor, MARK)
+        if not _is_finite(gradient.by_hidden):
+            anchor.grad = torch.full_like(anchor, torch.nan)
         self.gradients.append(gradient)
 
     def apply_scaling(self, anchor: Tensor) -> None:
@@ -91,6 +95,13 @@ class Ledger:
         """After a step: the records are used up."""
         self.gradients, self.spent = [], True
         self.version += 1
+
+
+def _is_finite(gradient: Tensor) -> bool:
+    """Whether all numbers are. On a CPU by numpy, on one thread: see "Threads" in docs/training_loops.md."""
+    if gradient.device.type == "cpu":
+        return bool(np.isfinite(gradient.numpy()).all())
+    return bool(gradient.isfinite().all())
 
 
 class Pass:
