@@ -34,7 +34,14 @@ OPT = {
 }
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0}
 WHISPER = {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 16}
-BERT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+BERT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
 
 # The model's class, its config's class, and the options that matter here.
 FAMILIES = {
@@ -42,16 +49,18 @@ FAMILIES = {
     "llama-tied": ("LlamaForCausalLM", "LlamaConfig", {**DECODER, "tie_word_embeddings": True}),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", DECODER),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**DECODER, "final_logit_softcapping": 3.0}),
+    "recurrent-gemma": (
+        "RecurrentGemmaForCausalLM",
+        "RecurrentGemmaConfig",
+        {**DECODER, "logits_soft_cap": 5.0, "lru_width": 32, "num_hidden_layers": 3, "attention_dropout": 0.0},
+    ),
     "cohere": ("CohereForCausalLM", "CohereConfig", {**DECODER, "logit_scale": 0.0625}),
     "granite": ("GraniteForCausalLM", "GraniteConfig", {**DECODER, "logits_scaling": 6.0}),
     "phi": ("PhiForCausalLM", "PhiConfig", DECODER),  # whose head has a bias
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
     "opt": ("OPTForCausalLM", "OPTConfig", {**OPT, "dropout": 0.0}),
-    "bert": (
-        "BertForMaskedLM",
-        "BertConfig",
-        {**BERT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    ),
+    "bert": ("BertForMaskedLM", "BertConfig", BERT),
+    "bert-decoder": ("BertLMHeadModel", "BertConfig", {**BERT, "is_decoder": True}),
     "t5": ("T5ForConditionalGeneration", "T5Config", {**T5, "dropout_rate": 0.0}),
     "t5-untied": (
         "T5ForConditionalGeneration",
@@ -78,9 +87,14 @@ def make(name, **options):
     return model
 
 
+def tokens(rows=2, length=7):
+    """Ids of words, none of them a special one."""
+    return torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
 def batch(name, rows=2, length=7):
     """Inputs of a model and labels, some of which are ignored."""
-    ids = torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(1))
+    ids = tokens(rows, length)
     labels = ids.clone()
     labels[0, 2:4] = -100
     if name == "whisper":

@@ -9,58 +9,33 @@ from lastlayer import FullSoftmax, Int8Preview, MixtureOfSoftmaxes, ScreenedSoft
 from lastlayer.study.errors import StudyError
 from lastlayer.study.heads import load_head
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-from lastlayer.transformers import ScaledLogits, hidden_states, logit_map_of, output_layer, replace_lm_head  # noqa: E402
+from lastlayer.transformers import ScaledLogits, hidden_states, logit_map_of, output_layer, replace_lm_head
+from tiny_models import V, make, tokens
 
-TOKENS = {"vocab_size": 120, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-}
-
-
-def causal(name, **options):
-    """A tiny model of a family, its head spread so that caps and scales matter."""
-    config = getattr(transformers, f"{name}Config")(**{**TOKENS, **SIZES, **options})
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    nn.init.normal_(model.get_output_embeddings().weight, std=2.0)
-    return model
-
-
-def marian():
-    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_start_token_id": 0}
-    return transformers.MarianMTModel(transformers.MarianConfig(**TOKENS, **sizes, **heads)).eval()
-
-
+# A family, the options that matter here, and the map that its models apply.
 MODELS = {
-    "gemma2": (lambda: causal("Gemma2", final_logit_softcapping=3.0), "SoftCap(cap=3)"),
-    "gemma2-uncapped": (lambda: causal("Gemma2", final_logit_softcapping=None), "None"),
-    "recurrent-gemma": (
-        lambda: causal("RecurrentGemma", logits_soft_cap=5.0, lru_width=32, num_hidden_layers=3),
-        "SoftCap(cap=5)",
-    ),
-    "cohere": (lambda: causal("Cohere", logit_scale=0.0625), "ScaledLogits(scale=0.0625)"),
-    "granite": (lambda: causal("Granite", logits_scaling=6.0), "ScaledLogits(scale=0.166667)"),
-    "llama": (lambda: causal("Llama"), "None"),
-    "qwen2": (lambda: causal("Qwen2"), "None"),
+    "gemma2": ("gemma2", {}, "SoftCap(cap=3)"),
+    "gemma2-uncapped": ("gemma2", {"final_logit_softcapping": None}, "None"),
+    "recurrent-gemma": ("recurrent-gemma", {}, "SoftCap(cap=5)"),
+    "cohere": ("cohere", {}, "ScaledLogits(scale=0.0625)"),
+    "granite": ("granite", {}, "ScaledLogits(scale=0.166667)"),
+    "llama": ("llama", {}, "None"),
+    "qwen2": ("qwen2", {}, "None"),
 }
 
 
 @pytest.fixture(params=MODELS)
 def named(request):
-    torch.manual_seed(0)
-    make, expected = MODELS[request.param]
-    return make(), expected
+    family, options, expected = MODELS[request.param]
+    return make(family, **options).eval(), expected
 
 
-def tokens():
-    return torch.randint(3, 120, (2, 7), generator=torch.Generator().manual_seed(1))
+def marian():
+    model = make("marian").eval()
+    model.final_logits_bias.zero_()
+    return model
 
 
 def test_the_map_is_found_and_nothing_is_changed(named):
@@ -99,9 +74,8 @@ def test_logits_loss_and_gradients_of_the_head_as_a_layer(named):
 
 def test_without_the_map_the_loss_is_another():
     """What the tests above could not tell apart, they would not test."""
-    torch.manual_seed(0)
-    model, ids = MODELS["gemma2"][0](), tokens()
-    naive = FullSoftmax(32, 120, bias=False, weight=model.lm_head.weight)
+    model, ids = make("gemma2").eval(), tokens()
+    naive = FullSoftmax(32, V, bias=False, weight=model.lm_head.weight)
     loss = naive(last_hidden(model, ids)[:, :-1], ids[:, 1:])
     assert abs(loss / model(ids, labels=ids).loss - 1) > 0.1
 
@@ -112,7 +86,7 @@ def test_a_screen_under_the_model(named):
     head, ids = model.get_output_embeddings(), tokens()
     settings = {"max_new_tokens": 6, "do_sample": False}
     expected, text = model(ids, labels=ids), model.generate(ids, **settings)
-    everything = ScreenedSoftmax.from_linear(head, preview=Int8Preview(), candidates=120)
+    everything = ScreenedSoftmax.from_linear(head, preview=Int8Preview(), candidates=V)
     with replace_lm_head(model, everything):
         answer = model(ids, labels=ids)
     torch.testing.assert_close(answer.logits, expected.logits)
@@ -126,10 +100,10 @@ def test_a_map_is_not_applied_twice(named):
     """A screen with a map serves under a model that has none, and is refused under one that has."""
     model, expected = named
     head = model.get_output_embeddings()
-    layer = FullSoftmax(32, 120, bias=False, weight=head.weight, logit_map=SoftCap(3.0))
-    screen = ScreenedSoftmax.from_layer(layer, preview=Int8Preview(), candidates=120)
-    mixture = MixtureOfSoftmaxes(32, 120, 2, bias=False)
-    mixed = ScreenedSoftmax.from_layer(mixture, preview=Int8Preview(), candidates=120)
+    layer = FullSoftmax(32, V, bias=False, weight=head.weight, logit_map=SoftCap(3.0))
+    screen = ScreenedSoftmax.from_layer(layer, preview=Int8Preview(), candidates=V)
+    mixture = MixtureOfSoftmaxes(32, V, 2, bias=False)
+    mixed = ScreenedSoftmax.from_layer(mixture, preview=Int8Preview(), candidates=V)
     ids = tokens()
     if expected == "None":
         raw = model(ids).logits
@@ -144,7 +118,7 @@ def test_a_map_is_not_applied_twice(named):
             replace_lm_head(model, screen)
         with pytest.raises(ValueError, match=r"head must give plain logits.*log-probabilities"):
             replace_lm_head(model, mixed)
-        plain = ScreenedSoftmax.from_layer(layer, preview=Int8Preview(), candidates=120, logit_map=None)
+        plain = ScreenedSoftmax.from_layer(layer, preview=Int8Preview(), candidates=V, logit_map=None)
         with replace_lm_head(model, plain):
             logits = model(ids).logits
         torch.testing.assert_close(logits, model(ids).logits)
@@ -153,9 +127,8 @@ def test_a_map_is_not_applied_twice(named):
 
 def test_a_bias_after_the_head():
     """Marian adds one: zeros do nothing; others make a screen's best classes not the model's."""
-    torch.manual_seed(0)
     model = marian()
-    screen = ScreenedSoftmax.from_linear(model.get_output_embeddings(), preview=Int8Preview(), candidates=120)
+    screen = ScreenedSoftmax.from_linear(model.get_output_embeddings(), preview=Int8Preview(), candidates=V)
     assert logit_map_of(model) is None
     with replace_lm_head(model, screen):
         pass
@@ -164,25 +137,23 @@ def test_a_bias_after_the_head():
         logit_map_of(model)
     with pytest.raises(ValueError, match=r"head must not be a ScreenedSoftmax.*adds something"):
         replace_lm_head(model, screen)
-    with replace_lm_head(model, nn.Linear(32, 120, bias=False)):  # which keeps what is added
+    with replace_lm_head(model, nn.Linear(32, V, bias=False)):  # which keeps what is added
         pass
 
 
 def test_speedup_reads_what_follows_the_head(tmp_path):
     """A soft cap leaves the order as it is; numbers added to some classes do not."""
-    torch.manual_seed(0)
-    capped, shifted = MODELS["gemma2"][0](), marian()
+    capped, shifted = make("gemma2").eval(), marian()
     shifted.final_logits_bias[0, 7] = 4.0
     for name, model in (("capped", capped), ("shifted", shifted)):
         model.save_pretrained(tmp_path / name)
-    assert load_head(tmp_path / "capped").weight.shape == (120, 32)
+    assert load_head(tmp_path / "capped").weight.shape == (V, 32)
     with pytest.raises(StudyError, match=r"MarianMTModel adds something of its own to the logits"):
         load_head(tmp_path / "shifted")
 
 
 def test_maps_that_are_none_of_these():
-    torch.manual_seed(0)
-    model = causal("Llama")
+    model = make("llama").eval()
 
     class Odd(type(model)):
         def forward(self, *args, **kwargs):
@@ -222,7 +193,7 @@ def test_scaled_logits(cap):
 
 def test_a_model_that_token_ids_do_not_run():
     """A screen without a map goes in: the model treats its logits as before; one with a map does not."""
-    model = causal("Llama")
+    model = make("llama").eval()
     weight = model.lm_head.weight
     plain, mapped = (
         ScreenedSoftmax(weight, preview=Int8Preview(), candidates=9, logit_map=m) for m in (None, SoftCap(2.0))
@@ -238,8 +209,8 @@ def test_a_model_that_token_ids_do_not_run():
 
 
 def test_heads_that_are_no_matrix():
-    model = causal("Llama")
-    model.lm_head = nn.Sequential(nn.Linear(32, 120))
+    model = make("llama").eval()
+    model.lm_head = nn.Sequential(nn.Linear(32, V))
     with pytest.raises(TypeError, match="must be one matrix, got Sequential"):
         output_layer(model)
     with pytest.raises(TypeError, match="output head to replace"):

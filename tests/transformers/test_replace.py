@@ -6,44 +6,12 @@ from torch import nn
 
 from lastlayer import FullSoftmax, Int8Preview, ScreenedSoftmax, SVDPreview
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-from lastlayer.transformers import hidden_states, replace_lm_head  # noqa: E402
+from lastlayer.transformers import hidden_states, replace_lm_head
+from tiny_models import V, make, tokens
 
-SIZE = {"vocab_size": 600, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-
-
-def gpt2(tied=True):
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        n_embd=32, n_layer=1, n_head=2, n_positions=64, tie_word_embeddings=tied, **SIZE
-    )
-    model = transformers.GPT2LMHeadModel(config).eval()
-    nn.init.normal_(model.lm_head.weight, std=0.5)
-    return model
-
-
-def llama():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **SIZE)).eval()
-    nn.init.normal_(model.lm_head.weight, std=0.5)
-    return model
-
-
-def t5():
-    torch.manual_seed(0)
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0}
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, **SIZE)).eval()
-
-
-def bert():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return transformers.BertLMHeadModel(transformers.BertConfig(**sizes, is_decoder=True, **SIZE)).eval()
-
-
-MODELS = {"gpt2": gpt2, "llama": llama, "t5": t5, "bert": bert}
+MODELS = ("gpt2", "llama", "t5", "bert-decoder")
 
 
 def screened(model, **settings):
@@ -51,17 +19,17 @@ def screened(model, **settings):
     return ScreenedSoftmax.from_linear(model.get_output_embeddings(), **settings)
 
 
-def prompt(rows=2):
-    return torch.randint(3, 600, (rows, 5), generator=torch.Generator().manual_seed(1))
+def prompt():
+    return tokens(length=5)
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("how", ["greedy", "beam"])
 def test_same_text(name, how):
-    model = MODELS[name]()
+    model = make(name).eval()
     settings = {"max_new_tokens": 10, "do_sample": False, "num_beams": 3 if how == "beam" else 1}
     expected = model.generate(prompt(), **settings)
-    head = screened(model, candidates=600) if how == "beam" else screened(model)
+    head = screened(model, candidates=V) if how == "beam" else screened(model)
     with replace_lm_head(model, head):
         assert model.get_output_embeddings() is head
         assert torch.equal(model.generate(prompt(), **settings), expected)
@@ -71,14 +39,14 @@ def test_same_text(name, how):
 @pytest.mark.parametrize("name", MODELS)
 def test_sampling_draws_the_same(name):
     """With every class a candidate the logits are the model's, and so is what a seed draws from them."""
-    model = MODELS[name]()
+    model = make(name).eval()
 
     def drawn():
         torch.manual_seed(5)
         return model.generate(prompt(), max_new_tokens=8, do_sample=True, temperature=0.8, top_k=20, top_p=0.9)
 
     expected = drawn()
-    with replace_lm_head(model, screened(model, candidates=600)):
+    with replace_lm_head(model, screened(model, candidates=V)):
         assert torch.equal(drawn(), expected)
 
 
@@ -86,20 +54,20 @@ def test_sampling_draws_the_same(name):
 @pytest.mark.parametrize("settings", [{"do_sample": True, "top_k": 20}, {"do_sample": False, "num_beams": 3}])
 def test_few_candidates_run(name, settings):
     """Sampling and beam search on preview scores: another text perhaps, of known words."""
-    model = MODELS[name]()
+    model = make(name).eval()
     length = model.generate(prompt(), max_new_tokens=6, min_new_tokens=6, **settings).shape
     with replace_lm_head(model, screened(model, preview=SVDPreview(8), exact=False)):
         ids = model.generate(prompt(), max_new_tokens=6, min_new_tokens=6, **settings)
     assert ids.shape == length
-    assert 0 <= ids.min() <= ids.max() < 600
+    assert 0 <= ids.min() <= ids.max() < V
 
 
 @pytest.mark.parametrize("name", [*MODELS, "untied"])
 def test_undo_restores_the_very_module(name):
-    model = gpt2(tied=False) if name == "untied" else MODELS[name]()
+    model = make("gpt2", tie_word_embeddings=False) if name == "untied" else make(name)
     original, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = original.weight is embedding.weight
-    assert tied == (name in ("gpt2", "t5", "bert"))
+    assert tied == (name in ("gpt2", "t5", "bert-decoder"))
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     handle = replace_lm_head(model, screened(model))
     assert model.get_output_embeddings() is not original
@@ -114,7 +82,7 @@ def test_undo_restores_the_very_module(name):
 
 
 def test_undo_after_a_failure():
-    model = gpt2()
+    model = make("gpt2").eval()
     original = model.lm_head
     with pytest.raises(ZeroDivisionError), replace_lm_head(model, screened(model)):
         raise ZeroDivisionError
@@ -123,7 +91,7 @@ def test_undo_after_a_failure():
 
 def test_replaced_twice():
     """The later one is undone first; the other order is refused, and nothing is lost by trying."""
-    model = gpt2()
+    model = make("gpt2").eval()
     original, first, second = model.lm_head, screened(model), screened(model)
     one, two = replace_lm_head(model, first), replace_lm_head(model, second)
     with pytest.raises(RuntimeError, match="undo the later replacement first"):
@@ -140,7 +108,7 @@ def test_replaced_twice():
 
 def test_a_head_that_the_model_does_not_take():
     """BERT takes its head's bias; of one without, nothing stays."""
-    model = bert()
+    model = make("bert-decoder")
     original, bias = model.get_output_embeddings(), model.cls.predictions.bias
     with pytest.raises(AttributeError, match="bias"):
         replace_lm_head(model, nn.Identity())
@@ -150,7 +118,7 @@ def test_a_head_that_the_model_does_not_take():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_hidden_states_give_the_logits(name):
-    model = MODELS[name]()
+    model = make(name).eval()
     (hidden,) = hidden_states(model, [prompt()])
     more = {"decoder_input_ids": prompt()} if name == "t5" else {}
     with torch.no_grad():
@@ -160,7 +128,7 @@ def test_hidden_states_give_the_logits(name):
 
 
 def test_bad_input():
-    model = gpt2()
+    model = make("gpt2").eval()
     with pytest.raises(TypeError, match="output head to replace, which Linear does not"):
         replace_lm_head(nn.Linear(2, 3), screened(model))
     with pytest.raises(TypeError, match="output head to replace, which GPT2Model"):
@@ -168,7 +136,7 @@ def test_bad_input():
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         replace_lm_head(model, lambda hidden: hidden)
     with pytest.raises(TypeError, match="FullSoftmax takes targets"):
-        replace_lm_head(model, FullSoftmax(32, 600))
-    with pytest.raises(ValueError, match="out_features=600, got 7"):
+        replace_lm_head(model, FullSoftmax(32, V))
+    with pytest.raises(ValueError, match="out_features=120, got 7"):
         replace_lm_head(model, nn.Linear(32, 7))
     assert isinstance(model.lm_head, nn.Linear)
