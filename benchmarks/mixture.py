@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lastlayer import FullSoftmax, MixtureOfSoftmaxes, OutputLayer
-from lastlayer.functional.linear_chunks import CHUNK_BYTES
+from lastlayer.functional.linear_chunks import rows_of_chunk
 from lastlayer.study.measuring.measure import interleaved, peak_bytes, write_records
 
 RESULTS = Path(__file__).parent / "results"
@@ -110,7 +110,7 @@ def products(layer: MixtureOfSoftmaxes, hidden: Tensor) -> None:
     """The three products of each chunk, as large as the layer's."""
     rows = layer.latents(hidden).flatten(0, 1)
     weight = layer.weight
-    size = min(CHUNK_BYTES // (4 * len(weight)), 3 * len(hidden) // 4) // COMPONENTS * COMPONENTS
+    size = min(rows_of_chunk(4 * len(weight)), 3 * len(hidden) // 4) // COMPONENTS * COMPONENTS
     logits, of_weight = torch.empty(size, len(weight)), torch.empty_like(weight)
     for start in range(0, len(rows), size):
         part = rows[start : start + size]

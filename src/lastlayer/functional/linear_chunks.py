@@ -10,8 +10,9 @@ from lastlayer.functional.barred import barred_classes, map_barred
 from lastlayer.functional.logit_map import LogitMap
 from lastlayer.functional.precision import exact_dtype
 
-# Bytes that the logits of one chunk may take. Larger chunks mean fewer passes over the weight's gradient.
-CHUNK_BYTES = 1 << 28
+# Bytes that the logits of one chunk may take; half of them where these hold as many rows as here. Every chunk adds
+# to the whole gradient of the weight: with few rows that is much of its time.
+CHUNK_BYTES, ENOUGH_ROWS = 1 << 28, 256
 # Logits of one part, which PyTorch's operations make several tensors of: few, so that these are in cache and reuse
 # each other's memory; on a GPU many, as each operation is a launch.
 PART_NUMBERS, PART_NUMBERS_GPU = 1 << 20, 1 << 25
@@ -85,7 +86,7 @@ class LinearChunks:
         self.barred = None if logit_map is None else barred_classes(bias)  # that the map must not see
         row_bytes = len(weight) * dtype.itemsize * buffers
         most = len(hidden) if group == 1 else 3 * len(hidden) // (4 * group)
-        self.chunk_rows = max(group, min(CHUNK_BYTES // row_bytes, most) // group * group)
+        self.chunk_rows = max(group, min(rows_of_chunk(row_bytes), most) // group * group)
         numbers = PART_NUMBERS if hidden.device.type == "cpu" else PART_NUMBERS_GPU
         self.part_rows = max(group, numbers // len(weight) // group * group)
         if (
@@ -199,6 +200,11 @@ class LinearChunks:
         """The part of the buffer that holds some rows of the chunk."""
         start = rows.start % self.chunk_rows
         return self.product[start : start + rows.stop - rows.start]
+
+
+def rows_of_chunk(row_bytes: int) -> int:
+    """How many rows of logits, of as many bytes each, a chunk holds."""
+    return min(CHUNK_BYTES // row_bytes, max(ENOUGH_ROWS, CHUNK_BYTES // (2 * row_bytes)))
 
 
 def _slices(start: int, stop: int, step: int) -> Iterator[slice]:

@@ -21,8 +21,8 @@ class FullSoftmax(SoftmaxHead):
     `functional.linear_cross_entropy`, whose options the constructor takes.
 
     Cost of a training step: `6 N V d` operations (three matrix products); memory beyond the parameters and their
-    gradients: one chunk of logits, about 270 MB at most (twice that with a logit map). A query reads all of
-    `weight`.
+    gradients: one chunk of logits, about 130 MB, or 270 MB where V is large (twice that with a logit map). A query
+    reads all of `weight`.
 
     With a `normalizer` (`Sparsemax()`, `Entmax(alpha)`, `TopKSoftmax(k)`) the probabilities are its own, and so is
     the loss. Those of classes far from the best are exactly 0: their `log_prob` and `target_log_prob` are -inf,
