@@ -196,25 +196,6 @@ def test_low_precision(name, how):
         assert our <= 1.5 * their + 0.002 * size
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "marian"])
-def test_compiled(name):
-    """One graph. Marian's loss is a module that the compiler treats by its own rule."""
-    model, inputs = make(name).train(), batch(name)
-    expected = step(model, inputs)
-    with chunked_loss(model):
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        model.zero_grad()
-        output = compiled(**inputs)
-        output.loss.backward()
-        assert isinstance(output.logits, DeferredLogits) == (name != "marian")
-        torch.testing.assert_close(output.loss, expected[0].loss)
-        for key, gradient in expected[1].items():
-            torch.testing.assert_close(model.get_parameter(key).grad, gradient, rtol=1e-4, atol=1e-5)
-        model.eval()
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(**inputs).loss, expected[0].loss)
-
-
 def test_labels_by_position_and_as_a_tuple():
     model, inputs = make("llama").eval(), batch("llama")
     expected = model(**inputs).loss

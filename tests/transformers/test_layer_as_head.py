@@ -187,18 +187,6 @@ def test_what_is_seen_only_at_the_loss():
             assert logits.log_softmax(-1).shape == (*inputs["labels"].shape, V)
 
 
-def test_compiled_models_are_not_trained_by_another_loss():
-    """The loss of T5 is a module that the compiler treats by its own rule; Llama's is the layer's."""
-    model, inputs = make("t5").train(), batch("t5")
-    with chunked_loss(model, HierarchicalSoftmax(32, V)):
-        with pytest.raises(Exception, match="full softmax"):
-            torch.compile(model, backend="eager")(**inputs)
-        assert model(**inputs).loss.isfinite()
-    model, inputs = make("llama").train(), batch("llama")
-    with chunked_loss(model, HierarchicalSoftmax(32, V)):
-        torch.testing.assert_close(torch.compile(model, backend="eager")(**inputs).loss, model(**inputs).loss)
-
-
 def test_zeros_that_a_model_adds():
     model, inputs = make("marian").train(), batch("marian")
     model.final_logits_bias.zero_()

@@ -127,6 +127,16 @@ def test_lora(order, monkeypatch):
     torch.testing.assert_close(actual, torch.autograd.grad(output.loss, trainable), rtol=1e-4, atol=1e-6)
 
 
+def test_compiled_lora():
+    """The loss is that of the model inside, and so the logits stay deferred."""
+    model, inputs = lora(make("llama")).train(), batch("llama")
+    expected = model(**inputs).loss
+    with chunked_loss(model):
+        output = torch.compile(model, backend="eager")(**inputs)
+    assert output.logits.computed is None
+    torch.testing.assert_close(output.loss, expected)
+
+
 def test_heads_that_peft_has_replaced():
     peft = pytest.importorskip("peft")
     for options in (

@@ -10,6 +10,7 @@ from lastlayer.layers.base import OutputLayer
 from lastlayer.transformers.deferring_head import DeferringHead
 from lastlayer.transformers.layer_head import check_layer
 from lastlayer.transformers.replaced_head import ReplacedHead, own_head, put_head, refuse_what_needs_own_head
+from lastlayer.transformers.traced_loss import settle_loss_type
 
 OLDEST = (4, 57)  # of Transformers
 
@@ -25,7 +26,8 @@ def chunked_loss(model: Any, layer: OutputLayer | None = None) -> ReplacedHead:
     For any causal or encoder-decoder model whose head is an `nn.Linear`, tied or not, with or without a bias,
     under gradient checkpointing, autocast and gradient accumulation (`num_items_in_batch`). The head's parameters
     stay the very same, also in the state dict; the gradient of a frozen head is not formed. `torch.compile` keeps
-    one graph; in models that do not call their `loss_function` (T5, Marian, BART, Whisper) it computes the logits.
+    one graph; for that the name `CrossEntropyLoss` in the file of a model that uses it (T5, Marian, BART, Whisper)
+    is a subclass until `undo()`. Where it cannot see the loss, it computes the logits, and warns once.
 
     Args:
         model: called with `labels` as ever.
@@ -69,6 +71,8 @@ def chunked_loss(model: Any, layer: OutputLayer | None = None) -> ReplacedHead:
     head = DeferringHead(model, own, layer)
     handle = put_head(model, head)
     refuse_what_needs_own_head(handle)
+    handle.with_undo(head.loss.trace())
+    handle.with_undo(settle_loss_type(model))
     handle.with_undo(model.register_forward_pre_hook(head.before_model, with_kwargs=True).remove)
     handle.with_undo(model.register_forward_hook(head.after_model, always_call=True).remove)
     return handle

@@ -10,6 +10,7 @@ from lastlayer.layers.base import OutputLayer
 from lastlayer.transformers.deferred_logits import defer
 from lastlayer.transformers.layer_head import LayerHead
 from lastlayer.transformers.recorded_logits import LinearHead
+from lastlayer.transformers.traced_loss import ModelLoss, warn_of_logits
 
 
 class DeferringHead(nn.Module):
@@ -32,20 +33,22 @@ class DeferringHead(nn.Module):
                 del self.weight, self.bias
                 self.register_parameter("bias", None)  # some models read it
         self.place = _labels_place(model)
-        self.compilable = _calls_loss_function(model)
+        self.name, self.loss = type(model).__name__, ModelLoss.of(model)
         self.labelled = False  # whether the model was called with labels
+        torch.compiler.assume_constant_result(warn_of_logits)  # which would break a graph
 
     def forward(self, hidden: Tensor) -> Tensor:
         head = LinearHead(self.weight, self.bias) if self.layer is None else LayerHead(self.layer)
         if not (self.labelled or (self.training and torch.is_grad_enabled())):
             return head.logits(hidden)
-        if self.compilable or not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() or self.loss.is_traced():
             return defer(head, hidden)
         if self.layer is not None:
             raise RuntimeError(
-                f"torch.compile of this model would train its head as a full softmax, not as the "
+                f"torch.compile of {self.name} would train its head as a full softmax, not as the "
                 f"{type(self.layer).__name__} that it is: do not compile it, or use layer=None"
             )
+        warn_of_logits(self.name)
         return head.logits(hidden)
 
     def before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -79,13 +82,3 @@ def _labels_place(model: Any) -> int | None:
     """Where `labels` stands among the arguments of the model's `forward`."""
     names = list(inspect.signature(model.forward).parameters)
     return names.index("labels") if "labels" in names else None
-
-
-def _calls_loss_function(model: Any) -> bool:
-    """Whether the model's loss comes from its `loss_function`, which calls `F.cross_entropy`.
-
-    `torch.compile` has a rule of its own for the module `nn.CrossEntropyLoss`, which does not see that the logits
-    are deferred (it would compute on their placeholder, which is NaN): models that use it get real ones.
-    """
-    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
-    return code is not None and "loss_function" in code.co_names
