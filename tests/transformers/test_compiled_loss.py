@@ -115,7 +115,7 @@ def test_what_the_compiler_cannot_see():
         assert_same(actual, expected)
     with (
         chunked_loss(model, HierarchicalSoftmax(32, V)),
-        pytest.raises(Exception, match=r"torch\.compile of ByModule would train its head as a full softmax"),
+        pytest.raises(Exception, match=r"would train .*a full softmax"),
     ):
         torch.compile(model, backend="eager")(**inputs)
 
