@@ -26,12 +26,12 @@ from lastlayer.functional.sent_bytes import count_sent
 
 def copied(tensor: Tensor, ranks: Ranks, *, mean: bool = False) -> Tensor:
     """`tensor`, whose gradient is the sum over the ranks, or their mean."""
-    return tensor if ranks.size == 1 else _Copied.apply(tensor, ranks, mean)  # pyright: ignore[reportReturnType]
+    return tensor if ranks.size == 1 else _Copied.run(tensor, ranks, mean)
 
 
 def summed(tensor: Tensor, ranks: Ranks) -> Tensor:
     """The sum over the ranks."""
-    return tensor if ranks.size == 1 else _Summed.apply(tensor, ranks)  # pyright: ignore[reportReturnType]
+    return tensor if ranks.size == 1 else _Summed.run(tensor, ranks)
 
 
 def largest(tensor: Tensor, ranks: Ranks) -> Tensor:
@@ -45,7 +45,7 @@ def gathered(
     ranks: Ranks,
 ) -> Tensor:  # (N, total)
     """The columns of all ranks, in their order."""
-    return tensor if ranks.size == 1 else _Gathered.apply(tensor, spans, ranks)  # pyright: ignore[reportReturnType]
+    return tensor if ranks.size == 1 else _Gathered.run(tensor, spans, ranks)
 
 
 def gathered_alike(tensor: Tensor, ranks: Ranks) -> list[Tensor]:

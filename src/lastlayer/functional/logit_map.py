@@ -170,7 +170,7 @@ def apply_map(logit_map: LogitMap, logits: Tensor) -> Tensor:
     parameters = tuple(logit_map.parameters())
     if not ordinary(logits, *parameters):
         return logit_map.plain(logits)
-    return MapFunction.apply(logit_map, logits, *parameters)  # pyright: ignore[reportReturnType]
+    return MapFunction.run(logit_map, logits, *parameters)
 
 
 def bound(logit_map: LogitMap | None, parameters: Sequence[Tensor], work: Callable[[], Result]) -> Result:

@@ -55,7 +55,7 @@ def _along_paths(
     backend = paths_backend_for(hidden.device, hidden.dtype, weight.dtype)
     if backend == "compiled" and hidden.dtype == weight.dtype and weight.is_contiguous():
         wants_slope = torch.is_grad_enabled() and hidden.requires_grad
-        found: Any = _PathLogProb.apply(hidden, weight, paths, sparse, memory, wants_slope)
+        found: Any = _PathLogProb.run(hidden, weight, paths, sparse, memory, wants_slope)
         return found[0]
     return _plain(paths, hidden, weight, sparse)
 

@@ -22,20 +22,22 @@ Twin = Callable[..., Tensor | tuple[Tensor, ...]]
 
 class HandWritten(torch.autograd.Function):
     """A function with a hand-written gradient, in the form that `torch.func` takes: `forward` has no context, and
-    `setup_context` saves what `backward` needs.
+    `setup_context` saves what `backward` needs. It is called by `run`, never by `apply`.
 
     Transformed tensors take the function's plain twin (see `ordinary`); a batched one never comes here.
     """
 
     @classmethod
     def run(cls, *args: Any) -> Any:
-        """`apply`, or `forward` alone where nothing is differentiated.
+        """`apply`; in a compiled graph where nothing is differentiated, `forward` alone.
 
         There Dynamo would call `forward` itself, and with `*parameters` in its signature pass it the context too.
         """
-        if torch.is_grad_enabled() and any(isinstance(part, Tensor) and part.requires_grad for part in args):
-            return cls.apply(*args)
-        return cls.forward(*args)
+        if torch.compiler.is_compiling() and not (
+            torch.is_grad_enabled() and any(isinstance(part, Tensor) and part.requires_grad for part in args)
+        ):
+            return cls.forward(*args)
+        return cls.apply(*args)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -71,7 +73,7 @@ def gradients(
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return formed
     wanted = [i for i, gradient in enumerate(formed) if gradient is not None]
-    found = _Formed.apply(twin, tuple(formed[i] for i in wanted), wanted, len(inputs), *inputs, *upstream)
+    found: Any = _Formed.run(twin, tuple(formed[i] for i in wanted), wanted, len(inputs), *inputs, *upstream)
     return _spread(found, wanted, len(inputs))
 
 
@@ -138,7 +140,7 @@ def _spread(found: Sequence[Tensor], places: list[int], count: int) -> Tensors:
 
 def refused(gradient: Tensor, why: str, *sources: Tensor | None) -> Tensor:
     """`gradient`, which raises RuntimeError(why) when it is differentiated, as a function of `sources`."""
-    return _Refused.apply(why, gradient, *sources) if torch.is_grad_enabled() else gradient  # pyright: ignore[reportReturnType]
+    return _Refused.run(why, gradient, *sources) if torch.is_grad_enabled() else gradient
 
 
 class _Refused(HandWritten):

@@ -87,8 +87,7 @@ def _rows(table: Tensor, rows: Tensor, sparse: bool) -> Tensor:
     """`table.index_select(0, rows)`, whose gradient may hold the selected rows alone, each once."""
     if not sparse or not ordinary(table, rows):
         return table.index_select(0, rows)
-    selected: Any = _Rows.apply(table, rows)
-    return selected
+    return _Rows.run(table, rows)
 
 
 class _Rows(HandWritten):

@@ -61,7 +61,7 @@ def _check_gradients(layer: OutputLayer, hidden: Tensor, call: Callable[[OutputL
     caller = _Caller(layer, call)
 
     def of_inputs(hidden: Tensor, *parameters: Tensor) -> Tensor:
-        dense = {f"layer.{n}": _DenseGradient.apply(p) for n, p in zip(names, parameters, strict=True)}
+        dense = {f"layer.{n}": _DenseGradient.run(p) for n, p in zip(names, parameters, strict=True)}
         return torch.func.functional_call(caller, dense, (hidden,))  # pyright: ignore[reportArgumentType]
 
     assert gradcheck(of_inputs, [hidden.detach().requires_grad_(), *layer.parameters()], masked=False)

@@ -145,7 +145,7 @@ def recorded_loss(
     """The loss; its backward records the step."""
     anchor = own.anchor.clone()
     anchor.register_hook(own.record)
-    found: Any = _Loss.apply(anchor, hidden, ids, weights, loss, own, reduction)
+    found: Any = _Loss.run(anchor, hidden, ids, weights, loss, own, reduction)
     return found[0]
 
 
