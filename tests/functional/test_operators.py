@@ -1,7 +1,9 @@
 """The operators of `torch.library`, and the form of every hand-written gradient."""
 
+import ast
 import importlib
 import pkgutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,17 +33,50 @@ def path():
     )
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: two_level(True), lambda: two_level(False), path], ids=["two-level", "no-bias", "path"]
-)
+def sampled(name, bias, *shape):
+    weight, targets = torch.randn(11, 5).double().requires_grad_(), torch.tensor([[3], [10], [3], [0], [7]])
+    own = torch.randn(11).double().requires_grad_() if bias else None
+    return name, 3, (weight, own, targets, torch.randint(11, shape))
+
+
+OPERATORS = {
+    "two-level": lambda: two_level(True),
+    "two-level-no-bias": lambda: two_level(False),
+    "path": path,
+    "sampled-shared": lambda: sampled("sampled_logits", True, 4),
+    "sampled-own": lambda: sampled("sampled_logits", False, 5, 4),
+    "sampled-none": lambda: sampled("sampled_logits", True, 0),
+    "sampled-sparse": lambda: sampled("sampled_logits_sparse", True, 4),
+}
+
+
+@pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS)
 def test_operators_are_registered_with_shapes_and_gradients(make):
     torch.manual_seed(0)
     name, leaves, others = make()
     hidden = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
-    opcheck(getattr(torch.ops.lastlayer, name).default, (hidden, *others))
+    operator = getattr(torch.ops.lastlayer, name).default
+    opcheck(operator, (hidden, *others))
     wanted = [part is not None for part in (hidden, *others)][:leaves]
     inputs = [part if part is None else part.detach() for part in (hidden, *others)]
-    opcheck(getattr(torch.ops.lastlayer, f"{name}_backward").default, (torch.randn(5).double(), wanted, *inputs))
+    results = operator(*inputs)
+    upstream = [torch.randn_like(part) for part in (results if isinstance(results, tuple) else (results,))]
+    opcheck(getattr(torch.ops.lastlayer, f"{name}_backward").default, (upstream, wanted, *inputs))
+
+
+@pytest.mark.parametrize("wanted", [[True, True, True], [False, True, False], [False, False, False]])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_operator_of_one_vs_all(wanted, dtype):
+    torch.manual_seed(0)
+    rows, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((4, 5), (11, 5), (11,)))
+    ids, exact = torch.tensor([[3, 10], [0, 0], [7, 1], [2, 0]]), torch.promote_types(dtype, torch.float32)
+    values = torch.tensor([[1, 0.5], [0, 0], [1, 1], [1, 0]], dtype=exact)
+    for own, of_rows in ((bias, torch.rand(4, dtype=exact)), (None, None)):
+        own_wanted = [*wanted[:2], wanted[2] and own is not None]
+        opcheck(
+            torch.ops.lastlayer.one_vs_all.default,
+            (rows, weight, own, ids, values, 2 * torch.ones_like(values), of_rows, own_wanted),
+        )
 
 
 def hand_written():
@@ -62,11 +97,23 @@ def test_every_function_has_the_form_that_transforms_take():
         assert kind.setup_context is not torch.autograd.Function.setup_context, kind
 
 
+def test_every_function_is_called_by_run_alone():
+    """`apply` in a compiled graph without gradients passes `forward` a context that it does not take."""
+    found = {}
+    for path in Path(lastlayer.__file__).parent.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        owners = [call.value for call in calls if isinstance(call, ast.Attribute) and call.attr == "apply"]
+        names = [owner.id for owner in owners if isinstance(owner, ast.Name)]
+        found[path.name] = {name for name in names if name == "cls" or name.strip("_")[0].isupper()}
+    assert {path: names for path, names in found.items() if names} == {"second_order.py": {"cls"}}
+
+
 def test_a_function_that_is_batched_names_the_library():
     weight, ids = torch.randn(4, 3), torch.zeros(2, 1, dtype=torch.int64)
 
     def call(hidden):
-        return _SampledLogits.apply(hidden, weight, None, ids, ids, torch.float32, False)
+        return _SampledLogits.run(hidden, weight, None, ids, ids, torch.float32, False)
 
     with pytest.raises(RuntimeError, match="lastlayer"):
         torch.func.vmap(call)(torch.randn(6, 2, 3))

@@ -12,7 +12,7 @@ from lastlayer import (
     ScreenedSoftmax,
 )
 from lastlayer.functional import sampling
-from lastlayer.functional.sampling import sample_classes
+from lastlayer.functional.sampling import sample_classes, uniform_doubles
 
 BINS, DRAWS = 60, 20_000
 
@@ -119,7 +119,7 @@ def test_first_and_last_place_never_draw_an_impossible_class(monkeypatch, dtype)
     logits[0, 4], logits[1, 2:4] = 1.0, -3.0
     for uniform in (0.0, 0.5, 1 - 2.0**-53):
         monkeypatch.setattr(
-            torch, "rand", lambda *shape, u=uniform, **_: torch.full(shape, u, dtype=torch.float64)
+            sampling, "uniform_doubles", lambda shape, *_, u=uniform: torch.full(shape, u, dtype=torch.float64)
         )
         for block in (2, 1 << 20):
             monkeypatch.setattr(sampling, "BLOCK_NUMBERS", block)
@@ -146,3 +146,12 @@ def test_logits_stay_as_they_are():
     before = logits.clone()
     sample_classes(logits, 9)
     assert torch.equal(logits, before)
+
+
+def test_uniform_doubles_are_pytorchs():
+    found, expected = [], torch.Generator().manual_seed(0)
+    for generator in (torch.Generator().manual_seed(0), None):
+        torch.manual_seed(0)
+        found.append(uniform_doubles((3, 5), torch.device("cpu"), generator))
+    assert torch.equal(found[0], torch.rand(3, 5, dtype=torch.float64, generator=expected))
+    assert torch.equal(*found)

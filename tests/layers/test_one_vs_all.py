@@ -121,6 +121,23 @@ def test_gradcheck_and_a_retained_graph():
     assert torch.autograd.gradgradcheck(lambda h: layer(h, TARGETS), hidden)
 
 
+def test_transforms_and_tensors_without_values():
+    layer = make(reduction="sum", positive_weight=torch.linspace(0.1, 3, V))
+    hidden, parameters = hidden_rows(), {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters, hidden, targets):
+        return torch.func.functional_call(layer, parameters, (hidden, targets))
+
+    per_example = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, hidden, TARGETS)
+    for row, targets, *found in zip(hidden, TARGETS, *per_example.values(), strict=True):
+        expected = torch.autograd.grad(layer(row, targets), list(layer.parameters()))
+        for one, other in zip(found, expected, strict=True):
+            assert torch.allclose(one, other, rtol=1e-10, atol=1e-12)
+    planned = OneVsAll(D, V, reduction="none", device="meta", dtype=torch.float64)
+    planned(hidden.to("meta"), TARGETS.to("meta")).sum().backward()
+    assert planned.weight.grad.shape == (V, D)
+
+
 def test_huge_logits_and_barred_classes():
     layer = make()
     with torch.no_grad():

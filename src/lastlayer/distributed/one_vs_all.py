@@ -25,6 +25,9 @@ class ShardedOneVsAll(RowScoredLayer, OneVsAll):
     DIVIDED = ("weight", "bias", "positive_weights")
     check = staticmethod(check_sampling)
 
+    def _compiles(self) -> bool:
+        return False
+
     def scores(self, hidden: Tensor) -> Tensor:
         """The logits of all classes, on every rank: sends as many numbers as it returns."""
         return self._run("scores", lambda: OneVsAll.scores(self, hidden), hidden=hidden)
@@ -72,7 +75,6 @@ class ShardedOneVsAll(RowScoredLayer, OneVsAll):
         negatives = -F.logsigmoid(-of_candidates) * (-drawn.log_counts).exp().to(values.dtype)
         unused = accidental_hits(ids, values, drawn.ids) | ~drawn.here
         negatives = negatives.masked_fill(unused, 0).sum(1)
-        weight = self._positive_weight()
-        weight = weight[places].to(values.dtype) if isinstance(weight, Tensor) else weight
-        own = weight * own_values * F.logsigmoid(of_targets) + (1 - own_values) * F.logsigmoid(-of_targets)
+        weights = self._positive_weights_at(places, values)
+        own = weights * own_values * F.logsigmoid(of_targets) + (1 - own_values) * F.logsigmoid(-of_targets)
         return negatives - torch.where(own_values == 0, 0.0, own).sum(1)

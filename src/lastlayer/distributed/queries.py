@@ -9,7 +9,7 @@ from lastlayer.distributed.collectives import copied, from_first, gathered_alike
 from lastlayer.distributed.ranks import Ranks
 from lastlayer.functional.checks import eager_on_cpu
 from lastlayer.functional.partial_softmax import LEAST
-from lastlayer.functional.sampling import classes_at, cumulative_weights, intervals_at
+from lastlayer.functional.sampling import classes_at, cumulative_weights, intervals_at, uniform_doubles
 from lastlayer.functional.selection import Selection
 
 
@@ -104,7 +104,7 @@ def sample_of_ranks(
     total = masses[:, -1:]
     if eager_on_cpu(total) and not bool((total.isfinite() & (total > 0)).all()):
         raise ValueError("hidden must give finite logits to be sampled from; some row has NaN or infinite ones")
-    uniform = torch.rand(len(logits), num_samples, dtype=torch.float64, device=logits.device)
+    uniform = uniform_doubles((len(logits), num_samples), logits.device)
     rank, place = intervals_at(masses, from_first(uniform, ranks) * total)
     drawn = torch.zeros_like(rank)
     if some:

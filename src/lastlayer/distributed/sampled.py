@@ -64,6 +64,9 @@ class ShardedSampledSoftmax(ShardedSoftmaxHead, SampledSoftmax):
 
     check = staticmethod(check_sampling)
 
+    def _compiles(self) -> bool:
+        return False
+
     def _class_weights_of(self, ids: Tensor) -> Tensor:
         places, here = self._head().places(ids)
         own = self.class_weights

@@ -1,5 +1,6 @@
 """A logistic regression for every class, without the `(N, V)` logits."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,13 +19,29 @@ BLOCK_NUMBERS, LEAST_CLASSES = 1 << 20, 256
 LARGE = {torch.float32: 20.0, torch.float64: 40.0}
 
 
-class Positives(NamedTuple):
-    """The classes of each row that are not plain negatives, by increasing class id."""
+class RowTargets(NamedTuple):
+    """The classes of each row that are not plain negatives, none twice with a value in one row."""
+
+    ids: Tensor  # (N, K), valid class ids
+    values: Tensor  # (N, K): y of each pair, from 0 to 1; 0 where there is no target
+    weights: Tensor  # (N, K): the weight of each pair's positive term
+
+
+class _Positives(NamedTuple):
+    """The pairs of row and class that have a value, by increasing class id."""
 
     rows: Tensor  # (P,)
     ids: Tensor  # (P,)
-    values: Tensor  # (P,): y of each pair, above 0
-    weights: Tensor  # (P,): the weight of each pair's positive term
+    values: Tensor  # (P,)
+    weights: Tensor  # (P,)
+
+    @classmethod
+    def of(cls, targets: RowTargets) -> "_Positives":
+        """Those of some rows."""
+        rows, places = targets.values.nonzero(as_tuple=True)
+        ids, order = targets.ids[rows, places].sort(stable=True)
+        rows, places = rows[order], places[order]
+        return cls(rows, ids, targets.values[rows, places], targets.weights[rows, places])
 
 
 class _Wanted(NamedTuple):
@@ -33,31 +50,11 @@ class _Wanted(NamedTuple):
     bias: bool
 
 
-def find_positives(
-    ids: Tensor,  # (N, K)
-    values: Tensor,  # (N, K), 0 where there is no target
-    positive_weight: Tensor | float,  # (V,), or one number
-) -> Positives:
-    """The pairs of row and class in sparse targets."""
-    try:
-        rows, places = values.nonzero(as_tuple=True)
-    except RuntimeError as failure:  # NotImplementedError is one
-        raise RuntimeError(
-            "a one-versus-all loss of lastlayer reads the class ids of each row, which is not possible inside "
-            "torch.func.vmap or on 'meta'; use F.binary_cross_entropy_with_logits(layer.scores(hidden), targets)"
-        ) from failure
-    classes = ids[rows, places]
-    classes, order = classes.sort(stable=True)
-    rows, found = rows[order], values[rows, places][order]
-    of_pairs = positive_weight[classes] if isinstance(positive_weight, Tensor) else positive_weight
-    return Positives(rows, classes, found, torch.ones_like(found) * of_pairs)
-
-
 def one_vs_all_loss(
     hidden: Tensor,  # (N, d)
     weight: Tensor,  # (V, d)
     bias: Tensor | None,  # (V,)
-    positives: Positives,
+    targets: RowTargets,
     row_weights: Tensor | None = None,  # (N,): the sum of weighted losses; None: the loss of every row
 ) -> Tensor:  # () or (N,)
     """The binary cross-entropies of a row with all classes, added up.
@@ -73,17 +70,17 @@ def one_vs_all_loss(
     """
     dtype = product_dtype(hidden)
     with no_autocast(hidden.device.type):
-        if not ordinary(hidden, weight, bias, *positives, row_weights):
-            return _plain(positives, row_weights, dtype, hidden, weight, bias)
+        if not ordinary(hidden, weight, bias, *targets, row_weights):
+            return _plain(targets, row_weights, dtype, hidden, weight, bias)
         wanted = None  # no gradient is formed in the forward pass
         if torch.is_grad_enabled() and row_weights is not None:
             wanted = _Wanted(hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
-        found: Any = _OneVsAll.apply(hidden, weight, bias, positives, row_weights, dtype, wanted)
+        found: Any = _OneVsAll.run(hidden, weight, bias, targets, row_weights, dtype, wanted)
         return found[0]
 
 
 def _plain(
-    positives: Positives,
+    targets: RowTargets,
     row_weights: Tensor | None,
     dtype: torch.dtype,
     hidden: Tensor,
@@ -95,13 +92,18 @@ def _plain(
     logits = F.linear(hidden.to(dtype), weight.to(dtype)).to(exact)
     if bias is not None:
         logits = logits + bias.to(exact)
-    rows, ids, values, weights = positives
-    at, large = logits[rows, ids], LARGE[exact]
-    change = values.to(exact) * (
-        weights.to(exact) * F.softplus(-at, threshold=large) - F.softplus(at, threshold=large)
-    )
-    row_loss = F.softplus(logits, threshold=large).sum(1).index_add(0, rows, change)
+    row_loss = F.softplus(logits, threshold=LARGE[exact]).sum(1)
+    if weight.shape[0]:  # a rank may have no classes
+        ids, values, weights = targets
+        change = _change(logits.gather(1, ids), values.to(exact), weights.to(exact))
+        row_loss = row_loss + change.masked_fill(values == 0, 0).sum(1)
     return row_loss if row_weights is None else (row_loss * row_weights).sum()
+
+
+def _change(at: Tensor, values: Tensor, weights: Tensor) -> Tensor:
+    """`(1 - y) softplus(s) + u y softplus(-s)`, less the `softplus(s)` of each pair as a negative."""
+    large = LARGE[at.dtype]
+    return values * (weights * F.softplus(-at, threshold=large) - F.softplus(at, threshold=large))
 
 
 class _OneVsAll(HandWritten):
@@ -110,19 +112,18 @@ class _OneVsAll(HandWritten):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        positives: Positives,
+        targets: RowTargets,
         row_weights: Tensor | None,
         dtype: torch.dtype,
         wanted: _Wanted | None,  # which gradients to form already
     ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
-        form = wanted is not None and any(wanted)
-        blocks = _Blocks(hidden, weight, bias, positives, dtype)
-        row_loss, formed = blocks.run(wanted if form else None, row_weights)
-        return row_loss if row_weights is None else (row_loss * row_weights).sum(), formed if form else None
+        row_loss, formed = _pass(hidden, weight, bias, targets, row_weights, dtype, wanted)
+        loss = row_loss if row_weights is None else (row_loss * row_weights).sum()
+        return loss, formed if wanted is not None and any(wanted) else None
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        hidden, weight, bias, ctx.positives, ctx.row_weights, ctx.dtype, _ = inputs
+        hidden, weight, bias, ctx.targets, ctx.row_weights, ctx.dtype, _ = inputs
         _, ctx.formed = output
         ctx.save_for_backward(hidden, weight, bias)
 
@@ -135,67 +136,90 @@ class _OneVsAll(HandWritten):
             if formed is None:  # the loss of every row, or a second pass over a retained graph
                 row_weights = scale if ctx.row_weights is None else scale * ctx.row_weights
                 wanted = _Wanted(*ctx.needs_input_grad[:3])
-                _, formed = _Blocks(hidden, weight, bias, ctx.positives, ctx.dtype).run(wanted, row_weights)
+                _, formed = _pass(hidden, weight, bias, ctx.targets, row_weights, ctx.dtype, wanted)
             elif not (eager_on_cpu(scale) and float(scale) == 1.0):
                 for gradient in formed:
                     if gradient is not None:  # no other reference to it exists
                         gradient.mul_(scale)
             return formed
 
-        twin = partial(_plain, ctx.positives, ctx.row_weights, ctx.dtype)
+        twin = partial(_plain, ctx.targets, ctx.row_weights, ctx.dtype)
         return *gradients(form, twin, ctx.saved_tensors, upstream[:1]), None, None, None, None
+
+
+def _pass(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: RowTargets,
+    row_weights: Tensor | None,
+    dtype: torch.dtype,
+    wanted: _Wanted | None,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The loss of every row, and the gradients of its sum weighted by `row_weights` that are wanted."""
+    wanted = wanted or _Wanted(False, False, False)
+    run = _OPERATOR if torch.compiler.is_compiling() else _run
+    row_loss, *found = run(hidden.to(dtype), weight, bias, *targets, row_weights, list(wanted))
+    formed = [found.pop(0) if want else None for want in wanted]
+    formed[0] = None if formed[0] is None else formed[0].to(hidden.dtype)
+    return row_loss, tuple(formed)
+
+
+def _run(
+    rows: Tensor,  # in the dtype of the products
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    values: Tensor,
+    weights: Tensor,
+    row_weights: Tensor | None,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """The loss of every row, and the wanted gradients, that of the rows in float32 at least."""
+    with torch.no_grad(), no_autocast(rows.device.type):
+        blocks = _Blocks(rows, weight, bias, _Positives.of(RowTargets(ids, values, weights)))
+        row_loss, formed = blocks.run(_Wanted(*wanted), row_weights)
+    return [row_loss, *(gradient for gradient in formed if gradient is not None)]
 
 
 class _Blocks:
     """The pass over all classes, a block at a time."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, positives: Positives, dtype: torch.dtype
-    ) -> None:
-        self.leaves = (hidden, weight, bias)
-        self.exact = exact_dtype(dtype)
-        self.hidden = hidden.detach().to(dtype)
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, positives: _Positives) -> None:
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.exact = exact_dtype(hidden.dtype)
         self.positives = positives
         self.num_block = max(LEAST_CLASSES, BLOCK_NUMBERS // max(1, len(hidden)))
 
-    def run(self, wanted: _Wanted | None, row_weights: Tensor | None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """The loss of every row, and the gradients of its sum weighted by `row_weights` that are needed."""
-        hidden, weight, bias = self.leaves
+    def run(self, wanted: _Wanted, row_weights: Tensor | None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """The loss of every row, and the gradients of its sum weighted by `row_weights` that are wanted."""
+        hidden, weight, bias = self.hidden, self.weight, self.bias
         row_loss = hidden.new_zeros(len(hidden), dtype=self.exact)
-        sums: list[Tensor | None] = [None, None, None]
-        if row_weights is None or wanted is None:
-            wanted, row_weights = None, row_loss
-        row_weights = row_weights.to(self.exact)
-        weighted = (self.hidden * row_weights[:, None]).to(self.hidden.dtype)  # the narrow factor of the products
-        if wanted is not None:
-            if wanted.hidden:
-                sums[0] = torch.zeros_like(self.hidden, dtype=self.exact)
-            if wanted.weight:
-                sums[1] = torch.empty_like(weight, memory_format=torch.contiguous_format)
-            if wanted.bias and bias is not None:
-                sums[2] = torch.empty_like(bias)
-        product = self.hidden.new_empty(len(hidden) * min(self.num_block, len(weight)))
+        row_weights = row_loss if row_weights is None else row_weights.to(self.exact)
+        weighted = (hidden * row_weights[:, None]).to(hidden.dtype)  # the narrow factor of the products
+        of_hidden = hidden.new_zeros(hidden.shape, dtype=self.exact) if wanted.hidden else None
+        of_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted.weight else None
+        of_bias = torch.empty_like(bias) if wanted.bias and bias is not None else None
+        product = hidden.new_empty(len(hidden) * min(self.num_block, len(weight)))
         for start in range(0, len(weight), self.num_block):
             classes = slice(start, min(start + self.num_block, len(weight)))
-            rows = weight.detach()[classes].to(self.hidden.dtype)
-            logits = torch.mm(
-                self.hidden, rows.T, out=product[: len(hidden) * len(rows)].view(len(hidden), len(rows))
-            )
+            rows = weight[classes].to(hidden.dtype)
+            logits = torch.mm(hidden, rows.T, out=product[: len(hidden) * len(rows)].view(len(hidden), len(rows)))
             logits = logits.to(self.exact)
             if bias is not None:
-                logits += bias.detach()[classes]
+                logits += bias[classes]
             self._add_loss(row_loss, logits, classes)
-            if wanted is not None:
-                gradient = self._gradient(logits, classes).to(self.hidden.dtype)
-                if sums[0] is not None:
-                    sums[0] += gradient @ rows
-                if sums[1] is not None:
-                    sums[1][classes] = gradient.T @ weighted
-                if sums[2] is not None:
-                    sums[2][classes] = gradient.T.to(self.exact) @ row_weights
-        if sums[0] is not None:
-            sums[0] = (sums[0] * row_weights[:, None]).to(hidden.dtype)
-        return row_loss, tuple(sums)
+            if any(wanted):
+                gradient = self._gradient(logits, classes).to(hidden.dtype)
+                if of_hidden is not None:
+                    of_hidden += gradient @ rows
+                if of_weight is not None:
+                    of_weight[classes] = gradient.T @ weighted
+                if of_bias is not None:
+                    of_bias[classes] = gradient.T.to(self.exact) @ row_weights
+        if of_hidden is not None:
+            of_hidden *= row_weights[:, None]
+        return row_loss, (of_hidden, of_weight, of_bias)
 
     def _pairs(self, classes: slice) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
         """The pairs of a block: their places in it, values and weights."""
@@ -205,13 +229,10 @@ class _Blocks:
         return (rows, ids - classes.start), values.to(self.exact), weights.to(self.exact)
 
     def _add_loss(self, row_loss: Tensor, logits: Tensor, classes: slice) -> None:
-        """`softplus(s)` of every pair; `(1 - y) softplus(s) + u y softplus(-s)` where there is a target."""
-        large = LARGE[self.exact]
-        row_loss += F.softplus(logits, threshold=large).sum(1)
+        """`softplus(s)` of every pair, and its change where there is a target."""
+        row_loss += F.softplus(logits, threshold=LARGE[self.exact]).sum(1)
         places, values, weights = self._pairs(classes)
-        at = logits[places]
-        change = values * (weights * F.softplus(-at, threshold=large) - F.softplus(at, threshold=large))
-        row_loss.index_add_(0, places[0], change)
+        row_loss.index_add_(0, places[0], _change(logits[places], values, weights))
 
     def _gradient(self, logits: Tensor, classes: slice) -> Tensor:
         """`sigmoid(s)`, in place; `(1 - y) sigmoid(s) - u y sigmoid(-s)` where there is a target."""
@@ -221,3 +242,27 @@ class _Blocks:
         logits.sigmoid_()
         logits[places] = own
         return logits
+
+
+def _shapes(rows: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> list[Tensor]:
+    wanted = _Wanted(*others[-1])
+    exact = exact_dtype(rows.dtype)
+    found = [rows.new_empty(rows.shape[0], dtype=exact)]  # not len(), which would fix the batch of a graph
+    if wanted.hidden:
+        found.append(rows.new_empty(rows.shape, dtype=exact))
+    if wanted.weight:
+        found.append(torch.empty_like(weight, memory_format=torch.contiguous_format))
+    if wanted.bias and bias is not None:
+        found.append(torch.empty_like(bias))
+    return found
+
+
+# The pass alone is an operator: `_OneVsAll`, whose derivative is written by hand, calls it in a compiled graph.
+_OPERATOR = torch.library.custom_op(
+    "lastlayer::one_vs_all",
+    _run,
+    mutates_args=(),
+    schema="(Tensor rows, Tensor weight, Tensor? bias, Tensor ids, Tensor values, Tensor weights, "
+    "Tensor? row_weights, bool[] wanted) -> Tensor[]",
+)
+_OPERATOR.register_fake(_shapes)

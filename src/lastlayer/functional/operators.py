@@ -1,19 +1,21 @@
 """Functions whose work depends on the data, as operators of PyTorch: a compiled graph holds them as one node each.
 
-`lastlayer::NAME` runs a differentiable function eagerly, and `lastlayer::NAME_backward` its gradient, for which
-the function runs again: an operator can keep nothing whose size depends on the data. So they serve under
-`torch.compile` alone.
+`lastlayer::NAME` runs a differentiable function eagerly, and `lastlayer::NAME_backward` its gradient. Where that
+is left to autograd, the function runs again for it: an operator can keep nothing whose size depends on the data.
+So they serve under `torch.compile` alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lastlayer.functional.precision import no_autocast
+from lastlayer.functional.row_sparse import padded, row_sparse
 
-Function = Callable[..., Tensor]
+Function = Callable[..., Any]  # of the arguments, to a tensor or a tuple of them
+Gradient = Callable[..., Sequence[Tensor | None]]  # of upstream, wanted, and the arguments
 
 
 def make_operator(
@@ -22,51 +24,88 @@ def make_operator(
     function: Function,
     *,
     leaves: int,  # how many of the arguments, the first ones, it is differentiable for
-    empty: Function,  # of the same arguments: an uninitialised tensor of the shape and dtype of the result
+    empty: Function,  # of the same arguments: uninitialised tensors of the shapes and dtypes of the results
+    results: int = 1,
+    gradient: Gradient | None = None,  # gradients of the leaves, None where not wanted; None: by autograd
+    most_rows: Callable[..., int]
+    | None = None,  # of the same arguments: how many rows a sparse gradient has at most
 ) -> Function:
     """`function` as the operator `lastlayer::name`, with its shapes and its gradient.
 
-    The arguments are all tensors, or None; the result is one new tensor, and its gradients are dense.
+    The arguments are all tensors, or None; the results are new tensors. The gradients are dense; but with
+    `most_rows` those of all leaves after the first are row-sparse. A graph has no sizes that depend on the data:
+    so they have as many rows as there may be, of which the last is repeated with values of 0, not coalesced.
     """
 
-    def run(*tensors: Any) -> Tensor:
+    def run(*tensors: Any) -> Any:
         with torch.no_grad(), no_autocast(tensors[0].device.type):
             return function(*tensors)
 
-    def backward(upstream: Tensor, wanted: Sequence[bool], *tensors: Tensor | None) -> list[Tensor]:
-        with torch.enable_grad(), no_autocast(upstream.device.type):
+    def by_autograd(upstream: Sequence[Tensor], wanted: Sequence[bool], *tensors: Any) -> Sequence[Tensor | None]:
+        with torch.enable_grad():
             own = [_leaf(tensor, want) for tensor, want in zip(tensors, wanted, strict=False)]
-            result = function(*own, *tensors[len(own) :])
+            found = function(*own, *tensors[len(own) :])
+            found = (found,) if isinstance(found, Tensor) else found
             chosen = [leaf for leaf, want in zip(own, wanted, strict=True) if leaf is not None and want]
-            return list(torch.autograd.grad(result, chosen, upstream, materialize_grads=True))
-
-    def shapes(upstream: Tensor, wanted: Sequence[bool], *tensors: Tensor | None) -> list[Tensor]:
-        pairs = zip(tensors, wanted, strict=False)
+            formed = iter(torch.autograd.grad(found, chosen, upstream, materialize_grads=True))
         return [
-            torch.empty_like(t, memory_format=torch.contiguous_format)
-            for t, want in pairs
-            if want and t is not None
+            next(formed) if want and leaf is not None else None for leaf, want in zip(own, wanted, strict=True)
         ]
 
+    def backward(upstream: Sequence[Tensor], wanted: Sequence[bool], *tensors: Any) -> list[Tensor]:
+        with torch.no_grad(), no_autocast(upstream[0].device.type):
+            formed = (gradient or by_autograd)(upstream, wanted, *tensors)
+        parts: list[Tensor] = []
+        for part in formed:
+            if part is not None and part.is_sparse:
+                assert most_rows is not None
+                parts += padded(part, most_rows(*tensors))
+            elif part is not None:
+                parts.append(part)
+        return parts
+
+    def shapes(upstream: Sequence[Tensor], wanted: Sequence[bool], *tensors: Any) -> list[Tensor]:
+        found: list[Tensor] = []
+        for place, (leaf, want) in enumerate(zip(tensors, wanted, strict=False)):
+            if leaf is None or not want:
+                continue
+            shape = leaf.shape
+            if most_rows is not None and place:
+                shape = (most_rows(*tensors), *leaf.shape[1:])
+                found.append(leaf.new_empty(shape[0], dtype=torch.int64))
+            found.append(leaf.new_empty(shape))
+        return found
+
+    returns = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
     forward = torch.library.custom_op(
-        f"lastlayer::{name}", run, mutates_args=(), schema=f"({arguments}) -> Tensor"
+        f"lastlayer::{name}", run, mutates_args=(), schema=f"({arguments}) -> {returns}"
     )
     forward.register_fake(empty)
-    schema = f"(Tensor upstream, bool[] wanted, {arguments}) -> Tensor[]"
-    gradient = torch.library.custom_op(f"lastlayer::{name}_backward", backward, mutates_args=(), schema=schema)
-    gradient.register_fake(shapes)
+    schema = f"(Tensor[] upstream, bool[] wanted, {arguments}) -> Tensor[]"
+    of_leaves = torch.library.custom_op(f"lastlayer::{name}_backward", backward, mutates_args=(), schema=schema)
+    of_leaves.register_fake(shapes)
 
-    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs)
 
-    def differentiate(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = list(ctx.needs_input_grad[:leaves])
-        found = iter(gradient(upstream, wanted, *ctx.saved_tensors))
-        of_leaves = [next(found) if want else None for want in wanted]
-        return *of_leaves, *(None for _ in ctx.saved_tensors[leaves:])
+    def differentiate(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        wanted, tensors = list(ctx.needs_input_grad[:leaves]), ctx.saved_tensors
+        found = iter(of_leaves(list(upstream), wanted, *tensors))
+        spread = [
+            _next_gradient(found, leaf, sparse=most_rows is not None and place > 0) if want else None
+            for place, (leaf, want) in enumerate(zip(tensors, wanted, strict=False))
+        ]
+        return *spread, *(None for _ in tensors[leaves:])
 
     forward.register_autograd(differentiate, setup_context=setup_context)
     return forward
+
+
+def _next_gradient(found: Iterator[Tensor], leaf: Tensor, *, sparse: bool) -> Tensor:
+    if not sparse:
+        return next(found)
+    rows, values = next(found), next(found)
+    return row_sparse(rows, values, leaf.shape[0], coalesced=False)
 
 
 def _leaf(tensor: Tensor | None, wanted: bool) -> Tensor | None:

@@ -1,11 +1,13 @@
 """The logits of a few classes, and gradients that hold the rows of these classes alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lastlayer.functional.operators import make_operator
 from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.precision import as_exact, exact_dtype, no_autocast, product_dtype
 from lastlayer.functional.row_sparse import row_sparse
@@ -36,7 +38,10 @@ def sampled_logits(
     with no_autocast(hidden.device.type):
         if not ordinary(hidden, weight, bias, targets, candidates):
             return _plain(hidden, weight, bias, targets, candidates, dtype)
-        return _SampledLogits.apply(hidden, weight, bias, targets, candidates, dtype, sparse)  # pyright: ignore[reportReturnType]
+        if torch.compiler.is_compiling():
+            run = _SPARSE if sparse else _DENSE
+            return run(hidden.to(dtype), weight, bias, targets, candidates)
+        return _SampledLogits.run(hidden, weight, bias, targets, candidates, dtype, sparse)
 
 
 def _plain(
@@ -85,25 +90,38 @@ class _SampledLogits(HandWritten):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         """With g the upstream gradients: of h the sum of `g_c w_c` over classes, of w_c that of `g_c h`."""
         hidden, weight, bias, targets, candidates = ctx.saved_tensors
+        (dtype, sparse), wanted = ctx.settings, ctx.needs_input_grad[:3]
+
+        def form() -> tuple[Tensor | None, ...]:
+            of_rows, *others = _form(
+                upstream, wanted, hidden.to(dtype), weight, bias, targets, candidates, sparse=sparse
+            )
+            return None if of_rows is None else of_rows.to(hidden.dtype), *others
 
         def twin(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-            return _plain(hidden, weight, bias, targets, candidates, ctx.settings[0])
+            return _plain(hidden, weight, bias, targets, candidates, dtype)
 
-        found = gradients(lambda: _form(ctx, upstream), twin, (hidden, weight, bias), upstream)
-        return *found, None, None, None, None
+        return *gradients(form, twin, (hidden, weight, bias), upstream), None, None, None, None
 
 
-def _form(ctx: Any, upstream: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients of hidden, weight and bias."""
-    hidden, weight, bias, targets, candidates = ctx.saved_tensors
-    dtype, sparse = ctx.settings
-    wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-    of_hidden = of_weight = of_bias = None
-    rows = hidden.to(dtype)
-    parts = [(part.to(dtype), ids) for part, ids in zip(upstream, (targets, candidates), strict=True)]
-    if wants_hidden:
+def _form(
+    upstream: Sequence[Tensor],
+    wanted: Sequence[bool],
+    rows: Tensor,  # (N, d), in the dtype of the products
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    candidates: Tensor,
+    *,
+    sparse: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of rows, weight and bias."""
+    of_rows = of_weight = of_bias = None
+    wants_rows, wants_weight, wants_bias = wanted
+    parts = [(part.to(rows.dtype), ids) for part, ids in zip(upstream, (targets, candidates), strict=True)]
+    if wants_rows:
         of_targets, of_candidates = (_times_classes(part, weight, ids) for part, ids in parts)
-        of_hidden = of_candidates.add_(of_targets).to(hidden.dtype)
+        of_rows = of_candidates.add_(of_targets)
     touched, places = torch.unique(torch.cat([targets.reshape(-1), candidates.reshape(-1)]), return_inverse=True)
     ends = places.split([targets.numel(), candidates.numel()])
     placed = [(part, at.view_as(ids)) for (part, ids), at in zip(parts, ends, strict=True)]
@@ -112,13 +130,13 @@ def _form(ctx: Any, upstream: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         for part, at in placed:
             _add_outer(sums, part, at, rows)
         of_weight = _scattered(touched, sums.to(weight.dtype), len(weight), sparse)
-    if wants_bias:
+    if wants_bias and bias is not None:
         sums = upstream[0].new_zeros(len(touched))
         for part, at in placed:
             of_ids = part.sum(0, dtype=sums.dtype) if at.dim() == 1 else part.reshape(-1).to(sums.dtype)
             sums.index_add_(0, at.reshape(-1), of_ids)
         of_bias = _scattered(touched, sums.to(bias.dtype), len(weight), sparse)
-    return of_hidden, of_weight, of_bias
+    return of_rows, of_weight, of_bias
 
 
 def _own_products(rows: Tensor, weight: Tensor, ids: Tensor) -> Tensor:  # (N, d), (V, d), (N, C) to (N, C)
@@ -169,3 +187,32 @@ def _scattered(rows: Tensor, values: Tensor, num_rows: int, sparse: bool) -> Ten
     if sparse:
         return row_sparse(rows, values, num_rows)
     return values.new_zeros(num_rows, *values.shape[1:]).index_copy_(0, rows, values)
+
+
+def _forward(rows: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return _SampledLogits.forward(rows, *others, rows.dtype, False)
+
+
+def _empty(rows: Tensor, weight: Tensor, bias: Tensor | None, *sets: Tensor) -> tuple[Tensor, Tensor]:
+    targets, candidates = (
+        rows.new_empty(rows.shape[0], ids.shape[-1], dtype=exact_dtype(rows.dtype)) for ids in sets
+    )
+    return targets, candidates
+
+
+def _most_rows(rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, candidates: Tensor) -> int:
+    return torch.sym_min(weight.shape[0], targets.numel() + candidates.numel())
+
+
+_ARGUMENTS = "Tensor rows, Tensor weight, Tensor? bias, Tensor targets, Tensor candidates"
+_DENSE = make_operator("sampled_logits", _ARGUMENTS, _forward, leaves=3, empty=_empty, results=2, gradient=_form)
+_SPARSE = make_operator(
+    "sampled_logits_sparse",
+    _ARGUMENTS,
+    _forward,
+    leaves=3,
+    empty=_empty,
+    results=2,
+    gradient=partial(_form, sparse=True),
+    most_rows=_most_rows,
+)

@@ -34,8 +34,19 @@ def sample_classes(
     total = ends[:, -1:]
     if eager_on_cpu(total) and not bool(total.isfinite().all()):
         raise ValueError("hidden must give finite logits to be sampled from; some row has NaN or infinite ones")
-    uniform = torch.rand(len(logits), num_samples, dtype=torch.float64, device=logits.device, generator=generator)
+    uniform = uniform_doubles((len(logits), num_samples), logits.device, generator)
     return classes_at(logits, peak, ends, uniform * total)
+
+
+def uniform_doubles(
+    shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None = None
+) -> Tensor:  # of `shape`, float64
+    """`torch.rand(shape, dtype=torch.float64)` with its 53 random bits, under `torch.compile` too.
+
+    Inductor draws float32 numbers for every dtype, of 24 bits: too few to tell millions of classes apart. Of
+    integers it draws all bits.
+    """
+    return torch.randint(1 << 53, shape, device=device, generator=generator).double().mul_(2.0**-53)
 
 
 def cumulative_weights(

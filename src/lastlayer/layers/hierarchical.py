@@ -277,8 +277,8 @@ class HierarchicalSoftmax(OutputLayer):
         barred, absent = self._barred_clusters(), None
         if barred is not None and self.bias is not None:
             # Another class in place of targets whose clusters have no class left, in which all would be NaN.
-            absent, other = barred[clusters], self.bias.argmax()
-            clusters = torch.where(absent, self._clusters.take(self.order.take(other)), clusters)
+            absent, other = barred[clusters], self.bias.argmax(0, keepdim=True)
+            clusters = torch.where(absent, self._clusters[self.order[other]], clusters)
             slots = torch.where(absent, other, slots)
         log_prob = two_level_log_prob(
             hidden, self._levels(barred), clusters, slots, self.offsets, sparse=self.sparse, memory=self._memory

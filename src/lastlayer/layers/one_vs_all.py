@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lastlayer.functional.checks import check_vector, eager_on_cpu
-from lastlayer.functional.one_vs_all import find_positives, one_vs_all_loss
+from lastlayer.functional.one_vs_all import RowTargets, one_vs_all_loss
 from lastlayer.functional.outside_graphs import outside_graphs
 from lastlayer.functional.precision import as_exact, exact_dtype
 from lastlayer.functional.reduce import reduce_loss
@@ -129,7 +129,8 @@ class OneVsAll(OutputLayer):
             wrong = found.weights[(found.weights < 0) | ~(found.weights <= 1)][0].item()
             name = "targets" if target_weights is None else "target_weights"
             raise ValueError(f"{name} must be from 0 to 1 for each class of a row, got {wrong}")
-        loss = self._multi_label_loss(rows, *found)
+        run = self._multi_label_loss if self._compiles() else self._loss_outside_graphs
+        loss = run(rows, *found)
         return loss.reshape(shape) if self.reduction == "none" else loss
 
     def scores(
@@ -193,7 +194,10 @@ class OneVsAll(OutputLayer):
     def _topk(self, hidden: Tensor, k: int, selection: Any) -> tuple[Tensor, Tensor]:
         return self._dense_topk(self._scores, hidden, k, selection)
 
-    @outside_graphs
+    def _compiles(self) -> bool:
+        """Whether a compiled graph can hold the loss."""
+        return self.sampler is None or self.sampler.compiles
+
     def _multi_label_loss(self, rows: Tensor, ids: Tensor, values: Tensor, kept: Tensor | None) -> Tensor:
         at = None
         if kept is not None and eager_on_cpu(kept):  # ignored rows cost nothing
@@ -212,16 +216,18 @@ class OneVsAll(OutputLayer):
             return reduce_loss(row_loss.masked_fill(~kept, 0), kept, self.reduction)
         return reduce_loss(row_loss.new_zeros(len(kept)).index_copy(0, at, row_loss), kept, self.reduction)
 
+    _loss_outside_graphs = outside_graphs(_multi_label_loss)
+
     def _weighted_loss(self, rows: Tensor, ids: Tensor, values: Tensor, row_weights: Tensor) -> Tensor:  # ()
         """The sum of the losses of rows, each times its weight."""
-        positives = find_positives(ids, values, self._positive_weight())
-        return one_vs_all_loss(rows, self.weight, self.bias, positives, row_weights)
+        targets = RowTargets(ids, values, self._positive_weights_at(ids, values))
+        return one_vs_all_loss(rows, self.weight, self.bias, targets, row_weights)
 
     def _row_losses(self, rows: Tensor, ids: Tensor, values: Tensor) -> Tensor:  # (N,)
         """With a sampler the positive terms, and each negative divided by how often it is expected."""
         if self.sampler is None or self.num_samples is None:
-            positives = find_positives(ids, values, self._positive_weight())
-            return one_vs_all_loss(rows, self.weight, self.bias, positives)
+            targets = RowTargets(ids, values, self._positive_weights_at(ids, values))
+            return one_vs_all_loss(rows, self.weight, self.bias, targets)
         candidates, log_counts = self._drawing.draw(
             self.sampler, self.num_samples, rows, ids, values, self.weight, self.bias, self.training
         )
@@ -230,13 +236,15 @@ class OneVsAll(OutputLayer):
         )
         negatives = -F.logsigmoid(-of_candidates) * (-log_counts).exp().to(values.dtype)
         negatives = negatives.masked_fill(accidental_hits(ids, values, candidates), 0).sum(1)
-        weight = self._positive_weight()
-        weight = weight[ids].to(values.dtype) if isinstance(weight, Tensor) else weight
-        own = weight * values * F.logsigmoid(of_targets) + (1 - values) * F.logsigmoid(-of_targets)
+        own = self._positive_weights_at(ids, values) * values * F.logsigmoid(of_targets) + (
+            1 - values
+        ) * F.logsigmoid(-of_targets)
         return negatives - own.masked_fill(values == 0, 0).sum(1)
 
-    def _positive_weight(self) -> Tensor | float:
-        return self.positive_weight if self.positive_weights is None else self.positive_weights
+    def _positive_weights_at(self, ids: Tensor, values: Tensor) -> Tensor:  # (N, K), in the dtype of values
+        if self.positive_weights is None or not len(self.positive_weights):  # a rank may have no classes
+            return torch.full_like(values, self.positive_weight)
+        return self.positive_weights[ids].to(values.dtype)
 
     def _check_positive_weight(self, positive_weight: float | Tensor) -> Tensor | None:
         """The weights of the classes, or None where all have one."""

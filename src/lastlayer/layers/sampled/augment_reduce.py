@@ -77,8 +77,8 @@ class AugmentReduce(UnbiasedLayer):
         state = self.normalizers
         self.register_buffer("uses", None if state is None else torch.zeros_like(state, dtype=torch.int32))
 
-    def _updated(self, examples: Tensor, normalizers: Tensor, estimates: Tensor) -> Tensor:
+    def _updated(self, examples: Tensor, normalizers: Tensor, estimates: Tensor, kept: Tensor) -> Tensor:
         assert self.uses is not None  # as normalizers are not
         share = (1 + self.uses[examples].to(normalizers.dtype)).pow(-self.decay)
-        self.uses[examples] += 1
+        self.uses[examples] += kept.int()
         return torch.logaddexp(normalizers + torch.log1p(-share), estimates + share.log())

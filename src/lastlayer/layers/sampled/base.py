@@ -148,8 +148,14 @@ class SampledLayer(SoftmaxHead):
 
     # Written once for every sampled loss.
 
-    @outside_graphs
-    def _sampled_loss(
+    def _compiles(self) -> bool:
+        """Whether a compiled graph can hold the loss."""
+        return self.sampler.compiles
+
+    def _sampled_loss(self, *batch: Any) -> Tensor:
+        return self._loss_of_batch(*batch) if self._compiles() else self._loss_outside_graphs(*batch)
+
+    def _loss_of_batch(
         self,
         rows: Tensor,
         ids: Tensor,
@@ -170,6 +176,8 @@ class SampledLayer(SoftmaxHead):
             of_rows = self._class_weights_of(ids[:, 0]).to(row_loss.dtype)
             return row_loss.sum() / (of_rows if kept is None else of_rows * kept).sum()
         return reduce_loss(row_loss, kept, self.reduction)
+
+    _loss_outside_graphs = outside_graphs(_loss_of_batch)
 
     def _class_weights_of(self, ids: Tensor) -> Tensor:
         assert self.class_weights is not None
@@ -195,7 +203,8 @@ class SampledLayer(SoftmaxHead):
         loss_weights, noise_weights = weights, 1.0
         if self.class_weights is not None:
             loss_weights = weights * self.class_weights[ids].to(weights.dtype)
-            noise_weights = loss_weights.sum(1) / weights.sum(1)
+            whole = weights.sum(1)
+            noise_weights = torch.where(whole == 0, 1.0, loss_weights.sum(1) / whole)
         return Batch(
             rows, ids, weights, candidates, log_counts.to(of_targets.dtype),
             of_targets, of_candidates, loss_weights, noise_weights,

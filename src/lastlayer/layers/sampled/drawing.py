@@ -21,9 +21,10 @@ def check_sampler(sampler: Sampler, num_classes: int, num_samples: int) -> None:
 class Drawing:
     """Draws the candidates of each batch of a layer.
 
-    The sampler receives the targets in training, and, if it follows the weight, the rows that may have changed
-    since its last update: those of the previous batch, and of the one before it, for where two batches were
-    computed before one step. An optimizer that changes other rows (momentum, weight decay) is not followed there.
+    The sampler receives the targets in training (where their values cannot be read, only if draws depend on them),
+    and, if it follows the weight, the rows that may have changed since its last update: those of the previous
+    batch, and of the one before it, for where two batches were computed before one step. An optimizer that changes
+    other rows (momentum, weight decay) is not followed there.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class Drawing:
         training: bool,
     ) -> Candidates:
         """A fresh sample."""
-        if training:
+        if training and (readable(targets) or not sampler.compiles):
             sampler.observe(targets[target_weights != 0])
         if not sampler.follows_weight:
             return sampler.sample(num_samples, hidden)

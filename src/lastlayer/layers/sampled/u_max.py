@@ -67,7 +67,7 @@ class UMax(UnbiasedLayer):
         super().__init__(in_features, num_classes, sampler, num_samples, num_examples=num_examples, **options)
         self.rate = check_not_negative("rate", rate)
 
-    def _updated(self, examples: Tensor, normalizers: Tensor, estimates: Tensor) -> Tensor:
+    def _updated(self, examples: Tensor, normalizers: Tensor, estimates: Tensor, kept: Tensor) -> Tensor:
         moved = normalizers - self.rate * (1 - (estimates - normalizers).exp())
         low, high = torch.minimum(normalizers, estimates), torch.maximum(normalizers, estimates)
         return torch.minimum(torch.maximum(moved, low), high)

@@ -80,11 +80,13 @@ class UnbiasedLayer(SampledLayer):
         examples: Tensor,  # (N,)
         normalizers: Tensor,  # (N,), u as used
         estimates: Tensor,  # (N,), of log(1 + sum) by this sample
+        kept: Tensor,  # (N,), bool: whether the example was used
     ) -> Tensor:  # (N,)
         """u of these examples from now on."""
 
     def _batch_loss(self, batch: Batch) -> Tensor:
-        of_targets, of_candidates = batch.target_logits[:, 0], batch.candidate_logits
+        ignored = batch.target_weights[:, 0] == 0  # of class 0, which may be barred
+        of_targets, of_candidates = batch.target_logits[:, 0].masked_fill(ignored, 0), batch.candidate_logits
         with torch.no_grad():
             if batch.examples is None:
                 used = -self._target_log_prob(batch.hidden.detach(), batch.targets[:, 0]).to(of_targets.dtype)
@@ -103,9 +105,14 @@ class UnbiasedLayer(SampledLayer):
         """The state of the batch's examples after it."""
         assert self.normalizers is not None
         assert batch.examples is not None
-        before = self.normalizers[batch.examples]
-        after = self._updated(batch.examples, used, estimates).to(before.dtype)
-        self.normalizers[batch.examples] = torch.where(batch.target_weights[:, 0] > 0, after, before)
+        # An ignored row may name the example of another: it writes what the first row that is not ignored writes.
+        kept = batch.target_weights[:, 0] > 0
+        rows = torch.arange(len(kept), device=kept.device)
+        rows = torch.where(kept, rows, kept.int().argsort(descending=True, stable=True)[:1])
+        kept, examples = kept[rows], batch.examples[rows]  # all are kept, or none
+        before = self.normalizers[examples]
+        after = self._updated(examples, used[rows], estimates[rows], kept).to(before.dtype)
+        self.normalizers[examples] = torch.where(kept, after, before)
 
     def _checked_examples(self, examples: Tensor, shape: torch.Size) -> Tensor:  # (N,)
         if self.normalizers is None:

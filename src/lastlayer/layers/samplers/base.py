@@ -48,6 +48,14 @@ class Sampler(nn.Module, ABC):
         self.shared = shared
         self.register_buffer("anchor", torch.empty(0, device="cpu"), persistent=False)
 
+    @property
+    def compiles(self) -> bool:
+        """Whether `torch.compile` takes `sample` whole.
+
+        It is then a fixed number of operations, which depend on no state that `observe` or `update` changes.
+        """
+        return False
+
     @abstractmethod
     def sample(
         self,

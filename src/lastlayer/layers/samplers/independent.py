@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lastlayer.functional.checks import check_count
 from lastlayer.functional.ordinary import exporting
+from lastlayer.functional.sampling import uniform_doubles
 from lastlayer.layers.samplers.base import Candidates, Sampler
 from lastlayer.layers.samplers.distinct import distinct_rows, num_draws_for
 
@@ -34,6 +35,11 @@ class IndependentSampler(Sampler):
         super().__init__(num_classes, shared=shared)
         self.replacement = replacement
         self._draws_for: dict[int, float] = {}
+
+    @property
+    def compiles(self) -> bool:
+        """With replacement; without, draws go on until enough are distinct."""
+        return self.replacement
 
     @torch.no_grad()
     def sample(
@@ -114,7 +120,7 @@ class IndependentSampler(Sampler):
             return distinct_rows(lambda count: self._draw(num_sets, count, device)[0], num_samples, draws)
         # Most classes are needed, and rejection would be slow: the largest log q + Gumbel noise are equivalent.
         scores = self._log_prob(torch.arange(self.num_classes, device=device))
-        noise = torch.rand(num_sets, self.num_classes, dtype=torch.float64, device=device)
+        noise = uniform_doubles((num_sets, self.num_classes), device)
         return (scores - noise.log_().neg_().log_()).topk(num_samples).indices
 
     def _num_draws(self, num_samples: int) -> float:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lastlayer.functional.checks import eager_on_cpu
 from lastlayer.functional.clusters import by_falling_count
+from lastlayer.functional.sampling import uniform_doubles
 from lastlayer.layers.samplers.independent import IndependentSampler
 
 # Targets after which it is decided whether ids look sorted, and the fewest classes for which that can be decided.
@@ -78,7 +79,7 @@ class LogUniform(IndependentSampler):
             )
 
     def _draw(self, num_sets: int, num_samples: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        share = torch.rand(num_sets, num_samples, dtype=torch.float64, device=device)
+        share = uniform_doubles((num_sets, num_samples), device)
         ranks = share.mul_(math.log(self.num_classes + 1)).exp_().long().sub_(1)
         ranks.clamp_(max=self.num_classes - 1)  # where rounding has reached V + 1
         ids = ranks if self.order is None else self.order[ranks]

@@ -47,6 +47,11 @@ class Mixed(Sampler):
         self.follows_weight = first.follows_weight or second.follows_weight
         self.samples_targets = first.samples_targets or second.samples_targets
 
+    @property
+    def compiles(self) -> bool:
+        """Where both parts do."""
+        return self.first.compiles and self.second.compiles
+
     @torch.no_grad()
     def sample(self, num_samples: int, hidden: Tensor | None = None) -> Candidates:
         """The ids of `first`, then those of `second`; `num_samples` of at least 2."""
