@@ -4,6 +4,7 @@
 // hidden states for which a number could be.
 #include <cmath>
 
+#include "cache_hints.h"
 #include "parallel.h"
 #include "screening.h"
 #include "summaries.h"
@@ -11,7 +12,9 @@
 namespace lastlayer {
 namespace {
 
+constexpr int64_t BLOCK_BYTES = BLOCK * sizeof(float);
 constexpr int64_t EIGHTH = BLOCK / 8;      // scores that a finer maximum is of
+constexpr int64_t AHEAD = 4;               // rows of the weight that are fetched before they are multiplied
 constexpr int64_t SHARED = 1 << 17;        // numbers of the weight that one thread reads before others help
 constexpr int64_t MOST_WIDENED = 4;        // the full layer runs where more than one class in so many is in play
 constexpr float CANCELLED = 0.05f;         // of a block's sum: less than this is left with too few digits
@@ -30,7 +33,7 @@ struct Row {  // the scores of one hidden state
     const Query& query;
     const float* hidden;
     float* scores;     // -inf where a class was set aside
-    float* block_max;  // no less than the largest score of each block
+    float* block_max;  // the largest score of each block, -inf where all were set aside
     float* block_sum;
     const float* of_row;  // (terms,); null: the scores are exact logits
     int64_t parallel;     // whether other threads may help
@@ -65,17 +68,16 @@ float threshold(const Row& row, int64_t count) {
     return count_th_largest(all, count);
 }
 
-void collect_reaching(const Row& row, int64_t block, float least, std::vector<Scored>& found) {
-    const int64_t first = block * BLOCK, count = row.end_of(block) - first;
-    const float* scores = row.scores + first;
+// Of the `count` classes from `first` on those whose `bounds` reach `least`, with their scores, unless these are -inf.
+void collect_reaching(const Row& row, int64_t first, int64_t count, const float* bounds, float least, std::vector<Scored>& found) {
     for (int64_t start = 0; start < count; start += EIGHTH) {
         const int64_t end = std::min(start + EIGHTH, count);
         bool any = false;
-        for (int64_t i = start; i < end; ++i) any |= scores[i] >= least;
+        for (int64_t i = start; i < end; ++i) any |= bounds[i] >= least;
         if (!any) continue;
         for (int64_t i = start; i < end; ++i)
-            if (scores[i] >= least && scores[i] > MINUS_INFINITY)
-                found.push_back({scores[i], static_cast<int32_t>(first + i)});
+            if (bounds[i] >= least && row.scores[first + i] > MINUS_INFINITY)
+                found.push_back({row.scores[first + i], static_cast<int32_t>(first + i)});
     }
 }
 
@@ -89,8 +91,11 @@ void keep_best(std::vector<Scored>& classes, int64_t count) {
 std::vector<Scored> choose(const Row& row, int64_t count) {
     const float least = threshold(row, count);
     std::vector<Scored> found;
-    for (int64_t block = 0; block < num_blocks(row.screen); ++block)
-        if (row.block_max[block] >= least) collect_reaching(row, block, least, found);
+    for (int64_t block = 0; block < num_blocks(row.screen); ++block) {
+        const int64_t first = block * BLOCK;
+        if (row.block_max[block] >= least)
+            collect_reaching(row, first, row.end_of(block) - first, row.scores + first, least, found);
+    }
     keep_best(found, count);
     return found;
 }
@@ -112,10 +117,8 @@ float exact_logit(const Row& row, int64_t id) {
 }
 
 void fetch_row(const Row& row, int64_t id) {  // rows lie anywhere, so the processor does not foresee the next one
-    constexpr int64_t LINE = 64;
     const int64_t bytes = row.screen.width * (row.screen.weight_type == FLOAT32 ? 4 : 2);
-    const char* at = static_cast<const char*>(row.screen.weight) + id * bytes;
-    for (int64_t j = 0; j < bytes; j += LINE) __builtin_prefetch(at + j);
+    prefetch(static_cast<const char*>(row.screen.weight) + id * bytes, bytes);
 }
 
 float exact_logit(const Row& row, int64_t id) {
@@ -132,8 +135,9 @@ std::vector<Scored> rescored(const Row& row, const std::vector<Scored>& classes)
     const auto count = static_cast<int64_t>(exact.size());
     const int64_t grain = row.parallel ? std::max<int64_t>(1, SHARED / 2 / row.screen.width) : std::max<int64_t>(count, 1);
     parallel_for(count, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < std::min(begin + AHEAD, end); ++n) fetch_row(row, exact[static_cast<size_t>(n)].id);
         for (int64_t n = begin; n < end; ++n) {
-            if (n + 1 < end) fetch_row(row, exact[static_cast<size_t>(n + 1)].id);
+            if (n + AHEAD < end) fetch_row(row, exact[static_cast<size_t>(n + AHEAD)].id);
             Scored& one = exact[static_cast<size_t>(n)];
             one.value = exact_logit(row, one.id);
         }
@@ -141,43 +145,68 @@ std::vector<Scored> rescored(const Row& row, const std::vector<Scored>& classes)
     return exact;
 }
 
-void summarise_again(const Row& row, int64_t block) {
-    const int64_t first = block * BLOCK;
-    summarise_block(row.scores + first, row.end_of(block) - first, row.block_max[block], row.block_sum[block]);
+void fetch_scores(const Row& row, int64_t block) { prefetch(row.scores + block * BLOCK, BLOCK_BYTES); }
+
+// The summary of a block from which classes were taken; of the old sum (relative to the old maximum) `left` is left.
+void summarise_again(const Row& row, int64_t block, float left) {
+    const int64_t first = block * BLOCK, count = row.end_of(block) - first;
+    float &most = row.block_max[block], &sum = row.block_sum[block];
+    if (left < CANCELLED * sum) return summarise_block(row.scores + first, count, most, sum);
+    const float before = most;
+    most = largest(row.scores + first, count);
+    sum = left * exp(before - most);
 }
 
-// Takes classes, given with their scores, out of the scores and out of the sums of their blocks. Maxima stay, as upper
-// bounds, unless `exactly`.
-void set_aside(const Row& row, const std::vector<Scored>& classes, bool exactly) {
-    enum : uint8_t { UNTOUCHED, TOUCHED, WITHOUT_SUMMARY };
+// Takes classes, with their scores, out of the scores and out of the summaries of their blocks.
+void set_aside(const Row& row, const std::vector<Scored>& classes) {
+    enum : uint8_t { UNTOUCHED, SUM, MAXIMUM };  // of a block's summary, what changes
     const int64_t blocks = num_blocks(row.screen);
-    const bool most = static_cast<int64_t>(classes.size()) > blocks;
+    const bool many = static_cast<int64_t>(classes.size()) > blocks;  // then whole blocks are summed sooner
     std::vector<float> left(row.block_sum, row.block_sum + blocks);
-    std::vector<uint8_t> state(static_cast<size_t>(blocks));
+    std::vector<uint8_t> changed(static_cast<size_t>(blocks));
     for (const Scored& one : classes) {
         const auto block = static_cast<size_t>(one.id / BLOCK);
+        const float below = one.value - row.block_max[block];
         row.scores[one.id] = MINUS_INFINITY;
-        if (most || (exactly && one.value >= row.block_max[block])) state[block] = WITHOUT_SUMMARY;
-        if (state[block] == UNTOUCHED) state[block] = TOUCHED;
-        if (state[block] == TOUCHED) left[block] -= exp(one.value - row.block_max[block]);
+        left[block] = many ? 0 : left[block] - exp(below);
+        changed[block] = std::max<uint8_t>(changed[block], below < 0 ? SUM : MAXIMUM);
     }
     for (int64_t block = 0; block < blocks; ++block) {
         const auto n = static_cast<size_t>(block);
-        if (state[n] == UNTOUCHED) continue;
-        if (state[n] == WITHOUT_SUMMARY || left[n] < CANCELLED * row.block_sum[n]) summarise_again(row, block);
+        if (changed[n] == MAXIMUM || left[n] < CANCELLED * row.block_sum[n]) summarise_again(row, block, left[n]);
         else row.block_sum[n] = left[n];
     }
+}
+
+// The blocks in which a logit could reach `kth`.
+std::vector<int32_t> blocks_in_play(const Row& row, float kth) {
+    const Screen& screen = row.screen;
+    const int64_t blocks = num_blocks(screen);
+    std::vector<float> upper(row.block_max, row.block_max + blocks);
+    for (int64_t m = 0; m < screen.terms; ++m) {
+        const float share = row.of_row[m], *of_blocks = screen.of_blocks + m * blocks;
+#pragma omp simd
+        for (int64_t block = 0; block < blocks; ++block) upper[static_cast<size_t>(block)] += share * of_blocks[block];
+    }
+    std::vector<int32_t> found;
+    for (int64_t block = 0; block < blocks; ++block)
+        if (upper[static_cast<size_t>(block)] >= kth) found.push_back(static_cast<int32_t>(block));
+    return found;
+}
+
+void fetch_block(const Row& row, int64_t block) {  // its scores, and its classes' part of the bound
+    fetch_scores(row, block);
+    for (int64_t m = 0; m < row.screen.terms; ++m)
+        prefetch(row.screen.of_classes + m * row.screen.classes + block * BLOCK, BLOCK_BYTES);
 }
 
 // The classes, not set aside, whose logit could reach `kth`; false where they are more than `limit`.
 bool find_in_play(const Row& row, float kth, int64_t limit, std::vector<Scored>& found) {
     const Screen& screen = row.screen;
-    const int64_t blocks = num_blocks(screen);
-    for (int64_t block = 0; block < blocks; ++block) {
-        float most = row.block_max[block];
-        for (int64_t m = 0; m < screen.terms; ++m) most += row.of_row[m] * screen.of_blocks[m * blocks + block];
-        if (most < kth) continue;
-        const int64_t first = block * BLOCK, count = row.end_of(block) - first;
+    const std::vector<int32_t> blocks = blocks_in_play(row, kth);
+    for (size_t n = 0; n < blocks.size(); ++n) {
+        if (n + 1 < blocks.size()) fetch_block(row, blocks[n + 1]);
+        const int64_t first = blocks[n] * BLOCK, count = row.end_of(blocks[n]) - first;
         float upper[BLOCK];
         std::copy(row.scores + first, row.scores + first + count, upper);
         for (int64_t m = 0; m < screen.terms; ++m) {
@@ -185,10 +214,7 @@ bool find_in_play(const Row& row, float kth, int64_t limit, std::vector<Scored>&
 #pragma omp simd
             for (int64_t i = 0; i < count; ++i) upper[i] += share * of_classes[i];
         }
-        if (largest(upper, count) < kth) continue;
-        for (int64_t i = 0; i < count; ++i)
-            if (upper[i] >= kth && row.scores[first + i] > MINUS_INFINITY)
-                found.push_back({row.scores[first + i], static_cast<int32_t>(first + i)});
+        collect_reaching(row, first, count, upper, kth, found);
         if (static_cast<int64_t>(found.size()) > limit) return false;
     }
     return true;
@@ -213,66 +239,58 @@ double log_sum_exp(const Row& row, const std::vector<Scored>& exact, const std::
     return most + std::log(total);  // in float64, as the logits may be large
 }
 
-// The classes that this row may not return, with their scores, which become -inf; those that are -inf are left out.
+// The classes that this row may not return, with their scores, set aside; those whose score is -inf are left out.
 std::vector<Scored> bar_classes(const Row& row, int64_t number) {
+    const int64_t classes = row.screen.classes, count = row.query.num_excluded, *ids = row.query.excluded + number * count;
     std::vector<Scored> barred;
     const auto bar = [&](int64_t id) {
         float& score = row.scores[id];
         if (score > MINUS_INFINITY) barred.push_back({score, static_cast<int32_t>(id)});
+        if (score >= row.block_max[id / BLOCK]) fetch_scores(row, id / BLOCK);  // they will be summarised again
         score = MINUS_INFINITY;
     };
     if (row.query.barred != nullptr)
-        for (int64_t i = 0; i < row.screen.classes; ++i)
+        for (int64_t i = 0; i < classes; ++i)
             if (row.query.barred[i]) bar(i);
-    for (int64_t n = 0; n < row.query.num_excluded; ++n) {
-        const int64_t id = row.query.excluded[number * row.query.num_excluded + n];
-        if (id >= 0 && id < row.screen.classes) bar(id);
-    }
+    for (int64_t n = 0; n < count; ++n)
+        if (ids[n] >= 0 && ids[n] < classes) prefetch(row.scores + ids[n], 1);
+    for (int64_t n = 0; n < count; ++n)
+        if (ids[n] >= 0 && ids[n] < classes) bar(ids[n]);
+    if (!barred.empty()) set_aside(row, barred);
     return barred;
 }
 
-void rescore_barred(const Row& row, const std::vector<Scored>& some, std::vector<Scored>& barred) {
-    if (some.empty()) return;
-    const auto before = [](const Scored& a, const Scored& b) { return a.id < b.id; };
-    std::sort(barred.begin(), barred.end(), before);
-    for (const Scored& one : rescored(row, some)) std::lower_bound(barred.begin(), barred.end(), one, before)->value = one.value;
+// Those of `some` that are among the `count` best of `some` and `others` come first; their number.
+std::ptrdiff_t best_first(std::vector<Scored>& some, std::vector<Scored> others, int64_t count) {
+    others.insert(others.end(), some.begin(), some.end());
+    if (static_cast<int64_t>(others.size()) <= count) return static_cast<std::ptrdiff_t>(some.size());
+    const auto place = others.begin() + (count - 1);
+    std::nth_element(others.begin(), place, others.end(), is_better);
+    const auto rest = std::partition(some.begin(), some.end(), [&](const Scored& one) { return !is_better(*place, one); });
+    return rest - some.begin();
 }
 
 struct Candidates {
-    std::vector<Scored> permitted, barred;  // with their scores; of the barred ones those among the best exact logits
+    std::vector<Scored> permitted, barred;  // exact logits; of the barred classes that are not among the best, scores
 };
 
-// The candidates among the classes that the row may return, and the barred classes; both are set aside. The normaliser
-// hangs on the best of all classes, so that barred ones among them need exact logits too.
+// The candidates among the classes that the row may return, and its barred classes; both are set aside.
+//
+// Barred classes are set aside first, so they take no candidate's place and leave no block's maximum too high. The
+// normaliser hangs on the best of all classes: the barred ones among them get exact logits too.
 Candidates candidates_of(const Row& row, int64_t number) {
-    const int64_t count = row.query.candidates, excluded = row.query.num_excluded;
-    const bool exactly = row.query.exact != 0, few = row.query.barred == nullptr && excluded <= count;
-    std::vector<Scored> best = choose(row, few ? count + excluded : count);  // enough for both, or for those barred
-    if (excluded == 0 && row.query.barred == nullptr) {
-        set_aside(row, best, exactly);
-        return {best, {}};
-    }
-    if (static_cast<int64_t>(best.size()) > count)
-        std::nth_element(best.begin(), best.begin() + (count - 1), best.end(), is_better);
-    Candidates found;
-    found.barred = bar_classes(row, number);
-    std::vector<Scored> among_best;
-    for (size_t n = 0; n < best.size(); ++n) {
-        if (row.scores[best[n].id] > MINUS_INFINITY) found.permitted.push_back(best[n]);
-        else if (static_cast<int64_t>(n) < count) among_best.push_back(best[n]);
-    }
-    if (few) {
-        keep_best(found.permitted, count);
-        std::vector<Scored> both(found.permitted);
-        both.insert(both.end(), found.barred.begin(), found.barred.end());
-        set_aside(row, both, exactly);
-    } else {
-        set_aside(row, found.barred, true);
-        found.permitted = choose(row, count);
-        set_aside(row, found.permitted, exactly);
-    }
-    rescore_barred(row, among_best, found.barred);
-    return found;
+    const int64_t count = row.query.candidates;
+    std::vector<Scored> barred = bar_classes(row, number);
+    std::vector<Scored> chosen = choose(row, count);
+    set_aside(row, chosen);
+    if (barred.empty()) return {rescored(row, chosen), {}};
+    const auto permitted = chosen.size();
+    const auto among_best = best_first(barred, chosen, count);
+    chosen.insert(chosen.end(), barred.begin(), barred.begin() + among_best);
+    std::vector<Scored> exact = rescored(row, chosen);
+    std::copy(exact.begin() + static_cast<std::ptrdiff_t>(permitted), exact.end(), barred.begin());
+    exact.resize(permitted);
+    return {exact, barred};
 }
 
 float kth_best(std::vector<Scored> found, int64_t k) {
@@ -302,22 +320,20 @@ Status select_row(const Row& row, int64_t number) {
     const Query& query = row.query;
     if (row.of_row == nullptr) {  // exact logits: their best
         const std::vector<Scored> barred = bar_classes(row, number);
-        set_aside(row, barred, true);
         std::vector<Scored> best = choose(row, query.k);
         write_best(query, number, best, log_sum_exp(row, {}, barred));
         query.certified[number] = 1;
         put_back(row, barred);
         return DONE;
     }
-    const auto [chosen, barred] = candidates_of(row, number);
-    std::vector<Scored> exact = rescored(row, chosen);
+    auto [exact, barred] = candidates_of(row, number);
     std::vector<Scored> in_play;
     const int64_t limit = query.exact ? row.screen.classes / MOST_WIDENED : 0;
     const bool within = find_in_play(row, kth_best(exact, query.k), limit, in_play);
     if (query.exact && !within) return DENSE;
     if (query.exact && !in_play.empty()) {
         const std::vector<Scored> more = rescored(row, in_play);
-        set_aside(row, in_play, false);
+        set_aside(row, in_play);
         exact.insert(exact.end(), more.begin(), more.end());
     }
     query.certified[number] = within;

@@ -14,6 +14,8 @@ from lastlayer.functional.gram import (
     shrunk_moment,
 )
 
+LEAST_SHARE = 1e-6  # of the largest one: a smaller one counts as this
+
 
 class SecondMoment(NamedTuple):
     """Mean of `h h^T` over some hidden states, and how many there were."""
@@ -94,3 +96,9 @@ def rotation_of(
     if moment.shape != gram.shape:
         raise ValueError(f"calibration must have the weight's width {len(gram)}, got {len(moment)}")
     return calibrated_rotation(gram, shrunk_moment(moment, calibration.rows))
+
+
+def shares_of(rotation: Rotation) -> Tensor:  # (d,), float64
+    """Root mean squares of the logits' parts, by rotated coordinate, where h' has second moment I; up to a factor."""
+    shares = rotation.squares.clamp(min=0).sqrt()
+    return shares.clamp(min=LEAST_SHARE * float(shares[0])) if shares[0] > 0 else torch.ones_like(shares)

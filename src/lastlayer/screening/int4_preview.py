@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lastlayer.functional.gram import Rotation
 from lastlayer.functional.precision import exact_dtype
-from lastlayer.screening.calibration import Calibration, SecondMoment, rotation_of, second_moment
+from lastlayer.screening.calibration import Calibration, SecondMoment, rotation_of, second_moment, shares_of
 from lastlayer.screening.exact import rounding_share, row_norms, size_of
 from lastlayer.screening.int4_rows import FINER, Int4Rows
 from lastlayer.screening.preview import ErrorBound, PreparedPreview, Preview
@@ -16,7 +16,6 @@ from lastlayer.screening.quantised import whole_numbers
 FINE = 16  # one coordinate of so many has 8 bits
 SUMMED = 64  # products of a rotation that the kernels sum in float32
 CHANGED = 0.3  # of a coordinate, by rounding a rotation to bfloat16
-LEAST = 1e-6  # of the largest singular value: a smaller one counts as this
 
 
 @dataclass(frozen=True, init=False)
@@ -77,8 +76,7 @@ class PreparedInt4(PreparedPreview):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rotation: Rotation) -> None:
         self.dtype, width = exact_dtype(weight.dtype), weight.shape[-1]
-        shares = rotation.squares.clamp(min=0).sqrt()  # of the logits, by coordinate, when h is I in them
-        shares = shares.clamp(min=LEAST * float(shares[0])) if shares[0] > 0 else torch.ones_like(shares)
+        shares = shares_of(rotation)
         kept, inverse = _rounded(rotation.hidden_side * (shares / shares[0]))  # (d, d) both, B and its inverse
         self.rotation = kept.T.contiguous()  # (d, d), B^T
         exact = kept.double()

@@ -124,7 +124,7 @@ def screen(
     in_play = could_be_in(allowed, bound, rescored, values[:, -1:])
     indices = _named(values, chosen.gather(-1, order))
     if allowed is not scores:  # the normaliser hangs on the best classes, whether they may be returned or not
-        others = best(scores, query.candidates)
+        others = _barred_ones(query, scores, chosen)
         rescored.scatter_(-1, others, True)
         scores.scatter_(-1, others, logits_at(hidden, head.weight, head.bias, others))
     result = Screened(scores.scatter_(-1, chosen, exact), rescored, values, indices, ~in_play.any(-1))
@@ -193,6 +193,18 @@ def _fill(
         found = full_answer(screened.logits[row : row + 1], query.rows(slice(row, row + 1)))
         for mine, theirs in zip(screened[2:], found[2:], strict=True):
             mine[row] = theirs[0]
+
+
+def _barred_ones(
+    query: Query,
+    scores: Tensor,  # (N, V), of all classes
+    chosen: Tensor,  # (N, C), the candidates
+) -> Tensor:  # (N, C')
+    """Classes that hold the barred ones among the best: no search where a row bars no more than it has candidates."""
+    exclude = query.exclude
+    if query.barred is None and exclude is not None and exclude.shape[1] <= query.candidates:
+        return torch.where(exclude < scores.shape[1], exclude, chosen[:, :1])
+    return best(scores, query.candidates)
 
 
 def permitted(

@@ -8,7 +8,7 @@ from torch import Tensor
 from lastlayer.functional.checks import check_choice, check_not_negative, check_positive
 from lastlayer.functional.gram import Rotation
 from lastlayer.functional.precision import exact_dtype
-from lastlayer.screening.calibration import Calibration, SecondMoment, rotation_of, second_moment
+from lastlayer.screening.calibration import Calibration, SecondMoment, rotation_of, second_moment, shares_of
 from lastlayer.screening.exact import CAST_ROWS, full_logits, rounding_share, row_norms, size_of
 from lastlayer.screening.preview import ErrorBound, PreparedPreview, Preview
 from lastlayer.screening.stored_rows import STORAGES, store_rows
@@ -92,28 +92,41 @@ class PreparedSVD(PreparedPreview):
         window, dtype = settings.window, exact_dtype(weight.dtype)
         self.dtype, self.rotation, self.window = dtype, rotation, window
         head = torch.empty(len(weight), window, dtype=torch.float64, device=weight.device)
-        tail = torch.empty(len(weight), dtype=dtype, device=weight.device)
+        balance = self._balance(settings.calibration)
+        tail, squares = torch.empty(2, len(weight), dtype=dtype, device=weight.device)
         for start in range(0, len(weight), CAST_ROWS):
-            rotated = weight[start : start + CAST_ROWS].double() @ rotation.weight_side
-            head[start : start + CAST_ROWS] = rotated[:, :window]
+            at = slice(start, start + CAST_ROWS)
+            kept, dropped = (weight[at].double() @ rotation.weight_side).tensor_split([window], dim=1)
+            head[at] = kept
             # from the tail itself: the difference of two squared norms would cancel
-            tail[start : start + CAST_ROWS] = torch.linalg.vector_norm(rotated[:, window:], dim=-1)
+            tail[at] = torch.linalg.vector_norm(dropped / balance, dim=-1)
+            squares[at] = dropped.square().sum(-1)
         self.rows = store_rows(head, settings.storage, dtype)
         self.bias = tail.new_zeros(len(weight)) if bias is None else bias.to(dtype)
         size = row_norms(weight) + size_of(bias, tail)
         self.of_classes = torch.cat([self.rows.of_classes, torch.stack([tail, size])])
         self.bytes_read = self.rows.bytes_read
         self.to_head = rotation.hidden_side[:, :window].T.contiguous()  # (window, d), float64
-        self.to_tail = (
-            rotation.hidden_side[:, window:].T.to(dtype).contiguous()
-        )  # for a norm; its rounding is allowed for
+        to_tail = (rotation.hidden_side[:, window:] * balance).T
+        self.to_tail = to_tail.to(dtype).contiguous()  # for a norm; its rounding is allowed for
         self.tail_rounding = 2 * rounding_share(len(rotation.hidden_side), dtype) * float(self.to_tail.norm())
         if settings.tail_correction:
             moment = settings.calibration
             variance = (
                 1.0 if moment is None else float(moment.moment.trace()) / len(moment.moment)
             )  # of a coordinate
-            self.normalizer_shift = 0.5 * settings.tail_correction * variance * tail.square()
+            self.normalizer_shift = 0.5 * settings.tail_correction * variance * squares
+
+    def _balance(self, calibration: SecondMoment | None) -> Tensor:  # (d - window,), float64
+        """What divides the rows' dropped coordinates and multiplies the hidden state's.
+
+        Cauchy and Schwarz bound `|Σ_j w_j h_j| <= ||w / balance|| ||h balance||` for any balance. In calibrated
+        coordinates, of second moment I, the square roots of the coordinates' shares make the bound least.
+        """
+        if calibration is None:
+            return torch.ones_like(self.rotation.squares[self.window :])
+        shares = shares_of(self.rotation)
+        return (shares / shares[0]).sqrt()[self.window :]
 
     def scores(self, hidden: Tensor) -> Tensor:
         return self.rows.scores(hidden.double() @ self.to_head.T, self.bias)
