@@ -99,6 +99,6 @@ def rotation_of(
 
 
 def shares_of(rotation: Rotation) -> Tensor:  # (d,), float64
-    """Root mean squares of the logits' parts, by rotated coordinate, where h' has second moment I; up to a factor."""
+    """Root mean squares of the logits' parts by rotated coordinate, for hidden states of second moment c I."""
     shares = rotation.squares.clamp(min=0).sqrt()
     return shares.clamp(min=LEAST_SHARE * float(shares[0])) if shares[0] > 0 else torch.ones_like(shares)

@@ -200,7 +200,7 @@ def _barred_ones(
     scores: Tensor,  # (N, V), of all classes
     chosen: Tensor,  # (N, C), the candidates
 ) -> Tensor:  # (N, C')
-    """Classes that hold the barred ones among the best: no search where a row bars no more than it has candidates."""
+    """Classes with all barred ones that are among the best; without a search where a row excludes few."""
     exclude = query.exclude
     if query.barred is None and exclude is not None and exclude.shape[1] <= query.candidates:
         return torch.where(exclude < scores.shape[1], exclude, chosen[:, :1])
