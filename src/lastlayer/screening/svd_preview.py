@@ -35,8 +35,8 @@ class SVDPreview(Preview):
             sum to one.
 
     Cost: preparing takes `V d^2` multiply-adds for the Gram matrix, as much for the rotated rows, and `O(d^3)`; a
-    query reads `V * window` numbers. When NOT to use it: where proof is wanted; its bound is loose, and `exact=True`
-    rescores thousands of classes.
+    query reads `V * window` numbers. When NOT to use it: where proof is wanted; its bound is loose, and
+    `exact=True` rescores thousands of classes.
 
     Source: Shim, Lee, Choi, Boo and Sung, SVD-Softmax (NIPS 2017); the calibrated form: Monte-Carlo-AI-Inference.
 
