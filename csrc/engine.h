@@ -18,3 +18,21 @@
 #define LASTLAYER_EXPORT __attribute__((visibility("default")))
 #endif
 #define LASTLAYER_KERNEL(name) extern "C" LASTLAYER_EXPORT int64_t lastlayer_##name
+
+namespace lastlayer {
+
+// Addresses as arrays of one type.
+template <class Number>
+struct As {
+    using Real = Number;
+    const Real* operator()(const void* address) const { return static_cast<const Real*>(address); }
+    Real* operator()(void* address) const { return static_cast<Real*>(address); }
+};
+
+// `run(as)`, where `as(address)` is an array of the type that a kernel's arrays hold.
+template <class Run>
+auto by_type(int64_t in_float64, const Run& run) {
+    return in_float64 ? run(As<double>{}) : run(As<float>{});
+}
+
+}  // namespace lastlayer

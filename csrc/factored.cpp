@@ -205,51 +205,39 @@ bool plan(const Real* hidden, const Real* products, const Real* by_hidden, const
     return true;
 }
 
-// `run` with a number of the type that the arrays hold.
-template <class Run>
-int64_t by_type(int64_t in_float64, const Run& run) {
-    return in_float64 ? run(double{}) : run(float{});
-}
-
 }  // namespace
 }  // namespace lastlayer
 
 LASTLAYER_KERNEL(factored_read)
 (const void* hidden, const void* reading, const void* factor, const int64_t* ids, void* copy, void* products,
  double* squared_norm, double* scores, double* total, int64_t num_rows, int64_t width, int64_t d, int64_t in_float64) {
-    return lastlayer::by_type(in_float64, [&](auto zero) {
-        using Real = decltype(zero);
-        lastlayer::read(static_cast<const Real*>(hidden), static_cast<const Real*>(reading),
-                        static_cast<const Real*>(factor), ids, static_cast<Real*>(copy), static_cast<Real*>(products),
-                        squared_norm, scores, total, num_rows, width, d);
-        return int64_t{0};
+    lastlayer::by_type(in_float64, [&](auto as) {
+        lastlayer::read(as(hidden), as(reading), as(factor), ids, as(copy), as(products), squared_norm, scores, total,
+                        num_rows, width, d);
     });
+    return 0;
 }
 
 LASTLAYER_KERNEL(factored_hidden_gradient)
 (const void* products, const void* reading, const void* factor, const int64_t* ids, const void* by_score,
  const void* by_norm, const void* by_total, void* by_hidden, void* sparse, void* copy, int64_t num_rows, int64_t width,
  int64_t d, int64_t in_float64) {
-    return lastlayer::by_type(in_float64, [&](auto zero) {
-        using Real = decltype(zero);
-        lastlayer::hidden_gradient(static_cast<const Real*>(products), static_cast<const Real*>(reading),
-                                   static_cast<const Real*>(factor), ids, static_cast<const Real*>(by_score),
-                                   static_cast<const Real*>(by_norm), static_cast<const Real*>(by_total),
-                                   static_cast<Real*>(by_hidden), static_cast<Real*>(sparse), static_cast<Real*>(copy),
-                                   num_rows, width, d);
-        return int64_t{0};
+    lastlayer::by_type(in_float64, [&](auto as) {
+        lastlayer::hidden_gradient(as(products), as(reading), as(factor), ids, as(by_score), as(by_norm), as(by_total),
+                                   as(by_hidden), as(sparse), as(copy), num_rows, width, d);
     });
+    return 0;
 }
 
 LASTLAYER_KERNEL(factored_move_targets)
 (void* factor, const int64_t* ids, const void* by_score, const void* solution, double rate, int64_t num_rows,
  int64_t width, int64_t d, int64_t in_float64) {
-    return lastlayer::by_type(in_float64, [&](auto zero) {
-        using Real = decltype(zero);
-        lastlayer::move_targets(static_cast<Real*>(factor), ids, static_cast<const Real*>(by_score),
-                                static_cast<const Real*>(solution), static_cast<Real>(rate), num_rows, width, d);
-        return int64_t{0};
+    lastlayer::by_type(in_float64, [&](auto as) {
+        using Real = typename decltype(as)::Real;
+        lastlayer::move_targets<Real>(as(factor), ids, as(by_score), as(solution), static_cast<Real>(rate), num_rows,
+                                      width, d);
     });
+    return 0;
 }
 
 // 1 where the step is easy and planned; `found` gets shrinking, growing, size, drift.
@@ -258,15 +246,13 @@ LASTLAYER_KERNEL(factored_plan)
  const void* by_score, const void* by_norm, const void* by_total, const void* reading, const void* inverse,
  void* new_reading, void* new_inverse, void* solution, void* found, double rate, double easy, double drift_limit,
  int64_t num_rows, int64_t width, int64_t d, int64_t num_classes, int64_t in_float64) {
-    return lastlayer::by_type(in_float64, [&](auto zero) {
-        using Real = decltype(zero);
-        const auto in = [](const void* data) { return static_cast<const Real*>(data); };
-        const auto out = [](void* data) { return static_cast<Real*>(data); };
-        auto* told = static_cast<lastlayer::Found*>(found);
-        *told = {0, 0, 0, 0};
-        return int64_t{lastlayer::plan<Real>(in(hidden), in(products), in(by_hidden), in(sparse), ids, in(by_score),
-                                             in(by_norm), in(by_total), in(reading), in(inverse), out(new_reading),
-                                             out(new_inverse), out(solution), told, static_cast<Real>(rate), easy,
-                                             drift_limit, num_rows, width, d, num_classes)};
+    auto* result = static_cast<lastlayer::Found*>(found);
+    *result = {0, 0, 0, 0};
+    return lastlayer::by_type(in_float64, [&](auto as) {
+        using Real = typename decltype(as)::Real;
+        return lastlayer::plan<Real>(as(hidden), as(products), as(by_hidden), as(sparse), ids, as(by_score), as(by_norm),
+                                     as(by_total), as(reading), as(inverse), as(new_reading), as(new_inverse),
+                                     as(solution), result, static_cast<Real>(rate), easy, drift_limit, num_rows, width, d,
+                                     num_classes);
     });
 }

@@ -249,17 +249,12 @@ LASTLAYER_KERNEL(grouped_softmax_forward)
  int64_t width, int64_t in_float64) {
     using namespace lastlayer;
     const Groups groups(table, num_groups, width, large_work, false);
-    const auto run = [&](auto zero) {
-        using Real = decltype(zero);
+    by_type(in_float64, [&](auto as) {
+        using Real = typename decltype(as)::Real;
         const bool fresh = num_classes * width * static_cast<int64_t>(sizeof(Real)) >= CACHE_BYTES;
-        const Forward<Real> pass{static_cast<const Real*>(hidden), static_cast<const Real*>(weight),
-                                 static_cast<const Real*>(bias),   slots,
-                                 static_cast<Real*>(residual),     static_cast<Real*>(log_prob),
-                                 static_cast<Real*>(slope),        slope_is_new != 0,
-                                 width,                            fresh};
-        each_group(groups, width, pass);
-    };
-    in_float64 ? run(double{}) : run(float{});
+        each_group(groups, width, Forward<Real>{as(hidden), as(weight), as(bias), slots, as(residual), as(log_prob),
+                                                as(slope), slope_is_new != 0, width, fresh});
+    });
     return 0;
 }
 
@@ -268,15 +263,11 @@ LASTLAYER_KERNEL(grouped_softmax_backward)
  const void* scale, void* of_weight, void* of_bias, int64_t num_rows, int64_t width, int64_t in_float64) {
     using namespace lastlayer;
     const Groups groups(table, num_groups, width, large_work, compact != 0);
-    const auto run = [&](auto zero) {
-        using Real = decltype(zero);
+    by_type(in_float64, [&](auto as) {
+        using Real = typename decltype(as)::Real;
         const bool streamed = better_streamed(of_weight, num_rows, width * static_cast<int64_t>(sizeof(Real)));
-        const Backward<Real> pass{static_cast<const Real*>(hidden), static_cast<const Real*>(residual),
-                                  static_cast<const Real*>(scale),  static_cast<Real*>(of_weight),
-                                  static_cast<Real*>(of_bias),      width,
-                                  streamed};
-        each_group(groups, width, pass);
-    };
-    in_float64 ? run(double{}) : run(float{});
+        each_group(groups, width, Backward<Real>{as(hidden), as(residual), as(scale), as(of_weight), as(of_bias), width,
+                                                 streamed});
+    });
     return 0;
 }

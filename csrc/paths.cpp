@@ -68,25 +68,19 @@ void backward(const int64_t* starts, const int64_t* pairs, const int64_t* rows, 
 LASTLAYER_KERNEL(paths_forward)
 (const int64_t* starts, const int64_t* nodes, const int8_t* signs, const void* hidden, const void* weight, void* log_prob,
  void* factors, void* slope, int64_t num_rows, int64_t width, int64_t in_float64) {
-    const auto run = [&](auto zero) {
-        using Real = decltype(zero);
-        lastlayer::forward(starts, nodes, signs, static_cast<const Real*>(hidden), static_cast<const Real*>(weight),
-                           static_cast<Real*>(log_prob), static_cast<Real*>(factors), static_cast<Real*>(slope), num_rows,
+    lastlayer::by_type(in_float64, [&](auto as) {
+        lastlayer::forward(starts, nodes, signs, as(hidden), as(weight), as(log_prob), as(factors), as(slope), num_rows,
                            width);
-    };
-    in_float64 ? run(double{}) : run(float{});
+    });
     return 0;
 }
 
 LASTLAYER_KERNEL(paths_backward)
 (const int64_t* starts, const int64_t* pairs, const int64_t* rows, const void* factors, const void* scale,
  const void* hidden, void* of_weight, int64_t num_nodes, int64_t width, int64_t in_float64) {
-    const auto run = [&](auto zero) {
-        using Real = decltype(zero);
-        lastlayer::backward(starts, pairs, rows, static_cast<const Real*>(factors), static_cast<const Real*>(scale),
-                            static_cast<const Real*>(hidden), static_cast<Real*>(of_weight), num_nodes, width);
-    };
-    in_float64 ? run(double{}) : run(float{});
+    lastlayer::by_type(in_float64, [&](auto as) {
+        lastlayer::backward(starts, pairs, rows, as(factors), as(scale), as(hidden), as(of_weight), num_nodes, width);
+    });
     return 0;
 }
 

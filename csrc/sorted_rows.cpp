@@ -52,16 +52,12 @@ LASTLAYER_KERNEL(gather_rows)
 // And back, scaled: out[order[n]] = scale[n] * rows[n]; without an order each row stays where it is.
 LASTLAYER_KERNEL(scaled_rows)
 (const void* rows, const int64_t* order, const void* scale, void* out, int64_t num_rows, int64_t width, int64_t in_float64) {
-    const auto run = [&](auto zero) {
-        using Real = decltype(zero);
-        const auto *from = static_cast<const Real*>(rows), *factors = static_cast<const Real*>(scale);
-        auto* to = static_cast<Real*>(out);
+    lastlayer::by_type(in_float64, [&](auto as) {
         for (int64_t n = 0; n < num_rows; ++n) {
             const int64_t place = order == nullptr ? n : order[n];
-            lastlayer::set_1x1(to + place * width, factors[n], from + n * width, width);
+            lastlayer::set_1x1(as(out) + place * width, as(scale)[n], as(rows) + n * width, width);
         }
-    };
-    in_float64 ? run(double{}) : run(float{});
+    });
     return 0;
 }
 
@@ -69,14 +65,11 @@ LASTLAYER_KERNEL(scaled_rows)
 LASTLAYER_KERNEL(add_rows)
 (void* sums, const int64_t* places, const void* factors, const void* rows, int64_t num_rows, int64_t count, int64_t width,
  int64_t in_float64) {
-    const auto run = [&](auto zero) {
-        using Real = decltype(zero);
-        const auto *from = static_cast<const Real*>(rows), *of_place = static_cast<const Real*>(factors);
+    lastlayer::by_type(in_float64, [&](auto as) {
         for (int64_t k = 0; k < num_rows * count; ++k) {
-            const Real factor = of_place == nullptr ? Real{1} : of_place[k];
-            lastlayer::add_1x1(static_cast<Real*>(sums) + places[k] * width, factor, from + k / count * width, width);
+            const auto factor = factors == nullptr ? 1 : as(factors)[k];
+            lastlayer::add_1x1(as(sums) + places[k] * width, factor, as(rows) + k / count * width, width);
         }
-    };
-    in_float64 ? run(double{}) : run(float{});
+    });
     return 0;
 }
