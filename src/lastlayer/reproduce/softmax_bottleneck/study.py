@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from lastlayer.layers.full import FullSoftmax
 from lastlayer.layers.mixture import MixtureOfSoftmaxes
@@ -20,7 +19,7 @@ from lastlayer.reproduce.softmax_bottleneck.language import PUBLISHED, time_step
 from lastlayer.reproduce.softmax_bottleneck.synthetic import MODELS, STEPS, fit
 from lastlayer.study.measuring.measure import interleaved, peak_bytes
 from lastlayer.study.report.figures import duration, figure
-from lastlayer.study.report.tables import print_table
+from lastlayer.study.report.tables import Column, plain_table, print_table, table_of
 from lastlayer.study.text.corpus import Corpus
 
 # A reference run of the same recipe, %: mean of five seeds at 300 contexts, one seed at 1,000.
@@ -72,134 +71,127 @@ def run(
 ) -> list[Record]:
     """Runs the parts ("a", "b", "c") at a size; shows their tables; the records."""
     console = Console()
-    cells = Cells(out, resume)
+    study = Study(Cells(out, resume), size, out, seed, device, console)
     console.print(
         f"about {duration(size.seconds)} in all on two cores; a kill loses one cell at most, see --resume"
     )
     records: list[Record] = []
     if "a" in parts:
-        records += show_synthetic(synthetic(cells, size, seed, console), out, console)
+        records += show_synthetic(study.synthetic(), out, console)
     if "b" in parts:
         text = corpus()
-        trained = language(cells, size, text, out, seed, device, console)
-        records += show_language(trained, epochs(cells, size, text, device, console), console)
+        records += show_language(study.language(text), study.epochs(text), console)
     if "c" in parts:
-        records += show_cost(cost(cells, size, device, console), console)
-    console.print(f"{cells.path} holds every record", highlight=False)
+        records += show_cost(study.cost(), console)
+    console.print(f"{study.cells.path} holds every record", highlight=False)
     return records
 
 
-def synthetic(cells: Cells, size: Size, seed: int, console: Console) -> list[Record]:
-    """Part a: the share of modes matched, by model, width and number of contexts."""
-    keys = [
-        {"part": "a", "layer": name, "contexts": contexts, "words": 300, "width": width, "seed": seed + s}
-        for contexts in size.contexts
-        for width in size.widths
-        for s in range(size.synthetic_seeds)
-        for name in MODELS
-    ]
+@dataclass(frozen=True)
+class Study:
+    """The three parts; each gives the records of its cells."""
 
-    def work(key: Record) -> Record:
-        sizes = (key[name] for name in ("contexts", "words", "width", "seed"))
-        measured = fit(key["layer"], *sizes, steps=size.synthetic_steps)
-        return measured | {"reference_percent": REFERENCE.get((key["layer"], key["contexts"], key["width"]))}
+    cells: Cells
+    size: Size
+    out: Path
+    seed: int
+    device: torch.device
+    console: Console
 
-    return _all(cells, keys, work, console)
+    def synthetic(self) -> list[Record]:
+        """Part a: the share of modes matched, by model, width and number of contexts."""
+        size = self.size
+        keys = [
+            {"part": "a", "layer": name, "contexts": contexts, "words": 300, "width": width, "seed": self.seed + s}
+            for contexts in size.contexts
+            for width in size.widths
+            for s in range(size.synthetic_seeds)
+            for name in MODELS
+        ]
 
+        def work(key: Record) -> Record:
+            sizes = (key[name] for name in ("contexts", "words", "width", "seed"))
+            measured = fit(key["layer"], *sizes, steps=size.synthetic_steps)
+            return measured | {"reference_percent": REFERENCE.get((key["layer"], key["contexts"], key["width"]))}
 
-def language(
-    cells: Cells, size: Size, corpus: Corpus, out: Path, seed: int, device: torch.device, console: Console
-) -> list[Record]:
-    """Part b: a language model under each layer."""
-    keys = [
-        {
-            "part": "b",
-            "layer": name,
-            "text": corpus.name,
-            "width": size.width,
-            "steps": size.steps,
-            "seed": seed + s,
+        return self._all(keys, work)
+
+    def language(self, corpus: Corpus) -> list[Record]:
+        """Part b: a language model under each layer."""
+        size = self.size
+        common = {"text": corpus.name, "width": size.width, "steps": size.steps}
+        keys = [
+            {"part": "b", "layer": name, **common, "seed": self.seed + s}
+            for s in range(size.seeds)
+            for name in PUBLISHED
+        ]
+        sizes = {"width": size.width, "components": size.components, "steps": size.steps}
+        sizes["held_out_tokens"] = size.held_out_tokens
+
+        def work(key: Record) -> Record:
+            return train(key["layer"], corpus, key["seed"], **sizes, folder=self.out, device=self.device)
+
+        return self._all(keys, work)
+
+    def epochs(self, corpus: Corpus) -> list[Record]:
+        """Part b's times, measured separately from the training: all layers interleaved within a minute or so."""
+        sizes = {"width": self.size.width, "components": self.size.components}
+        keys = [{"part": "b time", "layer": name, "text": corpus.name, **sizes} for name in PUBLISHED]
+
+        @functools.cache
+        def measured() -> dict[str, Record]:
+            return time_steps(corpus, **sizes, device=self.device)
+
+        return self._all(keys, lambda key: measured()[key["layer"]])
+
+    def cost(self) -> list[Record]:
+        """Part c: time and memory of a training step of the output layer alone, against V and K."""
+        width, batch, device = 128, 256, self.device
+        layers: dict[str, Callable[[int], Any]] = {
+            "softmax": lambda V: FullSoftmax(width, V),
+            "sigsoftmax": lambda V: FullSoftmax(width, V, logit_map=Sigsoftmax()),
+            "PLIF": lambda V: FullSoftmax(width, V, logit_map=PLIF()),
         }
-        for s in range(size.seeds)
-        for name in PUBLISHED
-    ]
-    sizes = {"width": size.width, "components": size.components, "steps": size.steps}
-    sizes["held_out_tokens"] = size.held_out_tokens
-    return _all(
-        cells,
-        keys,
-        lambda key: train(key["layer"], corpus, key["seed"], **sizes, folder=out, device=device),
-        console,
-    )
+        for components in self.size.cost_components:
+            layers[f"mixture of {components}"] = lambda V, K=components: MixtureOfSoftmaxes(width, V, K)
+        keys = [
+            {"part": "c", "layer": name, "num_classes": V, "in_features": width, "batch": batch}
+            for V in self.size.cost_classes
+            for name in layers
+        ]
 
+        def work(key: Record) -> Record:
+            layer = layers[key["layer"]](key["num_classes"]).to(device)
+            hidden = torch.randn(batch, width, device=device)
+            targets = torch.randint(key["num_classes"], (batch,), device=device)
+            plain = FullSoftmax(width, key["num_classes"], device=device)
+            peers = {
+                "own": lambda: layer(hidden, targets).backward(),
+                "plain": lambda: plain(hidden, targets).backward(),
+            }
+            timings = interleaved(peers, rounds=5)
+            own, base = timings["own"].ms, timings["plain"].ms
+            return {"ms": own, "ratio_to_full": own / base, "peak_bytes": peak_bytes(peers["own"])}
 
-def epochs(cells: Cells, size: Size, corpus: Corpus, device: torch.device, console: Console) -> list[Record]:
-    """Part b's times, measured separately from the training: all layers interleaved within a minute or so."""
-    keys = [
-        {"part": "b time", "layer": name, "text": corpus.name, "width": size.width, "components": size.components}
-        for name in PUBLISHED
-    ]
+        return self._all(keys, work)
 
-    @functools.cache
-    def measured() -> dict[str, Record]:
-        return time_steps(corpus, width=size.width, components=size.components, device=device)
-
-    return _all(cells, keys, lambda key: measured()[key["layer"]], console)
-
-
-def cost(cells: Cells, size: Size, device: torch.device, console: Console) -> list[Record]:
-    """Part c: time and memory of a training step of the output layer alone, against V and K."""
-    width, batch = 128, 256
-    layers: dict[str, Callable[[int], Any]] = {
-        "softmax": lambda V: FullSoftmax(width, V),
-        "sigsoftmax": lambda V: FullSoftmax(width, V, logit_map=Sigsoftmax()),
-        "PLIF": lambda V: FullSoftmax(width, V, logit_map=PLIF()),
-    }
-    for components in size.cost_components:
-        layers[f"mixture of {components}"] = lambda V, K=components: MixtureOfSoftmaxes(width, V, K)
-    keys = [
-        {"part": "c", "layer": name, "num_classes": V, "in_features": width, "batch": batch}
-        for V in size.cost_classes
-        for name in layers
-    ]
-
-    def work(key: Record) -> Record:
-        layer = layers[key["layer"]](key["num_classes"]).to(device)
-        hidden = torch.randn(batch, width, device=device)
-        targets = torch.randint(key["num_classes"], (batch,), device=device)
-        plain = FullSoftmax(width, key["num_classes"], device=device)
-        peers = {
-            "own": lambda: layer(hidden, targets).backward(),
-            "plain": lambda: plain(hidden, targets).backward(),
-        }
-        timings = interleaved(peers, rounds=5)
-        own, base = timings["own"].ms, timings["plain"].ms
-        return {"ms": own, "ratio_to_full": own / base, "peak_bytes": peak_bytes(peers["own"])}
-
-    return _all(cells, keys, work, console)
-
-
-def _all(cells: Cells, keys: list[Record], work: Callable[[Record], Record], console: Console) -> list[Record]:
-    """Every cell, with a line of progress."""
-    records = []
-    with console.status("") as status:
-        for number, key in enumerate(keys, 1):
-            what = ", ".join(
-                str(value) for name, value in key.items() if name in ("layer", "width", "num_classes", "seed")
-            )
-            status.update(f"part {key['part']}: {number} of {len(keys)}: {what}")
-            records.append(cells.once(key, lambda key=key: work(key)))
-    return records
+    def _all(self, keys: list[Record], work: Callable[[Record], Record]) -> list[Record]:
+        """Every cell, with a line of progress."""
+        records = []
+        with self.console.status("") as status:
+            for number, key in enumerate(keys, 1):
+                named = ("layer", "width", "num_classes", "seed")
+                what = ", ".join(str(key[name]) for name in named if name in key)
+                status.update(f"part {key['part']}: {number} of {len(keys)}: {what}")
+                records.append(self.cells.once(key, lambda key=key: work(key)))
+        return records
 
 
 def show_synthetic(records: list[Record], out: Path, console: Console) -> list[Record]:
     """A table and a plot of the modes matched."""
     settings = sorted({(r["contexts"], r["width"]) for r in records})
-    table = Table(
-        title="a. contexts whose most probable word is found, % (KL in nats; reference run)", title_justify="left"
-    )
-    for heading in ("", *(f"N={n} d={d}" for n, d in settings)):
-        table.add_column(heading)
+    title = "a. contexts whose most probable word is found, % (KL in nats; reference run)"
+    table = plain_table(title, ("", *(f"N={n} d={d}" for n, d in settings)))
     for name in MODELS:
         row = []
         for contexts, width in settings:
@@ -246,24 +238,23 @@ def _plot(records: list[Record], path: Path) -> None:
 def show_language(records: list[Record], times: list[Record], console: Console) -> list[Record]:
     """A table of perplexities beside the published ones."""
     epoch = {r["layer"]: r["seconds_an_epoch"] for r in times}
-    steps, width = records[0]["steps"], records[0]["width"]
-    table = Table(title=f"b. {records[0]['text']}: {steps} steps, width {width}", title_justify="left")
-    for heading in ("", "perplexity", "published", "s an epoch", "peak MB", "parameters", "rank", "effective"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for name in PUBLISHED:
-        found = [r for r in records if r["layer"] == name]
-        published = PUBLISHED[name]
-        table.add_row(
-            name,
-            _spread(r["perplexity"] for r in found),
-            "-" if published is None else f"{published:g}",
-            figure(epoch[name]),
-            figure(mean(r["peak_bytes"] for r in found) / 1e6),
-            f"{found[0]['parameters']:,}",
-            figure(mean(r["rank"] for r in found)),
-            figure(mean(r["effective_rank"] for r in found)),
-        )
-    print_table(console, table)
+    by_layer = [{"layer": name, "runs": [r for r in records if r["layer"] == name]} for name in PUBLISHED]
+
+    def mean_of(field: str, unit: float = 1.0) -> Callable[[Record], str]:
+        return lambda r: figure(mean(run[field] for run in r["runs"]) / unit)
+
+    columns: tuple[Column, ...] = (
+        ("", lambda r: r["layer"]),
+        ("perplexity", lambda r: _spread(run["perplexity"] for run in r["runs"])),
+        ("published", lambda r: "-" if (known := PUBLISHED[r["layer"]]) is None else f"{known:g}"),
+        ("s an epoch", lambda r: figure(epoch[r["layer"]])),
+        ("peak MB", mean_of("peak_bytes", 1e6)),
+        ("parameters", lambda r: f"{r['runs'][0]['parameters']:,}"),
+        ("rank", mean_of("rank")),
+        ("effective", mean_of("effective_rank")),
+    )
+    title = f"b. {records[0]['text']}: {records[0]['steps']} steps, width {records[0]['width']}"
+    print_table(console, table_of(title, columns, by_layer))
     console.print(
         "Published: WikiText-2 test perplexity of an AWD-LSTM, 11 seeds, hundreds of epochs (Parthiban, Mao and "
         "Inkpen, AAAI 2021); ours is on held-out text. At this budget perplexities show how fast each learns at "
@@ -274,20 +265,18 @@ def show_language(records: list[Record], times: list[Record], console: Console) 
     return records + times
 
 
+COST: tuple[Column, ...] = (
+    ("", lambda r: r["layer"]),
+    ("V", lambda r: f"{r['num_classes']:,}"),
+    ("ms", lambda r: figure(r["ms"])),
+    ("times the softmax", lambda r: f"{r['ratio_to_full']:.2f}"),
+    ("peak MB", lambda r: figure(r["peak_bytes"] / 1e6)),
+)
+
+
 def show_cost(records: list[Record], console: Console) -> list[Record]:
     """A table of time and memory."""
-    table = Table(title="c. a training step of the output layer alone", title_justify="left")
-    for heading in ("", "V", "ms", "times the softmax", "peak MB"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for r in records:
-        table.add_row(
-            r["layer"],
-            f"{r['num_classes']:,}",
-            figure(r["ms"]),
-            f"{r['ratio_to_full']:.2f}",
-            figure(r["peak_bytes"] / 1e6),
-        )
-    print_table(console, table)
+    print_table(console, table_of("c. a training step of the output layer alone", COST, records))
     return records
 
 
