@@ -14,25 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lastlayer.functional import spherical_loss
-from lastlayer.functional.spherical import (
-    NormalizedLoss,
-    SphericalLoss,
-    SphericalSoftmax,
-    SquaredError,
-    TaylorSoftmax,
-    ZLoss,
-)
+from lastlayer.functional.spherical import NormalizedLoss, SphericalLoss
+from lastlayer.reproduce.large_sparse_targets.speed import LOSSES as SPHERICAL_LOSSES
 from lastlayer.study.errors import StudyError
 from lastlayer.study.text.corpus import Corpus
 
 Records = list[dict[str, Any]]
-LOSSES: dict[str, SphericalLoss | None] = {
-    "softmax": None,
-    "spherical softmax": SphericalSoftmax(),
-    "Taylor softmax": TaylorSoftmax(),
-    "Z-loss": ZLoss(),
-    "squared error": SquaredError(),
-}
+LOSSES: dict[str, SphericalLoss | None] = {"softmax": None, **SPHERICAL_LOSSES}
 SIZES = (10, 100, 1000)  # classes
 STEPS = 600  # of each run
 RATES = (1e-3, 3e-3, 1e-2)  # of Adam; each loss is judged at the one that is best on misspellings kept for that

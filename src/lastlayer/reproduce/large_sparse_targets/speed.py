@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lastlayer.functional import spherical_loss
 from lastlayer.functional.spherical import SphericalLoss, SphericalSoftmax, SquaredError, TaylorSoftmax, ZLoss
+from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.factored import FactoredOutput, FactoredSGD
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
 from lastlayer.reproduce.large_sparse_targets.exactness import TimedStabilizer
@@ -115,17 +116,11 @@ def measure_whole_model(num_classes: int, in_features: int, batch: int, rounds: 
     inputs = torch.randn(batch, in_features)
     linear = nn.Linear(in_features, num_classes, bias=False)
     slow = {"nn.Linear": dense_step(linear, inputs, targets, SquaredError(), _encoder(in_features))}
-    quick = {
-        "HierarchicalSoftmax": layer_step(
-            HierarchicalSoftmax(in_features, num_classes, bias=False, sparse=True),
-            inputs,
-            targets,
-            _encoder(in_features),
-        ),
-        "FactoredOutput": layer_step(
-            FactoredOutput(in_features, num_classes, loss=SquaredError()), inputs, targets, _encoder(in_features)
-        ),
+    layers = {
+        "HierarchicalSoftmax": HierarchicalSoftmax(in_features, num_classes, bias=False, sparse=True),
+        "FactoredOutput": FactoredOutput(in_features, num_classes, loss=SquaredError()),
     }
+    quick = {name: layer_step(layer, inputs, targets, _encoder(in_features)) for name, layer in layers.items()}
     timings = _timings(slow, quick, rounds)
     sizes = {"num_classes": num_classes, "in_features": in_features, "batch": batch}
     plain = timings["nn.Linear"].ms
@@ -185,8 +180,7 @@ def _hidden_states(name: str, batch: int, in_features: int) -> Iterator[Tensor]:
         directions = (in_features**0.5 * scale / scale.norm())[:, None] * basis
         while True:
             yield torch.randn(batch, in_features) @ directions
-    given = [torch.randn(batch, in_features) for _ in range(1 if name == "one batch" else 16)]
-    yield from cycle(given)
+    yield from cycle([torch.randn(batch, in_features) for _ in range(1 if name == "one batch" else 16)])
 
 
 def multiply_adds(num_classes: int, in_features: int, batch: int) -> dict[str, float]:
@@ -201,19 +195,43 @@ def dense_step(
     linear: nn.Linear, inputs: Tensor, targets: Tensor, loss: SphericalLoss, encoder: nn.Module | None = None
 ) -> Call:
     """Forward, the loss, backward and `torch.optim.SGD`."""
-    parameters = [*linear.parameters(), *(encoder.parameters() if encoder else [])]
-    optimizer = torch.optim.SGD(parameters, lr=RATE)
+
+    def of_hidden(hidden: Tensor, targets: Tensor) -> Tensor:
+        return spherical_loss(hidden, linear.weight, targets, loss=loss)
+
+    return _steps(of_hidden, torch.optim.SGD(linear.parameters(), lr=RATE), inputs, targets, encoder)
+
+
+def layer_step(layer: OutputLayer, inputs: Tensor, targets: Tensor, encoder: nn.Module | None = None) -> Call:
+    """`STEPS_A_RUN` steps of a layer of this library with SGD."""
+    optimizer = layer.own_optimizer(RATE) or torch.optim.SGD(layer.parameters(), lr=RATE)
+    return _steps(layer, optimizer, inputs, targets, encoder, STEPS_A_RUN)
+
+
+def _steps(
+    loss: Callable[[Tensor, Tensor], Tensor],  # of hidden states and targets
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,  # (N, d)
+    targets: Tensor,  # (BATCHES, N)
+    encoder: nn.Module | None,
+    count: int = 1,
+) -> Call:
+    """`count` training steps, each with the next targets."""
+    optimizers = [optimizer, *([] if encoder is None else [torch.optim.SGD(encoder.parameters(), lr=RATE)])]
     leaf = inputs.clone().requires_grad_()  # the rest of a network wants its gradient
-    turn = iter(range(10**9))
+    in_turn = cycle(targets)
 
-    def step() -> None:
-        hidden = leaf if encoder is None else encoder(leaf)
-        optimizer.zero_grad()
-        leaf.grad = None
-        spherical_loss(hidden, linear.weight, targets[next(turn) % len(targets)], loss=loss).backward()
-        optimizer.step()
+    def steps() -> None:
+        for _ in range(count):
+            hidden = leaf if encoder is None else encoder(leaf)
+            leaf.grad = None
+            for each in optimizers:
+                each.zero_grad()
+            loss(hidden, next(in_turn)).backward()
+            for each in optimizers:
+                each.step()
 
-    return step
+    return steps
 
 
 @torch.no_grad()
@@ -235,35 +253,8 @@ def _fused(
 def fused_step(linear: nn.Linear, hidden: Tensor, targets: Tensor) -> Call:
     """The hand-fused plain update."""
     outputs, gradient = hidden.new_empty(len(hidden), linear.out_features), torch.empty_like(hidden)
-    turn = iter(range(10**9))
-    weight = linear.weight.detach()
-    return lambda: _fused(weight, hidden, targets[next(turn) % len(targets)], outputs, gradient)
-
-
-def layer_step(
-    layer: FactoredOutput | HierarchicalSoftmax, inputs: Tensor, targets: Tensor, encoder: nn.Module | None = None
-) -> Call:
-    """`STEPS_A_RUN` steps of a layer of this library with SGD."""
-    own = (
-        FactoredSGD(layer, RATE)
-        if isinstance(layer, FactoredOutput)
-        else torch.optim.SGD(layer.parameters(), lr=RATE)
-    )
-    optimizers = [own] if encoder is None else [own, torch.optim.SGD(encoder.parameters(), lr=RATE)]
-    leaf = inputs.clone().requires_grad_()
-    turn = iter(range(10**9))
-
-    def steps() -> None:
-        for _ in range(STEPS_A_RUN):
-            hidden = leaf if encoder is None else encoder(leaf)
-            leaf.grad = None
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            layer(hidden, targets[next(turn) % len(targets)]).backward()
-            for optimizer in optimizers:
-                optimizer.step()
-
-    return steps
+    in_turn, weight = cycle(targets), linear.weight.detach()
+    return lambda: _fused(weight, hidden, next(in_turn), outputs, gradient)
 
 
 def on_one_thread(call: Call) -> Call:

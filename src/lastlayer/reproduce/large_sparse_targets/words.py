@@ -11,11 +11,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lastlayer.functional import clusters
-from lastlayer.functional.spherical import SphericalLoss, SphericalSoftmax, SquaredError, TaylorSoftmax, ZLoss
+from lastlayer.functional.spherical import (
+    NormalizedLoss,
+    SphericalLoss,
+    SphericalSoftmax,
+    SquaredError,
+    TaylorSoftmax,
+    ZLoss,
+)
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.factored import FactoredOutput, FactoredSGD
 from lastlayer.layers.full import FullSoftmax
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
+from lastlayer.layers.sampled.negative_sampling import NegativeSampling
+from lastlayer.layers.samplers.unigram import Unigram
 from lastlayer.study.text.corpus import Corpus
 from lastlayer.study.training.language_model import adagrad
 
@@ -28,33 +37,20 @@ EVALUATED = 2000  # held-out positions
 QUERIES = (50, 100, 200, 400)  # ids of frequent words whose neighbours are shown
 
 
-class NegativeSampling(nn.Module):
-    """The loss of word2vec: the target against a few words drawn by frequency."""
-
-    def __init__(self, in_features: int, counts: Tensor) -> None:
-        super().__init__()
-        self.table = nn.Embedding(len(counts), in_features, sparse=True)
-        nn.init.zeros_(self.table.weight)
-        self.noise = counts.double().clamp(min=1).pow(NOISE_POWER).cumsum(0)
-
-    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """One draw of `NEGATIVES` words for each row."""
-        draws = torch.rand(len(targets), NEGATIVES, dtype=torch.float64) * self.noise[-1]
-        ids = torch.cat([targets[:, None], torch.searchsorted(self.noise, draws)], 1)
-        scores = torch.einsum("nd,nkd->nk", hidden, self.table(ids))
-        return -(F.logsigmoid(scores[:, 0]) + F.logsigmoid(-scores[:, 1:]).sum(1)).mean()
-
-    def topk(self, hidden: Tensor, k: int) -> Any:
-        """The `k` words of the highest scores."""
-        return (hidden @ self.table.weight.T).topk(k)
-
-
 @dataclass(frozen=True)
 class Method:
     """An output layer and how its rate is set."""
 
-    layer: Callable[[int, Tensor], nn.Module]
+    layer: Callable[[int, Tensor], OutputLayer]
     rate: Callable[[Tensor], float] | None = None  # of FactoredSGD, from the hidden states of the batch
+    has_probabilities: bool = True  # which it is trained for
+
+
+def _negative_sampling(in_features: int, counts: Tensor) -> OutputLayer:
+    """As word2vec has it: the words' own vectors start at zero, and each row has negatives of its own."""
+    noise = Unigram(counts.clamp(min=1), NOISE_POWER, shared=False)
+    weight = nn.Parameter(torch.zeros(len(counts), in_features))
+    return NegativeSampling(in_features, len(counts), noise, NEGATIVES, bias=False, sparse=True, weight=weight)
 
 
 def _factored(loss: SphericalLoss, share: float) -> Method:
@@ -64,7 +60,8 @@ def _factored(loss: SphericalLoss, share: float) -> Method:
     def rate(hidden: Tensor) -> float:
         return share / max(scale * float(hidden.square().sum(1).mean()), 1e-6)
 
-    return Method(lambda d, counts: FactoredOutput(d, len(counts), loss=loss), rate)
+    normalized = isinstance(loss, NormalizedLoss)
+    return Method(lambda d, counts: FactoredOutput(d, len(counts), loss=loss), rate, normalized)
 
 
 METHODS: dict[str, Method] = {
@@ -72,7 +69,7 @@ METHODS: dict[str, Method] = {
     "Z-loss, factored": _factored(ZLoss(), 20.0),
     "spherical softmax, factored": _factored(SphericalSoftmax(), 20.0),
     "Taylor softmax, factored": _factored(TaylorSoftmax(), 20.0),
-    "negative sampling": Method(NegativeSampling),
+    "negative sampling": Method(_negative_sampling, has_probabilities=False),
     "hierarchical softmax": Method(
         lambda d, counts: HierarchicalSoftmax(d, len(counts), clusters=clusters.by_frequency(counts), sparse=True)
     ),
@@ -120,7 +117,7 @@ def train_words(
                 "seconds": spent,
                 "steps": done,
                 "examples": done * BATCH,
-                **_judge(model, layer, held_out),
+                **_judge(model, layer, method, held_out),
                 "neighbours": "" if deep else neighbours(model, corpus.words),
             }
         )
@@ -137,7 +134,7 @@ def examples(ids: Tensor, deep: bool) -> tuple[Tensor, Tensor]:  # (n, CONTEXT),
 
 def _train(
     model: ContextModel,
-    layer: nn.Module,
+    layer: OutputLayer,
     method: Method,
     data: tuple[Tensor, Tensor],
     seconds: float | None,
@@ -166,19 +163,18 @@ def _train(
 
 
 @torch.no_grad()
-def _judge(model: ContextModel, layer: nn.Module, data: tuple[Tensor, Tensor]) -> dict[str, float | None]:
+def _judge(
+    model: ContextModel, layer: OutputLayer, method: Method, data: tuple[Tensor, Tensor]
+) -> dict[str, float | None]:
     """Top-10 accuracy, and perplexity where the layer has probabilities, on evenly spread held-out positions."""
     layer.eval()
     contexts, targets = data
     rows = torch.linspace(0, len(targets) - 1, min(EVALUATED, len(targets))).long()
     hidden, wanted = model(contexts[rows]), targets[rows]
-    best: Any = torch.cat([layer.topk(part, 10).indices for part in hidden.split(BATCH)])  # pyright: ignore
+    best = torch.cat([layer.topk(part, 10).indices for part in hidden.split(BATCH)])
     perplexity = None
-    if isinstance(layer, OutputLayer):
-        try:
-            perplexity = math.exp(-float(layer.target_log_prob(hidden, wanted).double().mean()))
-        except TypeError:  # a loss without probabilities
-            perplexity = None
+    if method.has_probabilities:
+        perplexity = math.exp(-float(layer.target_log_prob(hidden, wanted).double().mean()))
     return {"top10_accuracy": float((best == wanted[:, None]).any(1).double().mean()), "perplexity": perplexity}
 
 
