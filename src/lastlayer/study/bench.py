@@ -1,19 +1,17 @@
 """One run of every layer and of PyTorch's own, interleaved: training steps and top-k queries."""
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from lastlayer.functional.sampling import sample_classes
 from lastlayer.study.choices import CHOICES
 from lastlayer.study.errors import UsageError
-from lastlayer.study.measuring.measure import interleaved, peak_bytes, synchronise
+from lastlayer.study.measuring.measure import interleaved, peak_bytes, seconds_of
 from lastlayer.study.measuring.memory import check_memory
 from lastlayer.study.measuring.peers import (
     QUERY_BASELINE,
@@ -25,9 +23,16 @@ from lastlayer.study.measuring.peers import (
     zipf_counts,
 )
 from lastlayer.study.report.figures import figure
-from lastlayer.study.report.tables import plain_table, print_table
+from lastlayer.study.report.tables import Column, print_table, table_of
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
+COLUMNS: tuple[Column, ...] = (
+    ("", lambda r: r["name"]),
+    ("ms", lambda r: figure(r["ms"])),
+    ("middle half", lambda r: f"{figure(r['low_ms'])} - {figure(r['high_ms'])}"),
+    ("of full", lambda r: f"{r['ratio_to_full']:.3f}"),
+    ("peak MB", lambda r: figure(r["peak_bytes"] / 1e6)),
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ def run_bench(
     for case in _cases(sizes, layers, device):
         with console.status(f"{case.name}: {case.meaning}"):
             rows = _measure(case, sizes, seconds)
-        print_table(console, _table(case, sizes, rows))
+        title = f"{case.meaning}: V={sizes.num_classes:,} d={sizes.in_features} N={case.batch}"
+        print_table(console, table_of(title, COLUMNS, rows))
         records += rows
     return records
 
@@ -117,14 +123,13 @@ def _cases(sizes: Sizes, layers: list[str], device: torch.device) -> Iterator[Ca
 
 def _measure(case: Case, sizes: Sizes, seconds: float) -> list[dict[str, Any]]:
     """Records of one case, quickest first."""
-    for call in case.peers.values():
-        call()
-    synchronise()
-    start = time.perf_counter()
-    for call in case.peers.values():
-        call()
-    synchronise()
-    once = time.perf_counter() - start
+
+    def all_once() -> None:
+        for call in case.peers.values():
+            call()
+
+    all_once()
+    once = seconds_of(all_once)
     rounds = int(min(MAX_ROUNDS, max(MIN_ROUNDS, seconds / once)))
     timings = interleaved(case.peers, rounds=rounds, warmup=0)
     full_ms = timings[case.baseline].ms
@@ -145,17 +150,3 @@ def _measure(case: Case, sizes: Sizes, seconds: float) -> list[dict[str, Any]]:
         for name, timing in timings.items()
     ]
     return sorted(records, key=lambda record: record["ms"])
-
-
-def _table(case: Case, sizes: Sizes, records: list[dict[str, Any]]) -> Table:
-    title = f"{case.meaning}: V={sizes.num_classes:,} d={sizes.in_features} N={case.batch}"
-    table = plain_table(title, ("", "ms", "middle half", "of full", "peak MB"))
-    for record in records:
-        table.add_row(
-            record["name"],
-            figure(record["ms"]),
-            f"{figure(record['low_ms'])} - {figure(record['high_ms'])}",
-            f"{record['ratio_to_full']:.3f}",
-            figure(record["peak_bytes"] / 1e6),
-        )
-    return table

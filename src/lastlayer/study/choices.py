@@ -134,7 +134,7 @@ CHOICES: dict[str, Choice] = {
         lambda d, counts: FactoredOutput(d, len(counts), loss=SphericalSoftmax()),
     ),
     "sampled": Choice("softmax over the target and 1,024 sampled classes", _sampled),
-    "nce": Choice("the target told from 1,024 classes of noise", _nce),
+    "nce": Choice("logistic regression of the target against 1,024 classes of noise", _nce),
     "negative-sampling": Choice("word2vec's loss, with 1,024 negatives", _negative_sampling),
     "blackout": Choice("discriminative softmax over 1,024 sampled classes", _blackout),
     "umax": Choice(

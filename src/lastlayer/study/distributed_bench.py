@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from lastlayer.layers.base import OutputLayer
 from lastlayer.study import processes
@@ -14,9 +13,16 @@ from lastlayer.study.measuring.cost import training_step
 from lastlayer.study.measuring.measure import interleaved, peak_bytes
 from lastlayer.study.measuring.peers import zipf_counts
 from lastlayer.study.report.figures import figure
-from lastlayer.study.report.tables import plain_table, print_table
+from lastlayer.study.report.tables import Column, print_table, table_of
 
 ROUNDS = 5
+COLUMNS: tuple[Column, ...] = (
+    ("", lambda r: r["name"]),
+    ("ms", lambda r: figure(r["ms"])),
+    ("sent kB", lambda r: figure(r["sent_bytes"] / 1e3)),
+    ("parameters MB", lambda r: figure(r["parameter_bytes"] / 1e6)),
+    ("peak MB", lambda r: figure(r["peak_bytes"] / 1e6)),
+)
 SHARDABLE = (
     "full",
     "hierarchical",
@@ -77,7 +83,9 @@ def run_distributed_bench(
         )
         del layer, step
     if processes.is_first():
-        print_table(Console(), _table(sizes, records))
+        sides = f"V={sizes.num_classes:,} d={sizes.in_features} N={sizes.batch}"
+        title = f"training step over {processes.count()} processes: {sides}"
+        print_table(Console(), table_of(title, COLUMNS, records))
     return records
 
 
@@ -85,20 +93,3 @@ def _own_bytes(layer: OutputLayer) -> int:
     """The bytes of this process's parts of the parameters."""
     parts: list[Any] = list(layer.parameters())
     return sum((part.to_local() if hasattr(part, "to_local") else part).nbytes for part in parts)
-
-
-def _table(sizes: Sizes, records: list[dict[str, Any]]) -> Table:
-    title = (
-        f"training step over {processes.count()} processes: V={sizes.num_classes:,} d={sizes.in_features} "
-        f"N={sizes.batch}"
-    )
-    table = plain_table(title, ("", "ms", "sent kB", "parameters MB", "peak MB"))
-    for record in records:
-        table.add_row(
-            record["name"],
-            figure(record["ms"]),
-            figure(record["sent_bytes"] / 1e3),
-            figure(record["parameter_bytes"] / 1e6),
-            figure(record["peak_bytes"] / 1e6),
-        )
-    return table

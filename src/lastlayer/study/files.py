@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lastlayer.study.errors import StudyError
 from lastlayer.study.processes import is_first
 
@@ -96,3 +98,17 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Writes `content` as JSON, whole or not at all."""
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def mapped_array(path: Path) -> np.ndarray:
+    """The array in a `.npy`, mapped, not read.
+
+    So a header that promises more numbers than the file holds is an error, not an allocation.
+
+    Raises:
+        OSError, ValueError, EOFError: it cannot be read, or holds something else.
+    """
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+        raise ValueError("it holds several arrays (.npz); save the one that is meant as .npy")
+    return array

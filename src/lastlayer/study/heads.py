@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lastlayer.study.errors import StudyError, UsageError
+from lastlayer.study.files import mapped_array
 
 # What output layers are called in checkpoints, best first; the last are embeddings that a head is tied to.
 HEAD_NAMES = (
@@ -76,7 +77,7 @@ def load_head(path: Path, tensor: str | None = None) -> LoadedHead:
 def load_hidden(path: Path, width: int) -> Tensor:  # (n, d), float32
     """Hidden states from a `.npy` file of shape `(..., d)`."""
     try:
-        array = _array(path)
+        array = mapped_array(path)
     except (OSError, ValueError, EOFError) as problem:
         raise StudyError(f"cannot read {path}: {_first_line(problem)}") from problem
     if array.ndim < 2 or array.shape[-1] != width or array.dtype.kind != "f":
@@ -87,14 +88,6 @@ def load_hidden(path: Path, width: int) -> Tensor:  # (n, d), float32
     return hidden
 
 
-def _array(path: Path) -> np.ndarray:
-    # mapped, not read: a header that promises more numbers than the file holds is an error, not an allocation
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if not isinstance(array, np.ndarray):
-        raise ValueError("it holds several arrays (.npz); save the one that is meant as .npy")
-    return array
-
-
 def _refuse_name(path: Path, tensor: str | None) -> None:
     if tensor is not None:
         raise UsageError(f"--tensor {tensor} is for files of several named tensors, which {path} is not")
@@ -102,7 +95,7 @@ def _refuse_name(path: Path, tensor: str | None) -> None:
 
 def _from_npy(path: Path, tensor: str | None) -> tuple[Tensor, None]:
     _refuse_name(path, tensor)
-    array = _array(path)
+    array = mapped_array(path)
     if array.dtype.kind != "f":
         raise StudyError(f"{path} must hold a floating-point matrix, got {array.dtype} {array.shape}")
     return torch.from_numpy(array.astype(np.float32)), None
@@ -158,7 +151,13 @@ def _pick(path: Path, shapes: dict[str, list[int]], wanted: str | None) -> str:
 
 def _from_transformers(path: Path) -> LoadedHead:
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+        from transformers import (
+            MODEL_FOR_CAUSAL_LM_MAPPING,
+            MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoModelForSeq2SeqLM,
+        )
     except ImportError:
         raise StudyError(f"{path} needs Transformers: pip install 'lastlayer[transformers]'") from None
     # never runs code in a model's folder, nor downloads anything
@@ -171,8 +170,10 @@ def _from_transformers(path: Path) -> LoadedHead:
         folder, settings = path.parent, settings | {"gguf_file": path.name}
     with redirect_stderr(io.StringIO()):  # progress bars of several libraries
         config = AutoConfig.from_pretrained(folder, **settings)
-        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        if type(config) not in kind._model_mapping:
+        kind, known = AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING
+        if config.is_encoder_decoder:
+            kind, known = AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+        if type(config) not in known:
             raise StudyError(f"{path} is a {config.model_type} model, which has no output layer over a vocabulary")
         model = kind.from_pretrained(folder, dtype=torch.float32, **settings).eval()
         tokenizer = _tokenizer(folder, settings)

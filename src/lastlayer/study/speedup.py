@@ -17,6 +17,7 @@ from lastlayer.study.heads import LoadedHead, load_hidden
 from lastlayer.study.report.frontier import show
 from lastlayer.study.report.frontier_page import render_frontier, report
 from lastlayer.study.report.steps import Steps
+from lastlayer.study.report.tables import say
 from lastlayer.study.report.verdict import verdict
 from lastlayer.study.text.embedded import library_lines
 from lastlayer.study.text.lines import read_lines
@@ -26,7 +27,6 @@ WINDOW, BATCH = 256, 4  # tokens in a row, rows at a time
 SECONDS = 120.0  # about how long all of it may take, loading left out
 SHARE_OF_STATES = 0.4  # of that, for the hidden states: fewer of them where the model is slow
 LEAST_STATES = 2048  # collected in any case, where the text has them
-PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}  # a name may hold brackets
 
 Record = dict[str, Any]
 
@@ -50,10 +50,10 @@ def speed_up(
     start = time.perf_counter()
     with Steps(console) as steps:
         hidden, source = collect_hidden(head, calibration, tokens, steps, SHARE_OF_STATES * seconds)
-    console.print(
+    say(
+        console,
         f"{head.name}: {classes:,} classes, width {width}; {len(hidden):,} hidden states from {source}, "
         "half to calibrate and tune, half to measure",
-        **PLAIN,
     )
     try:
         with Steps(console) as steps:
@@ -70,7 +70,7 @@ def speed_up(
         raise StudyError(f"these hidden states do not serve: {problem}") from problem
     show(records, console)
     chosen = next(record for record in records if record["chosen"])
-    console.print(f"* {verdict(records, head.weight.nbytes, agreement)}", **PLAIN)
+    say(console, f"* {verdict(records, head.weight.nbytes, agreement)}")
     about = {"name": head.name, "num_classes": classes, "in_features": width, "bytes": head.weight.nbytes}
     content = report(about, records, agreement, k, source)
     write_json(out / "results.json", content)
@@ -82,14 +82,12 @@ def speed_up(
 def _save(screen: ScreenedSoftmax, chosen: Record, head: LoadedHead, out: Path, console: Console) -> None:
     """Saves a screen that is faster than the full layer, and no other."""
     if chosen["ratio"] <= 1:
-        console.print(f"No screen is saved. The page: {out / 'index.html'}", **PLAIN)
+        say(console, f"No screen is saved. The page: {out / 'index.html'}")
         return
     screen.save(out / "screen", include_weight=head.model is None)
     given = "weight=" if head.bias is None else "weight= and bias="
     loading = "" if head.model is None else f" with {given}, the model's own in float32"
-    console.print(
-        f"Saved: {out / 'screen'} (ScreenedSoftmax.load{loading}). The page: {out / 'index.html'}", **PLAIN
-    )
+    say(console, f"Saved: {out / 'screen'} (ScreenedSoftmax.load{loading}). The page: {out / 'index.html'}")
 
 
 def collect_hidden(

@@ -17,7 +17,7 @@ from lastlayer.study.errors import UsageError
 from lastlayer.study.files import make_folder, write_json
 from lastlayer.study.measuring.measure import environment, interleaved
 from lastlayer.study.measuring.peers import TRAINING_BASELINE, sgd_step
-from lastlayer.study.report.tables import print_table
+from lastlayer.study.report.tables import Column, plain_table, print_table, table_of
 from lastlayer.study.text.corpus import Corpus
 from lastlayer.study.training.trainer import Budget
 
@@ -30,6 +30,14 @@ THREAD = "sometimes 10x, sometimes slower"  # keras issue 438, at V = 100,000, N
 # text8, perplexity and minutes, read in Grave et al. 2017
 PAPER = {"full": "144 / 83 min", "hierarchical": "166 / 34 min", "adaptive": "147 / 30 min"}
 Record = dict[str, Any]
+QUALITY: tuple[Column, ...] = (
+    ("budget", lambda r: r["case"]),
+    ("layer", lambda r: r["name"]),
+    ("perplexity", lambda r: f"{r['perplexity']:.1f}"),
+    ("to full", lambda r: f"{r['ratio_to_full']:.3f}"),
+    ("tokens/s", lambda r: f"{r['tokens_per_second']:,.0f}"),
+    ("claimed", lambda r: r["claimed"] or ""),
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,8 @@ def reproduce(corpus: Corpus, plan: Plan, out: Path, console: Console, *, resume
         found = Comparison(corpus, settings, out / case, console).run(resume)
         full = next(record["perplexity"] for record in found if record["layer"] == "full")
         records += [_quality(case, record, full) for record in found]
-    print_table(console, _quality_table(records))
+    title = "Held-out perplexity on this text; claimed: perplexity / training time in the paper, on text8"
+    print_table(console, table_of(title, QUALITY, [record for record in records if record["case"] != "speed"]))
     write_json(out / "reproduce.json", {"environment": environment(), "text": corpus.name, "records": records})
     return records
 
@@ -105,9 +114,8 @@ def _quality(case: str, record: Record, full_perplexity: float) -> Record:
 
 
 def _speed_table(records: list[Record]) -> Table:
-    table = Table(title=f"A training step at d = {WIDTH}, times faster than all logits")
-    for title in ("classes", "rows", *CLUSTERED, "claimed, two levels"):
-        table.add_column(title, justify="right")
+    title = f"A training step at d = {WIDTH}, times faster than all logits"
+    table = plain_table(title, ("classes", "rows", *CLUSTERED, "claimed, two levels"))
     cells: dict[tuple[int, int], list[Record]] = {}
     for record in records:
         cells.setdefault((record["num_classes"], record["batch"]), []).append(record)
@@ -115,18 +123,4 @@ def _speed_table(records: list[Record]) -> Table:
         times = [f"{record['times_faster']:.2f}" for record in found[1:]]
         claimed = next((record["claimed"] for record in found if record["claimed"]), "")
         table.add_row(f"{num_classes:,}", f"{rows:,}", *times, claimed)
-    return table
-
-
-def _quality_table(records: list[Record]) -> Table:
-    table = Table(
-        title="Held-out perplexity on this text; claimed: perplexity / training time in the paper, on text8"
-    )
-    for title in ("budget", "layer", "perplexity", "to full", "tokens/s", "claimed"):
-        table.add_column(title, justify="right")
-    for record in records:
-        if record["case"] != "speed":
-            figures = (f"{record['perplexity']:.1f}", f"{record['ratio_to_full']:.3f}")
-            speed = f"{record['tokens_per_second']:,.0f}"
-            table.add_row(record["case"], record["name"], *figures, speed, record["claimed"] or "")
     return table

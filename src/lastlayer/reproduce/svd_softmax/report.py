@@ -3,10 +3,9 @@
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from lastlayer.study.report.figures import figure
-from lastlayer.study.report.tables import print_table
+from lastlayer.study.report.tables import Column, print_table, say, table_of
 
 REMEMBERED = "† (as remembered; not verified against the paper)"
 Record = dict[str, Any]
@@ -40,31 +39,30 @@ def claims(records: list[Record]) -> list[Record]:
     return [{"case": "claim", "claim": c, "measured": m, "conditions": w} for c, m, w in found]
 
 
+QUALITY: tuple[Column, ...] = (
+    ("", lambda r: f"{r['window']} {r['kind']}"),
+    ("candidates", lambda r: f"{r['candidates_share']:.0%}"),
+    ("operations", lambda r: f"{r['operations']:.1%}"),
+    ("perplexity", lambda r: figure(r["perplexity"])),
+    ("KL", lambda r: figure(r["kl"])),
+    ("top 10 kept", lambda r: f"{r['coverage']:.1%}"),
+)
+SPEED: tuple[Column, ...] = (
+    ("classes", lambda r: f"{r['num_classes']:,}"),
+    ("full ms", lambda r: figure(r["full_ms"])),
+    ("SVD ms", lambda r: figure(r["ms"])),
+    ("times as fast", lambda r: figure(r["ratio"])),
+    ("bytes", lambda r: f"{r['bytes_read_fraction']:.1%}"),
+    ("exact int8 ms", lambda r: figure(r["int8_exact_ms"])),
+    ("times as fast", lambda r: figure(r["int8_exact_ratio"])),
+)
+
+
 def show(records: list[Record], console: Console) -> None:
     """Both tables, then the claims."""
-    table = Table(title="Quality", title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for heading in ("window", "candidates", "operations", "perplexity", "KL", "top 10 kept"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for r in records:
-        if r["case"] == "quality":
-            shown = f"{r['operations']:.1%}", figure(r["perplexity"]), figure(r["kl"]), f"{r['coverage']:.1%}"
-            table.add_row(f"{r['window']} {r['kind']}", f"{r['candidates_share']:.0%}", *shown)
-    print_table(console, table)
-    speeds = [r for r in records if r["case"] == "speed"]
-    if speeds:
-        print_table(console, _speed_table(speeds))
-    for r in records:
-        if r["case"] == "claim":
-            said = f"claimed:  {r['claim']}\nmeasured: {r['measured']}\n          ({r['conditions']})\n"
-            console.print(said, highlight=False, markup=False, soft_wrap=True)
-
-
-def _speed_table(speeds: list[Record]) -> Table:
-    table = Table(title="Time of one query", title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for heading in ("classes", "full ms", "SVD ms", "times as fast", "bytes", "exact int8 ms", "times as fast"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for r in speeds:
-        shown = figure(r["full_ms"]), figure(r["ms"]), figure(r["ratio"]), f"{r['bytes_read_fraction']:.1%}"
-        shown += figure(r["int8_exact_ms"]), figure(r["int8_exact_ratio"])
-        table.add_row(f"{r['num_classes']:,}", *shown)
-    return table
+    of_case = {case: [r for r in records if r["case"] == case] for case in ("quality", "speed", "claim")}
+    print_table(console, table_of("Quality by window", QUALITY, of_case["quality"]))
+    if of_case["speed"]:
+        print_table(console, table_of("Time of one query", SPEED, of_case["speed"]))
+    for r in of_case["claim"]:
+        say(console, f"claimed:  {r['claim']}\nmeasured: {r['measured']}\n          ({r['conditions']})\n")

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from lastlayer.screening.exact import full_logits
 from lastlayer.study.errors import UsageError
 from lastlayer.study.files import write_json
 from lastlayer.study.measuring.measure import environment, interleaved
+from lastlayer.study.report.tables import say
 from lastlayer.study.text.batches import Streams
 from lastlayer.study.text.corpus import Corpus
-from lastlayer.study.training.language_model import LanguageModel, State
+from lastlayer.study.training.evaluation import encoded
+from lastlayer.study.training.language_model import LanguageModel
 from lastlayer.study.training.trainer import Budget, Trainer
 
 WINDOW_PARTS = (16, 8, 4, 2)  # d/16 to d/2
@@ -71,11 +73,10 @@ def reproduce(corpus: Corpus, plan: Plan, out: Path, console: Console, resume: b
     if corpus.num_classes < 200:
         raise UsageError(f"the text has only {corpus.num_classes} different words; at least 200 are needed")
     cells = Cells(out, resume)
-    console.print(
+    say(
+        console,
         f"{corpus.name}, {corpus.num_classes:,} words: {plan.seconds:g} s of training, then "
         f"{2 * len(WINDOW_PARTS) * len(CANDIDATE_SHARES)} settings on {plan.positions:,} held-out words",
-        highlight=False,
-        markup=False,
     )
     with console.status("training the language model") as status:
         model = functools.cache(lambda: _trained(corpus, plan, out, status.update))
@@ -89,7 +90,7 @@ def reproduce(corpus: Corpus, plan: Plan, out: Path, console: Console, resume: b
     show(records, console)
     results = {"environment": environment(), "text": corpus.name, "records": records}
     write_json(out / "svd-softmax.json", results)
-    console.print(f"Written: {out / 'svd-softmax.json'}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"Written: {out / 'svd-softmax.json'}")
     return records
 
 
@@ -125,25 +126,18 @@ def _identity(corpus: Corpus, plan: Plan) -> Record:
 @torch.no_grad()
 def _collected(model: LanguageModel, corpus: Corpus, plan: Plan) -> Trained:
     weight, bias, _ = model.output.linear_head()
-    calibration = torch.cat([hidden for hidden, _ in _states(model, corpus.train, 8 * plan.positions, plan)])
-    found = zip(*_states(model, corpus.held_out, plan.positions, plan), strict=True)
-    hidden, targets = (torch.cat(parts) for parts in found)
+
+    def states(ids: Tensor, tokens: int) -> tuple[Tensor, Tensor]:  # (n, d), (n,)
+        parts = zip(*encoded(model, Streams(ids, 10, 50, plan.device), tokens), strict=True)
+        hidden, targets = (torch.cat([part.flatten(0, 1) for part in column]) for column in parts)
+        return hidden, targets
+
+    calibration, _ = states(corpus.train, 8 * plan.positions)
+    hidden, targets = states(corpus.held_out, plan.positions)
     logits = full_logits(hidden, weight, bias)
     best = logits.topk(TOP).indices
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     return Trained(weight, bias, calibration, hidden, targets, logits.log_softmax(-1), best)
-
-
-def _states(
-    model: LanguageModel, ids: Tensor, tokens: int, plan: Plan
-) -> Iterator[tuple[Tensor, Tensor]]:  # hidden (n, d), targets (n,)
-    """Hidden states of about the first `tokens` of a text, the state carried."""
-    streams = Streams(ids, 10, 50, plan.device)
-    state: State | None = None
-    for number in range(min(streams.windows, max(1, tokens // (streams.batch * streams.window)))):
-        inputs, targets = streams[number]
-        hidden, state = model.encode(inputs, state)
-        yield hidden.reshape(-1, plan.width), targets.reshape(-1)
 
 
 def quality(

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from lastlayer.kernels.config import config
+from lastlayer.study.measuring.memory import proc_bytes
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def _resident_peak() -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith("VmHWM:"):
-            return 1024 * int(line.split()[1])
-    return 0
+    return proc_bytes("self/status", "VmHWM") or 0
 
 
 def environment() -> dict[str, Any]:

@@ -38,11 +38,22 @@ def free_bytes(device: torch.device) -> int | None:
     return min(free, default=None)
 
 
+def proc_bytes(file: str, field: str) -> int | None:
+    """A field of a file in `/proc` that Linux gives in kB; None where there is no such field.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    for line in Path("/proc", file).read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    return None
+
+
 def _of_the_machine() -> int | None:
     with suppress(OSError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
+        if (found := proc_bytes("meminfo", "MemAvailable")) is not None:
+            return found
     with suppress(OSError, ValueError, AttributeError):  # not Linux: all there is, at least
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return None

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 
+from lastlayer.study.report.chart import round_step
+
 ALIKE = 0.75  # the smallest over the largest, from which bars that start at zero show no difference
 
 
@@ -50,9 +52,7 @@ def best_figures(shown: list[str], values: list[float], lower_is_better: bool) -
 def scale_around(values: list[float]) -> tuple[float, float]:
     """Round numbers below and above all values, not far from them."""
     low, high = min(values), max(values)
-    rough = (high - low) / 2
-    unit = 10 ** math.floor(math.log10(rough))
-    step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough)
+    step = round_step((high - low) / 2)
     return math.floor(low / step - 1e-9) * step, math.ceil(high / step + 1e-9) * step
 
 

@@ -1,6 +1,7 @@
 """A line chart as SVG that takes its colours from the page: `.line-0`, `.line-1`, ... and `.axis`, `.grid`."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 
@@ -99,7 +100,13 @@ def line_chart(
         f'<svg class="{css}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(y_label)}">',
         f'<clipPath id="plot-{key}"><rect x="{LEFT}" y="{TOP}" width="{frame.plot_width:.1f}" '
         f'height="{height - TOP - BOTTOM}"/></clipPath>',
-        *_axes(frame, ticks, x_label),
+        *axes(
+            [(frame.y(tick), figure_of(tick)) for tick in ticks],
+            [(frame.x(tick), figure_of(tick)) for tick in linear_ticks(frame.most)],
+            x_label,
+            LEFT + frame.plot_width,
+            height,
+        ),
     ]
     places = spread([frame.y(line.last) for line in lines], LABEL_GAP, TOP, height - BOTTOM)
     for line, label, place in zip(lines, labels, places, strict=True):
@@ -109,20 +116,23 @@ def line_chart(
     return "\n".join([*parts, "</svg>"])
 
 
-def _axes(frame: Frame, y_ticks: list[float], x_label: str) -> list[str]:
-    end, bottom = LEFT + frame.plot_width, frame.height - BOTTOM
+def axes(
+    rows: Iterable[tuple[float, str]], columns: Iterable[tuple[float, str]], label: str, end: float, height: int
+) -> list[str]:
+    """Grid lines from the left margin to `end`, each a place and its figure; figures below; what these are of."""
     parts = []
-    for tick in y_ticks:
-        y = frame.y(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(axis_text(LEFT - 7, y + 4, figure_of(tick), "end"))
-    parts += [
-        axis_text(frame.x(tick), bottom + 18, figure_of(tick), "middle") for tick in linear_ticks(frame.most)
-    ]
-    return [*parts, axis_text(LEFT + frame.plot_width / 2, frame.height - 5, escape(x_label), "middle")]
+    for y, said in rows:
+        parts += [straight("grid", LEFT, end, y, y), _axis_text(LEFT - 7, y + 4, said, "end")]
+    parts += [_axis_text(x, height - BOTTOM + 18, said, "middle") for x, said in columns]
+    return [*parts, _axis_text((LEFT + end) / 2, height - 5, escape(label), "middle")]
 
 
-def axis_text(x: float, y: float, said: str, anchor: str) -> str:
+def straight(css: str, x1: float, x2: float, y1: float, y2: float) -> str:
+    """A straight line."""
+    return f'<line class="{css}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
+
+
+def _axis_text(x: float, y: float, said: str, anchor: str) -> str:
     """A word or figure in the style of the axes."""
     return f'<text class="axis" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{said}</text>'
 
@@ -154,10 +164,14 @@ def figure_of(tick: float) -> str:
 
 def linear_ticks(most: float) -> list[float]:
     """0 and three to six round steps up to `most`."""
-    rough = most / 5
-    unit = 10 ** math.floor(math.log10(rough)) if rough > 0 else 1.0
-    step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough)
+    step = round_step(most / 5)
     return [round(step * i, 10) for i in range(int(most / step + 1e-9) + 1)]
+
+
+def round_step(rough: float) -> float:
+    """1, 2 or 5 times a power of ten: the least that is no smaller."""
+    unit = 10 ** math.floor(math.log10(rough)) if rough > 0 else 1.0
+    return next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough)
 
 
 def log_ticks(low: float, high: float) -> list[float]:

@@ -1,6 +1,5 @@
 """What a comparison found: a table in the terminal, results.json, and a page."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ from lastlayer.study.measuring.measure import environment
 from lastlayer.study.report.figures import figure
 from lastlayer.study.report.page import render, screen_remark
 from lastlayer.study.report.quality import why_no_perplexity
-from lastlayer.study.report.tables import print_table
+from lastlayer.study.report.tables import Column, print_table, say
 from lastlayer.study.training.trainer import Point
 
-Column = tuple[str, Callable[[dict[str, Any]], str]]
 PERPLEXITY: Column = ("perplexity", lambda r: "-" if r["perplexity"] is None else figure(r["perplexity"]))
 COSTS: tuple[Column, ...] = (  # UNIT stands for words, characters, tokens or items
     ("UNIT/s", lambda r: figure(r["tokens_per_second"])),
@@ -85,7 +83,7 @@ def show(report: Report, out: Path, console: Console) -> None:
     print_table(console, table)
     for record in report.records:
         if reason := why_no_perplexity(record, unit):
-            console.print(f"{record['layer']} has no perplexity: {reason}", highlight=False, markup=False)
+            say(console, f"{record['layer']} has no perplexity: {reason}")
         if remark := screen_remark(record):
-            console.print(f"{record['layer']}, screened: {remark}", highlight=False, markup=False)
-    console.print(f"The page: {out / 'index.html'}", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"{record['layer']}, screened: {remark}")
+    say(console, f"The page: {out / 'index.html'}")

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from html import escape
 
-from lastlayer.study.report.chart import BOTTOM, LEFT, TOP, axis_text, figure_of, log_ticks, spread
+from lastlayer.study.report.chart import BOTTOM, LEFT, TOP, axes, figure_of, log_ticks, spread, straight
 from lastlayer.study.report.figures import figure
 
 RIGHT = 16
@@ -63,32 +63,23 @@ def scatter(points: list[Point], *, full_ms: float, allowed: float, width: int, 
     worst = max(allowed, *(point.missed for point in points))
     shown = [row for i, row in enumerate(FOUND) if i == 0 or FOUND[i - 1][0] < worst]
     plane = Plane(width, height, min(times) / 1.2, max(times) * 1.2, shown[-1][0])
+    ticks = [tick for tick in log_ticks(plane.fastest, plane.slowest) if plane.fastest <= tick <= plane.slowest]
     parts = [
         f'<svg class="{css}" viewBox="0 0 {width} {height}" role="img" aria-label="agreement against time">',
-        *_axes(plane, shown),
-        _line("full", plane.x(full_ms), plane.x(full_ms), TOP, height - BOTTOM),
-        _line("required", LEFT, width - RIGHT, plane.y(allowed), plane.y(allowed)),
+        *axes(
+            [(plane.y(missed), said) for missed, said in shown],
+            [(plane.x(tick), figure_of(tick)) for tick in ticks],
+            "milliseconds a query",
+            width - RIGHT,
+            height,
+        ),
+        straight("full", plane.x(full_ms), plane.x(full_ms), TOP, height - BOTTOM),
+        straight("required", LEFT, width - RIGHT, plane.y(allowed), plane.y(allowed)),
         _frontier(points, plane),
         *(_marker(point, plane) for point in points),
         *_numbers(points, plane),
     ]
     return "\n".join([*parts, "</svg>"])
-
-
-def _axes(plane: Plane, shown: list[tuple[float, str]]) -> list[str]:
-    end, bottom = plane.width - RIGHT, plane.height - BOTTOM
-    parts = []
-    for missed, said in shown:
-        y = plane.y(missed)
-        parts.append(_line("grid", LEFT, end, y, y))
-        parts.append(axis_text(LEFT - 7, y + 4, said, "end"))
-    ticks = [tick for tick in log_ticks(plane.fastest, plane.slowest) if plane.fastest <= tick <= plane.slowest]
-    parts += [axis_text(plane.x(tick), bottom + 18, figure_of(tick), "middle") for tick in ticks]
-    return [*parts, axis_text((LEFT + end) / 2, plane.height - 5, "milliseconds a query", "middle")]
-
-
-def _line(css: str, x1: float, x2: float, y1: float, y2: float) -> str:
-    return f'<line class="{css}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
 
 
 def _frontier(points: list[Point], plane: Plane) -> str:

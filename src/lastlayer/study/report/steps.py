@@ -6,6 +6,7 @@ from typing import Self
 from rich.console import Console
 
 from lastlayer.study.report.figures import duration
+from lastlayer.study.report.tables import say
 
 EVERY = 10.0  # seconds between lines about the same thing, where the output is no terminal
 
@@ -34,5 +35,5 @@ class Steps:
         if self.status is not None:
             self.status.update(line)
         elif doing != self.said or time.monotonic() - self.at > EVERY:
-            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            say(self.console, line)
             self.said, self.at = doing, time.monotonic()

@@ -1,19 +1,39 @@
 """How tables reach a terminal."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 from rich.console import Console
 from rich.measure import Measurement
 from rich.segment import Segments
 from rich.table import Table
+from rich.text import Text
+
+Record = dict[str, Any]
+Column = tuple[str, Callable[[Record], str]]  # heading, and what it shows of a record
 
 LEAST_COLUMNS = 80  # what every table is laid out for
 
 
 def plain_table(title: str, headings: tuple[str, ...]) -> Table:
     """An empty table of figures without lines; the first column is for names."""
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 2, 0, 0))
     for heading in headings:
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     return table
+
+
+def table_of(title: str, columns: Sequence[Column], records: Sequence[Record]) -> Table:
+    """A plain table with a row for each record; of each column its heading, and how it shows a record."""
+    table = plain_table(title, tuple(heading for heading, _ in columns))
+    for record in records:
+        table.add_row(*(shown(record) for _, shown in columns))
+    return table
+
+
+def say(console: Console, line: str) -> None:
+    """A line as it is: with brackets, which a name may hold, and of any length."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_table(console: Console, table: Table) -> None:

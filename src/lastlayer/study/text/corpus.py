@@ -85,7 +85,7 @@ def load_corpus(
     if not paths:
         return _embedded(min_count, reading)
     files = find_files(paths)
-    notes = _notes(files)
+    notes = notes_of(files)
     encoded = _encoded_ids(files, reading, notes) if _are_ids(files) else _encoded_text(files, reading)
     return _corpus(files.name, encoded, min_count, tuple(notes))
 
@@ -120,17 +120,17 @@ def _are_ids(files: TextFiles) -> bool:
     return bool(of_ids)
 
 
-def _notes(files: TextFiles) -> list[str]:
+def notes_of(files: TextFiles) -> list[str]:
     """What was decided by the names and the contents of files."""
     notes = []
     if files.held_out:
-        notes.append(f"to train on: {names_of(files.training)}; held out: {names_of(files.held_out)}")
+        notes.append(f"to train on: {_names_of(files.training)}; held out: {_names_of(files.held_out)}")
     if files.skipped:
-        notes.append(f"left out, not being text: {names_of(files.skipped)}")
+        notes.append(f"left out, not being text: {_names_of(files.skipped)}")
     return notes
 
 
-def names_of(paths: tuple[Path, ...]) -> str:
+def _names_of(paths: tuple[Path, ...]) -> str:
     """The first few, and how many more."""
     more = f" and {len(paths) - MOST_NAMES} more" if len(paths) > MOST_NAMES else ""
     return ", ".join(path.name for path in paths[:MOST_NAMES]) + more

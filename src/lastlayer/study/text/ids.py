@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from lastlayer.study.errors import StudyError, UsageError
+from lastlayer.study.files import mapped_array
 
 BIN_DTYPES = ("uint16", "uint32")
 MAX_IDS = 50_000_000  # tokens read of a file at most: more than a comparison of hours trains on
@@ -34,10 +35,7 @@ def read_ids(path: Path, bin_dtype: str = BIN_DTYPES[0]) -> tuple[np.ndarray, in
 
 
 def _npy(path: Path) -> np.ndarray:
-    # mapped, not read: a header that promises more than the file holds is an error here
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if not isinstance(array, np.ndarray):
-        raise ValueError("it holds several arrays (.npz); save the one that is meant as .npy")
+    array = mapped_array(path)
     if array.dtype.kind not in "iu":
         raise ValueError(f"it holds {array.dtype} {array.shape}, not integers")
     return array.reshape(-1)

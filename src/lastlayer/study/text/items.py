@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lastlayer.study.errors import StudyError
 from lastlayer.study.text.batches import Batches, Sequences
-from lastlayer.study.text.corpus import Corpus, names_of
+from lastlayer.study.text.corpus import Corpus, notes_of
 from lastlayer.study.text.lines import read_item_lines
 from lastlayer.study.text.sources import find_files
 
@@ -65,12 +65,9 @@ def load_items(paths: list[Path], *, min_count: int | None = None, field: str | 
     files = find_files(paths)
     train = [items for path in files.training for items in read_item_lines(path, field)]
     held_out = [items for path in files.held_out for items in read_item_lines(path, field)]
-    notes = []
-    if files.held_out:
-        notes.append(f"to train on: {names_of(files.training)}; held out: {names_of(files.held_out)}")
-    else:
+    if not files.held_out:
         train, held_out = hold_out_sequences(train)
-    return make_items(files.name, train, held_out, min_count=min_count or 1, notes=notes)
+    return make_items(files.name, train, held_out, min_count=min_count or 1, notes=notes_of(files))
 
 
 def hold_out_sequences(sequences: list[list[str]]) -> tuple[list[list[str]], list[list[str]]]:

@@ -5,16 +5,18 @@ held-out token probability 0 (a `normalizer` of `FullSoftmax`), whose perplexity
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.one_vs_all import OneVsAll
 from lastlayer.metrics import ndcg, recall, reciprocal_rank
 from lastlayer.study.text.batches import NO_TARGET, Batches, num_targets
-from lastlayer.study.training.language_model import LanguageModel, State
+from lastlayer.study.training.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -38,20 +40,15 @@ class Ranking(NamedTuple):
 @torch.no_grad()
 def evaluate(model: LanguageModel, batches: Batches, tokens: int) -> Quality:
     """Perplexity on about the first `tokens`; a state is carried from window to window where the text goes on."""
-    windows = range(windows_for(batches, tokens))
-    seen = sum(num_targets(batches[number][1]) for number in windows)
+    seen = sum(num_targets(batches[number][1]) for number in range(windows_for(batches, tokens)))
     if not has_probabilities(model.output):
         return Quality(None, None, seen)
     total, zeros = 0.0, 0
-    state: State | None = None
-    with _in_eval_mode(model):
-        for number in windows:
-            inputs, targets = batches[number]
-            hidden, state = model.encode(inputs, None if batches.starts_anew(number) else state)
-            log_prob = model.output.target_log_prob(hidden, targets)
-            is_zero = log_prob == -torch.inf
-            total -= float(log_prob.masked_fill(is_zero, 0).sum(dtype=torch.float64))
-            zeros += int(is_zero.sum())
+    for hidden, targets in encoded(model, batches, tokens):
+        log_prob = model.output.target_log_prob(hidden, targets)
+        is_zero = log_prob == -torch.inf
+        total -= float(log_prob.masked_fill(is_zero, 0).sum(dtype=torch.float64))
+        zeros += int(is_zero.sum())
     if not math.isfinite(total):
         return Quality(math.nan, zeros / seen, seen)
     return Quality(None if zeros else math.exp(min(total / seen, 700.0)), zeros / seen, seen)
@@ -66,15 +63,11 @@ def has_probabilities(layer: OutputLayer) -> bool:
 def rank_held_out(model: LanguageModel, batches: Batches, k: int, tokens: int) -> Ranking:
     """How the `k` most probable classes rank the next token, of about the first `tokens`."""
     best, wanted = [], []
-    state: State | None = None
     k = min(k, model.output.num_classes)
-    with _in_eval_mode(model):
-        for number in range(windows_for(batches, tokens)):
-            inputs, targets = batches[number]
-            hidden, state = model.encode(inputs, None if batches.starts_anew(number) else state)
-            kept = targets != NO_TARGET
-            best.append(model.output.topk(hidden[kept], k).indices)
-            wanted.append(targets[kept])
+    for hidden, targets in encoded(model, batches, tokens):
+        kept = targets != NO_TARGET
+        best.append(model.output.topk(hidden[kept], k).indices)
+        wanted.append(targets[kept])
     indices, targets = torch.cat(best), torch.cat(wanted)
     return Ranking(
         float(recall(indices, targets)),
@@ -89,14 +82,14 @@ def windows_for(batches: Batches, tokens: int) -> int:
     return max(1, min(batches.windows, round(tokens / batches.tokens_a_window)))
 
 
-class _in_eval_mode:
-    """No dropout inside; the mode that was before afterwards."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        self.model, self.training = model, model.training
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self.model.train(self.training)
+def encoded(model: LanguageModel, batches: Batches, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Hidden states and targets of each window, without dropout; the model is in its own mode again afterwards."""
+    training, state = model.training, None
+    model.eval()
+    try:
+        for number in range(windows_for(batches, tokens)):
+            inputs, targets = batches[number]
+            hidden, state = model.encode(inputs, None if batches.starts_anew(number) else state)
+            yield hidden, targets
+    finally:
+        model.train(training)

@@ -115,11 +115,10 @@ class Trainer:
             synchronise()
             self.seconds += of_first(time.perf_counter() - start)
             on_step(self)
-            if self.share_used >= CURVE_AT[self.passed]:
+            at_point = self.share_used >= CURVE_AT[self.passed]
+            if at_point:
                 self._add_point()
-                self.save()
-                saved = self.seconds
-            elif self.seconds - saved > SAVE_EVERY:
+            if at_point or self.seconds - saved > SAVE_EVERY:
                 self.save()
                 saved = self.seconds
 
