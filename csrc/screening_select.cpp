@@ -277,7 +277,7 @@ struct Candidates {
 // The candidates among the classes that the row may return, and its barred classes; both are set aside.
 //
 // Barred classes are set aside first, so they take no candidate's place and leave no block's maximum too high. The
-// normaliser hangs on the best of all classes: the barred ones among them get exact logits too.
+// normaliser depends on the best of all classes: the barred ones among them get exact logits too.
 Candidates candidates_of(const Row& row, int64_t number) {
     const int64_t count = row.query.candidates;
     std::vector<Scored> barred = bar_classes(row, number);

@@ -12,7 +12,7 @@ from lastlayer.screening.screen import MODERATE
 from lastlayer.screening.screened import ScreenedSoftmax
 from lastlayer.screening.svd_preview import PreparedSVD
 
-# Rows from which on the full layer answers: in ONNX Runtime the screen was the faster one for 32 rows, not for 64
+# Rows from which on the full layer is used: in ONNX Runtime the screen was the faster one for 32 rows, not for 64
 # (benchmarks/results/onnx_export.json).
 FULL_FROM = 48
 

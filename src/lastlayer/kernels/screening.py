@@ -31,14 +31,6 @@ class Kind(IntEnum):
     FLOAT_COLUMNS = 3
 
 
-class Status(IntEnum):
-    """What became of a row."""
-
-    DONE = 0
-    DENSE = 1  # too many classes are in play: the full layer has to run
-    OVERFLOWS = 2  # float32 could overflow, or something is not finite
-
-
 class Rotation(NamedTuple):
     """How a hidden state becomes the vector that the rows are multiplied with."""
 
@@ -66,20 +58,16 @@ class Outputs(NamedTuple):
     indices: Tensor  # (N, k) int64, -1 where fewer than k classes are left
     certified: Tensor  # (N,) bool
     log_normalizer: Tensor  # (N, 1) float64
-    status: Tensor  # (N,) uint8
-    scores: Tensor  # (N, V) float32: the scores, exact logits where these were computed
+    status: Tensor  # (N,) uint8: 0, or why the full layer has to run, as `Status` in csrc/screening.h
+    logits: Tensor  # (N, V) float32: the preview's scores, exact where rescored
 
     @classmethod
     def empty(cls, count: int, k: int, classes: int) -> "Outputs":
         """Buffers for some rows."""
-        return cls(
-            torch.empty(count, k, dtype=torch.float32, device="cpu"),
-            torch.empty(count, k, dtype=torch.int64, device="cpu"),
-            torch.empty(count, dtype=torch.bool, device="cpu"),
-            torch.empty(count, 1, dtype=torch.float64, device="cpu"),
-            torch.empty(count, dtype=torch.uint8, device="cpu"),
-            torch.empty(count, classes, dtype=torch.float32, device="cpu"),
-        )
+        shapes = (count, k), (count, k), (count,), (count, 1), (count,), (count, classes)
+        dtypes = torch.float32, torch.int64, torch.bool, torch.float64, torch.uint8, torch.float32
+        pairs = zip(shapes, dtypes, strict=True)
+        return cls(*(torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype in pairs))
 
 
 class Query(NamedTuple):
@@ -127,33 +115,24 @@ class CompiledScreen:
         )
         self._packed = _packed(numbers)
 
-    def __call__(self, hidden: Tensor, query: Query, outputs: Outputs, serial: bool = False) -> None:
-        """Answers contiguous float32 `hidden (N, d)`; where a row's status is not DONE, the row is still open."""
-        self._run(hidden, query, outputs, None, False, serial)
-
-    def scores(self, hidden: Tensor, outputs: Outputs) -> None:
-        """Fills the scores of all classes alone."""
-        self._run(hidden, Query(0, 0), outputs, None, True, False)
-
-    def from_scores(
+    def __call__(
         self,
-        hidden: Tensor,  # (N, d)
-        query: Query,
-        outputs: Outputs,  # whose scores are there already
-        of_rows: Tensor | None,  # (N, m) float32, the rows' part of the error bound; None: the scores are logits
-    ) -> None:
-        """The same from scores that were made elsewhere; the screen's rows are `Kind.GIVEN_SCORES`."""
-        self._run(hidden, query, outputs, of_rows, False, False)
-
-    def _run(
-        self,
-        hidden: Tensor,
+        hidden: Tensor,  # (N, d), contiguous float32
         query: Query,
         outputs: Outputs,
-        of_rows: Tensor | None,
-        only_scores: bool,
-        serial: bool,
+        *,
+        of_rows: Tensor | None = None,  # (N, m) float32
+        only_scores: bool = False,
+        serial: bool = False,
     ) -> None:
+        """Fills `outputs`; a row whose status is not 0 is still open.
+
+        Args:
+            of_rows: of a screen of `Kind.GIVEN_SCORES`, whose scores are in `outputs` already, the rows' part of
+                the error bound; None: the scores are exact logits.
+            only_scores: whether the preview's scores of all classes are all that is wanted.
+            serial: whether to stay on one thread.
+        """
         exclude = None if query.exclude is None else query.exclude.contiguous()
         numbers = (
             *(len(hidden), query.k, query.candidates, query.exact, hidden, *outputs, of_rows),

@@ -1,4 +1,4 @@
-"""Which implementation answers a query of a screen: the thresholds, and one pure function over them."""
+"""Which implementation computes the results of a screen: the thresholds, and one pure function over them."""
 
 from typing import Literal
 
@@ -24,7 +24,7 @@ def backend_for(
     compiled: bool,
     full_is_faster: bool,
 ) -> Backend:
-    """What answers a query: the full layer, the screen by the compiled engine, or the screen in plain PyTorch.
+    """What computes the results: the full layer, the screen by the compiled engine, or it in plain PyTorch.
 
     Args:
         rows: hidden states in the query.

@@ -134,11 +134,11 @@ class Screen(ScreenRows):
         self,
         hidden: Tensor | None = None,  # (..., d)
     ) -> Plan:
-        """Times of the screen and of the full layer for 1, 8 and 64 rows, and which of them answers; a table.
+        """Times of the screen and of the full layer for 1, 8 and 64 rows, and which of them is used; a table.
 
         Measured when the screen was prepared, and again after `candidates` or `exact` was changed, on hidden
         states with the calibration's second moment (without calibration, on rows of the weight); not saved. With
-        `hidden` it is measured anew, on these. Where `use="fastest"`, the full layer also answers while so many
+        `hidden` it is measured anew, on these. Where `use="fastest"`, the full layer is also used while so many
         rows need it after the screen that the screen gains nothing.
         """
         if hidden is not None:
@@ -169,8 +169,8 @@ class Screen(ScreenRows):
         return max(1, CHUNK_NUMBERS // self.out_features)
 
     @outside_graphs
-    def _each_row(self, hidden: Tensor, answer: Callable[[Tensor], Tensor]) -> Tensor:
-        """`answer(rows)` of every chunk of rows, in hidden's leading shape."""
-        parts = [answer(rows) for rows in self._checked_rows(hidden).split(self._rows_at_once())]
+    def _each_row(self, hidden: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """`compute(rows)` of every chunk of rows, in hidden's leading shape."""
+        parts = [compute(rows) for rows in self._checked_rows(hidden).split(self._rows_at_once())]
         together = parts[0] if len(parts) == 1 else torch.cat(parts)
         return together.reshape((*hidden.shape[:-1], *together.shape[1:]))

@@ -1,4 +1,4 @@
-"""choose_screen: which preview, window and candidates answer this layer's queries fastest, and still agree."""
+"""choose_screen: which preview, window and candidates compute this layer's top-k fastest, and still agree."""
 
 import math
 import time
@@ -118,7 +118,7 @@ def choose_screen(
     trials = []
     for number, preview in enumerate(previews):
         if number and clock.is_late():
-            trials.append(_untried(preview))
+            trials.append(_Trial(None, described(preview) | {"dropped": "no time was left to try it"}))
             continue
         clock.step(f"trying {preview_name(preview)}")
         limit = seconds / (2 * len(previews))
@@ -177,16 +177,6 @@ def _previews(weight: Tensor, hidden: Tensor, tuning_rows: int) -> list[Preview]
     return [Int8Preview(), *of_window[:2], Int4Preview(calibration=hidden), *of_window[2:], plain]
 
 
-def _untried(preview: Preview) -> _Trial:
-    names = (
-        *("candidates", "agreement_top1", "agreement_topk", "kl", "bytes_read_fraction", "certified_fraction"),
-        *("ms", "full_ms", "ratio"),
-    )
-    window = preview.window if isinstance(preview, SVDPreview) else None
-    record = {"preview": preview_name(preview), "window": window, **dict.fromkeys(names)}
-    return _Trial(None, record | {"dropped": "no time was left to try it"})
-
-
 def _try(
     make: Make,
     preview: Preview,
@@ -202,9 +192,9 @@ def _try(
         screen = tuned_screen(make, preview, tuning, agreement, k)
     else:
         screen = certified_screen(make, preview, num_classes, k)
-    record = described(screen)
+    record = described(preview, screen)
     ms, full_ms = query_times([_query(screen, k), _full_query(screen, k)], measuring.hidden, FEW, 1)
-    record |= {"ms": ms, "full_ms": full_ms, "ratio": full_ms / ms, "dropped": None}
+    record |= {"ms": ms, "full_ms": full_ms, "ratio": full_ms / ms}
     if screen.candidates > max(MOST_CANDIDATES * screen.out_features, 4 * k):
         record["dropped"] = f"it needs {screen.candidates:,} of {screen.out_features:,} classes as candidates"
     elif ms > HOPELESS * full_ms:

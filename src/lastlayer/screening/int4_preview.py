@@ -1,4 +1,4 @@
-"""Int4Preview: rows in 4 bits, in coordinates chosen by real hidden states, with a bound that proves answers."""
+"""Int4Preview: rows in 4 bits, in coordinates chosen by real hidden states, with a bound that proves results."""
 
 from dataclasses import dataclass
 
@@ -114,20 +114,17 @@ class PreparedInt4(PreparedPreview):
 
     def error(self, hidden: Tensor) -> ErrorBound:
         widened = self._widened(hidden)
-        return ErrorBound(self._of_rows(hidden, widened, whole_numbers(widened).left_over), self.of_classes)
-
-    def _widened(self, hidden: Tensor) -> Tensor:  # (N, d) -> (N, d + fine), float64
-        return self.rows.widened(hidden.double() @ self.rotation.double().T)
-
-    def _of_rows(self, hidden: Tensor, widened: Tensor, left_over: Tensor) -> Tensor:  # (N, 3)
-        """The rows' part of the bound."""
+        left_over = whole_numbers(widened).left_over
         norm = torch.linalg.vector_norm(hidden.double(), dim=-1, keepdim=True)
         rotated = widened[:, self.rows.fine :]
         balanced = torch.linalg.vector_norm(rotated * self.unbalance, dim=-1, keepdim=True)
         of_all = torch.linalg.vector_norm(widened, dim=-1, keepdim=True)
         first, second, third = self.rounding
         parts = [balanced + first * norm, left_over + second * norm + third * of_all, norm + 1]
-        return torch.cat(parts, dim=-1).to(self.dtype)
+        return ErrorBound(torch.cat(parts, dim=-1).to(self.dtype), self.of_classes)
+
+    def _widened(self, hidden: Tensor) -> Tensor:  # (N, d) -> (N, d + fine), float64
+        return self.rows.widened(hidden.double() @ self.rotation.double().T)
 
 
 def _rounded(rotation: Tensor) -> tuple[Tensor, Tensor]:  # (d, d) float64

@@ -1,4 +1,4 @@
-"""Int8Preview: every row in 8-bit integers, at full width, with a bound that proves answers."""
+"""Int8Preview: every row in 8-bit integers, at full width, with a bound that proves results."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class Int8Preview(Preview):
         |w . h - q . h'|  <=  ||w - q|| ||h||  +  ||q|| ||h - h'||        q, h': what the integers stand for
 
     Both norms are kept for each class. The bound leaves so few classes in play that rescoring some dozens of
-    candidates proves most answers, and `exact=True` the rest at little cost.
+    candidates proves most results, and `exact=True` the rest at little cost.
 
     Cost: a query reads `V d` bytes, a quarter of the float32 weight; preparing takes a few passes over the weight.
     When NOT to use it: where a small loss of agreement is accepted, a calibrated `SVDPreview` reads less.
@@ -59,7 +59,6 @@ class PreparedInt8(PreparedPreview):
         return self.rows.scores(hidden, self.bias)
 
     def error(self, hidden: Tensor) -> ErrorBound:
-        return ErrorBound(self._of_rows(self.rows.of_rows(hidden)), self.of_classes)
-
-    def _of_rows(self, of_rows: Tensor) -> Tensor:  # (N, 2) -> (N, 3)
-        return torch.cat([of_rows, torch.ones_like(of_rows[:, :1])], dim=-1).to(self.dtype)
+        of_rows = self.rows.of_rows(hidden)  # (N, 2)
+        of_rows = torch.cat([of_rows, torch.ones_like(of_rows[:, :1])], dim=-1)
+        return ErrorBound(of_rows.to(self.dtype), self.of_classes)

@@ -16,7 +16,7 @@ from lastlayer.screening.preview import Preview
 from lastlayer.screening.saved import MIXTURE, load_screen, save_screen
 from lastlayer.screening.screen import permitted
 
-HEAVY_SHARE = 8  # one in so many classes is rescored where the order hangs on the normalisers
+HEAVY_SHARE = 8  # one in so many classes is rescored where the order depends on the normalisers
 
 
 class MixtureLayer(Protocol):

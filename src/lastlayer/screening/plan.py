@@ -1,4 +1,4 @@
-"""The plan of a screen: its time and the full layer's, measured when it is prepared, and which of them answers."""
+"""The plan of a screen: its time and the full layer's, measured when it is prepared, and which of them is used."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ ENDS = (2, 22)  # the largest batches that the first two of them stand for, in e
 ROUNDS = 3
 LONG = 0.05  # seconds; what takes longer is measured twice: the first call also fills caches and starts threads
 REMEMBERED = 32  # rows over which the share of rows that needed the full layer is averaged
-FORGOTTEN = 0.98  # of that share, with every row that the full layer answered instead
+FORGOTTEN = 0.98  # of that share, with every row that the full layer computed instead
 
 
 class Planned(NamedTuple):
@@ -32,7 +32,7 @@ class Planned(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Which of the two answers, by batch size; printed, a table."""
+    """Which of the two is used, by batch size; printed, a table."""
 
     rows: tuple[Planned, ...]
 
@@ -105,14 +105,14 @@ class Tally:
         self._share, self._rows = 0.0, 0
 
     def add(self, rows: int, unsettled: int) -> None:
-        """Counts the rows of a query that the screen answered."""
+        """Counts the rows of a query that the screen computed."""
         if not rows:
             return
         self._rows = min(REMEMBERED, self._rows + rows)
         self._share += (unsettled / rows - self._share) * min(1.0, rows / self._rows)
 
     def forget(self) -> None:
-        """Counts a query that the full layer answered, so that the screen is tried again some day."""
+        """Counts a query that the full layer computed, so that the screen is tried again later."""
         self._share *= FORGOTTEN
 
     def full_is_faster(self, planned: Planned) -> bool:

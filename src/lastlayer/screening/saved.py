@@ -8,7 +8,7 @@ import hashlib
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,30 +19,13 @@ from lastlayer.screening.calibration import SecondMoment
 from lastlayer.screening.int4_preview import Int4Preview
 from lastlayer.screening.int8_preview import Int8Preview
 from lastlayer.screening.preview import Preview
+from lastlayer.screening.screen_rows import ScreenRows
 from lastlayer.screening.svd_preview import SVDPreview
 
 SETTINGS, TENSORS, VERSION = "screen.json", "screen.safetensors", 2
 SCREEN, MIXTURE = "lastlayer screen", "lastlayer screened mixture"  # formats
 HASHED_ROWS = 8192
 MAP = "logit_map."  # before the names of a map's parameters
-
-
-class Saveable(Protocol):
-    """What is written of a screen."""
-
-    weight: Tensor
-    bias: Tensor | None
-    preview: Preview
-    use: Any
-    logit_map: LogitMap | None
-    out_features: int
-    in_features: int
-
-    @property
-    def candidates(self) -> int: ...
-
-    @property
-    def exact(self) -> bool: ...
 
 
 def fingerprint(weight: Tensor, bias: Tensor | None) -> str:
@@ -55,7 +38,7 @@ def fingerprint(weight: Tensor, bias: Tensor | None) -> str:
     return digest.hexdigest()
 
 
-def save_screen(screen: Saveable, folder: Path, include_weight: bool, format_name: str = SCREEN) -> None:
+def save_screen(screen: ScreenRows, folder: Path, include_weight: bool, format_name: str = SCREEN) -> None:
     """Writes both files; the JSON names the fingerprints of the weight and of the tensors' file."""
     from safetensors.torch import save
 

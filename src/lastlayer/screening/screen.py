@@ -38,10 +38,10 @@ class Head(NamedTuple):
     def full(self, hidden: Tensor, query: Query) -> Screened:
         """The full layer: every logit exact. Certified where the normaliser is finite."""
         logits = full_logits(hidden, self.weight, self.bias)
-        return full_answer(logits, query)
+        return full_result(logits, query)
 
 
-def full_answer(
+def full_result(
     logits: Tensor,  # (N, V), exact
     query: Query,
 ) -> Screened:
@@ -123,7 +123,7 @@ def screen(
     rescored = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
     in_play = could_be_in(allowed, bound, rescored, values[:, -1:])
     indices = _named(values, chosen.gather(-1, order))
-    if allowed is not scores:  # the normaliser hangs on the best classes, whether they may be returned or not
+    if allowed is not scores:  # the normaliser depends on the best classes, whether they may be returned or not
         others = _barred_ones(query, scores, chosen)
         rescored.scatter_(-1, others, True)
         scores.scatter_(-1, others, logits_at(hidden, head.weight, head.bias, others))
@@ -155,7 +155,7 @@ def widen(
     screened: Screened,
     in_play: Tensor,  # (N, V), bool
     query: Query,
-    overflowing: Tensor,  # (n,), rows that the full layer answered already
+    overflowing: Tensor,  # (n,), rows that the full layer computed already
 ) -> Screened:
     """Rescores every class in play, so that all rows whose numbers are finite become certified."""
     parts = class_parts(len(head.weight))
@@ -184,13 +184,13 @@ def _fill(
     rows: Tensor,  # (n,), which of them
     query: Query,
 ) -> None:
-    """Gives some rows the full layer's answer, a part of the classes at a time."""
+    """Gives some rows the full layer's result, a part of the classes at a time."""
     for at in class_parts(len(head.weight)):
         bias = head.bias if head.bias is None else head.bias[at]
         screened.logits[rows, at] = full_logits(hidden[rows], head.weight[at], bias)
     screened.rescored[rows] = True
     for row in rows.tolist():
-        found = full_answer(screened.logits[row : row + 1], query.rows(slice(row, row + 1)))
+        found = full_result(screened.logits[row : row + 1], query.rows(slice(row, row + 1)))
         for mine, theirs in zip(screened[2:], found[2:], strict=True):
             mine[row] = theirs[0]
 

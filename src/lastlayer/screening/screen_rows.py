@@ -12,9 +12,9 @@ from lastlayer.functional.precision import no_autocast
 from lastlayer.functional.results import ScreenedTopK
 from lastlayer.functional.selection import Selection
 from lastlayer.kernels import engine
-from lastlayer.kernels.screening import Query
+from lastlayer.kernels.screening import Outputs, Query
 from lastlayer.screening.backend import Backend, backend_for, engine_takes
-from lastlayer.screening.compiled import EngineScreen, Result
+from lastlayer.screening.compiled import EngineScreen
 from lastlayer.screening.exact import full_logits, logits_at
 from lastlayer.screening.plan import USES, Plan, Tally, Use, likely_states, measure_plan
 from lastlayer.screening.preview import Preview
@@ -157,8 +157,8 @@ class ScreenRows(WatchedHead):
     def _fixed_head(self) -> Head:
         return Head(self.weight.detach(), None if self.bias is None else self.bias.detach())
 
-    def _found(self, rows: Tensor, query: Query, use: Use) -> Result | Screened:
-        """What the screen, or the full layer in its place, finds, without a gradient; a `Result` of the engine."""
+    def _found(self, rows: Tensor, query: Query, use: Use) -> Outputs | Screened:
+        """What the screen, or the full layer in its place, finds, without a gradient; `Outputs` of the engine."""
         rows, compiled, backend = rows.detach(), self._engine(), self._backend(len(rows), use)
         if compiled is not None and len(rows):
             if backend == "full":
@@ -175,7 +175,7 @@ class ScreenRows(WatchedHead):
     def _topk(self, rows: Tensor, query: Query, use: Use | None = None) -> ScreenedTopK:
         with torch.no_grad():
             found = self._found(rows, query, use or self.use)
-            if isinstance(found, Result):
+            if isinstance(found, Outputs):
                 if self.logit_map is None:
                     return ScreenedTopK(found.log_prob, found.indices, found.certified)
                 values = found.logits.gather(-1, found.indices.clamp(min=0))
@@ -236,13 +236,13 @@ class ScreenRows(WatchedHead):
             approximate = self._prepared.follow(rows, self.weight, self.bias)
             return screened._replace(logits=torch.where(screened.rescored, full, approximate))
 
-    def _normalised(self, logits: Tensor, found: Result | Screened) -> Tensor:
+    def _normalised(self, logits: Tensor, found: Outputs | Screened) -> Tensor:
         peak, log_mass = self._normalizer(found)
         return logits - peak - log_mass
 
-    def _normalizer(self, found: Result | Screened) -> tuple[Tensor, Tensor]:  # (N, 1) each
+    def _normalizer(self, found: Outputs | Screened) -> tuple[Tensor, Tensor]:  # (N, 1) each
         """The log-normaliser as two terms: one near the largest logit, and the rest, which a sum could lose."""
-        if isinstance(found, Result):
+        if isinstance(found, Outputs):
             if self.logit_map is None:
                 peak = found.log_normalizer.float()
                 return peak, (found.log_normalizer - peak).float()

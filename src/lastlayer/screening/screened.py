@@ -15,7 +15,7 @@ class ScreenedSoftmax(Screen):
 
     A preview scores every class approximately; the `candidates` best get their exact logits, from the weight's own
     rows. The normaliser is the log-sum-exp of the exact logits of the candidates and the preview's scores of the
-    rest. Where the preview can bound its error, an answer comes with a certificate: `topk(...).certified` says
+    rest. Where the preview can bound its error, a result has a certificate: `topk(...).certified` says
     that indices and logits are proved equal to the full layer's (ties aside; a half-precision weight counts as the
     float32 layer of the same numbers). `exact=True` rescores whatever else could be among the best, until all are.
 
@@ -50,7 +50,7 @@ class ScreenedSoftmax(Screen):
 
     Cost: a row reads the preview and `candidates * d` numbers of the weight. Memory: the preview, and a few
     numbers a class while a query runs. When NOT to use it: in training (the weight changes every step), for large
-    batches (the full layer is then the cheapest exact answer), for a few thousand classes.
+    batches (the full layer is then the cheapest exact way), for a few thousand classes.
 
     Source: Shim, Lee, Choi, Boo and Sung, SVD-Softmax (NIPS 2017); certificates by Cauchy-Schwarz.
 
@@ -59,8 +59,8 @@ class ScreenedSoftmax(Screen):
     >>> linear = torch.nn.Linear(16, 1000)
     >>> screened = ScreenedSoftmax.from_linear(linear, preview=SVDPreview(4), candidates=50, exact=True)
     >>> hidden = torch.randn(3, 16)
-    >>> answer = screened.topk(hidden, 5)
-    >>> bool((answer.indices == linear(hidden).topk(5).indices).all())
+    >>> result = screened.topk(hidden, 5)
+    >>> bool((result.indices == linear(hidden).topk(5).indices).all())
     True
     """
 

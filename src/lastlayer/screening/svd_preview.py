@@ -109,14 +109,12 @@ class PreparedSVD(PreparedPreview):
         self.bytes_read = self.rows.bytes_read
         self.to_head = rotation.hidden_side[:, :window].T.contiguous()  # (window, d), float64
         to_tail = (rotation.hidden_side[:, window:] * balance).T
-        self.to_tail = to_tail.to(dtype).contiguous()  # for a norm; its rounding is allowed for
+        self.to_tail = to_tail.to(dtype).contiguous()  # for a norm, whose rounding `tail_rounding` bounds
         self.tail_rounding = 2 * rounding_share(len(rotation.hidden_side), dtype) * float(self.to_tail.norm())
         if settings.tail_correction:
             moment = settings.calibration
-            variance = (
-                1.0 if moment is None else float(moment.moment.trace()) / len(moment.moment)
-            )  # of a coordinate
-            self.normalizer_shift = 0.5 * settings.tail_correction * variance * squares
+            of_coordinate = 1.0 if moment is None else float(moment.moment.trace()) / len(moment.moment)
+            self.normalizer_shift = 0.5 * settings.tail_correction * of_coordinate * squares
 
     def _balance(self, calibration: SecondMoment | None) -> Tensor:  # (d - window,), float64
         """What divides the rows' dropped coordinates and multiplies the hidden state's.
@@ -133,18 +131,15 @@ class PreparedSVD(PreparedPreview):
         return self.rows.scores(hidden.double() @ self.to_head.T, self.bias)
 
     def error(self, hidden: Tensor) -> ErrorBound:
-        return ErrorBound(
-            self._of_rows(hidden, self.rows.of_rows(hidden.double() @ self.to_head.T)), self.of_classes
-        )
+        """By the stored rows' own rounding, the dropped coordinates, and the full layer's rounding."""
+        of_rows = self.rows.of_rows(hidden.double() @ self.to_head.T)
+        norm = torch.linalg.vector_norm(hidden.double(), dim=-1, keepdim=True)
+        tail = torch.linalg.vector_norm(hidden.to(self.dtype) @ self.to_tail.T, dim=-1, keepdim=True)
+        rounding = rounding_share(hidden.shape[-1], self.dtype) * (norm + 1)
+        parts = [of_rows, tail + self.tail_rounding * norm, rounding]
+        return ErrorBound(torch.cat(parts, dim=-1).to(self.dtype), self.of_classes)
 
     def follow(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # (h A) (W B)^T with both rotations held fixed is h (A B^T) W^T: linear in h and in W
         both = self.to_head.T @ self.rotation.weight_side[:, : self.window].T
         return full_logits(hidden.to(self.dtype) @ both.to(self.dtype), weight, bias)
-
-    def _of_rows(self, hidden: Tensor, of_rows: Tensor) -> Tensor:  # (N, m)
-        """The rows' part of the bound: dropped coordinates, the full layer's rounding, the stored rows' own."""
-        norm = torch.linalg.vector_norm(hidden.double(), dim=-1, keepdim=True)
-        tail = torch.linalg.vector_norm(hidden.to(self.dtype) @ self.to_tail.T, dim=-1, keepdim=True)
-        rounding = rounding_share(hidden.shape[-1], self.dtype) * (norm + 1)
-        return torch.cat([of_rows, tail + self.tail_rounding * norm, rounding], dim=-1).to(self.dtype)

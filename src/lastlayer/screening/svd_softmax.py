@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lastlayer.screening.calibration import Calibration
-from lastlayer.screening.plan import Use
 from lastlayer.screening.screened import ScreenedSoftmax
 from lastlayer.screening.svd_preview import SVDPreview
 
@@ -21,7 +20,7 @@ class SVDSoftmax(ScreenedSoftmax):
         window: rotated coordinates in the preview; the paper recommends d/8.
         candidates: classes a row with exact logits; a few per cent of V.
         calibration: hidden states to weight the rotation by; without them the plain method.
-        logit_map, exact, use: as for `ScreenedSoftmax`.
+        logit_map, exact, use, gram: as for `ScreenedSoftmax`.
 
     Cost: `(V * window + candidates * d) / (V * d)` of the full layer's multiply-adds. When NOT to use it: without
     calibration on a modern language model's head, whose weight's directions say little about its logits.
@@ -44,16 +43,7 @@ class SVDSoftmax(ScreenedSoftmax):
         window: int,
         candidates: int,
         calibration: Calibration | None = None,
-        logit_map: nn.Module | None = None,
-        exact: bool = False,
-        use: Use = "fastest",
-        gram: Tensor | None = None,  # (d, d)
+        **settings: Any,
     ) -> None:
-        settings: dict[str, Any] = {
-            "candidates": candidates,
-            "logit_map": logit_map,
-            "exact": exact,
-            "use": use,
-            "gram": gram,
-        }
-        super().__init__(weight, bias, preview=SVDPreview(window, calibration=calibration), **settings)
+        preview = SVDPreview(window, calibration=calibration)
+        super().__init__(weight, bias, preview=preview, candidates=candidates, **settings)

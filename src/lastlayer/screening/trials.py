@@ -60,18 +60,16 @@ def tuned_screen(make: Make, preview: Preview, tuning: Truth, agreement: float, 
     return screen
 
 
-def described(screen: ScreenedSoftmax) -> dict[str, Any]:
-    """The fields of a record that need no query; those that do are None."""
-    preview = screen.preview
+def described(preview: Preview, screen: ScreenedSoftmax | None = None) -> dict[str, Any]:
+    """A record before any query; without a screen, of a preview that is not tried."""
+    measured = ("certified_fraction", "ms", "full_ms", "ratio", "dropped")
     return {
         "preview": preview_name(preview),
         "window": preview.window if isinstance(preview, SVDPreview) else None,
-        "candidates": screen.candidates,
-        "agreement_top1": None,
-        "agreement_topk": None,
-        "kl": None,
-        "bytes_read_fraction": screen.bytes_read / screen.weight.nbytes,
-        "certified_fraction": None,
+        "candidates": None if screen is None else screen.candidates,
+        **dict.fromkeys(("agreement_top1", "agreement_topk", "kl")),
+        "bytes_read_fraction": None if screen is None else screen.bytes_read / screen.weight.nbytes,
+        **dict.fromkeys(measured),
     }
 
 
@@ -84,7 +82,7 @@ def preview_name(preview: Preview) -> str:
 
 
 def quality(screen: ScreenedSoftmax, truth: Truth, k: int, seconds: float = math.inf) -> dict[str, Any]:
-    """Agreement and divergence on held-out rows, so few at a time that the screen is what answers.
+    """Agreement and divergence on held-out rows, so few at a time that the screen is used.
 
     After `seconds` no further rows are queried, once there are `ENOUGH_ROWS`.
     """
@@ -92,9 +90,9 @@ def quality(screen: ScreenedSoftmax, truth: Truth, k: int, seconds: float = math
     found, certified, queried = [], [], 0
     end = time.perf_counter() + seconds
     for part in truth.hidden.split(rows):
-        answer = screen.topk(part, k)
-        found.append(answer.indices)
-        certified.append(answer.certified)
+        result = screen.topk(part, k)
+        found.append(result.indices)
+        certified.append(result.certified)
         queried += len(part)
         if queried >= ENOUGH_ROWS and time.perf_counter() > end:
             break
