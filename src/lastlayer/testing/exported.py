@@ -4,11 +4,11 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lastlayer.layers.base import OutputLayer
 from lastlayer.testing.cases import LayerCase
-from lastlayer.testing.rows import assert_equal, rows_for
+from lastlayer.testing.rows import Call, assert_equal, rows_for
 
 Results = tuple[Tensor, ...]
 
@@ -50,17 +50,6 @@ def _exported(layer: OutputLayer, call: Callable[[Tensor, Tensor], Results]) -> 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PyTorch's own tracer
         program = torch.export.export(
-            _Calls(layer, call), rows_for(layer), dynamic_shapes=({0: rows}, {0: rows}), strict=False
+            Call(layer, call), rows_for(layer), dynamic_shapes=(({0: rows}, {0: rows}),), strict=False
         )
         return program.module()
-
-
-class _Calls(nn.Module):
-    """A call of a layer as a module."""
-
-    def __init__(self, layer: OutputLayer, call: Callable[[Tensor, Tensor], Results]) -> None:
-        super().__init__()
-        self.layer, self.call = layer, call
-
-    def forward(self, hidden: Tensor, targets: Tensor) -> Results:
-        return self.call(hidden, targets)

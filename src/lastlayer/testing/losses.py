@@ -5,13 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import gradcheck
 
 from lastlayer.functional.second_order import HandWritten
 from lastlayer.layers.base import OutputLayer
 from lastlayer.testing.cases import LayerCase
-from lastlayer.testing.rows import ROWS, assert_equal, rows_for
+from lastlayer.testing.rows import ROWS, Call, assert_equal, rows_for
 
 
 def law_loss_is_likelihood(case: LayerCase) -> None:
@@ -58,25 +58,13 @@ def law_gradcheck(case: LayerCase) -> None:
 def _check_gradients(layer: OutputLayer, hidden: Tensor, call: Callable[[OutputLayer, Tensor], Tensor]) -> None:
     """`gradcheck` of `call(layer, hidden)` in hidden and parameters, whose gradients may be sparse."""
     names = [name for name, _ in layer.named_parameters()]
-    caller = _Caller(layer, call)
+    caller = Call(layer, lambda hidden: call(layer, hidden))
 
     def of_inputs(hidden: Tensor, *parameters: Tensor) -> Tensor:
         dense = {f"layer.{n}": _DenseGradient.run(p) for n, p in zip(names, parameters, strict=True)}
         return torch.func.functional_call(caller, dense, (hidden,))  # pyright: ignore[reportArgumentType]
 
     assert gradcheck(of_inputs, [hidden.detach().requires_grad_(), *layer.parameters()], masked=False)
-
-
-class _Caller(nn.Module):
-    """Any call of a layer as a `forward`, for `functional_call`."""
-
-    def __init__(self, layer: OutputLayer, call: Callable[[OutputLayer, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.layer = layer
-        self.call = call
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.call(self.layer, hidden)
 
 
 class _DenseGradient(HandWritten):

@@ -1,9 +1,10 @@
 """What every law starts from: some hidden states and targets, and what counts as equal."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lastlayer.layers.base import OutputLayer
 
@@ -23,3 +24,14 @@ def rows_for(layer: OutputLayer, rows: int = ROWS, scale: float = 1.0, seed: int
     targets = torch.randint(layer.num_classes, (rows,), generator=generator)
     targets[:2] = torch.tensor([0, layer.num_classes - 1])[: len(targets[:2])]
     return hidden.to(next(layer.parameters()).dtype), targets
+
+
+class Call(nn.Module):
+    """A call of a layer as a module."""
+
+    def __init__(self, layer: OutputLayer, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.layer, self.call = layer, call
+
+    def forward(self, *arguments: Tensor) -> Any:
+        return self.call(*arguments)
