@@ -84,7 +84,7 @@ def propensities(
     Raises:
         TypeError, ValueError: counts that are no counts; fewer than 3 rows, for which the formula gives none.
     """
-    counts = check_counts("counts", counts)
+    counts = check_counts(counts)
     if check_positive("num_rows", num_rows) < 3:
         raise ValueError(f"num_rows must be at least 3, got {num_rows}")
     c = (math.log(num_rows) - 1) * (b + 1) ** a

@@ -37,7 +37,7 @@ def _assign(vectors: Tensor, centres: Tensor, max_size: int) -> Tensor:
     distance, nearest = torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
     distance += vectors.square().sum(1, keepdim=True) / 2
     ids = torch.full_like(nearest[:, 0], -1)
-    room = torch.full_like(ids[: len(centres)], max_size)
+    capacity = torch.full_like(ids[: len(centres)], max_size)
     for choice in range(choices):
         waiting = (ids < 0).nonzero()[:, 0]
         wanted = nearest[waiting, choice]
@@ -45,11 +45,11 @@ def _assign(vectors: Tensor, centres: Tensor, max_size: int) -> Tensor:
         order = order[wanted[order].argsort(stable=True)]  # by centre, then by distance
         counts = torch.bincount(wanted, minlength=len(centres))
         place = torch.arange(len(order), device="cpu") - (counts.cumsum(0) - counts)[wanted[order]]
-        taken = order[place < room[wanted[order]]]
+        taken = order[place < capacity[wanted[order]]]
         ids[waiting[taken]] = wanted[taken]
-        room = room - torch.bincount(wanted[taken], minlength=len(centres))
+        capacity = capacity - torch.bincount(wanted[taken], minlength=len(centres))
     left = (ids < 0).nonzero()[:, 0]
-    ids[left] = torch.arange(len(centres), device="cpu").repeat_interleave(room)[: len(left)]
+    ids[left] = torch.arange(len(centres), device="cpu").repeat_interleave(capacity)[: len(left)]
     return ids
 
 

@@ -67,28 +67,48 @@ def integer_ids(name: str, ids: Tensor, kind: str = "class ids") -> Tensor:
 def check_targets(
     targets: Tensor, shape: torch.Size, num_classes: int, ignore_index: int | None = None
 ) -> tuple[Tensor, bool]:
-    """`targets` as int64, or an error unless they are class ids of `shape`; and whether none is known ignored.
+    """`targets` as int64, or an error unless they are class ids of `shape`; and whether some may be ignored."""
+    targets = integer_ids("targets", targets)
+    if targets.shape != shape:
+        raise ValueError(f"targets must have hidden's leading shape {tuple(shape)}, got {tuple(targets.shape)}")
+    return targets, check_range("targets", targets, num_classes, ignore_index)
+
+
+def check_ids(
+    name: str, ids: Tensor, num_classes: int, ignore_index: int | None, kind: str = "class ids"
+) -> tuple[Tensor, bool]:
+    """`ids` as int64, and whether some may be `ignore_index`; or an error unless all are one of both."""
+    ids = integer_ids(name, ids, kind)
+    return ids, check_range(name, ids, num_classes, ignore_index, kind)
+
+
+def check_range(
+    name: str, ids: Tensor, num_classes: int, ignore_index: int | None, kind: str = "class ids"
+) -> bool:
+    """Whether some of the int64 `ids` may be `ignore_index`; an error unless all others are from 0 to V - 1.
 
     Eager on a CPU, ids out of range raise IndexError; on a GPU or compiled they are asserted on the device,
     never by a synchronisation.
     """
-    targets = integer_ids("targets", targets)
-    if targets.shape != shape:
-        raise ValueError(f"targets must have hidden's leading shape {tuple(shape)}, got {tuple(targets.shape)}")
-    if eager_on_cpu(targets) and targets.numel():
-        least, most = targets.aminmax()
-        if least.item() >= 0 and most.item() < num_classes:  # the usual case, in one pass
-            return targets, True
-    valid = (targets >= 0) & (targets < num_classes)
-    if ignore_index is not None:
-        valid |= targets == ignore_index
-    if not eager_on_cpu(targets):
-        assert_on_device(valid, "targets must be class ids below num_classes, or ignore_index")
-    elif not bool(valid.all()):
-        wrong = int(targets[~valid].reshape(-1)[0])
-        also = "" if ignore_index is None else f", or ignore_index={ignore_index}"
-        raise IndexError(f"targets must be class ids from 0 to {num_classes - 1}{also}; got {wrong}")
-    return targets, False
+    if not eager_on_cpu(ids):
+        valid = (ids >= 0) & (ids < num_classes)
+        if ignore_index is not None:
+            valid |= ids == ignore_index
+        assert_on_device(valid, f"{name} must be {kind} in range, or ignore_index")
+        return True
+    if not ids.numel() or _are_below(ids, num_classes):  # the usual case, in one pass
+        return ignore_index is not None and 0 <= ignore_index < num_classes
+    absent = torch.zeros_like(ids, dtype=torch.bool) if ignore_index is None else ids == ignore_index
+    if _are_below(ids.masked_fill(absent, 0), num_classes):
+        return True
+    wrong = int(ids[~absent & ((ids < 0) | (ids >= num_classes))][0])
+    also = "" if ignore_index is None else f", or ignore_index={ignore_index}"
+    raise IndexError(f"{name} must be {kind} from 0 to {num_classes - 1}{also}; got {wrong}")
+
+
+def _are_below(ids: Tensor, num_classes: int) -> bool:
+    least, most = ids.aminmax()
+    return least.item() >= 0 and most.item() < num_classes
 
 
 def assert_on_device(valid: Tensor, message: str) -> None:

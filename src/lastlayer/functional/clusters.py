@@ -70,7 +70,7 @@ def by_frequency(
         >>> by_frequency(torch.tensor([1, 100, 25, 4, 1]), 3).tolist()
         [2, 0, 1, 2, 2]
     """
-    counts = check_counts("counts", counts)
+    counts = check_counts(counts)
     num_classes, num_clusters = _sizes(len(counts), num_clusters)
     if not power >= 0:
         raise ValueError(f"power must be at least 0, got {power}")
@@ -145,31 +145,29 @@ def by_falling_count(
     num_classes: int,
 ) -> Tensor:  # (V,), the class of each rank
     """The classes by falling count, equal counts by id."""
-    counts = check_counts("counts", counts)
-    if len(counts) != num_classes:
-        raise ValueError(f"counts must have shape ({num_classes},), one for each class; got ({len(counts)},)")
-    return counts.argsort(descending=True, stable=True)
+    return check_counts(counts, num_classes).argsort(descending=True, stable=True)
 
 
 def positive_counts(counts: Tensor) -> Tensor:
     """`counts` with each 0 replaced by the smallest other count; where all are 0, by 1."""
-    counts = check_counts("counts", counts)
+    counts = check_counts(counts)
     seen = counts[counts > 0]
     return counts.clamp(min=float(seen.min())) if len(seen) else torch.ones_like(counts)
 
 
-def check_counts(name: str, counts: Tensor) -> Tensor:
+def check_counts(counts: Tensor, num_classes: int | None = None) -> Tensor:
     """`counts` as float64 on the CPU, or an error unless they are `(V,)` finite numbers of at least 0."""
     if not isinstance(counts, Tensor):
-        raise TypeError(f"{name} must be a Tensor with one count a class, got {type(counts).__name__}")
+        raise TypeError(f"counts must be a Tensor with one count a class, got {type(counts).__name__}")
     if counts.is_complex() or counts.dtype == torch.bool:
-        raise TypeError(f"{name} must be a tensor of numbers, got {counts.dtype}")
-    if counts.dim() != 1 or not len(counts):
-        raise ValueError(f"{name} must have shape (num_classes,), got {tuple(counts.shape)}")
+        raise TypeError(f"counts must be a tensor of numbers, got {counts.dtype}")
+    if counts.dim() != 1 or not len(counts) or num_classes not in (None, len(counts)):
+        shape = "(num_classes,)" if num_classes is None else f"({num_classes},), one for each class"
+        raise ValueError(f"counts must have shape {shape}; got {tuple(counts.shape)}")
     counts = counts.detach().to("cpu", torch.float64)
     if not bool(counts.isfinite().all()) or bool((counts < 0).any()):
         wrong = int((~counts.isfinite() | (counts < 0)).nonzero()[0])
-        raise ValueError(f"{name} must be finite and at least 0; {name}[{wrong}] is {counts[wrong].item()}")
+        raise ValueError(f"counts must be finite and at least 0; counts[{wrong}] is {counts[wrong].item()}")
     return counts
 
 

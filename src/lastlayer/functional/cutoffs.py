@@ -47,7 +47,7 @@ def default_cutoffs(
         raise ValueError("num_classes must be at least 2 for AdaptiveSoftmax, which has a head and a tail; got 1")
     ends = [max(1, num_classes // part) for part in (20, 4)[:num_tails]]
     if counts is not None:
-        falling = check_counts("counts", counts).sort(descending=True).values
+        falling = check_counts(counts).sort(descending=True).values
         zipf = 1 / torch.arange(1, num_classes + 1, dtype=torch.float64, device="cpu")
         shares = (zipf.cumsum(0) / zipf.sum())[torch.tensor(ends, device="cpu") - 1]
         reached = torch.searchsorted(falling.cumsum(0), shares * falling.sum() * (1 - 1e-9)) + 1

@@ -3,9 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lastlayer.functional.row_sparse import GradientMemory
@@ -27,7 +25,9 @@ class Groups(NamedTuple):
     """The rows of a batch sorted by cluster."""
 
     order: Tensor  # (N,), the row at each sorted place
-    table: Tensor  # (G, 4) int64 on the CPU: the four properties below, of each cluster that occurs
+    # (G, 4) int64 on the CPU, of each cluster that occurs: its first row among the sorted, how many rows it has,
+    # where it begins in the weight, and how many classes it has.
+    table: Tensor
     num_logits: int  # the sum of counts * sizes
     num_touched: int  # the sum of sizes
 
@@ -50,29 +50,10 @@ class Groups(NamedTuple):
             return torch.empty_like(rows).index_copy_(0, self.order, (rows * scale[:, None]).to(rows.dtype))
         return kernels.scaled_rows(rows, scale, self.order)
 
-    @property
-    def rows(self) -> NDArray[np.int64]:  # (G,)
-        """Where each cluster's rows begin among the sorted."""
-        return self.table[:, 0].numpy()
-
-    @property
-    def counts(self) -> NDArray[np.int64]:  # (G,)
-        """How many rows each cluster has."""
-        return self.table[:, 1].numpy()
-
-    @property
-    def starts(self) -> NDArray[np.int64]:  # (G,)
-        """Where each cluster begins in the weight."""
-        return self.table[:, 2].numpy()
-
-    @property
-    def sizes(self) -> NDArray[np.int64]:  # (G,)
-        """How many classes it has."""
-        return self.table[:, 3].numpy()
-
     def each(self) -> Iterator[tuple[Tensor, int, int]]:
         """For each cluster: the batch's rows that are in it, where it begins in the weight, and its size."""
-        return zip(self.order.split(self.counts.tolist()), self.starts.tolist(), self.sizes.tolist(), strict=True)
+        _, counts, starts, sizes = self.table.T.tolist()
+        return zip(self.order.split(counts), starts, sizes, strict=True)
 
 
 def group_by_cluster(

@@ -122,9 +122,9 @@ def _gathered(
     `(N,)`, None if none is known to be; and which of `ids` are padding, `(N, C)`, None without ids."""
     parts, absent, padded = [], None, None
     if targets is not None:
-        targets, all_count = check_targets(targets, shape, num_classes, ignore_index)
+        targets, some_ignored = check_targets(targets, shape, num_classes, ignore_index)
         of_rows = targets.reshape(-1, 1)
-        if not all_count or 0 <= ignore_index < num_classes:
+        if some_ignored:
             missing = of_rows == ignore_index
             of_rows, absent = of_rows.masked_fill(missing, 0), missing[:, 0]
         parts.append(of_rows)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lastlayer.functional.barred import barred_classes, map_barred
 from lastlayer.functional.logit_map import LogitMap, bound
-from lastlayer.functional.precision import exact_dtype, no_autocast
+from lastlayer.functional.precision import exact_dtype, no_autocast, product_dtype
 from lastlayer.kernels.softmax_rows import RowTerms
 
 
@@ -34,6 +34,17 @@ def linear_logits(
             return logits, logits
         barred = barred_classes(bias)
         return logits, bound(logit_map, parameters, lambda: map_barred(logit_map, logits, barred))
+
+
+def mapped_logits(
+    hidden: Tensor,  # (N, d)
+    weight: Tensor,  # (V, d)
+    bias: Tensor | None,  # (V,)
+    logit_map: LogitMap | None,
+) -> Tensor:  # (N, V), float32 at least
+    """`logit_map(hidden @ weight.T + bias)`, whose product runs in autocast's dtype where that is on."""
+    parameters = () if logit_map is None else tuple(logit_map.parameters())
+    return linear_logits(hidden, weight, bias, logit_map, parameters, product_dtype(hidden))[1]
 
 
 def log_normalizer(values: Tensor) -> Tensor:  # (N, V) to (N,)

@@ -2,8 +2,8 @@
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -203,19 +203,11 @@ class TopKSoftmax(Normalizer):
         return torch.zeros_like(logits, dtype=torch.bool).scatter(1, indices, True)
 
 
-def _package() -> "_Entmax":
+def _package() -> ModuleType:
     """The functions of the `entmax` package, imported when first needed."""
     try:
-        return importlib.import_module("entmax")  # pyright: ignore[reportReturnType]
+        return importlib.import_module("entmax")
     except ModuleNotFoundError as missing:
         raise ModuleNotFoundError(
             "Entmax and Sparsemax need the entmax package: pip install 'lastlayer[entmax]'", name=missing.name
         ) from missing
-
-
-class _Entmax:
-    """What is used of the package."""
-
-    sparsemax: Callable[..., Tensor]
-    entmax15: Callable[..., Tensor]
-    entmax_bisect: Callable[..., Tensor]

@@ -1,6 +1,29 @@
-"""The reductions of a row loss, written once."""
+"""What every row loss shares: rows that are ignored, and the reduction."""
+
+from collections.abc import Callable
 
 from torch import Tensor
+
+from lastlayer.functional.ordinary import eager_on_cpu
+
+
+def at_kept(
+    row_values: Callable[..., Tensor],
+    kept: Tensor | None,  # (N,), bool; None: every row is
+    *of_rows: Tensor | None,  # (N, ...) each
+) -> Tensor:  # (N,)
+    """`row_values(*of_rows)` at the rows that are kept, 0 elsewhere.
+
+    Eager on a CPU only the kept rows are computed; elsewhere, where that would need a synchronisation, all are
+    computed and the ignored ones masked.
+    """
+    if kept is None:
+        return row_values(*of_rows)
+    if not eager_on_cpu(kept):
+        return row_values(*of_rows).masked_fill(~kept, 0)
+    at = kept.nonzero().squeeze(1)
+    values = row_values(*(None if part is None else part.index_select(0, at) for part in of_rows))
+    return values.new_zeros(len(kept)).index_copy(0, at, values)
 
 
 def reduce_loss(

@@ -3,14 +3,12 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lastlayer.functional.barred import barred_classes, map_barred
 from lastlayer.functional.checks import check_linear
 from lastlayer.functional.linear_chunks import LinearChunks
+from lastlayer.functional.linear_twin import linear_logits
 from lastlayer.functional.logit_map import LogitMap, check_logit_map
-from lastlayer.functional.precision import exact_dtype, no_autocast
 
 
 class ReferenceHead(NamedTuple):
@@ -63,11 +61,5 @@ class ReferenceChunks:
 @torch.no_grad()
 def reference_log_prob(head: ReferenceHead, temperature: float, dtype: torch.dtype) -> Tensor:  # (N, V)
     """All of them at once, by PyTorch's own operations."""
-    hidden, weight, bias, logit_map = head
-    with no_autocast(hidden.device.type):
-        values = F.linear(hidden.to(dtype), weight.to(dtype)).to(exact_dtype(dtype))
-        if bias is not None:
-            values = values + bias.to(values.dtype)
-        if logit_map is not None:
-            values = map_barred(logit_map, values, barred_classes(bias))
-    return (values / temperature).log_softmax(1)
+    parameters = () if head.logit_map is None else tuple(head.logit_map.parameters())
+    return (linear_logits(*head, parameters, dtype)[1] / temperature).log_softmax(1)

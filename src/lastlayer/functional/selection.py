@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lastlayer.functional.checks import assert_on_device, eager_on_cpu, integer_ids
+from lastlayer.functional.checks import check_ids, eager_on_cpu
 
 
 class Selection(NamedTuple):
@@ -99,32 +99,3 @@ def _as_rows(name: str, ids: Tensor, shape: torch.Size) -> Tensor:
             f"{name} must have hidden's leading shape and one more dimension, ({expected}); got {tuple(ids.shape)}"
         )
     return ids.reshape(math.prod(shape), ids.shape[-1])  # numel() would fix the batch of an export
-
-
-def check_ids(
-    name: str, ids: Tensor, num_classes: int, ignore_index: int | None, kind: str = "class ids"
-) -> tuple[Tensor, bool]:
-    """`ids` as int64, and whether some may be `ignore_index`; or an error unless they are ids or `ignore_index`.
-
-    Eager on a CPU an id out of range raises IndexError; on a GPU or compiled it is asserted on the device.
-    """
-    ids = integer_ids(name, ids, kind)
-    if eager_on_cpu(ids):
-        if not ids.numel() or _are_below(ids, num_classes):  # the usual case, in one pass
-            return ids, ignore_index is not None and 0 <= ignore_index < num_classes
-        absent = torch.zeros_like(ids, dtype=torch.bool) if ignore_index is None else ids == ignore_index
-        if _are_below(ids.masked_fill(absent, 0), num_classes):
-            return ids, True
-        wrong = int(ids[~absent & ((ids < 0) | (ids >= num_classes))][0])
-        also = "" if ignore_index is None else f", or ignore_index={ignore_index} in unused places"
-        raise IndexError(f"{name} must be {kind} from 0 to {num_classes - 1}{also}; got {wrong}")
-    valid = (ids >= 0) & (ids < num_classes)
-    if ignore_index is not None:
-        valid |= ids == ignore_index
-    assert_on_device(valid, f"{name} must be {kind} below {num_classes}")
-    return ids, True
-
-
-def _are_below(ids: Tensor, num_classes: int) -> bool:
-    least, most = ids.aminmax()
-    return bool(least.item() >= 0 and most.item() < num_classes)

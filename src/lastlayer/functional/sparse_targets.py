@@ -41,9 +41,9 @@ def sparse_targets(
             f"(targets.to_sparse()); got a dense {targets.dtype} tensor"
         )
     several = isinstance(targets, Tensor) and targets.dim() == len(shape) + 1 and targets.shape[:-1] == shape
-    targets, proper = check_targets(targets, targets.shape if several else shape, num_classes, ignore_index)
+    targets, some_ignored = check_targets(targets, targets.shape if several else shape, num_classes, ignore_index)
     if several and targets.shape[-1] == 0:  # K = 0: every row is ignored
-        targets, proper = targets.new_full((*shape, 1), ignore_index), False
+        targets, some_ignored = targets.new_full((*shape, 1), ignore_index), True
         target_weights = None if target_weights is None else target_weights.new_zeros(targets.shape)
     ids = targets.reshape(shape.numel(), targets.shape[-1]) if several else targets.reshape(-1, 1)
     if target_weights is None:
@@ -52,7 +52,7 @@ def sparse_targets(
         _check_weights(target_weights, targets)
         weights = target_weights.reshape(ids.shape).double()
     kept = None
-    if not proper or 0 <= ignore_index < num_classes:
+    if some_ignored:
         present = ids != ignore_index
         if not eager_on_cpu(ids) or not bool(present.all()):
             ids, weights = ids.masked_fill(~present, 0), torch.where(present, weights, 0.0)

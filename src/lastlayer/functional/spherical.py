@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lastlayer.functional.checks import check_above_zero
+
 
 class RowDerivatives(NamedTuple):
     """The loss of every row and its derivatives, all float64."""
@@ -135,14 +137,13 @@ class SphericalSoftmax(NormalizedLoss):
         epsilon: what keeps every probability above 0.
 
     Raises:
-        ValueError: `epsilon` is not positive.
+        ValueError: `epsilon` is not positive and finite.
     """
 
     epsilon: float = 0.05
 
     def __post_init__(self) -> None:
-        if not self.epsilon > 0:
-            raise ValueError(f"epsilon must be positive, got {self.epsilon}")
+        check_above_zero("epsilon", self.epsilon)
 
     def log_numerator(self, scores: Tensor) -> Tensor:
         return (scores.square() + self.epsilon).log()
@@ -196,7 +197,7 @@ class ZLoss(SphericalLoss):
     outputs: then the gradient is exactly 0.
 
     Raises:
-        ValueError: `alpha` is not positive.
+        ValueError: `alpha` is not positive and finite.
     """
 
     uses_sum = True
@@ -205,8 +206,7 @@ class ZLoss(SphericalLoss):
     beta: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be positive, got {self.alpha}")
+        check_above_zero("alpha", self.alpha)
 
     def row_loss(
         self, scores: Tensor, weights: Tensor, squared_norm: Tensor, total: Tensor, num_classes: int

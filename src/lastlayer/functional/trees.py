@@ -83,16 +83,14 @@ class Tree(NamedTuple):
         found = [torch.from_numpy(part) for part in (parents, sides, depths, order.argsort())]
         return cls(root, found[0], found[1], found[2], levels, found[3])
 
-    def paths(
-        self,
-        classes: Tensor,  # (N,) int64, on the CPU
-    ) -> tuple[Tensor, Tensor, Tensor]:  # (N + 1,), (P,), (P,)
-        """`starts, nodes, signs` of the paths of some classes, leaf to root, one after the other."""
-        return paths_of(classes, self.parents, self.sides, self.depths)
 
-
-def paths_of(classes: Tensor, parents: Tensor, sides: Tensor, depths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`Tree.paths`, of the tables of a tree."""
+def paths_of(
+    classes: Tensor,  # (N,) int64, on the CPU
+    parents: Tensor,  # (2V - 1,), as of a `Tree`
+    sides: Tensor,  # (2V - 1,)
+    depths: Tensor,  # (V,)
+) -> tuple[Tensor, Tensor, Tensor]:  # (N + 1,), (P,), (P,)
+    """`starts, nodes, signs` of the paths of some classes, leaf to root, one after the other."""
     starts = F.pad(depths.index_select(0, classes).cumsum(0), (1, 0))
     if engine.available():
         return starts, *walk_to_root(classes.contiguous(), starts, parents, sides)

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from lastlayer.functional.groups import Groups, Targets, group_by_cluster, touched_rows, whole_batch
+from lastlayer.functional.linear_twin import linear_logits
 from lastlayer.functional.operators import make_operator
 from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.outside_graphs import outside_graphs
 from lastlayer.functional.precision import exact_dtype, no_autocast, product_dtype
 from lastlayer.functional.row_sparse import GradientMemory, row_sparse
 from lastlayer.functional.second_order import HandWritten, gradients
+from lastlayer.functional.segments import row_clusters
 from lastlayer.functional.softmaxes import Softmaxes
-from lastlayer.functional.two_level_plain import plain_two_level
 
 
 class TwoLevel(NamedTuple):
@@ -46,7 +47,7 @@ def two_level_log_prob(
     where cluster c holds the rows from a up to b. The batch is sorted by cluster, so there is no `(N, rows, d)`
     gather: every touched cluster is read once, forward and backward together, and of the gradient of `weight` only
     touched clusters are written, once. Second derivatives, the transforms of `torch.func` and exported programs
-    read all classes, by `plain_two_level`.
+    read all classes, by PyTorch's own operations.
 
     Args:
         with_head: whether the first term is in it; without, only the second level is computed.
@@ -57,10 +58,32 @@ def two_level_log_prob(
     own = parameters if with_head else (None, None, *parameters[2:])
     with no_autocast(hidden.device.type):
         if not ordinary(hidden, *own, clusters):
-            return plain_two_level(targets, hidden.to(dtype), *own)
+            return _plain(targets, hidden.to(dtype), *own)
         if torch.compiler.is_compiling() and not sparse:
             return _OPERATOR(hidden.to(dtype), *own, clusters, slots, offsets)
         return _grouped(targets, hidden.to(dtype), *own)
+
+
+def _plain(
+    targets: Targets,
+    hidden: Tensor,  # (N, d)
+    head_weight: Tensor | None,  # None: the second level alone
+    head_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:  # (N,)
+    """The same by PyTorch's own operations on all classes: no shape depends on the targets."""
+
+    def logits(weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear_logits(hidden, weight, bias, None, (), hidden.dtype)[0]
+
+    others = row_clusters(targets.offsets, len(weight)) != targets.clusters[:, None]  # (N, V)
+    inner = logits(weight, bias).masked_fill(others, -torch.inf).log_softmax(1)
+    log_prob = inner.gather(1, targets.slots[:, None])
+    if head_weight is not None:
+        head = logits(head_weight, head_bias).log_softmax(1)
+        log_prob = log_prob + head.gather(1, targets.clusters[:, None])
+    return log_prob[:, 0]
 
 
 @outside_graphs
@@ -129,7 +152,7 @@ class _TwoLevelLogProb(HandWritten):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
-        saved, twin = ctx.saved_tensors, partial(plain_two_level, ctx.targets)
+        saved, twin = ctx.saved_tensors, partial(_plain, ctx.targets)
         return None, None, *gradients(lambda: _form(ctx, upstream[0], *saved[:5]), twin, saved[5:], upstream[:1])
 
 

@@ -63,8 +63,7 @@ class AdaptiveSoftmax(OutputLayer):
         counts: `(V,)`, how often each class occurs, when ids are not sorted by falling frequency: the layer keeps
             the permutation.
         weight: `(V, d)` Parameter, such as `embedding.weight`, whose rows then are the head's for its classes.
-        reduction: "mean", "sum" or "none".
-        ignore_index: the target that marks a row as absent.
+        reduction, ignore_index, device, dtype: as in every `OutputLayer`.
 
     Attributes:
         head: `weight` `(k_h + J, d)`, or `(J, d)` where tied.

@@ -18,7 +18,7 @@ from lastlayer.functional.checks import (
     eager_on_cpu,
 )
 from lastlayer.functional.ordinary import ordinary, readable
-from lastlayer.functional.reduce import reduce_loss
+from lastlayer.functional.reduce import at_kept, reduce_loss
 from lastlayer.functional.results import TopK
 from lastlayer.functional.sampling import sample_classes
 from lastlayer.functional.selection import Selection, check_candidates, make_selection
@@ -78,6 +78,8 @@ class OutputLayer(nn.Module, ABC):
     Raises:
         ValueError: a size below 1, or an unknown reduction.
     """
+
+    sparse = False  # whether gradients of `weight` and `bias` are row-sparse in training
 
     def __init__(
         self, in_features: int, num_classes: int, *, reduction: str = "mean", ignore_index: int = -100
@@ -187,7 +189,8 @@ class OutputLayer(nn.Module, ABC):
 
         `SGD` and `Adagrad` take them together with dense ones; other optimizers must get the others alone.
         """
-        return []
+        own = [getattr(self, name, None) for name in ("weight", "bias")] if self.sparse else []
+        return [parameter for parameter in own if parameter is not None]
 
     def own_optimizer(self, lr: float) -> torch.optim.Optimizer | None:
         """The optimizer that alone can train this layer, over all of it; None where any of PyTorch's can.
@@ -302,9 +305,7 @@ class OutputLayer(nn.Module, ABC):
         return hidden.split(max(1, CHUNK_NUMBERS // self.num_classes))
 
     def _rows(self, hidden: Tensor) -> Tensor:
-        first = next(iter(self._parameters.values()), None)
-        if first is None:  # none of its own, or an optional one that is absent
-            first = next(self.parameters(), None)
+        first = next(self.parameters(), None)
         check_hidden(hidden, self.in_features, None if first is None else first.dtype)
         for name, parameter, shape in self._parameter_shapes():
             if parameter is not None and parameter.shape != shape:
@@ -320,17 +321,8 @@ class OutputLayer(nn.Module, ABC):
         return rows, ids.reshape(-1)
 
     def _at_kept(self, hook: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-        """`hook(hidden, targets)` at the targets that are not ignored, 0 elsewhere.
-
-        Eager on a CPU only the kept rows are computed; elsewhere, where that would need a synchronisation,
-        ignored rows are computed for class 0 and masked.
-        """
+        """`hook(hidden, targets)` at the targets that are not ignored, 0 elsewhere."""
         kept = targets != self.ignore_index
-        if not eager_on_cpu(targets):
-            values = hook(hidden, targets.masked_fill(~kept, 0))
-            return values.masked_fill(~kept, 0)
-        if bool(kept.all()):
+        if eager_on_cpu(targets) and bool(kept.all()):
             return hook(hidden, targets)
-        at = kept.nonzero().squeeze(1)
-        values = hook(hidden.index_select(0, at), targets.index_select(0, at))
-        return values.new_zeros(len(targets)).index_copy(0, at, values)
+        return at_kept(hook, kept, hidden, targets.masked_fill(~kept, 0))

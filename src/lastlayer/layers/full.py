@@ -5,12 +5,12 @@ from torch import Tensor, nn
 
 from lastlayer.functional.checks import check_fraction, check_not_negative
 from lastlayer.functional.linear_cross_entropy import linear_cross_entropy
-from lastlayer.functional.linear_twin import linear_logits
+from lastlayer.functional.linear_twin import mapped_logits
 from lastlayer.functional.logit_map import LogitMap
 from lastlayer.functional.normalizers import Normalizer
-from lastlayer.functional.precision import product_dtype
 from lastlayer.functional.selection import Selection
 from lastlayer.layers.base import OutputLayer
+from lastlayer.layers.parts import map_beside
 from lastlayer.layers.softmax_head import SoftmaxHead
 
 
@@ -47,8 +47,7 @@ class FullSoftmax(SoftmaxHead):
         weight: an `nn.Parameter (V, d)` to use instead of a new one, such as that of an `nn.Embedding`: tied.
         normalizer: what makes probabilities of the (mapped) logits; None is the softmax. With one, targets are one
             class a row, and there is no `label_smoothing`, `z_loss` or `class_weights`.
-        reduction: "mean", "sum" or "none".
-        ignore_index: the target that marks a row as absent.
+        reduction, ignore_index, device, dtype: as in every `OutputLayer`.
 
     A state dict of `nn.Linear` loads as it is, and leaves `class_weights` as they are. Weights are initialised as
     `nn.Linear` does.
@@ -88,7 +87,6 @@ class FullSoftmax(SoftmaxHead):
             in_features,
             num_classes,
             bias=bias,
-            logit_map=logit_map,
             class_weights=class_weights,
             weight=weight,
             reduction=reduction,
@@ -96,6 +94,7 @@ class FullSoftmax(SoftmaxHead):
             device=device,
             dtype=dtype,
         )
+        self.logit_map = map_beside(logit_map, self.weight)
         self.label_smoothing = check_fraction("label_smoothing", label_smoothing)
         self.z_loss = check_not_negative("z_loss", z_loss)
         self.normalizer = normalizer
@@ -150,9 +149,7 @@ class FullSoftmax(SoftmaxHead):
 
     def _logits(self, hidden: Tensor) -> Tensor:  # (N, V), float32 at least
         """What the normalizer takes."""
-        parameters = () if self.logit_map is None else tuple(self.logit_map.parameters())
-        dtype = product_dtype(hidden)
-        return linear_logits(hidden, self.weight, self.bias, self.logit_map, parameters, dtype)[1]
+        return mapped_logits(hidden, self.weight, self.bias, self.logit_map)
 
     # The hooks: as in every softmax, or by the normalizer.
 

@@ -59,8 +59,7 @@ class HierarchicalSoftmax(OutputLayer):
             None: even ones of neighbouring ids, about `3 sqrt(V)` of them, so that the step costs least.
         bias: whether clusters and classes have one.
         sparse: row-sparse gradients for `weight` and `bias`.
-        reduction: "mean", "sum" or "none".
-        ignore_index: the target that marks a row as absent.
+        reduction, ignore_index, device, dtype: as in every `OutputLayer`.
 
     A bias of -inf bars a class: the others of its cluster share its probability, and its loss is infinite. A
     cluster whose classes are all barred has no probability either.
@@ -239,11 +238,6 @@ class HierarchicalSoftmax(OutputLayer):
     def class_weight(self) -> Tensor:  # (V, d)
         """The rows of `weight` in class order (a copy): row y is class y's vector inside its cluster."""
         return self.weight.index_select(0, self._slots)
-
-    def sparse_parameters(self) -> list[nn.Parameter]:
-        if not self.sparse:
-            return []
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def _levels(self, barred: Tensor | None) -> TwoLevel:
         """The parameters; `barred` clusters have a bias of -inf."""

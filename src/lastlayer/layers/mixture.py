@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from lastlayer.functional.barred import barred_classes
 from lastlayer.functional.checks import check_fraction, check_positive, eager_on_cpu
-from lastlayer.functional.linear_log_prob import linear_log_prob
 from lastlayer.functional.linear_statistics import linear_score
+from lastlayer.functional.linear_twin import mapped_logits
 from lastlayer.functional.logit_map import LogitMap
 from lastlayer.functional.mixture_cross_entropy import mixture_cross_entropy
 from lastlayer.functional.precision import as_exact
@@ -42,8 +42,7 @@ class MixtureOfSoftmaxes(OutputLayer):
         bias: whether there is a bias for each class, shared by the components.
         weight: an `nn.Parameter (V, d)` to use instead of a new one: tied.
         logit_map: an increasing function of one logit, in every component.
-        reduction: "mean", "sum" or "none".
-        ignore_index: the target that marks a row as absent.
+        reduction, ignore_index, device, dtype: as in every `OutputLayer`.
 
     Raises:
         ValueError, TypeError: an argument out of range or of the wrong kind.
@@ -148,7 +147,8 @@ class MixtureOfSoftmaxes(OutputLayer):
         latents, log_prior = self.latents(hidden), self.log_prior(hidden)
         total, barred = None, barred_classes(self.bias)
         for latent, share in zip(latents.unbind(1), log_prior.unbind(1), strict=True):
-            part = linear_log_prob(latent, self.weight, self.bias, self.logit_map) + share[:, None]
+            logits = mapped_logits(latent, self.weight, self.bias, self.logit_map)
+            part = logits.log_softmax(-1) + share[:, None]
             if barred is not None:
                 part = part.masked_fill(barred, 0)  # of two -inf, logaddexp has no gradient
             total = part if total is None else torch.logaddexp(total, part)

@@ -8,16 +8,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lastlayer.functional.checks import check_vector, eager_on_cpu
+from lastlayer.functional.linear_twin import mapped_logits
 from lastlayer.functional.one_vs_all import RowTargets, one_vs_all_loss
 from lastlayer.functional.outside_graphs import outside_graphs
 from lastlayer.functional.precision import as_exact, exact_dtype
-from lastlayer.functional.reduce import reduce_loss
+from lastlayer.functional.reduce import at_kept, reduce_loss
 from lastlayer.functional.results import ScoreTopK
 from lastlayer.functional.sampled_logits import sampled_logits
 from lastlayer.functional.sampled_losses import accidental_hits
 from lastlayer.functional.sparse_targets import sparse_targets
 from lastlayer.layers.base import OutputLayer
-from lastlayer.layers.parts import matrix_shapes, tied_or_new
+from lastlayer.layers.parts import beside, matrix_shapes, tied_or_new
 from lastlayer.layers.sampled.drawing import Drawing, check_sampler
 from lastlayer.layers.samplers.base import Sampler
 
@@ -164,12 +165,6 @@ class OneVsAll(OutputLayer):
         """`(weight, bias, None)`: the parameters themselves."""
         return self.weight, self.bias, None
 
-    def sparse_parameters(self) -> list[nn.Parameter]:
-        """`weight` and `bias`, with `sparse=True`."""
-        if not self.sparse:
-            return []
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
-
     # The hooks.
 
     def _parameter_shapes(self) -> Iterable[tuple[str, Tensor | None, tuple[int, ...]]]:
@@ -188,8 +183,7 @@ class OneVsAll(OutputLayer):
         return self._log_prob(hidden)
 
     def _scores(self, hidden: Tensor) -> Tensor:
-        scores = as_exact(F.linear(hidden, self.weight))
-        return scores if self.bias is None else scores + self.bias
+        return mapped_logits(hidden, self.weight, self.bias, None)
 
     def _topk(self, hidden: Tensor, k: int, selection: Any) -> tuple[Tensor, Tensor]:
         return self._dense_topk(self._scores, hidden, k, selection)
@@ -199,22 +193,16 @@ class OneVsAll(OutputLayer):
         return self.sampler is None or self.sampler.compiles
 
     def _multi_label_loss(self, rows: Tensor, ids: Tensor, values: Tensor, kept: Tensor | None) -> Tensor:
-        at = None
+        values = values.to(exact_dtype(rows.dtype))
+        if self.sampler is not None or self.reduction == "none":
+            return reduce_loss(at_kept(self._row_losses, kept, rows, ids, values), kept, self.reduction)
         if kept is not None and eager_on_cpu(kept):  # ignored rows cost nothing
             at = kept.nonzero().squeeze(1)
-            rows, ids, values = rows.index_select(0, at), ids[at], values[at]
-        values = values.to(exact_dtype(rows.dtype))
-        if self.sampler is None and self.reduction != "none":
-            counted = values.new_ones(len(rows)) if kept is None or at is not None else kept.to(values.dtype)
-            whole = counted.sum() if self.reduction == "mean" else counted.new_ones(())
-            total = self._weighted_loss(rows, ids, values, (counted / whole).nan_to_num(0.0))
-            return total + (whole / whole - 1)  # nan where a mean is over nothing
-        row_loss = self._row_losses(rows, ids, values)
-        if kept is None:
-            return reduce_loss(row_loss, None, self.reduction)
-        if at is None:
-            return reduce_loss(row_loss.masked_fill(~kept, 0), kept, self.reduction)
-        return reduce_loss(row_loss.new_zeros(len(kept)).index_copy(0, at, row_loss), kept, self.reduction)
+            rows, ids, values, kept = rows.index_select(0, at), ids[at], values[at], None
+        counted = values.new_ones(len(rows)) if kept is None else kept.to(values.dtype)
+        whole = counted.sum() if self.reduction == "mean" else counted.new_ones(())
+        total = self._weighted_loss(rows, ids, values, (counted / whole).nan_to_num(0.0))
+        return total + (whole / whole - 1)  # nan where a mean is over nothing
 
     _loss_outside_graphs = outside_graphs(_multi_label_loss)
 
@@ -257,14 +245,13 @@ class OneVsAll(OutputLayer):
             raise ValueError(f"positive_weight must be finite and at least 0, got {positive_weight!r}")
         if not isinstance(positive_weight, Tensor):
             return None
-        weights = as_exact(positive_weight.detach())
-        return weights if self.weight.is_meta else weights.to(self.weight.device)
+        return beside(as_exact(positive_weight.detach()), self.weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OneVsAll":
         """A cast of the layer is none of the positive weights, and a move through "meta" does not lose them."""
         kept = self.positive_weights
         super()._apply(fn, recurse)
-        self.positive_weights = kept if kept is None or self.weight.is_meta else kept.to(self.weight.device)
+        self.positive_weights = beside(kept, self.weight)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

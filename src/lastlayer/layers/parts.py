@@ -38,6 +38,11 @@ def matrix_shapes(layer: Any) -> Iterator[tuple[str, Tensor | None, tuple[int, .
     yield "bias", layer.bias, (layer.num_classes,)
 
 
+def beside(buffer: Tensor | None, weight: Tensor) -> Tensor | None:
+    """A buffer on the weight's device, in its own dtype; where that is "meta", the values stay where they are."""
+    return buffer if buffer is None or weight.is_meta else buffer.to(weight.device)
+
+
 def map_beside(logit_map: LogitMap | None, weight: nn.Parameter) -> LogitMap | None:
     """The map, checked, on the weight's device and in its dtype."""
     check_logit_map(logit_map)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lastlayer.functional.checks import check_not_negative, check_positive
+from lastlayer.functional.checks import check_above_zero, check_not_negative, check_positive
 from lastlayer.functional.logit_map import GraphBuilder, LogitMap, MapPass, apply_map, in_blocks
 from lastlayer.functional.ordinary import eager_on_cpu
 from lastlayer.kernels.softmax_rows import KernelMap
@@ -64,9 +64,7 @@ class PLIF(LogitMap):
     ) -> None:
         super().__init__()
         self.num_knots = check_positive("num_knots", num_knots)
-        if not (bound > 0 and math.isfinite(bound)):
-            raise ValueError(f"bound must be a positive finite number, got {bound!r}")
-        self.bound = float(bound)
+        self.bound = float(check_above_zero("bound", bound))
         check_not_negative("init_std", init_std)
         self.raw_slopes = nn.Parameter(init_std * torch.randn(self.num_knots), requires_grad=not frozen)
 

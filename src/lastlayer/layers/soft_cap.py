@@ -1,11 +1,11 @@
 """A logit map that keeps every logit between two bounds (as Gemma 2 does)."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lastlayer.functional.checks import check_above_zero
 from lastlayer.functional.logit_map import GraphBuilder, LogitMap
 from lastlayer.kernels.softmax_rows import KernelMap
 
@@ -31,9 +31,7 @@ class SoftCap(LogitMap):
 
     def __init__(self, cap: float) -> None:
         super().__init__()
-        if not (cap > 0 and math.isfinite(cap)):
-            raise ValueError(f"cap must be a positive finite number, got {cap!r}")
-        self.cap = float(cap)
+        self.cap = float(check_above_zero("cap", cap))
 
     def forward(self, logits: Tensor) -> Tensor:
         return torch.tanh(logits / self.cap) * self.cap

@@ -8,23 +8,24 @@ from torch import Tensor, nn
 
 from lastlayer.functional.checks import check_vector
 from lastlayer.functional.linear_cross_entropy import linear_cross_entropy
-from lastlayer.functional.linear_log_prob import linear_log_prob
 from lastlayer.functional.linear_statistics import linear_score, linear_statistics
+from lastlayer.functional.linear_twin import mapped_logits
 from lastlayer.functional.logit_map import LogitMap
 from lastlayer.functional.precision import as_exact
 from lastlayer.functional.selection import Selection
 from lastlayer.layers.base import OutputLayer
-from lastlayer.layers.parts import map_beside, matrix_shapes, tied_or_new
+from lastlayer.layers.parts import beside, matrix_shapes, tied_or_new
 
 
 class SoftmaxHead(OutputLayer):
-    """`P(c | h) = softmax(f(weight @ h + bias))_c`, evaluated exactly; a subclass says how it is trained.
+    """`P(c | h) = softmax(f(weight @ h + bias))_c`, evaluated exactly.
+
+    A subclass says how it is trained, and sets the `logit_map` f.
 
     Args:
         in_features: d, the width of `hidden`.
         num_classes: V.
         bias: whether there is a bias for each class.
-        logit_map: f, or None.
         class_weights: `(V,)`, of the training loss; kept in float32 at least whatever the layer's dtype.
         weight: an `nn.Parameter (V, d)` to use instead of a new one: tied.
         reduction, ignore_index: see `OutputLayer`.
@@ -40,14 +41,13 @@ class SoftmaxHead(OutputLayer):
         in_features: int,
         num_classes: int,
         *,
-        bias: bool,
-        class_weights: Tensor | None,
-        weight: nn.Parameter | None,
-        reduction: str,
-        ignore_index: int,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-        logit_map: LogitMap | None = None,
+        bias: bool = True,
+        class_weights: Tensor | None = None,
+        weight: nn.Parameter | None = None,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, num_classes, reduction=reduction, ignore_index=ignore_index)
         self.weight = tied_or_new(weight, (self.num_classes, self.in_features), device, dtype)
@@ -55,12 +55,11 @@ class SoftmaxHead(OutputLayer):
         if bias:
             self.bias = nn.Parameter(self.weight.new_empty(self.num_classes))
             nn.init.uniform_(self.bias, -(self.in_features**-0.5), self.in_features**-0.5)
-        self.logit_map = map_beside(logit_map, self.weight)
+        self.logit_map = None
         if class_weights is not None:
             check_vector("class_weights", class_weights, self.num_classes)
             class_weights = as_exact(class_weights.detach())
-        self.register_buffer("class_weights", class_weights)
-        self._keep_class_weights(class_weights)
+        self.register_buffer("class_weights", beside(class_weights, self.weight))
 
     def linear_head(self) -> tuple[Tensor, Tensor | None, nn.Module | None]:
         """`(weight, bias, logit_map)`: the parameters themselves."""
@@ -70,12 +69,8 @@ class SoftmaxHead(OutputLayer):
         """A cast of the layer is none of the class weights, and a move through "meta" does not lose them."""
         kept = self.class_weights
         super()._apply(fn, recurse)
-        self._keep_class_weights(kept)
+        self.class_weights = beside(kept, self.weight)
         return self
-
-    def _keep_class_weights(self, kept: Tensor | None) -> None:
-        """Moves `kept` to the weight's device; where that is "meta", the values stay where they are."""
-        self.class_weights = kept if kept is None or self.weight.is_meta else kept.to(self.weight.device)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """`nn.Linear` has no class weights: this layer keeps its own."""
@@ -87,7 +82,7 @@ class SoftmaxHead(OutputLayer):
         return matrix_shapes(self)
 
     def _log_prob(self, hidden: Tensor) -> Tensor:
-        return linear_log_prob(hidden, self.weight, self.bias, self.logit_map)
+        return mapped_logits(hidden, self.weight, self.bias, self.logit_map).log_softmax(-1)
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return -linear_cross_entropy(

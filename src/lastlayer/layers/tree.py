@@ -46,8 +46,7 @@ class TreeSoftmax(OutputLayer):
         tree: `(V - 1, 2)`, any other binary tree, as the children of each inner node: an entry y below V is class
             y, `V + n` is inner node n. None: Huffman's.
         sparse: row-sparse gradients for `weight`.
-        reduction: "mean", "sum" or "none".
-        ignore_index: the target that marks a row as absent.
+        reduction, ignore_index, device, dtype: as in every `OutputLayer`.
 
     Attributes:
         weight: `(V - 1, d)`, zero at first: every class then has probability `2 ** -length`.
@@ -85,8 +84,8 @@ class TreeSoftmax(OutputLayer):
     ) -> None:
         num_classes, counts = _sizes(num_classes, counts)
         super().__init__(in_features, num_classes, reduction=reduction, ignore_index=ignore_index)
-        if counts is not None and len(check_counts("counts", counts)) != self.num_classes:
-            raise ValueError(f"counts must have shape ({self.num_classes},), got {tuple(counts.shape)}")
+        if counts is not None:
+            check_counts(counts, self.num_classes)
         if tree is None:
             tree = balanced(self.num_classes) if counts is None else huffman(counts)
         self._tree = Tree.of(tree)
@@ -101,9 +100,6 @@ class TreeSoftmax(OutputLayer):
     def path_lengths(self) -> Tensor:  # (V,)
         """How many decisions each class takes."""
         return self._tree.depths.clone()
-
-    def sparse_parameters(self) -> list[nn.Parameter]:
-        return [self.weight] if self.sparse else []
 
     def _parameter_shapes(self) -> Iterable[tuple[str, Tensor | None, tuple[int, ...]]]:
         yield "weight", self.weight, (self.num_classes - 1, self.in_features)
@@ -176,4 +172,4 @@ def _sizes(num_classes: int | Tensor | None, counts: Tensor | None) -> tuple[int
         DeprecationWarning,
         stacklevel=3,
     )
-    return len(check_counts("counts", counts)), counts
+    return len(check_counts(counts)), counts

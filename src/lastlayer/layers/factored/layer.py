@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lastlayer.functional.checks import eager_on_cpu
 from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.outside_graphs import outside_graphs
 from lastlayer.functional.precision import no_autocast
-from lastlayer.functional.reduce import reduce_loss
+from lastlayer.functional.reduce import at_kept, reduce_loss
 from lastlayer.functional.results import ScoreTopK, TopK
 from lastlayer.functional.selection import Selection
 from lastlayer.functional.sparse_targets import sparse_targets
@@ -120,12 +119,8 @@ class FactoredOutput(OutputLayer):
         ids, weights, kept = sparse_targets(targets, target_weights, shape, self.num_classes, self.ignore_index)
         if kept is None:
             loss = self._statistics_loss(rows, ids, weights, self.reduction)
-        elif eager_on_cpu(kept):
-            at = kept.nonzero().squeeze(1)
-            some = self._statistics_loss(rows.index_select(0, at), ids[at], weights[at])
-            loss = reduce_loss(some.new_zeros(len(kept)).index_copy(0, at, some), kept, self.reduction)
         else:
-            row_loss = self._statistics_loss(rows, ids, weights).masked_fill(~kept, 0)
+            row_loss = at_kept(self._statistics_loss, kept, rows, ids, weights)
             loss = reduce_loss(row_loss, kept, self.reduction)
         loss = loss.to(self.state.factor.dtype)
         return loss.reshape(shape) if self.reduction == "none" else loss

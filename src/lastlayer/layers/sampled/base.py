@@ -4,11 +4,11 @@ from abc import abstractmethod
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lastlayer.functional.checks import check_positive, eager_on_cpu
 from lastlayer.functional.outside_graphs import outside_graphs
-from lastlayer.functional.reduce import reduce_loss
+from lastlayer.functional.reduce import at_kept, reduce_loss
 from lastlayer.functional.sampled_logits import sampled_logits
 from lastlayer.functional.sampled_losses import accidental_hits
 from lastlayer.functional.soft_targets import check_target_weights
@@ -48,8 +48,8 @@ class SampledLayer(SoftmaxHead):
         sampler: a `Sampler` of as many classes.
         num_samples: candidates of a set.
         remove_hits: whether candidates that are a target of their row are set aside for it.
-        bias: whether there is a bias for each class.
         sparse: row-sparse gradients for `weight` and `bias` (coalesced); `sparse_parameters()` splits the groups.
+        bias: whether there is a bias for each class.
         class_weights: `(V,)`, as `weight` in `F.cross_entropy`; of the loss only.
         weight: an `nn.Parameter (V, d)` to use instead of a new one: tied.
         reduction, ignore_index, device, dtype: as everywhere.
@@ -69,26 +69,10 @@ class SampledLayer(SoftmaxHead):
         num_samples: int,
         *,
         remove_hits: bool,
-        bias: bool = True,
         sparse: bool = False,
-        class_weights: Tensor | None = None,
-        weight: nn.Parameter | None = None,
-        reduction: str = "mean",
-        ignore_index: int = -100,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            in_features,
-            num_classes,
-            bias=bias,
-            class_weights=class_weights,
-            weight=weight,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(in_features, num_classes, **options)
         self.num_samples = check_positive("num_samples", num_samples)
         check_sampler(sampler, self.num_classes, self.num_samples)
         self.sampler = sampler if self.weight.is_meta else sampler.to(self.weight.device)
@@ -114,12 +98,6 @@ class SampledLayer(SoftmaxHead):
         by_class_weight = self.class_weights is not None and target_weights is None and targets.shape == shape
         loss = self._sampled_loss(rows, ids, weights, kept, by_class_weight)
         return loss.reshape(shape) if self.reduction == "none" else loss
-
-    def sparse_parameters(self) -> list[nn.Parameter]:
-        """`weight` and `bias`, with `sparse=True`."""
-        if not self.sparse:
-            return []
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_samples={self.num_samples}, sparse={self.sparse}"
@@ -164,14 +142,7 @@ class SampledLayer(SoftmaxHead):
         by_class_weight: bool,
         examples: Tensor | None = None,
     ) -> Tensor:
-        if kept is not None and eager_on_cpu(kept):
-            at = kept.nonzero().squeeze(1)
-            of_kept = None if examples is None else examples[at]
-            some = self._sampled_row_loss(rows.index_select(0, at), ids[at], weights[at], of_kept)
-            row_loss = some.new_zeros(len(kept)).index_copy(0, at, some)
-        else:
-            row_loss = self._sampled_row_loss(rows, ids, weights, examples)
-            row_loss = row_loss if kept is None else row_loss.masked_fill(~kept, 0)
+        row_loss = at_kept(self._sampled_row_loss, kept, rows, ids, weights, examples)
         if by_class_weight and self.reduction == "mean":
             of_rows = self._class_weights_of(ids[:, 0]).to(row_loss.dtype)
             return row_loss.sum() / (of_rows if kept is None else of_rows * kept).sum()

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lastlayer.functional.checks import check_positive
+from lastlayer.functional.checks import check_ids, check_positive
 from lastlayer.functional.normalizer_bound import SLACK, least_normalizers, normalizer_bound
 from lastlayer.functional.precision import exact_dtype
-from lastlayer.functional.selection import check_ids
 from lastlayer.functional.sparse_targets import sparse_targets
 from lastlayer.layers.sampled.base import Batch, SampledLayer
 from lastlayer.layers.samplers.base import Sampler

@@ -105,10 +105,10 @@ class Sampler(nn.Module, ABC):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Sampler":
         """Moves the tables, and keeps their dtype: probabilities in bfloat16 would bias every correction."""
-        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in before.items():
-            moved = self._buffers[name]
-            if moved is not None and not buffer.is_meta and not moved.is_meta:
-                self._buffers[name] = buffer.to(moved.device)
+            moved = getattr(self, name)
+            if not buffer.is_meta and not moved.is_meta:
+                setattr(self, name, buffer.to(moved.device))
         return self

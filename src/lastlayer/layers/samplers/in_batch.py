@@ -46,16 +46,13 @@ class InBatch(Sampler):
         super().__init__(num_classes, shared=True)
         self.counted = counts is None
         if counts is None:
-            self.register_buffer("counts", torch.zeros(self.num_classes, dtype=torch.float64))
-            self.register_buffer("total", torch.zeros((), dtype=torch.float64))
+            counts = torch.zeros(self.num_classes, dtype=torch.float64)
         else:
-            counts = check_counts("counts", counts)
-            if len(counts) != self.num_classes or not bool(counts.any()):
-                raise ValueError(
-                    f"counts must have shape ({self.num_classes},) and a positive one, got {tuple(counts.shape)}"
-                )
-            self.register_buffer("counts", counts, persistent=False)
-            self.register_buffer("total", counts.sum(), persistent=False)
+            counts = check_counts(counts, self.num_classes)
+            if not bool(counts.any()):
+                raise ValueError("counts must hold a positive count, got none")
+        self.register_buffer("counts", counts, persistent=self.counted)
+        self.register_buffer("total", self.counts.sum(), persistent=self.counted)
         self._targets: Tensor | None = None
 
     @torch.no_grad()

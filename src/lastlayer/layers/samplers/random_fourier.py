@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lastlayer.functional.checks import check_positive
+from lastlayer.functional.checks import check_above_zero, check_positive
 from lastlayer.layers.samplers.kernel_tree import KernelTree
 
 
@@ -50,9 +50,7 @@ class RandomFourier(KernelTree):
         leaf_size: int = 64,
     ) -> None:
         super().__init__(num_classes, in_features, leaf_size=leaf_size)
-        if not 0.0 < temperature < math.inf:
-            raise ValueError(f"temperature must be positive and finite, got {temperature!r}")
-        self.temperature = temperature
+        self.temperature = check_above_zero("temperature", temperature)
         self.num_frequencies = check_positive("num_frequencies", num_frequencies)
         drawn = torch.randn(in_features, self.num_frequencies, dtype=torch.float64)
         self.register_buffer("frequencies", drawn * math.sqrt(temperature))

@@ -37,7 +37,7 @@ class Unigram(IndependentSampler):
     def __init__(
         self, counts: Tensor, power: float = 1.0, *, replacement: bool = True, shared: bool = True
     ) -> None:
-        mass = check_counts("counts", counts)
+        mass = check_counts(counts)
         super().__init__(len(mass), replacement=replacement, shared=shared)
         self.power = check_not_negative("power", power)
         mass = torch.where(mass > 0, mass.pow(self.power), 0.0)
