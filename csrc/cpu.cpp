@@ -30,7 +30,7 @@ uint64_t states_kept_by_the_system() {  // XCR0
     return static_cast<uint64_t>(high) << 32 | low;
 }
 
-bool may_use_tiles() {  // Linux gives a process tiles when it asks for them
+bool may_use_tiles() {  // Linux gives a process tiles when it requests them
 #if defined(__linux__)
     constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;

@@ -6,7 +6,7 @@
 
 namespace {
 
-// PyTorch's stable C interface: torch/csrc/stable/c/shim.h. `lastlayer.kernels.engine` finds the functions and hands
+// PyTorch's stable C interface: torch/csrc/stable/c/shim.h. `lastlayer.kernels.engine` finds the functions and passes
 // their addresses over, so that no header of PyTorch is needed to build.
 using Range = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Range function, void* context);

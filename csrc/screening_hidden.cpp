@@ -1,4 +1,4 @@
-// Hidden states made ready for the stored rows: rotated where the preview asks for it, rounded to whole numbers, and
+// Hidden states made ready for the stored rows: rotated where the preview requires it, rounded to whole numbers, and
 // measured: the rows' part of the error bound.
 #include <cmath>
 

@@ -100,7 +100,7 @@ def propensity_scored_precision(
 ) -> Tensor:  # ()
     """PSP@k: hits count one over their class's propensity, over what the best k of all rows would reach.
 
-    Rare classes, which are seldom recorded, weigh more. A ratio of sums over rows, as published figures are.
+    Rare classes, which are recorded less often, weigh more. A ratio of sums over rows, as published figures are.
     """
     hits, _ = _hits(indices, targets, ignore_index)
     weights = 1 / propensity.to(hits)

@@ -344,7 +344,7 @@ def slow_record(**fields):
             10**8,
             {"engine": "compiled"},
             [slow_record(window=8, dropped="it needs 9 of 9 classes as candidates", chosen=False)],
-            "no preview tells these classes apart",
+            "no preview separates these classes",
         ),
         (
             10**8,

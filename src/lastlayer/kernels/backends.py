@@ -1,4 +1,4 @@
-"""Which implementation runs: the thresholds of every family of kernels, and a pure function each that tells.
+"""Which implementation runs: the thresholds of every family of kernels, and a pure function each that decides.
 
 "compiled" is the C++ of `csrc/`, "plain" its twin in PyTorch. Nothing here computes anything: call a function with
 what a layer would be called with, and it says what would run.

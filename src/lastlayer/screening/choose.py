@@ -46,7 +46,7 @@ class Progress(NamedTuple):
     doing: str
     done: int  # steps, of `total`
     total: int
-    seconds_left: float | None  # as far as it can be told
+    seconds_left: float | None  # as far as it can be estimated
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ class Int4Preview(Preview):
         |w_i . h - q_i . B^T h|  <=  ||t (A^T w_i - q_i)|| ||B^T h / t||  +  rounding of B^T h to two 8-bit parts
 
     In coordinates as the weight comes in, 4 bits prove nothing: nearly all classes stay in play. Rotated, a
-    coordinate's step is as fine as its share of the logits asks for; the first sixteenth of the coordinates has 8
+    coordinate's step is as fine as its share of the logits requires; the first sixteenth of the coordinates has 8
     bits; and with `t` the square roots of those shares, the bound is the smallest that Cauchy and Schwarz give. It
     leaves some hundreds of classes in play, whose exact logits cost little beside the bytes that are saved.
 

@@ -7,11 +7,11 @@ from torch import Tensor
 from lastlayer.kernels.screening import BLOCK, CHUNK, GROUP
 from lastlayer.screening.quantised import IntegerRows, rounded_up
 
-AT_ONCE = 2048  # rows rounded at once: few enough that the allocator hands the same memory out again
+AT_ONCE = 2048  # rows rounded at once: few enough that the allocator reuses the same memory
 FINER = 16  # 8-bit steps in a 4-bit one
 MOST = 7.5  # steps from zero to the last 4-bit code; codes stand for -7.5, -6.5, ..., 7.5
 REACHES = 1.0, 0.85, 0.7, 0.6, 0.5  # shares of a row's largest number at which its last code may stand
-NOTHING = 1e-30  # the step of a row of zeros, which no code stands for
+NOTHING = 1e-30  # the step of a row of zeros, as no code is 0
 TRIED_AT_ONCE = 1024  # rows whose steps are looked for while they are in the cache
 
 

@@ -11,7 +11,7 @@ from lastlayer.screening.saved import load_screen, save_screen
 
 
 class ScreenedSoftmax(Screen):
-    """Answers as `nn.Linear(d, V)` followed by a softmax would, reading a preview and a few rows of the weight.
+    """Computes what `nn.Linear(d, V)` followed by a softmax does, reading a preview and a few rows of the weight.
 
     A preview scores every class approximately; the `candidates` best get their exact logits, from the weight's own
     rows. The normaliser is the log-sum-exp of the exact logits of the candidates and the preview's scores of the

@@ -1,6 +1,6 @@
 """Large sparse targets, the losses as classifiers: which word was meant, from the letters of a misspelt one.
 
-Any text gives the task, with as many classes as wanted, all equally frequent, and an answer that is right or
+Any text gives the task, with as many classes as wanted, all equally frequent, and a result that is right or
 wrong. Every loss has the same encoder, an ordinary dense weight and the same optimizer: only the losses differ.
 """
 

@@ -118,7 +118,7 @@ def _trained(corpus: Corpus, plan: Plan, out: Path, say: Callable[[str], object]
 
 
 def _identity(corpus: Corpus, plan: Plan) -> Record:
-    """What tells one experiment from another."""
+    """What identifies an experiment."""
     settings = {name: value for name, value in asdict(plan).items() if name not in ("device", "largest")}
     return {"text": corpus.name, **settings}
 

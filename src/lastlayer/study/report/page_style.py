@@ -1,4 +1,4 @@
-"""How the page looks: light and dark, wide and narrow. Eight colours told apart in both."""
+"""How the page looks: light and dark, wide and narrow. Eight colours, distinct in both."""
 
 LIGHT = ("#1f6fc4", "#c2480f", "#12856a", "#8446c0", "#8f6900", "#c02a6c", "#4d7a1f", "#58646f")
 DARK = ("#6cb0f5", "#ff9a66", "#4cc9a6", "#c29bf2", "#e6bf55", "#f582b4", "#a4cf6f", "#a9b5c0")

@@ -37,7 +37,7 @@ def why_no_gain(records: list[Record], weight_bytes: int) -> str:
         return f"The cause: the kernels run as plain PyTorch here ({here['why']}); compiled ones may well gain."
     windows = [r for r in records if r["window"] is not None and r["candidates"] is not None]
     if windows and all("as candidates" in (r["dropped"] or "") for r in windows):
-        return "The cause: no preview tells these classes apart on these hidden states."
+        return "The cause: no preview separates these classes on these hidden states."
     processor = f"{here['processor']}, kernels for {here['isa']}"
     return f"The cause: this processor ({processor}) runs the full layer as fast as it reads a preview."
 

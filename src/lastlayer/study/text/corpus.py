@@ -108,7 +108,7 @@ def _embedded(min_count: int | None, reading: Reading) -> Corpus:
         raise UsageError(f"{'--ids' if reading.ids else '--field'} is about files: give them with --text")
     if not reading.units():
         reading = Reading(split_signs=True)
-        min_count = MIN_COUNT if min_count is None else min_count  # the library itself speaks of "<unk>"
+        min_count = MIN_COUNT if min_count is None else min_count  # the library itself contains "<unk>"
     return _corpus(EMBEDDED_NAME, _encoded_lines(library_lines(), None, reading), min_count)
 
 

@@ -1,4 +1,4 @@
-"""What a file is, told from its first bytes: so that what is no UTF-8 text is called by its name."""
+"""What kind of file it is, by its first bytes: so that an error names the kind of what is no UTF-8 text."""
 
 from pathlib import Path
 
