@@ -164,6 +164,30 @@ def test_a_layer_made_without_memory_is_all_of_it(name):
     assert torch.allclose(getattr(layer, answer)(hidden), getattr(full, answer)(hidden), atol=1e-6)
 
 
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "factored"])
+def test_a_layer_made_without_memory_starts_again(name):
+    """`reset_parameters` draws parameters; clusters, orders and trees are those that it was made for."""
+    torch.manual_seed(0)
+    full, hidden = LAYERS[name](), torch.randn(3, D)
+    with torch.device("meta"):
+        layer = LAYERS[name]()
+    layer = layer.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(torch.nan)
+    layer.reset_parameters()
+    for key, buffer in full.named_buffers():
+        if key in ("order", "offsets", "nodes"):
+            assert torch.equal(layer.get_buffer(key), buffer), key
+    answer = "scores" if isinstance(full, OneVsAll) else "log_prob"
+    found, expected = (getattr(each, answer)(hidden) for each in (layer, full))
+    assert found.isfinite().equal(expected.isfinite())
+    for key, parameter in layer.named_parameters():
+        spread, like = parameter.std(correction=0), full.get_parameter(key).std(correction=0)
+        assert parameter.numel() < 20 or like / 2 <= spread <= 2 * like, key
+    assert layer.topk(hidden, 2).indices.shape == (3, 2)
+
+
 def test_clusters_and_trees_are_made_on_the_cpu():
     torch.manual_seed(0)
     vectors = torch.randn(50, 4)

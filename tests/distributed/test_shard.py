@@ -1,6 +1,7 @@
 """`shard`: what it refuses, what it keeps, and its parameters under PyTorch's own tools."""
 
 import copy
+import os
 import pickle
 
 import pytest
@@ -143,9 +144,29 @@ def inputs_differ(group):
         sharded(hidden, targets) if rank else sharded.topk(hidden, 2)
 
 
+def later_inputs_differ(group):
+    """The page: in a later call PyTorch's own comparison, where it is on, is an error on all ranks."""
+    os.environ["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
+    dist.set_debug_level_from_env()
+    try:
+        compared = dist.new_group(list(range(group.size())))
+    finally:
+        os.environ["TORCH_DISTRIBUTED_DEBUG"] = "OFF"
+        dist.set_debug_level_from_env()
+    layer = full()
+    sharded = make_sharded(layer, compared)
+    hidden, targets = batch(layer, 6)
+    expected = sharded(hidden, targets)
+    rows = 6 - group.rank()
+    with pytest.raises(RuntimeError, match=r"[Mm]ismatch"):
+        sharded(hidden[:rows], targets[:rows])
+    check_equal(sharded(hidden, targets), expected, "afterwards")
+
+
 def test_ranks_that_differ(pool):
     pool.run(layers_differ, 3)
     pool.run(inputs_differ, 3)
+    pool.run(later_inputs_differ, 3)
 
 
 def bad_input(group):

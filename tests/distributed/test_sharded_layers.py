@@ -237,9 +237,7 @@ def test_dropout(pool):
 
 def some_are_refused(group):
     for make, message in [
-        (lambda: SampledSoftmax(5, 13, Uniform(13), 3, sparse=True), "sparse=False"),
         (lambda: SampledSoftmax(5, 13, QuadraticKernel(13, 5), 3), "does not follow the weight"),
-        (lambda: HierarchicalSoftmax(5, 13, sparse=True), "sparse=False"),
         (lambda: AdaptiveSoftmax(6, 13, [4], weight=torch.nn.Embedding(13, 6).weight), "tied"),
     ]:
         torch.manual_seed(1)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lastlayer.distributed.collectives import copied, summed
-from lastlayer.distributed.linear import DividedHead, divided_score
+from lastlayer.distributed.collectives import copied, copied_together, summed
+from lastlayer.distributed.linear import DividedHead, Scored, divided_scores
 from lastlayer.distributed.queries import log_softmax_of_ranks
 from lastlayer.distributed.row_scores import Part, RowScoredLayer
 from lastlayer.functional.precision import as_exact
@@ -20,9 +20,9 @@ class ShardedAdaptiveSoftmax(RowScoredLayer, AdaptiveSoftmax):
     """`AdaptiveSoftmax` over all ranks: the head's rows are divided among them, and those of every tail.
 
     With n_i of the N rows in tail i, of width d_i, a training step sends, by the counts of results: forward `3
-    (N + Σ n_i)` numbers and backward `N d + Σ n_i d_i`; all by all-reduce. The projections of the tails are on
-    all ranks. Cost of a rank: that of `AdaptiveSoftmax` divided by the ranks, and a third more, as the backward
-    pass forms the logits again.
+    (N + Σ n_i)` numbers and backward `N d + Σ n_i d_i`, by three all-reduces for head and tails together. The
+    projections of the tails are on all ranks. Cost of a rank: that of `AdaptiveSoftmax` divided by the ranks, and
+    a third more, as the backward pass forms the logits again.
     """
 
     @staticmethod
@@ -38,15 +38,19 @@ class ShardedAdaptiveSoftmax(RowScoredLayer, AdaptiveSoftmax):
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
         ranks, tails, head_ids = self._places(targets)
-        total = divided_score(self._divided_head(), copied(hidden, self.ranks), head_ids[:, None])[:, 0]
+        parts, places = [Scored(self._divided_head(), hidden, head_ids[:, None])], []
         for i, start in enumerate(self.cutoffs):
             at = (tails == i + 1).nonzero().squeeze(1)
             if len(at):
                 project, _ = self._tail(i)
                 ids = ranks.index_select(0, at) - start
-                latents = copied(project(hidden.index_select(0, at)), self.ranks)
-                inside = divided_score(self._divided_tail(i), latents, ids[:, None])
-                total = total.index_add(0, at, inside[:, 0])
+                parts.append(Scored(self._divided_tail(i), project(hidden.index_select(0, at)), ids[:, None]))
+                places.append(at)
+        own = copied_together([part.hidden for part in parts], self.ranks)
+        found = divided_scores([part._replace(hidden=rows) for part, rows in zip(parts, own, strict=True)])
+        total = found[0][:, 0]
+        for at, inside in zip(places, found[1:], strict=True):
+            total = total.index_add(0, at, inside[:, 0])
         return total
 
     def _divided_head(self) -> DividedHead:

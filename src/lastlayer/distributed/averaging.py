@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
+from lastlayer.distributed.row_sums import quotient, sum_rows
 from lastlayer.functional.row_sparse import row_sparse
 
 
@@ -135,24 +136,7 @@ def _dense_average(parameter: Tensor, gradient: Tensor | None, rows: int, group:
 
 
 def _sparse_average(parameter: Tensor, gradient: Tensor | None, rows: int, group: dist.ProcessGroup) -> Tensor:
-    """Touched rows and their values of every process, padded to the most that one has."""
-    size = dist.get_world_size(group)
-    ids = torch.full((rows,), -1, dtype=torch.int64, device=parameter.device)
-    values = parameter.new_zeros(rows, *parameter.shape[1:])
-    if gradient is not None:
-        count = gradient.indices().shape[1]
-        ids[:count], values[:count] = gradient.indices()[0], gradient.values()
-    all_ids, all_values = _gathered(ids, size, group), _gathered(values, size, group)
-    used = all_ids >= 0
-    touched, places = all_ids[used].unique(return_inverse=True)
-    total = parameter.new_zeros(len(touched), *parameter.shape[1:])
-    total.index_add_(0, places, all_values[used], alpha=1 / size)
-    return row_sparse(touched, total, len(parameter))
-
-
-def _gathered(tensor: Tensor, size: int, group: dist.ProcessGroup) -> Tensor:
-    if not tensor.numel():
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(size)]
-    dist.all_gather(parts, tensor.contiguous(), group=group)
-    return torch.cat(parts)
+    if gradient is None:
+        nothing = torch.empty(0, dtype=torch.int64, device=parameter.device)
+        gradient = row_sparse(nothing, parameter.detach()[:0], len(parameter))
+    return quotient(sum_rows(gradient, rows, group), dist.get_world_size(group))

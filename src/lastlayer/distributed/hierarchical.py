@@ -1,6 +1,6 @@
 """`HierarchicalSoftmax` with its clusters, and the classes in them, divided among ranks."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from lastlayer.distributed.collectives import copied, largest, summed
 from lastlayer.distributed.linear import DividedHead, divided_log_prob, divided_score
 from lastlayer.distributed.row_scores import Part, RowScoredLayer
-from lastlayer.functional.partial_softmax import LEAST, zeros_from
-from lastlayer.functional.precision import as_exact, exact_dtype
+from lastlayer.distributed.sampled import no_logits
+from lastlayer.functional.partial_softmax import LEAST
+from lastlayer.functional.precision import as_exact
 from lastlayer.functional.sampled_logits import sampled_logits
 from lastlayer.functional.segments import cluster_sums, padded_columns, row_clusters
 from lastlayer.functional.two_level import TwoLevel, two_level_log_prob
@@ -42,14 +43,6 @@ class ShardedHierarchicalSoftmax(RowScoredLayer, HierarchicalSoftmax):
 
     DIVIDED = ("head_weight", "head_bias", "weight", "bias")
 
-    @staticmethod
-    def check(layer: Any) -> None:
-        if layer.sparse:
-            raise ValueError(
-                "layer must have sparse=False to be sharded, as the gradient of a DTensor cannot be sparse; each "
-                "rank's part of the gradient is V / ranks rows"
-            )
-
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return OutputLayer._loss(self, hidden, targets)
 
@@ -60,45 +53,46 @@ class ShardedHierarchicalSoftmax(RowScoredLayer, HierarchicalSoftmax):
         total = divided_score(self._divided_head(barred), hidden, clusters[:, None])[:, 0]
         split = torch.isin(clusters, pieces.split)
         absent = split.new_zeros(split.shape) if barred is None else barred[clusters]
-        inside = self._whole_clusters(pieces, hidden, clusters, slots, split | absent)
-        at = (split & ~absent).nonzero().squeeze(1)
-        if len(at):
-            of_split = self._split_clusters(pieces, *(t.index_select(0, at) for t in (hidden, clusters, slots)))
-            inside = inside.index_copy(0, at, of_split)
-        return total + inside
+        return total + self._of_clusters(pieces, hidden, clusters, slots, ~split & ~absent, split & ~absent)
 
-    def _whole_clusters(
-        self, pieces: Pieces, hidden: Tensor, clusters: Tensor, slots: Tensor, others: Tensor
-    ) -> Tensor:  # (N,), 0 at the rows of `others`
-        """`log P(class | cluster)` where one rank has all of the cluster."""
-        here = (slots >= pieces.own.start) & (slots < pieces.own.stop) & ~others
-        found = self._zeros(hidden)
-        at = here.nonzero().squeeze(1)
-        if len(at):
-            own = self._inside(pieces, *(t.index_select(0, at) for t in (hidden, clusters, slots)))
-            found = found.index_copy(0, at, own)
-        return summed(found, self.ranks)
+    def _of_clusters(
+        self, pieces: Pieces, hidden: Tensor, clusters: Tensor, slots: Tensor, whole: Tensor, split: Tensor
+    ) -> Tensor:  # (N,), 0 at other rows
+        """`log P(class | cluster)` where one rank has all of the cluster (`whole`), and where several do.
 
-    def _split_clusters(self, pieces: Pieces, hidden: Tensor, clusters: Tensor, slots: Tensor) -> Tensor:  # (n,)
-        """The same of clusters in pieces. One class of each piece, of the largest bias, is the reference of its
-        mass: with f its logit, the log of the mass is f - `log P(reference | piece)`.
+        Of the latter (`split`) each rank computes `log P(reference | piece)` of its piece, in the same pass.
         """
-        references, of_row = self._references(pieces), torch.full_like(clusters, -1)
-        here = (clusters >= pieces.clusters.start) & (clusters < pieces.clusters.stop)
-        if len(references):
-            of_row = references[(clusters - pieces.clusters.start).clamp(0, len(references) - 1)]
-        here = here & (of_row >= 0)
-        at = here.nonzero().squeeze(1)
-        zeros = self._zeros(hidden)
-        peak, log_mass, target = zeros.detach() + LEAST, zeros + LEAST, zeros
+        of_split = split.nonzero().squeeze(1)
+        references = self._references(pieces, clusters[of_split])
+        used = references >= 0
+        at = (whole & (slots >= pieces.own.start) & (slots < pieces.own.stop)).nonzero().squeeze(1)
+        rows = torch.cat([at, of_split[used]])
+        if len(rows):
+            own_slots = torch.cat([slots[at], references[used]])
+            log_prob = self._inside(pieces, hidden.index_select(0, rows), clusters[rows], own_slots)
+        else:  # gradients flow through it all the same, as they do on other ranks
+            log_prob = no_logits(hidden[:0], self.weight, self.bias, self.sparse)
+        of_whole, of_references = log_prob.split([len(at), len(rows) - len(at)])
+        found = summed(log_prob.new_zeros(len(hidden)).index_copy(0, at, of_whole), self.ranks)
+        if not len(of_split):
+            return found
+        joined = self._split_clusters(pieces, hidden[of_split], slots[of_split], references, of_references)
+        return found.index_copy(0, of_split, joined)
+
+    def _split_clusters(
+        self, pieces: Pieces, hidden: Tensor, slots: Tensor, references: Tensor, log_prob: Tensor
+    ) -> Tensor:  # (n,)
+        """`log P(class | cluster)` of clusters in pieces. One class of each piece, of the largest bias, is the
+        reference of its mass: with f its logit, the log of the mass is f - `log P(reference | piece)`.
+        """
+        at = (references >= 0).nonzero().squeeze(1)
+        nothing = log_prob.new_full(slots.shape, LEAST)
+        peak, log_mass, target = nothing, nothing.index_copy(0, at, log_prob), torch.zeros_like(nothing)
         has_target = (slots >= pieces.own.start) & (slots < pieces.own.stop)
         if len(at):
-            reference = of_row[at]
-            mine = torch.where(has_target[at], slots[at], reference)
-            rows = hidden.index_select(0, at)
-            places = torch.stack([reference, mine], 1) - pieces.own.start
-            logits, _ = sampled_logits(rows, self.weight, self.bias, places, places.new_empty(0))
-            log_prob = self._inside(pieces, rows, clusters[at], reference)
+            reference = references[at]
+            places = torch.stack([reference, torch.where(has_target[at], slots[at], reference)], 1)
+            logits = self._logits_at(hidden.index_select(0, at), places - pieces.own.start)
             peak = peak.index_copy(0, at, logits[:, 0].detach())
             relative = logits - logits[:, :1].detach()
             log_mass = log_mass.index_copy(0, at, relative[:, 0] - log_prob)
@@ -108,6 +102,10 @@ class ShardedHierarchicalSoftmax(RowScoredLayer, HierarchicalSoftmax):
         parts = [(log_mass + shift).exp(), torch.where(has_target, target + shift, 0.0)]
         mass, at_target = summed(torch.stack(parts), self.ranks)
         return at_target - mass.log()
+
+    def _logits_at(self, hidden: Tensor, places: Tensor) -> Tensor:  # (n, M)
+        """Logits of a few of this rank's classes: a dense gradient would be a second one of all of them."""
+        return sampled_logits(hidden, self.weight, self.bias, places, places.new_empty(0), sparse=True)[0]
 
     def _inside(self, pieces: Pieces, hidden: Tensor, clusters: Tensor, slots: Tensor) -> Tensor:  # (n,)
         """`log P(class | piece)` of rows of this rank."""
@@ -119,21 +117,22 @@ class ShardedHierarchicalSoftmax(RowScoredLayer, HierarchicalSoftmax):
             slots - pieces.own.start,
             pieces.offsets,
             with_head=False,
+            sparse=self.sparse,
+            memory=self._memory,
         )
 
-    def _zeros(self, hidden: Tensor) -> Tensor:  # (N,)
-        """Zeros that all gradients flow through, also of a rank that has none of the classes."""
-        return zeros_from(hidden, (self.weight, self.bias), exact_dtype(hidden.dtype))
-
-    def _references(self, pieces: Pieces) -> Tensor:  # (P,)
-        """The row of the class with the largest bias in each piece; -1 where all are barred."""
+    def _references(self, pieces: Pieces, clusters: Tensor) -> Tensor:  # (n,) to (n,)
+        """The row of the class with the largest bias in this rank's piece of each cluster; -1 where there is none,
+        or all are barred."""
         starts, stops = pieces.offsets[:-1].tolist(), pieces.offsets[1:].tolist()
         bias = None if self.bias is None else self.bias.detach()
         found = []
         for start, stop in zip(starts, stops, strict=True):
             best = start if bias is None else start + int(bias[start:stop].argmax())
             found.append(-1 if bias is not None and bias[best] == -torch.inf else best + pieces.own.start)
-        return torch.tensor(found, dtype=torch.int64, device=pieces.offsets.device)
+        of_pieces = torch.tensor([*found, -1], dtype=torch.int64, device=pieces.offsets.device)
+        here = (clusters >= pieces.clusters.start) & (clusters < pieces.clusters.stop)
+        return of_pieces[torch.where(here, clusters - pieces.clusters.start, len(found))]
 
     def _pieces(self) -> Pieces:
         own = self.ranks.span(self.num_classes)

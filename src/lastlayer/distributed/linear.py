@@ -6,12 +6,14 @@ the mass of a rank relative to it, the log-normaliser is `P + log Σ_r m_r`: of 
 hidden states is a sum over the ranks: N d numbers.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lastlayer.distributed.collectives import gathered, largest, summed
+from lastlayer.distributed.collectives import gathered, largest, summed, summed_together
 from lastlayer.distributed.queries import best_of_ranks, sample_of_ranks, selection_of
 from lastlayer.distributed.ranks import Ranks
 from lastlayer.functional.linear_twin import mapped_logits
@@ -20,6 +22,14 @@ from lastlayer.functional.partial_softmax import PartialSoftmax, best_of_part, m
 from lastlayer.functional.precision import exact_dtype
 from lastlayer.functional.selection import Selection
 from lastlayer.functional.soft_targets import TargetRows
+
+# The most logits that a rank holds at once, as a share of all N V, but where a part of a chunk is more.
+MOST_LOGITS = 1 / 16
+
+
+def least_chunks(ranks: Ranks) -> int:
+    """Into how many chunks a rank's own logits are divided at least."""
+    return math.ceil(1 / (MOST_LOGITS * ranks.size))
 
 
 class DividedHead(NamedTuple):
@@ -45,12 +55,25 @@ class DividedHead(NamedTuple):
         here = (ids >= own.start) & (ids < own.stop)
         return (ids - own.start).masked_fill(~here, 0), here
 
-    def partial(
-        self, hidden: Tensor, rows: Tensor, weights: Tensor | None = None
-    ) -> tuple[PartialSoftmax, Tensor]:
-        """`partial_softmax` of this rank's classes, and the peak of all ranks."""
-        terms = partial_softmax(hidden, self.weight, self.bias, rows, logit_map=self.logit_map, weights=weights)
-        return terms, largest(terms.peak, self.ranks)
+    def partial(self, hidden: Tensor, rows: Tensor, weights: Tensor | None = None) -> PartialSoftmax:
+        """`partial_softmax` of this rank's classes."""
+        return partial_softmax(
+            hidden,
+            self.weight,
+            self.bias,
+            rows,
+            logit_map=self.logit_map,
+            weights=weights,
+            least_chunks=least_chunks(self.ranks),
+        )
+
+
+class Scored(NamedTuple):
+    """Hidden states, and some classes of each, by one of several heads over the same ranks."""
+
+    head: DividedHead
+    hidden: Tensor  # (n, d)
+    ids: Tensor  # (n, M), valid classes
 
 
 def divided_score(
@@ -59,13 +82,21 @@ def divided_score(
     ids: Tensor,  # (N, M), valid classes
 ) -> Tensor:  # (N, M)
     """`log_prob.gather(1, ids)` over all ranks; `N (2 + M)` numbers are sent forward, N d backward."""
-    rows, here = head.places(ids)
-    terms, peak = head.partial(hidden, rows)
-    shift = terms.peak - peak
-    at = torch.where(here, terms.at + shift[:, None], 0.0)
-    mass = (terms.log_mass + shift).exp()
-    total = summed(torch.cat([mass[:, None], at], 1), head.ranks)
-    return total[:, 1:] - total[:, :1].log()
+    return divided_scores([Scored(head, hidden, ids)])[0]
+
+
+def divided_scores(parts: Sequence[Scored]) -> list[Tensor]:  # (n, M) each
+    """`divided_score` of each, with one maximum and one sum over the ranks for all of them."""
+    ranks = parts[0].head.ranks
+    places = [part.head.places(part.ids) for part in parts]
+    terms = [part.head.partial(part.hidden, rows) for part, (rows, _) in zip(parts, places, strict=True)]
+    peaks = largest(torch.cat([term.peak for term in terms]), ranks).split([len(part.ids) for part in parts])
+    own = []
+    for term, peak, (_, here) in zip(terms, peaks, places, strict=True):
+        shift = (term.peak - peak)[:, None]
+        mass = (term.log_mass[:, None] + shift).exp()
+        own.append(torch.cat([mass, torch.where(here, term.at + shift, 0.0)], 1))
+    return [total[:, 1:] - total[:, :1].log() for total in summed_together(own, ranks)]
 
 
 class Smoothing(NamedTuple):
@@ -115,7 +146,8 @@ def divided_cross_entropy(
         of_dense = dense.whole(exact)[0][:, head.own] * u * counted[:, None]
         of_all = (1 - smoothing) * of_dense + even * u
     scale = counted * even if dense is None else counted
-    terms, peak = head.partial(hidden, rows, of_all)
+    terms = head.partial(hidden, rows, of_all)
+    peak = largest(terms.peak, head.ranks)
     shift = terms.peak - peak
 
     # of each row: mass, l, Σ w u and, once, Σ u, of this rank's classes
@@ -168,7 +200,15 @@ def divided_topk(
     """The best k of all ranks' k best, by their raw logits; `2 N k` numbers of each rank are sent, and 2 N."""
     own, ranks = head.own, head.ranks
     selected = selection_of(selection, own)
-    found = best_of_part(hidden, head.weight, head.bias, k, logit_map=head.logit_map, selection=selected)
+    found = best_of_part(
+        hidden,
+        head.weight,
+        head.bias,
+        k,
+        logit_map=head.logit_map,
+        selection=selected,
+        least_chunks=least_chunks(ranks),
+    )
     peak = largest(found.peak, ranks)
     log_mass = summed((found.log_mass + found.peak - peak).exp(), ranks).log()
     best, ids = best_of_ranks(found.logits, found.ids + own.start, ranks)

@@ -6,10 +6,8 @@ from torch.nn import functional as F
 
 from lastlayer.distributed.collectives import copied, summed
 from lastlayer.distributed.row_scores import Part, RowScoredLayer
-from lastlayer.distributed.sampled import check_sampling, drawn_of_rank
-from lastlayer.functional.partial_softmax import zeros_from
+from lastlayer.distributed.sampled import check_sampling, drawn_of_rank, logits_of_rank, no_logits
 from lastlayer.functional.precision import as_exact
-from lastlayer.functional.sampled_logits import sampled_logits
 from lastlayer.functional.sampled_losses import accidental_hits
 from lastlayer.layers.one_vs_all import OneVsAll
 
@@ -60,9 +58,12 @@ class ShardedOneVsAll(RowScoredLayer, OneVsAll):
 
     def _own_targets(self, ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of this rank, and values that are 0 at the classes of others."""
-        own = self.ranks.span(self.num_classes)
-        here = (ids >= own.start) & (ids < own.stop)
+        own, here = self.ranks.span(self.num_classes), self._is_here(ids)
         return (ids - own.start).masked_fill(~here, 0), values * here
+
+    def _is_here(self, ids: Tensor) -> Tensor:
+        own = self.ranks.span(self.num_classes)
+        return (ids >= own.start) & (ids < own.stop)
 
     def _own_sampled_losses(self, rows: Tensor, ids: Tensor, values: Tensor) -> Tensor:  # (N,)
         """Of this rank's classes alone: positive terms, and negatives divided by how often they are expected."""
@@ -70,8 +71,8 @@ class ShardedOneVsAll(RowScoredLayer, OneVsAll):
         places, own_values = self._own_targets(ids, values)
         rows = copied(rows, self.ranks)
         if not len(self.weight):
-            return zeros_from(rows, (self.weight, self.bias), values.dtype)
-        of_targets, of_candidates = sampled_logits(rows, self.weight, self.bias, places, drawn.places)
+            return no_logits(rows, self.weight, self.bias, self.sparse)
+        of_targets, of_candidates = logits_of_rank(self, rows, places, self._is_here(ids), drawn)
         negatives = -F.logsigmoid(-of_candidates) * (-drawn.log_counts).exp().to(values.dtype)
         unused = accidental_hits(ids, values, drawn.ids) | ~drawn.here
         negatives = negatives.masked_fill(unused, 0).sum(1)

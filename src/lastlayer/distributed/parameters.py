@@ -7,19 +7,23 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from lastlayer.distributed.collectives import copied
 from lastlayer.distributed.ranks import Ranks
 
 
 def divided(tensor: Tensor, ranks: Ranks) -> DTensor:
     """The rows of `tensor (total, ...)` that this rank holds, a copy, as a `Shard(0)` DTensor."""
-    own = tensor.detach()[ranks.span(len(tensor))]
-    return _on_mesh(own, ranks, Shard(0), tensor.shape)
+    return of_own_rows(copied_here(own_rows(tensor, ranks), ranks), len(tensor), ranks)
 
 
 def replicated(tensor: Tensor, ranks: Ranks) -> DTensor:
     """The whole of `tensor`, a copy, as a `Replicate()` DTensor."""
-    return _on_mesh(tensor.detach(), ranks, Replicate(), tensor.shape)
+    return _of_own(copied_here(tensor, ranks), ranks, Replicate(), tensor.shape)
+
+
+def copied_here(tensor: Tensor, ranks: Ranks) -> Tensor:
+    """A copy on the device of the ranks; on "meta" there."""
+    device = tensor.device if tensor.is_meta else torch.device(ranks.mesh.device_type)
+    return tensor.detach().to(device, copy=True).contiguous()
 
 
 def of_own_rows(own: Tensor, total: int, ranks: Ranks) -> DTensor:
@@ -34,11 +38,6 @@ def own_rows(tensor: Tensor, ranks: Ranks) -> Tensor:
     return tensor[ranks.span(len(tensor))]
 
 
-def _on_mesh(own: Tensor, ranks: Ranks, placement: Any, shape: torch.Size) -> DTensor:
-    device = own.device if own.is_meta else torch.device(ranks.mesh.device_type)
-    return _of_own(own.to(device, copy=True).contiguous(), ranks, placement, shape)
-
-
 def _of_own(own: Tensor, ranks: Ranks, placement: Any, shape: Sequence[int]) -> DTensor:
     size = torch.Size(shape)
     stride = torch.empty(size, device="meta").stride()
@@ -51,7 +50,6 @@ def _placements(ranks: Ranks, placement: Any) -> list[Any]:
     return [Replicate()] * (ranks.mesh.ndim - 1) + [placement]
 
 
-def local(tensor: Any, copies: Ranks | None) -> Tensor:
-    """This rank's part of a DTensor, differentiable; its gradient is the mean over the ranks with copies."""
-    own = tensor.to_local()
-    return own if copies is None else copied(own, copies, mean=True)
+def local(tensor: Any) -> Tensor:
+    """This rank's part of a DTensor, differentiable; another tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -59,6 +59,8 @@ def check_ranks(
         )
     mesh = dist.group.WORLD if mesh_or_group is None else mesh_or_group
     if isinstance(mesh, dist.ProcessGroup):
+        if device_type == "meta":  # where the group's tensors will be
+            device_type = "cuda" if "nccl" in dist.get_backend(mesh) else "cpu"
         mesh = DeviceMesh.from_group(mesh, device_type)
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh_or_group must be a DeviceMesh or a ProcessGroup, got {type(mesh).__name__}")

@@ -8,7 +8,7 @@ from torch import Tensor
 from lastlayer.distributed.collectives import copied, largest, summed
 from lastlayer.distributed.full import ShardedSoftmaxHead
 from lastlayer.distributed.random_numbers import same_random_numbers
-from lastlayer.functional.partial_softmax import LEAST, zeros_from
+from lastlayer.functional.partial_softmax import LEAST
 from lastlayer.functional.precision import exact_dtype
 from lastlayer.functional.sampled_logits import sampled_logits
 from lastlayer.functional.sampled_losses import accidental_hits
@@ -27,11 +27,6 @@ class DrawnClasses(NamedTuple):
 
 def check_sampling(layer: Any) -> None:
     """ValueError for what needs more than this rank's rows."""
-    if layer.sparse:
-        raise ValueError(
-            "layer must have sparse=False to be sharded, as the gradient of a DTensor cannot be sparse; each "
-            "rank's part of the gradient is V / ranks rows"
-        )
     if layer.sampler is not None and layer.sampler.follows_weight:
         raise ValueError(
             f"layer must have a sampler that does not follow the weight to be sharded, such as LogUniform; got "
@@ -53,13 +48,41 @@ def drawn_of_rank(layer: Any, rows: Tensor, ids: Tensor, weights: Tensor) -> Dra
     return DrawnClasses(candidates, (candidates - own.start).masked_fill(~here, 0), here, log_counts)
 
 
+def logits_of_rank(
+    layer: Any,
+    rows: Tensor,  # (N, d)
+    places: Tensor,  # (N, K), rows of this rank's weight
+    here: Tensor,  # (N, K), bool: whether this rank has the target
+    drawn: DrawnClasses,
+) -> tuple[Tensor, Tensor]:  # (N, K), (N, S)
+    """The logits of targets and candidates; any number where another rank has the class.
+
+    With row-sparse gradients those places take a row that is touched all the same, so that no other row is.
+    """
+    candidates, some = drawn.places, len(layer.weight) > 0
+    if layer.sparse:
+        touched = torch.cat([places[here], candidates[drawn.here]])[:1]
+        some = len(touched) > 0
+        if some:
+            places, candidates = torch.where(here, places, touched), torch.where(drawn.here, candidates, touched)
+    if some:
+        return sampled_logits(rows, layer.weight, layer.bias, places, candidates, sparse=layer.sparse)
+    zero = no_logits(rows, layer.weight, layer.bias, layer.sparse)[:, None]
+    return zero.expand(places.shape), zero.expand(-1, candidates.shape[-1])
+
+
+def no_logits(rows: Tensor, weight: Tensor, bias: Tensor | None, sparse: bool) -> Tensor:  # (N,)
+    """Zeros that gradients of 0 flow through, to all that logits depend on, as on ranks that have some classes."""
+    none = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
+    return sampled_logits(rows, weight, bias, none, none.new_empty(0), sparse=sparse)[0].sum(1)
+
+
 class ShardedSampledSoftmax(ShardedSoftmaxHead, SampledSoftmax):
     """`SampledSoftmax` over all ranks: every rank draws the same classes, and computes those of its own.
 
     Of N rows a training step sends, by the counts of results: forward 3 N numbers (peak, mass and the targets'
     terms; 4 N with class weights, and N more for their mean) and backward N d, by all-reduce; and the state of
-    the first rank's random numbers, some kB. Cost of a rank: `6 N (K + S) d / ranks` operations on average; the
-    gradient is dense, V / ranks rows.
+    the first rank's random numbers, some kB. Cost of a rank: `6 N (K + S) d / ranks` operations on average.
     """
 
     check = staticmethod(check_sampling)
@@ -101,13 +124,9 @@ class ShardedSampledSoftmax(ShardedSoftmaxHead, SampledSoftmax):
         weights = weights.to(exact_dtype(rows.dtype))
         own_weights = weights * here
         rows = copied(rows, self.ranks)
-        if len(self.weight):
-            of_targets, of_candidates = sampled_logits(rows, self.weight, self.bias, places, drawn.places)
-            if self.class_weights is not None:
-                own_weights = own_weights * self.class_weights[places].to(weights.dtype)
-        else:
-            zero = zeros_from(rows, (self.weight, self.bias), weights.dtype)[:, None]
-            of_targets, of_candidates = zero.expand(ids.shape), zero.expand(-1, drawn.ids.shape[-1])
+        of_targets, of_candidates = logits_of_rank(self, rows, places, here, drawn)
+        if self.class_weights is not None and len(self.weight):
+            own_weights = own_weights * self.class_weights[places].to(weights.dtype)
         unused = ~drawn.here
         if self.remove_hits:
             unused = unused | accidental_hits(ids, weights, drawn.ids)

@@ -17,7 +17,7 @@ from lastlayer.functional.checks import check_count, check_hidden, check_positiv
 from lastlayer.functional.partial_softmax import LEAST, mapped
 from lastlayer.functional.precision import exact_dtype
 from lastlayer.functional.results import ScreenedTopK
-from lastlayer.functional.selection import Selection, check_candidates, make_selection
+from lastlayer.functional.selection import Selection, candidate_scores, make_selection
 from lastlayer.screening.base import IGNORE_INDEX
 from lastlayer.screening.exact import logits_at
 from lastlayer.screening.preview import Preview
@@ -65,7 +65,7 @@ class ShardedScreen(nn.Module):
     def refresh(self) -> None:
         """Prepares the previews of the weight as it is now; needed on all ranks after it was changed."""
         (layer,) = self._layer
-        weight, bias = (None if p is None else local(p, None) for p in (layer.weight, layer.bias))
+        weight, bias = (None if p is None else local(p) for p in (layer.weight, layer.bias))
         assert weight is not None
         self.dtype, self.screen = weight.dtype, None
         self.logit_map = _plain(getattr(layer, "logit_map", None))
@@ -124,17 +124,18 @@ class ShardedScreen(nn.Module):
     ) -> Tensor:  # (..., C), 0 where padded
         """Log-probabilities of given candidates: their exact logits, under the screens' own normaliser."""
         rows = self._rows(hidden)
-        ids = check_candidates(ids, hidden.shape[:-1], self.out_features, IGNORE_INDEX)
-        padded, own = ids == IGNORE_INDEX, self._own()
-        here = (ids >= own.start) & (ids < own.stop)
-        _, _, _, peak, log_mass = self._own_best(rows, 1, None, None)
-        peak, log_mass = self._of_ranks(peak, log_mass)
-        values = peak.new_zeros(ids.shape)
-        if self.screen is not None:
-            at = self._logits_at(rows, (ids - own.start).masked_fill(~here, 0))
-            values = torch.where(here, mapped(at, self.logit_map) - peak[:, None], 0.0)
-        values = (summed(values, self.ranks) - log_mass[:, None]).masked_fill(padded, 0)
-        return values.reshape(*hidden.shape[:-1], ids.shape[1])
+        own = self._own()
+
+        def score(ids: Tensor) -> Tensor:
+            _, _, _, peak, log_mass = self._own_best(rows, 1, None, None)
+            peak, log_mass = self._of_ranks(peak, log_mass)
+            here, values = (ids >= own.start) & (ids < own.stop), peak.new_zeros(ids.shape)
+            if self.screen is not None:
+                at = self._logits_at(rows, (ids - own.start).masked_fill(~here, 0))
+                values = torch.where(here, mapped(at, self.logit_map) - peak[:, None], 0.0)
+            return summed(values, self.ranks) - log_mass[:, None]
+
+        return candidate_scores(score, ids, hidden.shape[:-1], self.out_features, IGNORE_INDEX)
 
     @torch.no_grad()
     def sample(
@@ -253,5 +254,5 @@ def _plain(logit_map: Any) -> Any:
     for module in made.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             with torch.no_grad():
-                module.register_parameter(name, nn.Parameter(local(parameter, None), requires_grad=False))
+                module.register_parameter(name, nn.Parameter(local(parameter), requires_grad=False))
     return made

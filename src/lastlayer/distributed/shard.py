@@ -47,8 +47,13 @@ def shard(layer: OutputLayer, mesh_or_group: DeviceMesh | dist.ProcessGroup | No
     Parameters are DTensors, `Shard(0)` where they have a row for each class and else `Replicate()`, named as in
     `layer`: optimizers, `torch.nn.utils.clip_grad_norm_` (of this layer's parameters alone: it takes no plain
     tensors beside DTensors) and `torch.distributed.checkpoint` work, the last with another number of ranks;
-    `load_state_dict` also takes the state of a layer that is not sharded. A `FactoredOutput` has its weight in the
-    state dict alone, and is trained by `FactoredSGD`.
+    `load_state_dict` also takes the state of a layer that is not sharded. With `sparse=True` the parameters with
+    row-sparse gradients, `layer.sparse_parameters()`, are this rank's rows as plain tensors, as a DTensor holds no
+    sparse gradient, and DTensors in `state_dict` alone. A `FactoredOutput` has its weight in the state dict alone,
+    and is trained by `FactoredSGD`.
+
+    A layer on "meta" is sharded there, so that no process ever holds the whole; `to_empty(device=...)` then makes
+    each rank's part, and `reset_parameters()` or a state dict (`torch.distributed.checkpoint`) gives it values.
 
     With a mesh of two dimensions the first holds copies for data parallelism: each row of the mesh divides the
     classes, takes its own data, and all gradients of this layer are averaged over the first dimension in the

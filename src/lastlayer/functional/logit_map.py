@@ -85,6 +85,11 @@ class LogitMap(nn.Module, ABC):
         of_wanted = iter(found[1:])
         return found[0], tuple(next(of_wanted) if p.requires_grad else None for p in parameters)
 
+    def reset_parameters(self) -> None:
+        """Sets the parameters as in a new map."""
+        if next(self.parameters(), None) is not None:
+            raise NotImplementedError(f"{type(self).__name__} has parameters, but no reset_parameters()")
+
     def settings(self) -> dict[str, Any] | None:
         """The keyword arguments that rebuild this map, without its parameters; None for a user's map."""
         return None

@@ -41,11 +41,13 @@ def partial_softmax(
     *,
     logit_map: LogitMap | None = None,
     weights: Tensor | None = None,  # (W,), or (N, W)
+    least_chunks: int = 1,
 ) -> PartialSoftmax:
     """Peak, mass and some logits of `f = logit_map(hidden @ weight.T + bias)`, in chunks; nothing is checked.
 
     Differentiable for hidden, weight, bias and the map's parameters; the backward pass recomputes the chunks.
-    Cost: one matrix product of `2 N W d` operations forward and three backward; memory one chunk of logits.
+    Cost: one matrix product of `2 N W d` operations forward and three backward; memory one chunk of logits, of
+    which there are `least_chunks` unless that would make them smaller than 4 MB (on a GPU 128 MB).
     """
     parameters = () if logit_map is None else tuple(logit_map.parameters())
     dtype = product_dtype(hidden)
@@ -55,7 +57,8 @@ def partial_softmax(
     if not ordinary(hidden, weight, bias, ids, *parameters):
         return _plain(hidden, weight, bias, ids, weights, logit_map, parameters, dtype)
     with no_autocast(hidden.device.type):
-        found: Any = _PartialSoftmax.run(hidden, weight, bias, ids, weights, logit_map, dtype, *parameters)
+        settings = logit_map, dtype, least_chunks
+        found: Any = _PartialSoftmax.run(hidden, weight, bias, ids, weights, settings, *parameters)
     return PartialSoftmax(*found)
 
 
@@ -107,11 +110,11 @@ class _PartialSoftmax(HandWritten):
         bias: Tensor | None,
         ids: Tensor,
         weights: Tensor | None,
-        logit_map: LogitMap | None,
-        dtype: torch.dtype,
+        settings: tuple[LogitMap | None, torch.dtype, int],
         *parameters: Tensor,
     ) -> PartialSoftmax:
-        chunks = LinearChunks(hidden, weight, bias, logit_map, dtype)
+        logit_map, dtype, least = settings
+        chunks = LinearChunks(hidden, weight, bias, logit_map, dtype, least=least)
         peak, log_mass = (hidden.new_empty(len(hidden), dtype=chunks.exact) for _ in range(2))
         weighted = hidden.new_zeros(len(hidden), dtype=chunks.exact)
         at = hidden.new_empty(ids.shape, dtype=chunks.exact)
@@ -127,10 +130,9 @@ class _PartialSoftmax(HandWritten):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, logit_map, dtype = inputs[:7]
+        *tensors, ctx.settings = inputs[:6]
         peak, log_mass, *_ = output
-        ctx.settings = logit_map, dtype
-        ctx.save_for_backward(*tensors, peak, log_mass, *inputs[7:])
+        ctx.save_for_backward(*tensors, peak, log_mass, *inputs[6:])
         ctx.mark_non_differentiable(peak)
 
     @staticmethod
@@ -140,11 +142,11 @@ class _PartialSoftmax(HandWritten):
         d log_mass / d f_c = p_c        d at_m / d f_c = [c = i_m]        d weighted / d f_c = u_c
         """
         hidden, weight, bias, ids, weights, peak, log_mass, *parameters = ctx.saved_tensors
-        (logit_map, dtype), needs = ctx.settings, ctx.needs_input_grad
+        (logit_map, dtype, least), needs = ctx.settings, ctx.needs_input_grad
 
         def form() -> tuple[Tensor | None, ...]:
-            chunks = LinearChunks(hidden, weight, bias, logit_map, dtype)
-            chunks.want(Wanted(needs[0], needs[1], needs[2], any(needs[7:])))
+            chunks = LinearChunks(hidden, weight, bias, logit_map, dtype, least=least)
+            chunks.want(Wanted(needs[0], needs[1], needs[2], any(needs[6:])))
             formed = _form(chunks, upstream, ids, weights, peak, log_mass)
             return *formed[:3], *formed.logit_map
 
@@ -153,7 +155,7 @@ class _PartialSoftmax(HandWritten):
 
         inputs = hidden, weight, bias, *parameters
         found = gradients(lambda: bound(logit_map, parameters, form), twin, inputs, upstream[1:])
-        return *found[:3], None, None, None, None, *found[3:]
+        return *found[:3], None, None, None, *found[3:]
 
 
 def _form(
@@ -198,6 +200,7 @@ def best_of_part(
     *,
     logit_map: LogitMap | None = None,
     selection: Selection | None = None,  # of these classes
+    least_chunks: int = 1,
 ) -> BestOfPart:
     """The `k` best of some classes in one pass over chunks; of fewer than `k` classes, the rest are -inf."""
     chunks_dtype = product_dtype(hidden)
@@ -209,7 +212,7 @@ def best_of_part(
         return BestOfPart(best, ids, peak, log_mass)
     count = min(k, len(weight))
     with no_autocast(hidden.device.type):
-        chunks = LinearChunks(hidden, weight, bias, logit_map, chunks_dtype)
+        chunks = LinearChunks(hidden, weight, bias, logit_map, chunks_dtype, least=least_chunks)
         for part in chunks.all_parts():
             logits = chunks.logits(part)
             found = (logits if selection is None else selection.rows(part).bar(logits)).topk(count)

@@ -1,6 +1,7 @@
 """Which classes a query may return: ids excluded for each row, and the classes allowed for all rows."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -89,6 +90,24 @@ def check_candidates(
 ) -> Tensor:  # (N, C), int64
     """The candidates of `score` as rows, or an error unless they are class ids, several for each hidden state."""
     return _as_rows("ids", check_ids("ids", ids, num_classes, ignore_index)[0], shape)
+
+
+def candidate_scores(
+    score: Callable[[Tensor], Tensor],  # valid ids (N, C) to (N, C)
+    ids: Tensor,  # (..., C), padded with ignore_index
+    shape: torch.Size,  # of the hidden states: (...)
+    num_classes: int,
+    ignore_index: int,
+) -> Tensor:  # (..., C)
+    """What `score(hidden, ids)` returns: `score` of the ids as rows, 0 where padded.
+
+    Raises:
+        TypeError, ValueError, IndexError: ids of another dtype or shape, or that are no classes.
+    """
+    rows = check_candidates(ids, shape, num_classes, ignore_index)
+    padded = rows == ignore_index
+    values = score(rows.masked_fill(padded, 0)).masked_fill(padded, 0)
+    return values.reshape(*shape, rows.shape[1])
 
 
 def _as_rows(name: str, ids: Tensor, shape: torch.Size) -> Tensor:

@@ -1,6 +1,6 @@
 """Adaptive softmax (Grave et al. 2017): frequent classes in the head, rare ones in tails of falling width."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from lastlayer.functional.precision import as_exact, exact_dtype
 from lastlayer.functional.selection import Selection
 from lastlayer.functional.two_level_samples import OpenCluster, sample_two_level
 from lastlayer.layers.base import OutputLayer
-from lastlayer.layers.parts import tied
+from lastlayer.layers.parts import fill_planned, tied
 
 
 class _Part(NamedTuple):
@@ -123,6 +123,7 @@ class AdaptiveSoftmax(OutputLayer):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         head_size = self.cutoffs[0] + len(widths)
         self.head = nn.Linear(self.in_features, head_size, bias=head_bias, **factory)
+        self._planned = {"order": order} if order is not None and self.head.weight.is_meta else None
         order = None if order is None else order.to(self.head.weight.device)
         self.register_buffer("order", order)
         self.register_buffer("_ranks", None if order is None else order.argsort(), persistent=False)
@@ -135,6 +136,13 @@ class AdaptiveSoftmax(OutputLayer):
             )
             for width, (start, stop) in zip(widths, pairwise([*self.cutoffs, self.num_classes]), strict=True)
         )
+
+    def reset_parameters(self) -> None:
+        """Draws head and tails anew, as `nn.Linear`; a tied weight stays as it is."""
+        self.head.reset_parameters()
+        for i in range(len(self.cutoffs)):
+            for matrix in self._tail(i):
+                matrix.reset_parameters()
 
     @staticmethod
     def cutoffs_for(
@@ -322,10 +330,18 @@ class AdaptiveSoftmax(OutputLayer):
         own = tied[:size] if self.order is None else tied.index_select(0, self.order[:size])
         return torch.cat([own, self.head.weight])
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptiveSoftmax":
+        """A layer that was made on "meta" gets its permutation when it gets memory."""
+        super()._apply(fn, recurse)
+        if fill_planned(self) and self.order is not None:
+            self._ranks = self.order.argsort()
+        return self
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """PyTorch's layer has no `order`: its classes are ranks, and this layer keeps its own permutation."""
         if self.order is not None and f"{prefix}order" not in state_dict:
             state_dict = {**state_dict, f"{prefix}order": self.order}
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.order is not None:
+            self._planned = self._planned if self.order.is_meta else None
             self._ranks = self.order.argsort()

@@ -21,7 +21,7 @@ from lastlayer.functional.ordinary import ordinary, readable
 from lastlayer.functional.reduce import at_kept, reduce_loss
 from lastlayer.functional.results import TopK
 from lastlayer.functional.sampling import sample_classes
-from lastlayer.functional.selection import Selection, check_candidates, make_selection
+from lastlayer.functional.selection import Selection, candidate_scores, make_selection
 
 # Rows of (rows, V) log-probabilities that `sample` and the default `topk` hold at once, in numbers.
 CHUNK_NUMBERS = 1 << 24
@@ -131,10 +131,10 @@ class OutputLayer(nn.Module, ABC):
             TypeError, ValueError, IndexError: ids of another dtype or shape, or that are no classes.
         """
         rows = self._rows(hidden)
-        ids = check_candidates(ids, hidden.shape[:-1], self.num_classes, self.ignore_index)
-        padded = ids == self.ignore_index
-        values = self._score(rows, ids.masked_fill(padded, 0)).masked_fill(padded, 0)
-        return values.reshape(*hidden.shape[:-1], ids.shape[1])
+        shape = hidden.shape[:-1]
+        return candidate_scores(
+            lambda own: self._score(rows, own), ids, shape, self.num_classes, self.ignore_index
+        )
 
     def topk(
         self,

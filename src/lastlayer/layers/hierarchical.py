@@ -1,7 +1,7 @@
 """Two-level hierarchical softmax: choose a cluster, then a class inside it (Goodman 2001)."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from lastlayer.functional.two_level_score import two_level_score
 from lastlayer.functional.two_level_search import topk_two_level
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.full import FullSoftmax
+from lastlayer.layers.parts import fill_planned
 
 
 class HierarchicalSoftmax(OutputLayer):
@@ -115,8 +116,10 @@ class HierarchicalSoftmax(OutputLayer):
         self.weight = nn.Parameter(torch.empty(self.num_classes, self.in_features, **factory))
         self.head_bias = nn.Parameter(torch.empty(self.num_clusters, **factory)) if bias else None
         self.bias = nn.Parameter(torch.empty(self.num_classes, **factory)) if bias else None
-        self.register_buffer("order", ids.argsort(stable=True).to(self.weight.device))
-        self.register_buffer("offsets", F.pad(sizes.cumsum(0), (1, 0)).to(self.weight.device))
+        clustering = {"order": ids.argsort(stable=True), "offsets": F.pad(sizes.cumsum(0), (1, 0))}
+        for name, buffer in clustering.items():
+            self.register_buffer(name, buffer.to(self.weight.device))
+        self._planned = clustering if self.weight.is_meta else None
         self.register_buffer("_slots", None, persistent=False)
         self.register_buffer("_clusters", None, persistent=False)
         self.register_buffer("_columns", None, persistent=False)
@@ -323,6 +326,13 @@ class HierarchicalSoftmax(OutputLayer):
         logits = F.linear(hidden.index_select(0, rows), self.weight.narrow(0, start, size), bias)
         return as_exact(logits).log_softmax(1)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HierarchicalSoftmax":
+        """A layer that was made on "meta" gets its clusters when it gets memory."""
+        super()._apply(fn, recurse)
+        if fill_planned(self):
+            self._derive()
+        return self
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Takes over the clusters of the saved layer too, of which there must be as many."""
         last = self.num_classes - 1
@@ -332,6 +342,8 @@ class HierarchicalSoftmax(OutputLayer):
         if offsets is not None and not _is_partition(offsets, self.num_classes):
             raise ValueError(f"{prefix}offsets in the state dict must rise from 0 to {self.num_classes}")
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if not self.order.is_meta:
+            self._planned = None
         self._derive()
 
     def _derive(self) -> None:

@@ -14,7 +14,7 @@ from lastlayer.functional.logit_map import LogitMap
 from lastlayer.functional.mixture_cross_entropy import mixture_cross_entropy
 from lastlayer.functional.precision import as_exact
 from lastlayer.layers.base import OutputLayer
-from lastlayer.layers.parts import map_beside, tied_or_new
+from lastlayer.layers.parts import draw, map_beside, tied_or_new
 
 
 class MixtureOfSoftmaxes(OutputLayer):
@@ -89,12 +89,24 @@ class MixtureOfSoftmaxes(OutputLayer):
         self.prior_logits = None if context_prior else nn.Parameter(torch.zeros(num_components, **made))
         self.logit_map = map_beside(logit_map, self.weight)
 
+    def reset_parameters(self) -> None:
+        """Draws weight (a tied one too), latents and prior anew, as `nn.Linear`; biases and prior logits are 0."""
+        draw(self.weight, self.latent_features)
+        self.latent.reset_parameters()
+        if self.prior is not None:
+            self.prior.reset_parameters()
+        for parameter in (self.bias, self.prior_logits):
+            if parameter is not None:
+                nn.init.zeros_(parameter)
+        if self.logit_map is not None:
+            self.logit_map.reset_parameters()
+
     def latents(
         self,
         hidden: Tensor,  # (..., in_features)
     ) -> Tensor:  # (..., K, latent_features)
         """The hidden state of each component."""
-        latents = F.dropout(torch.tanh_(self.latent(hidden)), self.dropout, self.training)
+        latents = F.dropout(torch.tanh(self.latent(hidden)), self.dropout, self.training)
         return latents.unflatten(-1, (self.num_components, self.latent_features))
 
     def log_prior(

@@ -41,13 +41,21 @@ class MonotoneNetwork(LogitMap):
     def __init__(self, hidden_units: int) -> None:
         super().__init__()
         self.hidden_units = check_positive("hidden_units", hidden_units)
+        self.raw_slope = nn.Parameter(torch.empty(1))  # FSDP takes no scalar
+        self.raw_rates = nn.Parameter(torch.empty(hidden_units))
+        self.shifts = nn.Parameter(torch.empty(hidden_units))
+        self.raw_heights = nn.Parameter(torch.empty(hidden_units))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Slope and rates of 1, heights of 1 / K, and centres spread evenly."""
         one = math.log(math.e - 1)  # softplus gives 1
-        self.raw_slope = nn.Parameter(torch.tensor([one]))  # FSDP takes no scalar
-        self.raw_rates = nn.Parameter(torch.full((hidden_units,), one))
-        centres = torch.linspace(-REACH, REACH, hidden_units) if hidden_units > 1 else torch.zeros(1)
-        self.shifts = nn.Parameter(-centres)
-        small = 1 / hidden_units
-        self.raw_heights = nn.Parameter(torch.full((hidden_units,), math.log(math.expm1(small))))
+        self.raw_slope.fill_(one)
+        self.raw_rates.fill_(one)
+        K = self.hidden_units
+        self.shifts.copy_(-torch.linspace(-REACH, REACH, K) if K > 1 else torch.zeros(1))
+        self.raw_heights.fill_(math.log(math.expm1(1 / K)))
 
     def forward(self, logits: Tensor) -> Tensor:
         return apply_map(self, logits)

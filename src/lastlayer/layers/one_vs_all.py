@@ -1,5 +1,6 @@
 """One sigmoid for each class: the output layer of multi-label classifiers."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,7 +19,7 @@ from lastlayer.functional.sampled_logits import sampled_logits
 from lastlayer.functional.sampled_losses import accidental_hits
 from lastlayer.functional.sparse_targets import sparse_targets
 from lastlayer.layers.base import OutputLayer
-from lastlayer.layers.parts import beside, matrix_shapes, tied_or_new
+from lastlayer.layers.parts import beside, draw, matrix_shapes, tied_or_new
 from lastlayer.layers.sampled.drawing import Drawing, check_sampler
 from lastlayer.layers.samplers.base import Sampler
 
@@ -96,8 +97,7 @@ class OneVsAll(OutputLayer):
             )
         self.weight = tied_or_new(weight, (self.num_classes, self.in_features), device, dtype)
         self.bias = nn.Parameter(self.weight.new_empty(self.num_classes)) if bias else None
-        if self.bias is not None:
-            nn.init.constant_(self.bias, -torch.tensor(self.num_classes, device="cpu").log().item())
+        self._reset_bias()
         self.positive_weight = positive_weight if isinstance(positive_weight, (int, float)) else 1.0
         self.register_buffer("positive_weights", self._check_positive_weight(positive_weight), persistent=False)
         if sampler is not None:
@@ -106,6 +106,15 @@ class OneVsAll(OutputLayer):
             sampler = sampler if self.weight.is_meta else sampler.to(self.weight.device)
         self.sampler, self.num_samples, self.sparse = sampler, num_samples, sparse
         self._drawing = Drawing()
+
+    def reset_parameters(self) -> None:
+        """Draws the weight (a tied one too) anew, as `nn.Linear`; biases give each class the probability 1 / V."""
+        draw(self.weight, self.in_features)
+        self._reset_bias()
+
+    def _reset_bias(self) -> None:
+        if self.bias is not None:
+            nn.init.constant_(self.bias, -math.log(self.num_classes))
 
     def forward(
         self,

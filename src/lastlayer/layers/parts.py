@@ -18,9 +18,14 @@ def tied_or_new(
     """The Parameter itself, or a new one, drawn as `nn.Linear` draws it."""
     if weight is None:
         new = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        nn.init.uniform_(new, -(shape[1] ** -0.5), shape[1] ** -0.5)
+        draw(new, shape[1])
         return new
     return tied(weight, shape)
+
+
+def draw(parameter: Tensor, width: int) -> None:
+    """Draws a parameter as `nn.Linear` draws its own: uniform within `1 / sqrt(width)`."""
+    nn.init.uniform_(parameter, -(width**-0.5), width**-0.5)
 
 
 def tied(weight: nn.Parameter, shape: tuple[int, int]) -> nn.Parameter:
@@ -41,6 +46,16 @@ def matrix_shapes(layer: Any) -> Iterator[tuple[str, Tensor | None, tuple[int, .
 def beside(buffer: Tensor | None, weight: Tensor) -> Tensor | None:
     """A buffer on the weight's device, in its own dtype; where that is "meta", the values stay where they are."""
     return buffer if buffer is None or weight.is_meta else buffer.to(weight.device)
+
+
+def fill_planned(layer: Any) -> bool:
+    """Gives buffers of a layer made on "meta" their values, once it has memory; whether it did."""
+    if layer._planned is None or any(getattr(layer, name).is_meta for name in layer._planned):
+        return False
+    for name, values in layer._planned.items():
+        setattr(layer, name, values.to(getattr(layer, name).device))
+    layer._planned = None
+    return True
 
 
 def map_beside(logit_map: LogitMap | None, weight: nn.Parameter) -> LogitMap | None:

@@ -66,7 +66,14 @@ class PLIF(LogitMap):
         self.num_knots = check_positive("num_knots", num_knots)
         self.bound = float(check_above_zero("bound", bound))
         check_not_negative("init_std", init_std)
-        self.raw_slopes = nn.Parameter(init_std * torch.randn(self.num_knots), requires_grad=not frozen)
+        self.init_std = init_std
+        self.raw_slopes = nn.Parameter(torch.empty(self.num_knots), requires_grad=not frozen)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Slopes of 1, with noise of `init_std` on `w`."""
+        self.raw_slopes.copy_(self.init_std * torch.randn(self.num_knots))
 
     @property
     def slopes(self) -> Tensor:  # (K,)

@@ -14,7 +14,7 @@ from lastlayer.functional.logit_map import LogitMap
 from lastlayer.functional.precision import as_exact
 from lastlayer.functional.selection import Selection
 from lastlayer.layers.base import OutputLayer
-from lastlayer.layers.parts import beside, matrix_shapes, tied_or_new
+from lastlayer.layers.parts import beside, draw, matrix_shapes, tied_or_new
 
 
 class SoftmaxHead(OutputLayer):
@@ -54,12 +54,20 @@ class SoftmaxHead(OutputLayer):
         self.bias = None
         if bias:
             self.bias = nn.Parameter(self.weight.new_empty(self.num_classes))
-            nn.init.uniform_(self.bias, -(self.in_features**-0.5), self.in_features**-0.5)
+            draw(self.bias, self.in_features)
         self.logit_map = None
         if class_weights is not None:
             check_vector("class_weights", class_weights, self.num_classes)
             class_weights = as_exact(class_weights.detach())
         self.register_buffer("class_weights", beside(class_weights, self.weight))
+
+    def reset_parameters(self) -> None:
+        """Draws weight (a tied one too) and bias anew, as `nn.Linear`; the logit map starts again."""
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                draw(parameter, self.in_features)
+        if self.logit_map is not None:
+            self.logit_map.reset_parameters()
 
     def linear_head(self) -> tuple[Tensor, Tensor | None, nn.Module | None]:
         """`(weight, bias, logit_map)`: the parameters themselves."""

@@ -9,7 +9,7 @@ from lastlayer.functional.checks import check_count, check_hidden, check_positiv
 from lastlayer.functional.outside_graphs import outside_graphs
 from lastlayer.functional.results import ScreenedTopK
 from lastlayer.functional.sampling import sample_classes
-from lastlayer.functional.selection import check_candidates, make_selection
+from lastlayer.functional.selection import candidate_scores, make_selection
 from lastlayer.screening.plan import BATCHES, Plan
 from lastlayer.screening.screen_rows import ScreenRows
 
@@ -91,12 +91,12 @@ class Screen(ScreenRows):
             TypeError, ValueError, IndexError: ids of another dtype or shape, or that are no classes.
         """
         rows = self._checked_rows(hidden)
-        ids = check_candidates(ids, hidden.shape[:-1], self.out_features, IGNORE_INDEX)
-        padded = ids == IGNORE_INDEX
         most = self._rows_at_once()
-        parts = zip(rows.split(most), ids.masked_fill(padded, 0).split(most), strict=True)
-        values = torch.cat([self._score(part, own) for part, own in parts]).masked_fill(padded, 0)
-        return values.reshape(*hidden.shape[:-1], ids.shape[1])
+
+        def score(own: Tensor) -> Tensor:
+            return torch.cat([self._score(*part) for part in zip(rows.split(most), own.split(most), strict=True)])
+
+        return candidate_scores(score, ids, hidden.shape[:-1], self.out_features, IGNORE_INDEX)
 
     @torch.no_grad()
     def sample(
