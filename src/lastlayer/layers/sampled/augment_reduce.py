@@ -77,6 +77,12 @@ class AugmentReduce(UnbiasedLayer):
         state = self.normalizers
         self.register_buffer("uses", None if state is None else torch.zeros_like(state, dtype=torch.int32))
 
+    def reset_parameters(self) -> None:
+        """Draws weight and bias anew; no example was used."""
+        super().reset_parameters()
+        if self.uses is not None:
+            self.uses.zero_()
+
     def _updated(self, examples: Tensor, normalizers: Tensor, estimates: Tensor, kept: Tensor) -> Tensor:
         assert self.uses is not None  # as normalizers are not
         share = (1 + self.uses[examples].to(normalizers.dtype)).pow(-self.decay)

@@ -69,6 +69,14 @@ class NegativeSampling(SampledLayer):
     ) -> None:
         super().__init__(in_features, num_classes, sampler, num_samples, remove_hits=remove_hits, **options)
         self.calibration = check_fraction("calibration", calibration)
+        self._reset_bias()
+
+    def reset_parameters(self) -> None:
+        """Draws the weight anew; biases give each class the probability 1 / num_samples."""
+        super().reset_parameters()
+        self._reset_bias()
+
+    def _reset_bias(self) -> None:
         if self.bias is not None:
             nn.init.constant_(self.bias, -math.log(self.num_samples))
 

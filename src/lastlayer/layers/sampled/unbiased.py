@@ -47,6 +47,12 @@ class UnbiasedLayer(SampledLayer):
             state = torch.full(shape, math.log(self.num_classes), device=self.weight.device, dtype=dtype)
         self.register_buffer("normalizers", state)
 
+    def reset_parameters(self) -> None:
+        """Draws weight and bias anew; the state of the examples is that of a new layer."""
+        super().reset_parameters()
+        if self.normalizers is not None:
+            self.normalizers.fill_(math.log(self.num_classes))
+
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         hidden: Tensor,  # (..., d)
