@@ -21,7 +21,8 @@ class ShardedLayer(OutputLayer):
 
     It answers every call as the layer of one process does, on every rank: all must call it with the same hidden
     states and targets, and all get the same results. At the first call of each kind that is checked; later ones
-    are not, as that costs a synchronisation.
+    are not, as that costs a synchronisation. Derivatives of any order are right by autograd;
+    `torch.func` and batched gradients (`is_grads_batched`) raise RuntimeError: collectives have no such rules.
 
     A subclass stands before the layer's class, `class ShardedX(ShardedLayer, X)`, and overrides the hooks of `X`
     that need the classes of other ranks. In every hook the layer's parameters and buffers are this rank's parts,
