@@ -151,6 +151,18 @@ def wanted_gradients(monkeypatch):
     return seen
 
 
+def test_a_step_has_three_products_with_the_head():
+    """Of the rows whose labels count: logits, and both gradients. None is computed again."""
+    model, inputs = make("llama").train(), batch("llama")
+    settings = {"activities": [torch.profiler.ProfilerActivity.CPU], "record_shapes": True}
+    with chunked_loss(model), torch.profiler.profile(**settings) as profile:
+        model(**inputs).loss.backward()
+    products = [e.input_shapes for e in profile.events() if e.name in ("aten::mm", "aten::addmm", "aten::addmm_")]
+    products = [[shape for shape in shapes if len(shape) == 2][-2:] for shapes in products]
+    work = sum(rows * inner * columns for (rows, inner), (_, columns) in products if V in (rows, inner, columns))
+    assert work == 3 * int((inputs["labels"][:, 1:] != -100).sum()) * V * model.config.hidden_size
+
+
 def test_a_frozen_head(monkeypatch):
     """No weight gradient is formed for it."""
     model, inputs = make("phi").train(), batch("phi")
