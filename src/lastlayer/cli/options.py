@@ -17,12 +17,10 @@ from typer.models import OptionInfo
 
 from lastlayer.kernels import engine
 from lastlayer.study.errors import StudyError, Terminated, UsageError
-from lastlayer.study.files import is_special, make_folder, write_json
+from lastlayer.study.files import Records, is_special, make_folder, write_json
 
 FAILED, BAD_USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # the last two as a shell has them: 128 + the signal
 METAVARS = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH"}  # in --help, the types of options
-
-Records = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)

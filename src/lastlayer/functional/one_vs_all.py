@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lastlayer.functional.checks import eager_on_cpu
+from lastlayer.functional.linear_twin import linear_logits
 from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.precision import exact_dtype, no_autocast, product_dtype
 from lastlayer.functional.second_order import HandWritten, gradients
@@ -89,9 +90,7 @@ def _plain(
 ) -> Tensor:
     """The same by PyTorch's own operations, on the whole `(N, V)` tensor."""
     exact = exact_dtype(dtype)
-    logits = F.linear(hidden.to(dtype), weight.to(dtype)).to(exact)
-    if bias is not None:
-        logits = logits + bias.to(exact)
+    logits, _ = linear_logits(hidden, weight, bias, None, (), dtype)
     row_loss = F.softplus(logits, threshold=LARGE[exact]).sum(1)
     if weight.shape[0]:  # a rank may have no classes
         ids, values, weights = targets

@@ -27,8 +27,7 @@ def make_operator(
     empty: Function,  # of the same arguments: uninitialised tensors of the shapes and dtypes of the results
     results: int = 1,
     gradient: Gradient | None = None,  # gradients of the leaves, None where not wanted; None: by autograd
-    most_rows: Callable[..., int]
-    | None = None,  # of the same arguments: how many rows a sparse gradient has at most
+    most_rows: Callable[..., int] | None = None,  # of the same arguments: the most rows of a sparse gradient
 ) -> Function:
     """`function` as the operator `lastlayer::name`, with its shapes and its gradient.
 

@@ -189,8 +189,10 @@ def _scattered(rows: Tensor, values: Tensor, num_rows: int, sparse: bool) -> Ten
     return values.new_zeros(num_rows, *values.shape[1:]).index_copy_(0, rows, values)
 
 
-def _forward(rows: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    return _SampledLogits.forward(rows, *others, rows.dtype, False)
+def _forward(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, candidates: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _SampledLogits.forward(rows, weight, bias, targets, candidates, rows.dtype, False)
 
 
 def _empty(rows: Tensor, weight: Tensor, bias: Tensor | None, *sets: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,7 +203,8 @@ def _empty(rows: Tensor, weight: Tensor, bias: Tensor | None, *sets: Tensor) -> 
 
 
 def _most_rows(rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, candidates: Tensor) -> int:
-    return torch.sym_min(weight.shape[0], targets.numel() + candidates.numel())
+    most: Any = torch.sym_min(weight.shape[0], targets.numel() + candidates.numel())
+    return most
 
 
 _ARGUMENTS = "Tensor rows, Tensor weight, Tensor? bias, Tensor targets, Tensor candidates"

@@ -3,13 +3,10 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from lastlayer.study.errors import StudyError, UsageError
-from lastlayer.study.files import make_folder, write_json
+from lastlayer.study.files import Record, make_folder, write_json
 from lastlayer.study.measuring.measure import environment
-
-Record = dict[str, Any]
 
 
 class Cells:

@@ -16,6 +16,8 @@ import numpy as np
 from lastlayer.study.errors import StudyError
 from lastlayer.study.processes import is_first
 
+Record = dict[str, Any]  # what results.json holds of one layer, setting or case
+Records = list[Record]
 ABANDONED = 600.0  # seconds after which what a killed process left behind is removed
 
 

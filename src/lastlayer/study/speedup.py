@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lastlayer.screening import ScreenedSoftmax, choose_screen
 from lastlayer.study.errors import StudyError, UsageError
-from lastlayer.study.files import make_folder, write_json, write_text
+from lastlayer.study.files import Record, make_folder, write_json, write_text
 from lastlayer.study.heads import LoadedHead, load_hidden
 from lastlayer.study.report.frontier import show
 from lastlayer.study.report.frontier_page import render_frontier, report
@@ -27,8 +27,6 @@ WINDOW, BATCH = 256, 4  # tokens in a row, rows at a time
 SECONDS = 120.0  # about how long all of it may take, loading left out
 SHARE_OF_STATES = 0.4  # of that, for the hidden states: fewer of them where the model is slow
 LEAST_STATES = 2048  # collected in any case, where the text has them
-
-Record = dict[str, Any]
 
 
 def speed_up(

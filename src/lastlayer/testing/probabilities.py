@@ -113,7 +113,7 @@ def law_topk_of_a_selection(case: LayerCase) -> None:
 def law_a_bias_of_minus_infinity_bars(case: LayerCase) -> None:
     """A class with a bias of -inf has no probability and no gradient, and no query returns it."""
     layer = case.build(reduction="sum")
-    bias = layer._parameters.get("bias")
+    bias = dict(layer.named_parameters(recurse=False)).get("bias")
     if bias is None or bias.shape != (layer.num_classes,) or layer.num_classes < 3:
         return
     V, order = layer.num_classes, getattr(layer, "order", None)

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,7 +13,7 @@ from lastlayer.study.choices import build_layer
 from lastlayer.study.compare import Comparison
 from lastlayer.study.compare import Plan as ComparePlan
 from lastlayer.study.errors import UsageError
-from lastlayer.study.files import make_folder, write_json
+from lastlayer.study.files import Record, make_folder, write_json
 from lastlayer.study.measuring.measure import environment, interleaved
 from lastlayer.study.measuring.peers import TRAINING_BASELINE, sgd_step
 from lastlayer.study.report.tables import Column, plain_table, print_table, table_of
@@ -29,7 +28,6 @@ ROWS = (16, 1000)
 THREAD = "sometimes 10x, sometimes slower"  # keras issue 438, at V = 100,000, N = 1,000, d = 500
 # text8, perplexity and minutes, read in Grave et al. 2017
 PAPER = {"full": "144 / 83 min", "hierarchical": "166 / 34 min", "adaptive": "147 / 30 min"}
-Record = dict[str, Any]
 QUALITY: tuple[Column, ...] = (
     ("budget", lambda r: r["case"]),
     ("layer", lambda r: r["name"]),

@@ -7,7 +7,6 @@ wrong. Every loss has the same encoder, an ordinary dense weight and the same op
 import random
 import string
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,9 @@ from lastlayer.functional import spherical_loss
 from lastlayer.functional.spherical import NormalizedLoss, SphericalLoss
 from lastlayer.reproduce.large_sparse_targets.speed import LOSSES as SPHERICAL_LOSSES
 from lastlayer.study.errors import StudyError
+from lastlayer.study.files import Records
 from lastlayer.study.text.corpus import Corpus
 
-Records = list[dict[str, Any]]
 LOSSES: dict[str, SphericalLoss | None] = {"softmax": None, **SPHERICAL_LOSSES}
 SIZES = (10, 100, 1000)  # classes
 STEPS = 600  # of each run

@@ -12,8 +12,8 @@ from lastlayer.layers.factored import FactoredOutput, FactoredSGD
 from lastlayer.layers.factored.conditioning import Stabilizer
 from lastlayer.layers.factored.state import FactoredState
 from lastlayer.layers.factored.step import Step
+from lastlayer.study.files import Records
 
-Records = list[dict[str, Any]]
 CHECKS = 10  # points of each run
 
 

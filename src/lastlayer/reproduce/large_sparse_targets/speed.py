@@ -17,10 +17,10 @@ from lastlayer.layers.factored import FactoredOutput, FactoredSGD
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
 from lastlayer.reproduce.large_sparse_targets.exactness import TimedStabilizer
 from lastlayer.study.errors import UsageError
+from lastlayer.study.files import Records
 from lastlayer.study.measuring.measure import Timing
 from lastlayer.study.measuring.memory import check_memory
 
-Records = list[dict[str, Any]]
 Call = Callable[[], object]
 
 LOSSES: dict[str, SphericalLoss] = {

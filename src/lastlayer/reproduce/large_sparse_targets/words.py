@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +24,10 @@ from lastlayer.layers.full import FullSoftmax
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
 from lastlayer.layers.sampled.negative_sampling import NegativeSampling
 from lastlayer.layers.samplers.unigram import Unigram
+from lastlayer.study.files import Records
 from lastlayer.study.text.corpus import Corpus
 from lastlayer.study.training.language_model import adagrad
 
-Records = list[dict[str, Any]]
 CONTEXT = 4  # words: two on each side, or the last four
 BATCH, WIDTH = 128, 128
 RATE = 0.1  # of Adagrad

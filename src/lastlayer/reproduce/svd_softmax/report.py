@@ -1,14 +1,12 @@
 """How the SVD-softmax study is shown: its tables, and each claim beside what was measured for it."""
 
-from typing import Any
-
 from rich.console import Console
 
+from lastlayer.study.files import Record
 from lastlayer.study.report.figures import figure
 from lastlayer.study.report.tables import Column, print_table, say, table_of
 
 REMEMBERED = "† (as remembered; not verified against the paper)"
-Record = dict[str, Any]
 
 
 def claims(records: list[Record]) -> list[Record]:

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,7 +17,7 @@ from lastlayer.reproduce.svd_softmax.report import claims, show
 from lastlayer.screening import Int8Preview, ScreenedSoftmax, SVDPreview, SVDSoftmax
 from lastlayer.screening.exact import full_logits
 from lastlayer.study.errors import UsageError
-from lastlayer.study.files import write_json
+from lastlayer.study.files import Record, write_json
 from lastlayer.study.measuring.measure import environment, interleaved
 from lastlayer.study.report.tables import say
 from lastlayer.study.text.batches import Streams
@@ -32,7 +31,6 @@ CANDIDATE_SHARES = (0.01, 0.03, 0.05, 0.10)
 TOP = 10
 CLASSES = (8_000, 30_000, 80_000, 262_144, 800_000)
 SPEED_WIDTH = 512
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)

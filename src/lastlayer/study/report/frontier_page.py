@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lastlayer.screening import ScreenedSoftmax
-from lastlayer.study.files import write_text
+from lastlayer.study.files import Record, write_text
 from lastlayer.study.measuring.measure import environment
 from lastlayer.study.report.document import document, machine, versions
 from lastlayer.study.report.figures import figure
@@ -14,7 +14,6 @@ from lastlayer.study.report.scatter import Point, scatter
 from lastlayer.study.report.sorted_table import Measure, sorted_table
 from lastlayer.study.report.verdict import screen_name, verdict
 
-Record = dict[str, Any]
 LOWER, HIGHER = "lower is better", "higher is better"
 LEGEND = (
     '<p class="quiet legend"><i class="fill-0"></i>proved <i class="round fill-1"></i>not proved '

@@ -3,6 +3,7 @@
 from html import escape
 from typing import Any
 
+from lastlayer.study.files import Record
 from lastlayer.study.report.bars import Bar, bar_group
 from lastlayer.study.report.curves import learning_curves
 from lastlayer.study.report.document import document, machine, versions
@@ -11,8 +12,6 @@ from lastlayer.study.report.measures import columns, measures, milliseconds, of_
 from lastlayer.study.report.page_style import COLOURS
 from lastlayer.study.report.quality import have_perplexities
 from lastlayer.study.report.sorted_table import Measure, sorted_table
-
-Record = dict[str, Any]
 
 
 def render(results: dict[str, Any]) -> str:

@@ -1,10 +1,7 @@
 """What a record says of how well a layer predicts, and which layer is best; some layers have no perplexity."""
 
-from typing import Any
-
+from lastlayer.study.files import Record
 from lastlayer.study.report.figures import figure
-
-Record = dict[str, Any]
 
 
 def have_perplexities(records: list[Record]) -> bool:

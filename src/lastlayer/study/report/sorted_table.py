@@ -3,11 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
-from typing import Any
 
+from lastlayer.study.files import Record
 from lastlayer.study.report.bars import best_figures
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)

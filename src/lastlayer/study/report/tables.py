@@ -1,7 +1,6 @@
 """How tables reach a terminal."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -9,7 +8,8 @@ from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
-Record = dict[str, Any]
+from lastlayer.study.files import Record
+
 Column = tuple[str, Callable[[Record], str]]  # heading, and what it shows of a record
 
 LEAST_COLUMNS = 80  # what every table is laid out for

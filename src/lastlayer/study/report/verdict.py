@@ -1,14 +1,11 @@
 """What trying screens came to, in words: which is chosen, and where none gains, why."""
 
-from typing import Any
-
 from lastlayer.kernels.config import config
+from lastlayer.study.files import Record
 from lastlayer.study.report.figures import figure
 
 WORTH_IT = 1.2  # a smaller gain is not worth a second copy of the weight
 SMALL = 1 << 22  # bytes of a weight that stays in the caches, where the full layer is hard to beat
-
-Record = dict[str, Any]
 
 
 def verdict(records: list[Record], weight_bytes: int, agreement: float) -> str:
