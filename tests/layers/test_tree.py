@@ -120,6 +120,13 @@ def test_state_dict_carries_the_tree():
     assert torch.equal(other(hidden, targets), layer(hidden, targets))
 
 
+def test_a_state_dict_of_other_sizes_leaves_the_tree():
+    layer = TreeSoftmax(8, 6)
+    with pytest.raises(RuntimeError, match="size mismatch for nodes"):
+        layer.load_state_dict(TreeSoftmax(8, 9).state_dict())
+    assert torch.allclose(layer.log_prob(torch.zeros(1, 8)).exp().sum(), torch.ones(()))
+
+
 def test_huffman_is_the_same_each_time():
     assert torch.equal(huffman(torch.ones(100)), huffman(torch.ones(100)))
 

@@ -1,6 +1,6 @@
 """Adaptive softmax (Grave et al. 2017): frequent classes in the head, rare ones in tails of falling width."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from lastlayer.functional.precision import as_exact, exact_dtype
 from lastlayer.functional.selection import Selection
 from lastlayer.functional.two_level_samples import OpenCluster, sample_two_level
 from lastlayer.layers.base import OutputLayer
-from lastlayer.layers.parts import fill_planned, tied
+from lastlayer.layers.parts import tied
 
 
 class _Part(NamedTuple):
@@ -330,18 +330,12 @@ class AdaptiveSoftmax(OutputLayer):
         own = tied[:size] if self.order is None else tied.index_select(0, self.order[:size])
         return torch.cat([own, self.head.weight])
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptiveSoftmax":
-        """A layer that was made on "meta" gets its permutation when it gets memory."""
-        super()._apply(fn, recurse)
-        if fill_planned(self) and self.order is not None:
-            self._ranks = self.order.argsort()
-        return self
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _to_load(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
         """PyTorch's layer has no `order`: its classes are ranks, and this layer keeps its own permutation."""
         if self.order is not None and f"{prefix}order" not in state_dict:
-            state_dict = {**state_dict, f"{prefix}order": self.order}
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            return {**state_dict, f"{prefix}order": self.order}
+        return state_dict
+
+    def _derive(self) -> None:
         if self.order is not None:
-            self._planned = self._planned if self.order.is_meta else None
             self._ranks = self.order.argsort()

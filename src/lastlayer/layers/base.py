@@ -1,7 +1,7 @@
 """The contract of every output layer: five calls, and the laws that tie them together."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -80,6 +80,7 @@ class OutputLayer(nn.Module, ABC):
     """
 
     sparse = False  # whether gradients of `weight` and `bias` are row-sparse in training
+    _planned: Mapping[str, Tensor] | None = None  # buffers of a layer made on "meta", until it has memory
 
     def __init__(
         self, in_features: int, num_classes: int, *, reduction: str = "mean", ignore_index: int = -100
@@ -240,7 +241,32 @@ class OutputLayer(nn.Module, ABC):
         """`(name, parameter, the shape that it must have)` of what a user may replace, checked at every call."""
         return ()
 
+    def _to_load(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+        """What is loaded of a state dict: the same, checked or completed."""
+        return state_dict
+
+    def _derive(self) -> None:
+        """Sets what depends on buffers or parameters, once a state dict was loaded or planned buffers were set."""
+
     # Written once for every layer.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OutputLayer":
+        super()._apply(fn, recurse)
+        if self._planned is not None and not self._lacks_memory(self._planned):
+            for name, values in self._planned.items():
+                setattr(self, name, values.to(getattr(self, name).device))
+            self._planned = None
+            self._derive()
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super()._load_from_state_dict(self._to_load(state_dict, prefix), prefix, *args)
+        if self._planned is not None and not self._lacks_memory(self._planned):
+            self._planned = None
+        self._derive()
+
+    def _lacks_memory(self, names: Iterable[str]) -> bool:
+        return any(getattr(self, name).is_meta for name in names)
 
     def _dense_topk(
         self, scores_of: Callable[[Tensor], Tensor], hidden: Tensor, k: int, selection: Selection | None

@@ -1,7 +1,7 @@
 """Two-level hierarchical softmax: choose a cluster, then a class inside it (Goodman 2001)."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,6 @@ from lastlayer.functional.two_level_score import two_level_score
 from lastlayer.functional.two_level_search import topk_two_level
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.full import FullSoftmax
-from lastlayer.layers.parts import fill_planned
 
 
 class HierarchicalSoftmax(OutputLayer):
@@ -326,14 +325,7 @@ class HierarchicalSoftmax(OutputLayer):
         logits = F.linear(hidden.index_select(0, rows), self.weight.narrow(0, start, size), bias)
         return as_exact(logits).log_softmax(1)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HierarchicalSoftmax":
-        """A layer that was made on "meta" gets its clusters when it gets memory."""
-        super()._apply(fn, recurse)
-        if fill_planned(self):
-            self._derive()
-        return self
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _to_load(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
         """Takes over the clusters of the saved layer too, of which there must be as many."""
         last = self.num_classes - 1
         order, offsets = state_dict.get(f"{prefix}order"), state_dict.get(f"{prefix}offsets")
@@ -341,10 +333,7 @@ class HierarchicalSoftmax(OutputLayer):
             raise ValueError(f"{prefix}order in the state dict must hold each class from 0 to {last} once")
         if offsets is not None and not _is_partition(offsets, self.num_classes):
             raise ValueError(f"{prefix}offsets in the state dict must rise from 0 to {self.num_classes}")
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if not self.order.is_meta:
-            self._planned = None
-        self._derive()
+        return state_dict
 
     def _derive(self) -> None:
         """Sets what follows from `order` and `offsets`: row and cluster of each class, rows of each cluster."""

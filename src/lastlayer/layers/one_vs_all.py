@@ -263,6 +263,5 @@ class OneVsAll(OutputLayer):
         self.positive_weights = beside(kept, self.weight)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _derive(self) -> None:
         self._drawing.forget()

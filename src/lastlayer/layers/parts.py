@@ -48,16 +48,6 @@ def beside(buffer: Tensor | None, weight: Tensor) -> Tensor | None:
     return buffer if buffer is None or weight.is_meta else buffer.to(weight.device)
 
 
-def fill_planned(layer: Any) -> bool:
-    """Gives buffers of a layer made on "meta" their values, once it has memory; whether it did."""
-    if layer._planned is None or any(getattr(layer, name).is_meta for name in layer._planned):
-        return False
-    for name, values in layer._planned.items():
-        setattr(layer, name, values.to(getattr(layer, name).device))
-    layer._planned = None
-    return True
-
-
 def map_beside(logit_map: LogitMap | None, weight: nn.Parameter) -> LogitMap | None:
     """The map, checked, on the weight's device and in its dtype."""
     check_logit_map(logit_map)

@@ -80,11 +80,10 @@ class SoftmaxHead(OutputLayer):
         self.class_weights = beside(kept, self.weight)
         return self
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _to_load(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
         """`nn.Linear` has no class weights: this layer keeps its own."""
-        if self.class_weights is not None:
-            state_dict = {f"{prefix}class_weights": self.class_weights, **state_dict}
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        own = {} if self.class_weights is None else {f"{prefix}class_weights": self.class_weights}
+        return {**own, **state_dict}
 
     def _parameter_shapes(self) -> Iterable[tuple[str, Tensor | None, tuple[int, ...]]]:
         return matrix_shapes(self)

@@ -1,7 +1,7 @@
 """Binary-tree softmax with Huffman's tree (Morin and Bengio 2005; Mikolov et al. 2013)."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from lastlayer.functional.selection import Selection
 from lastlayer.functional.tree_search import CHUNK_NUMBERS, FIRST_WIDTH, sample_tree, topk_tree
 from lastlayer.functional.trees import Tree, balanced, huffman
 from lastlayer.layers.base import OutputLayer
-from lastlayer.layers.parts import fill_planned
 
 
 class TreeSoftmax(OutputLayer):
@@ -155,20 +154,12 @@ class TreeSoftmax(OutputLayer):
     def _sample(self, hidden: Tensor, num_samples: int) -> Tensor:
         return sample_tree(hidden, self.weight, self.nodes, self._tree.root, num_samples)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TreeSoftmax":
-        """A layer that was made on "meta" gets its tree when it gets memory."""
-        super()._apply(fn, recurse)
-        fill_planned(self)
-        return self
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _to_load(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
         """Takes over the saved layer's tree too."""
         table = state_dict.get(f"{prefix}nodes")
-        tree = self._tree if table is None else Tree.of(table)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if not self.nodes.is_meta:
-            self._planned = None
-        self._tree = tree
+        if table is not None and table.shape == self.nodes.shape:  # of others, PyTorch's error names the shapes
+            self._tree = Tree.of(table)
+        return state_dict
 
 
 def _sizes(num_classes: int | Tensor | None, counts: Tensor | None) -> tuple[int, Tensor | None]:

@@ -181,7 +181,6 @@ class SampledLayer(SoftmaxHead):
             of_targets, of_candidates, loss_weights, noise_weights,
         )  # fmt: skip
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _derive(self) -> None:
         """Another weight: the sampler looks at all of it."""
-        super()._load_from_state_dict(*args, **kwargs)
         self._drawing.forget()
