@@ -66,7 +66,8 @@ class OutputLayer(nn.Module, ABC):
 
     A subclass writes hooks over plain rows, `hidden (N, d)` and valid `targets (N,)`: `_log_prob` and
     `_target_log_prob`, and where it can do better than their defaults `_topk`, `_score`, `_sample`, `_row_loss`
-    (a training loss that is not the likelihood) or `_loss` (one that ignores and reduces by itself).
+    (a training loss that is not the likelihood) or `_loss` (one that ignores and reduces by itself); with buffers
+    of its own `_to_load` (what is loaded of a state dict) and `_derive` (what depends on the buffers).
     Shapes, checks, ignored targets and reductions are written here, once.
 
     Args:

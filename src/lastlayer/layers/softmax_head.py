@@ -62,12 +62,15 @@ class SoftmaxHead(OutputLayer):
         self.register_buffer("class_weights", beside(class_weights, self.weight))
 
     def reset_parameters(self) -> None:
-        """Draws weight (a tied one too) and bias anew, as `nn.Linear`; the logit map starts again."""
-        for parameter in (self.weight, self.bias):
-            if parameter is not None:
-                draw(parameter, self.in_features)
+        """Draws weight (a tied one too) anew, as `nn.Linear`; the bias and the logit map are as in a new layer."""
+        draw(self.weight, self.in_features)
+        self._reset_bias()
         if self.logit_map is not None:
             self.logit_map.reset_parameters()
+
+    def _reset_bias(self) -> None:
+        if self.bias is not None:
+            draw(self.bias, self.in_features)
 
     def linear_head(self) -> tuple[Tensor, Tensor | None, nn.Module | None]:
         """`(weight, bias, logit_map)`: the parameters themselves."""

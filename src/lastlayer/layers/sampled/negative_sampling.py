@@ -71,12 +71,8 @@ class NegativeSampling(SampledLayer):
         self.calibration = check_fraction("calibration", calibration)
         self._reset_bias()
 
-    def reset_parameters(self) -> None:
-        """Draws the weight anew; biases give each class the probability 1 / num_samples."""
-        super().reset_parameters()
-        self._reset_bias()
-
     def _reset_bias(self) -> None:
+        """Gives each class the probability 1 / num_samples."""
         if self.bias is not None:
             nn.init.constant_(self.bias, -math.log(self.num_samples))
 

@@ -65,20 +65,18 @@ class NoiseContrastive(SampledLayer):
     ) -> None:
         super().__init__(in_features, num_classes, sampler, num_samples, remove_hits=remove_hits, **options)
         self._normalized_at_first = log_normalizer is None and self.bias is not None
-        self._reset_bias()
+        if self._normalized_at_first:
+            self._reset_bias()
         if log_normalizer is None:
             log_normalizer = math.log(self.num_classes) if self.bias is None else 0.0
         if not math.isfinite(log_normalizer):
             raise ValueError(f"log_normalizer must be finite, got {log_normalizer!r}")
         self.log_normalizer = log_normalizer
 
-    def reset_parameters(self) -> None:
-        """Draws the weight anew, and the bias as in a new layer."""
-        super().reset_parameters()
-        self._reset_bias()
-
     def _reset_bias(self) -> None:
-        if self._normalized_at_first and self.bias is not None:
+        if not self._normalized_at_first:
+            super()._reset_bias()
+        elif self.bias is not None:
             nn.init.constant_(self.bias, -math.log(self.num_classes))
 
     @torch.no_grad()
