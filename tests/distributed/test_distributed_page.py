@@ -74,7 +74,7 @@ def as_torchrun(rank, size):
 def compare_trains_sharded(group, folder):
     """As one process does; and a run that was cut off goes on."""
     folder, rank = Path(folder), group.rank()
-    names = ["full", "sampled"]
+    names = ["full", "sampled", "factored"]
     results = {}
     try:
         for size, budget in ((1, 12), (3, 12)):

@@ -1,6 +1,7 @@
 """`FactoredOutput` with its rows divided among 1, 2 and 3 ranks trains and answers as the layer of one process."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from lastlayer import FactoredOutput, FactoredSGD, SphericalSoftmax, SquaredError, TaylorSoftmax, ZLoss
 from lastlayer.distributed import count_bytes, shard
+from lastlayer.layers.factored import conditioning
 from lastlayer.layers.factored import optimizer as optimizers
 
 D = 5
@@ -258,6 +260,40 @@ def test_many_steps(pool):
     pool.run(stays_exact, 2, torch.float32, True, 150)
 
 
+def decisions_are_the_first_ranks(group):
+    """Where the last rank alone would measure, and would multiply the product out, all do as the first one."""
+    V, last = 2500, group.rank() == group.size() - 1
+    layer = make(V=V)
+    sharded = make_sharded(layer, group)
+    some, of_all = sharded.state.rows.some(512), layer.state.rows.some(512)
+    assert torch.equal(some, of_all), "other rows are judged than in one process"
+    weight, measured, state = sharded.weight.full_tensor(), [], sharded.state
+    state.map[1] += 0.999 * (state.map[2] - state.map[1])  # two rows of U that are nearly the same
+    state.refresh_inverse()
+    state.factor.copy_(state.factor @ state.inverse.T)
+    found, plan = conditioning.independent_rows, optimizers.plan_step
+    measure = sharded._stabilizer._measure
+    sharded._stabilizer._measure = lambda state: (measured.append(1), measure(state))
+    if last:
+        conditioning.independent_rows = lambda *_: None
+        optimizers.plan_step = lambda *a, **k: dataclasses.replace(plan(*a, **k), growth=1e9)
+    try:
+        optimizer = FactoredSGD(sharded, 1e-9)
+        hidden, targets = batch(layer, 3)
+        sharded(hidden, targets).backward()
+        optimizer.step()
+    finally:
+        conditioning.independent_rows, optimizers.plan_step = found, plan
+    assert len(measured) == 2, "all measure, and repair"
+    check_equal(sharded.weight.full_tensor(), weight, "the weight", times=1e4)
+    assert torch.equal(state.rows.first(state.map), state.map)
+    assert not torch.equal(state.map, torch.eye(D, dtype=torch.float64)), "the first rank did not multiply it out"
+
+
+def test_decisions(pool):
+    pool.run(decisions_are_the_first_ranks, 3)
+
+
 # Copies, of a mesh of two dimensions.
 
 
@@ -277,6 +313,11 @@ def copies_step_as_one(group):
             each.zero_grad()
         check_equal(sharded.weight, layer.weight, f"step {step}")
     assert sharded.weight.placements[-1] == Shard(0)
+    before = sharded.weight.full_tensor()
+    sharded(hidden[mine] * (torch.nan if group.rank() else 1), targets[mine]).backward()
+    with pytest.raises(ValueError, match="not finite"):
+        optimizers[1].step()
+    assert torch.equal(sharded.weight.full_tensor(), before)
 
 
 def test_copies(pool):

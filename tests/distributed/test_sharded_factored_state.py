@@ -109,6 +109,27 @@ def test_state_of_one_process(pool):
         pool.run(state_of_one_process_loads, ranks)
 
 
+def made_on_meta(group):
+    """Without memory first, as large models are made, and then loaded."""
+    layer, _ = trained()
+    sharded = shard(
+        FactoredOutput(5, 11, loss=TaylorSoftmax(), bias=True, dtype=torch.float64, device="meta"), group
+    )
+    assert sharded.state.factor.is_meta
+    assert sharded.anchor.is_meta
+    sharded.to_empty(device="cpu")
+    sharded.load_state_dict(layer.state_dict())
+    check_equal(sharded.weight, layer.weight, "the weight")
+    own, whole = FactoredSGD(sharded, 0.1), FactoredSGD(layer, 0.1)
+    train(sharded, own, 2)
+    train(layer, whole, 2)
+    check_equal(sharded.weight, layer.weight, "trained on")
+
+
+def test_made_on_meta(pool):
+    pool.run(made_on_meta, 3)
+
+
 def other_factors_are_left_out(group):
     """Those of a weight that differs in one rank's rows: all ranks keep their own, and warn."""
     layer = make_sharded(make(), group)
