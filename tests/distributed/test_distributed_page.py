@@ -112,9 +112,12 @@ def bench_counts(group):
     finally:
         as_torchrun(0, 1)
     assert [record["name"] for record in records] == list(SHARDABLE)
-    full = next(record for record in records if record["name"] == "full")
-    assert full["sent_bytes"] == 2 * 2 * 4 * 30 * (8 + 3) // 3
-    assert full["parameter_bytes"] == 4 * 9 * (17 if group.rank() < 2 else 16)
+    of_name = {record["name"]: record for record in records}
+    own = 17 if group.rank() < 2 else 16
+    assert of_name["full"]["sent_bytes"] == 2 * 2 * 4 * 30 * (8 + 3) // 3
+    assert of_name["full"]["parameter_bytes"] == 4 * 9 * own
+    assert of_name["factored"]["sent_bytes"] == 4 * 4 * 30 // 3 + 4 * 4 * 30 * 8 // 3 + round(4 * 8 * 2 / 3)
+    assert of_name["factored"]["parameter_bytes"] == 4 * 8 * own
 
 
 def test_bench_over_processes(pool):

@@ -29,10 +29,10 @@ class ShardedFactoredOutput(RowScoredLayer, FactoredOutput):
 
     Of N rows with K targets each, a training step sends, by the counts of results: forward N K numbers, the scores
     of the targets; backward N d, the sums of the targets' rows of F; in `FactoredSGD.step` two (float64), on which
-    the ranks agree; all by all-reduce. Repairs send, when they are needed, `3 d^2` numbers and some 1,000 rows of
-    F; Q, recomputed once in 2 V examples, `d (d + 1)` (float64). Cost of a rank: `9 N d^2 + 5 N^2 d` multiply-adds
-    a step as in one process, and the targets of its own; what costs O(V) there, V / ranks; memory `V d / ranks +
-    3 d^2`.
+    the ranks agree; all by all-reduce. A repair, when one is needed, sends `2 d^2` numbers (float64) and up to
+    1,024 rows of F; Q, recomputed once in some 2 V examples, `d (d + 1)` (float64). Cost of a rank: `9 N d^2 + 5
+    N^2 d` multiply-adds a step, as in one process, and the targets of its own; of what costs O(V) there, its
+    share; memory `V d / ranks + 3 d^2`.
 
     `weight` and `bias`, in the state dict too, are `Shard(0)` DTensors, computed from the rank's own rows. The one
     parameter, the anchor, is a plain tensor. With a mesh of two dimensions every step is that of the rows of all

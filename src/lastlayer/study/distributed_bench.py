@@ -6,6 +6,7 @@ import torch
 from rich.console import Console
 
 from lastlayer.layers.base import OutputLayer
+from lastlayer.layers.factored import FactoredOutput
 from lastlayer.study import processes
 from lastlayer.study.bench import Sizes
 from lastlayer.study.choices import build_layer
@@ -33,6 +34,7 @@ SHARDABLE = (
     "sampled",
     "one-vs-all",
     "one-vs-sampled",
+    "factored",
 )
 
 
@@ -60,7 +62,8 @@ def run_distributed_bench(
         whole = build_layer(name, sizes.in_features, counts).to(device)
         layer = processes.sharded(name, whole)
         del whole
-        step = training_step(layer, torch.optim.SGD(layer.parameters(), lr=1e-3), hidden, targets)
+        optimizer = layer.own_optimizer(1e-3) or torch.optim.SGD(layer.parameters(), lr=1e-3)
+        step = training_step(layer, optimizer, hidden, targets)
         step()
         with count_bytes() as sent:
             step()
@@ -90,6 +93,8 @@ def run_distributed_bench(
 
 
 def _own_bytes(layer: OutputLayer) -> int:
-    """The bytes of this process's parts of the parameters."""
-    parts: list[Any] = list(layer.parameters())
+    """The bytes of this process's parts of the parameters; the weight of a `FactoredOutput` is state, not one."""
+    parts: list[Any] = list(
+        layer.state_dict().values() if isinstance(layer, FactoredOutput) else layer.parameters()
+    )
     return sum((part.to_local() if hasattr(part, "to_local") else part).nbytes for part in parts)
