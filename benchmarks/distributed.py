@@ -31,7 +31,7 @@ from lastlayer.study.measuring.measure import peak_bytes, write_records
 from lastlayer.study.measuring.peers import zipf_counts
 
 RESULTS = Path(__file__).parent / "results" / "distributed.json"
-RANKS, STEPS = (1, 2, 4), 3
+RANKS, STEPS = (1, 2, 4), 2
 LAYERS = ("full", "hierarchical", "adaptive", "sampled", "mixture", "one-vs-all")
 COMPONENTS = 2
 
@@ -155,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-classes", type=int, default=50_000)
     parser.add_argument("--in-features", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     sizes = options.num_classes, options.in_features, options.batch

@@ -76,7 +76,7 @@ class LinearChunks:
         *,
         group: int = 1,  # rows that stay together; chunks are then no larger than those of N / group rows
         buffers: int = 1,  # of as many rows and classes, used together: they share the bytes of a chunk
-        least: int = 1,  # chunks, unless these would be smaller than parts
+        least: int | None = None,  # chunks, unless these would be smaller than parts, which are smaller then too
     ) -> None:
         self.leaves = (hidden, weight, bias)
         self.exact = exact_dtype(dtype)
@@ -88,8 +88,9 @@ class LinearChunks:
         row_bytes = len(weight) * dtype.itemsize * buffers
         most = len(hidden) if group == 1 else 3 * len(hidden) // (4 * group)
         numbers = PART_NUMBERS if hidden.device.type == "cpu" else PART_NUMBERS_GPU
+        numbers = numbers if least is None else numbers // 4
         self.part_rows = max(group, numbers // len(weight) // group * group)
-        if least > 1:
+        if least is not None:
             most = min(most, max(self.part_rows, -(-len(hidden) // least)))
         self.chunk_rows = max(group, min(rows_of_chunk(row_bytes), most) // group * group)
         if (

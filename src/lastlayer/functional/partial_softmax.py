@@ -41,13 +41,13 @@ def partial_softmax(
     *,
     logit_map: LogitMap | None = None,
     weights: Tensor | None = None,  # (W,), or (N, W)
-    least_chunks: int = 1,
+    least_chunks: int | None = None,
 ) -> PartialSoftmax:
     """Peak, mass and some logits of `f = logit_map(hidden @ weight.T + bias)`, in chunks; nothing is checked.
 
     Differentiable for hidden, weight, bias and the map's parameters; the backward pass recomputes the chunks.
     Cost: one matrix product of `2 N W d` operations forward and three backward; memory one chunk of logits, of
-    which there are `least_chunks` unless that would make them smaller than 4 MB (on a GPU 128 MB).
+    which there are `least_chunks` unless that would make them smaller than 1 MB (on a GPU 32 MB).
     """
     parameters = () if logit_map is None else tuple(logit_map.parameters())
     dtype = product_dtype(hidden)
@@ -110,7 +110,7 @@ class _PartialSoftmax(HandWritten):
         bias: Tensor | None,
         ids: Tensor,
         weights: Tensor | None,
-        settings: tuple[LogitMap | None, torch.dtype, int],
+        settings: tuple[LogitMap | None, torch.dtype, int | None],
         *parameters: Tensor,
     ) -> PartialSoftmax:
         logit_map, dtype, least = settings
@@ -200,7 +200,7 @@ def best_of_part(
     *,
     logit_map: LogitMap | None = None,
     selection: Selection | None = None,  # of these classes
-    least_chunks: int = 1,
+    least_chunks: int | None = None,
 ) -> BestOfPart:
     """The `k` best of some classes in one pass over chunks; of fewer than `k` classes, the rest are -inf."""
     chunks_dtype = product_dtype(hidden)
