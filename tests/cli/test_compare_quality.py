@@ -11,7 +11,7 @@ from lastlayer.cli.app import app
 OPTIONS = ["--width", 8, "--batch", 4, "--window", 5, "--threads", 1]
 SCORES = {"one-vs-all", "one-vs-sampled"}
 SPARSE = {"sparsemax", "entmax", "topk-softmax"}
-SOFTMAXES = {"full", "umax", "augment-reduce"}
+SOFTMAXES = {"full", "umax", "umax-exact", "augment-reduce"}
 
 
 def run(*arguments):

@@ -138,13 +138,14 @@ CHOICES: dict[str, Choice] = {
     "negative-sampling": Choice("word2vec's loss, with 1,024 negatives", _negative_sampling),
     "blackout": Choice("discriminative softmax over 1,024 sampled classes", _blackout),
     "umax": Choice(
-        "1,024 sampled classes and a number for each training example: the softmax's minimum without bias",
+        "1,024 sampled classes and a number kept for each training example: no bias where that number is right",
         _umax,
         per_example=True,
     ),
     "augment-reduce": Choice(
         "the same, with a running average as the number of each example", _augment_reduce, per_example=True
     ),
+    "umax-exact": Choice("1,024 sampled classes and each row's exact normaliser, which reads all logits", _umax),
     "one-vs-all": Choice("a sigmoid for each class", lambda d, counts: OneVsAll(d, len(counts))),
     "one-vs-sampled": Choice("a sigmoid for each class, with 1,024 sampled negatives", _one_vs_sampled),
     "sparsemax": Choice(
