@@ -67,11 +67,13 @@ def settle_loss_type(model: Any) -> Callable[[], None]:
     Transformers warns of that in every call (for GPT-2, and all whose class has no `For...` in its name), and a
     warning breaks a compiled graph, so that the logits would be computed.
     """
+    model = _without_peft(model)
+    if not hasattr(model, "loss_type"):  # a model of another library
+        return lambda: None
     from transformers.loss.loss_utils import LOSS_MAPPING
 
-    model = _without_peft(model)
-    before = getattr(model, "loss_type", None)
-    if not hasattr(model, "loss_type") or before in LOSS_MAPPING:
+    before = model.loss_type
+    if before in LOSS_MAPPING:
         return lambda: None
     model.loss_type = "ForCausalLM"
     return lambda: setattr(model, "loss_type", before)
