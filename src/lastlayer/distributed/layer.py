@@ -19,12 +19,12 @@ from lastlayer.layers.base import OutputLayer
 class ShardedLayer(OutputLayer):
     """A layer whose classes are divided among ranks; made by `shard`.
 
-    It answers every call as the layer of one process does, on every rank: all must call it with the same hidden
-    states and targets, and all get the same results. At the first call of each kind that is checked; later ones
-    are not, as that costs a synchronisation. Derivatives of any order are right by autograd;
+    Every call computes what that of the layer of one process does, on every rank: all must call it with the same
+    hidden states and targets, and all get the same results. At the first call of each kind that is checked; later
+    ones are not, as that costs a synchronisation. Derivatives of any order are right by autograd;
     `torch.func` and batched gradients (`is_grads_batched`) raise RuntimeError: collectives have no such rules.
 
-    A subclass stands before the layer's class, `class ShardedX(ShardedLayer, X)`, and overrides the hooks of `X`
+    A subclass comes before the layer's class, `class ShardedX(ShardedLayer, X)`, and overrides the hooks of `X`
     that need the classes of other ranks. In every hook the layer's parameters and buffers are this rank's parts,
     as plain tensors: `self.weight (W, d)` with W of the V classes.
 
@@ -47,7 +47,7 @@ class ShardedLayer(OutputLayer):
     @staticmethod
     def facts(layer: Any) -> dict[str, Any]:
         """What all ranks must have the same beside settings and the state dict, as of those on "meta"."""
-        return getattr(layer, "_planned", None) or {}
+        return layer._planned or {}
 
     def __init__(self, layer: OutputLayer, ranks: Ranks, copies: Ranks | None) -> None:
         self.check(layer)
