@@ -31,7 +31,7 @@ from lastlayer.study.measuring.measure import peak_bytes, write_records
 from lastlayer.study.measuring.peers import zipf_counts
 
 RESULTS = Path(__file__).parent / "results" / "distributed.json"
-RANKS, STEPS = (1, 2, 4), 2
+RANKS, STEPS = (1, 2, 4), 1
 LAYERS = ("full", "hierarchical", "adaptive", "sampled", "mixture", "one-vs-all")
 COMPONENTS = 2
 
@@ -71,7 +71,12 @@ def plain_work_bytes(name: str, d: int, counts: Tensor, hidden: Tensor, targets:
     layer = make(name if name in ("mixture", "one-vs-all") else "full", d, counts)
     step = training_step(plain_loss(name, layer), torch.optim.SGD(layer.parameters(), lr=1e-3), hidden, targets)
     step()
-    return peak_bytes(step) - sum(p.nbytes for p in layer.parameters())
+    return least_peak(step) - sum(p.nbytes for p in layer.parameters())
+
+
+def least_peak(step: Callable[[], None]) -> int:
+    """Of a few steps: what an allocator has kept from before is in some."""
+    return min(peak_bytes(step) for _ in range(3))
 
 
 def numbers_sent(name: str, layer: Any, targets: Tensor, d: int) -> int:
@@ -140,7 +145,7 @@ def measure(rank: int, ranks: int, sizes: tuple[int, int, int], folder: str) -> 
                 "formula_bytes": 2 * (ranks - 1) / ranks * 4 * formula,
                 "parameter_bytes": own,
                 "whole_parameter_bytes": parameters,
-                "work_bytes": peak_bytes(step) - own,  # the gradients are as large as the parameters
+                "work_bytes": least_peak(step) - own,  # the gradients are as large as the parameters
             }
         )
         del layer, step

@@ -24,7 +24,7 @@ from lastlayer.functional.selection import Selection
 from lastlayer.functional.soft_targets import TargetRows
 
 # The most logits that a rank holds at once, as a share of all N V, but where a part of a chunk is more.
-MOST_LOGITS = 1 / 16
+MOST_LOGITS = 1 / 32
 
 
 def least_chunks(ranks: Ranks) -> int:
