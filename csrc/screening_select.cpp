@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t BLOCK_BYTES = BLOCK * sizeof(float);
 constexpr int64_t EIGHTH = BLOCK / 8;      // scores that a finer maximum is of
-constexpr int64_t AHEAD = 4;               // rows of the weight that are fetched before they are multiplied
+constexpr int64_t AHEAD = 4;               // rows of the weight, or blocks, that are fetched before they are used
 constexpr int64_t SHARED = 1 << 17;        // numbers of the weight that one thread reads before others help
 constexpr int64_t MOST_WIDENED = 4;        // the full layer runs where more than one class in so many is in play
 constexpr float CANCELLED = 0.05f;         // of a block's sum: less than this is left with too few digits
@@ -68,6 +68,22 @@ float threshold(const Row& row, int64_t count) {
     return count_th_largest(all, count);
 }
 
+// The blocks whose bound reaches `least`.
+std::vector<int32_t> blocks_reaching(const float* bounds, int64_t blocks, float least) {
+    std::vector<int32_t> found;
+    for (int64_t block = 0; block < blocks; ++block)
+        if (bounds[block] >= least) found.push_back(static_cast<int32_t>(block));
+    return found;
+}
+
+// They lie anywhere, so the processor does not foresee the next one.
+void fetch_scores(const Row& row, int64_t block) { prefetch(row.scores + block * BLOCK, BLOCK_BYTES); }
+
+void fetch_row(const Row& row, int64_t id) {
+    const int64_t bytes = row.screen.width * (row.screen.weight_type == FLOAT32 ? 4 : 2);
+    prefetch(static_cast<const char*>(row.screen.weight) + id * bytes, bytes);
+}
+
 // Of the `count` classes from `first` on those whose `bounds` reach `least`, with their scores, unless these are -inf.
 void collect_reaching(const Row& row, int64_t first, int64_t count, const float* bounds, float least, std::vector<Scored>& found) {
     for (int64_t start = 0; start < count; start += EIGHTH) {
@@ -91,10 +107,11 @@ void keep_best(std::vector<Scored>& classes, int64_t count) {
 std::vector<Scored> choose(const Row& row, int64_t count) {
     const float least = threshold(row, count);
     std::vector<Scored> found;
-    for (int64_t block = 0; block < num_blocks(row.screen); ++block) {
-        const int64_t first = block * BLOCK;
-        if (row.block_max[block] >= least)
-            collect_reaching(row, first, row.end_of(block) - first, row.scores + first, least, found);
+    const std::vector<int32_t> blocks = blocks_reaching(row.block_max, num_blocks(row.screen), least);
+    for (size_t n = 0; n < blocks.size(); ++n) {
+        if (n + AHEAD < blocks.size()) fetch_scores(row, blocks[n + AHEAD]);
+        const int64_t first = blocks[n] * BLOCK;
+        collect_reaching(row, first, row.end_of(blocks[n]) - first, row.scores + first, least, found);
     }
     keep_best(found, count);
     return found;
@@ -116,11 +133,6 @@ float exact_logit(const Row& row, int64_t id) {
     return total + row.screen.bias[id];
 }
 
-void fetch_row(const Row& row, int64_t id) {  // rows lie anywhere, so the processor does not foresee the next one
-    const int64_t bytes = row.screen.width * (row.screen.weight_type == FLOAT32 ? 4 : 2);
-    prefetch(static_cast<const char*>(row.screen.weight) + id * bytes, bytes);
-}
-
 float exact_logit(const Row& row, int64_t id) {
     switch (row.screen.weight_type) {
         case BFLOAT16: return exact_logit<bfloat16>(row, id);
@@ -135,7 +147,6 @@ std::vector<Scored> rescored(const Row& row, const std::vector<Scored>& classes)
     const auto count = static_cast<int64_t>(exact.size());
     const int64_t grain = row.parallel ? std::max<int64_t>(1, SHARED / 2 / row.screen.width) : std::max<int64_t>(count, 1);
     parallel_for(count, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t n = begin; n < std::min(begin + AHEAD, end); ++n) fetch_row(row, exact[static_cast<size_t>(n)].id);
         for (int64_t n = begin; n < end; ++n) {
             if (n + AHEAD < end) fetch_row(row, exact[static_cast<size_t>(n + AHEAD)].id);
             Scored& one = exact[static_cast<size_t>(n)];
@@ -144,8 +155,6 @@ std::vector<Scored> rescored(const Row& row, const std::vector<Scored>& classes)
     });
     return exact;
 }
-
-void fetch_scores(const Row& row, int64_t block) { prefetch(row.scores + block * BLOCK, BLOCK_BYTES); }
 
 // The summary of a block from which classes were taken; of the old sum (relative to the old maximum) `left` is left.
 void summarise_again(const Row& row, int64_t block, float left) {
@@ -188,10 +197,7 @@ std::vector<int32_t> blocks_in_play(const Row& row, float kth) {
 #pragma omp simd
         for (int64_t block = 0; block < blocks; ++block) upper[static_cast<size_t>(block)] += share * of_blocks[block];
     }
-    std::vector<int32_t> found;
-    for (int64_t block = 0; block < blocks; ++block)
-        if (upper[static_cast<size_t>(block)] >= kth) found.push_back(static_cast<int32_t>(block));
-    return found;
+    return blocks_reaching(upper.data(), blocks, kth);
 }
 
 void fetch_block(const Row& row, int64_t block) {  // its scores, and its classes' part of the bound
@@ -205,7 +211,7 @@ bool find_in_play(const Row& row, float kth, int64_t limit, std::vector<Scored>&
     const Screen& screen = row.screen;
     const std::vector<int32_t> blocks = blocks_in_play(row, kth);
     for (size_t n = 0; n < blocks.size(); ++n) {
-        if (n + 1 < blocks.size()) fetch_block(row, blocks[n + 1]);
+        if (n + AHEAD < blocks.size()) fetch_block(row, blocks[n + AHEAD]);
         const int64_t first = blocks[n] * BLOCK, count = row.end_of(blocks[n]) - first;
         float upper[BLOCK];
         std::copy(row.scores + first, row.scores + first + count, upper);
