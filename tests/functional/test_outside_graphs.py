@@ -1,6 +1,5 @@
-"""Layers that group their batch, and screens, run inside a compiled model, which breaks its graph there."""
+"""Screens run inside a compiled model, which breaks its graph there (layers: tests/test_compiled_layers.py)."""
 
-import copy
 import subprocess
 import sys
 
@@ -8,33 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from lastlayer import HierarchicalSoftmax, Int4Preview, Int8Preview, ScreenedSoftmax, SVDPreview, TreeSoftmax
+from lastlayer import Int4Preview, Int8Preview, ScreenedSoftmax, SVDPreview
 from lastlayer.kernels import engine
 from lastlayer.screening.compiled import EngineScreen
-
-
-@pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("kind", [HierarchicalSoftmax, TreeSoftmax])
-def test_compiled_model_trains_as_the_eager_one(kind, sparse):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = nn.Linear(4, 8)
-            self.output = kind(8, torch.ones(50) if kind is TreeSoftmax else 50, sparse=sparse)
-
-        def forward(self, inputs, targets):
-            return self.output(self.body(inputs), targets)
-
-    eager = Model()
-    compiled = torch.compile(copy.deepcopy(eager), backend="eager")
-    inputs, targets = torch.randn(6, 4), torch.randint(50, (6,))
-    targets[0] = -100
-    losses = [model(inputs, targets) for model in (eager, compiled)]
-    for loss in losses:
-        loss.backward()
-    torch.testing.assert_close(losses[1], losses[0])
-    for p, q in zip(eager.parameters(), compiled.parameters(), strict=True):
-        torch.testing.assert_close(q.grad.to_dense(), p.grad.to_dense())
 
 
 @pytest.mark.parametrize("preview", [Int8Preview(), Int4Preview(), SVDPreview(4)], ids=["int8", "int4", "svd"])

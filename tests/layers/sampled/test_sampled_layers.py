@@ -136,17 +136,6 @@ def test_low_precision_is_near_double(layer_class, shared):
 
 
 @LAYERS
-def test_compiled(layer_class):
-    layer = make(layer_class, sparse=True)
-    hidden, targets = batch()
-    torch.manual_seed(0)
-    expected = layer(hidden, targets)
-    compiled = torch.compile(layer, backend="eager")
-    torch.manual_seed(0)
-    assert torch.allclose(compiled(hidden, targets), expected)
-
-
-@LAYERS
 def test_second_derivatives(layer_class):
     layer = make(layer_class, dtype=torch.float64)
     hidden, targets = batch(3, torch.float64)
