@@ -33,20 +33,19 @@ def path():
     )
 
 
-def sampled(name, bias, *shape):
+def sampled(bias, *shape):
     weight, targets = torch.randn(11, 5).double().requires_grad_(), torch.tensor([[3], [10], [3], [0], [7]])
     own = torch.randn(11).double().requires_grad_() if bias else None
-    return name, 3, (weight, own, targets, torch.randint(11, shape))
+    return "sampled_logits", 3, (weight, own, targets, torch.randint(11, shape))
 
 
 OPERATORS = {
     "two-level": lambda: two_level(True),
     "two-level-no-bias": lambda: two_level(False),
     "path": path,
-    "sampled-shared": lambda: sampled("sampled_logits", True, 4),
-    "sampled-own": lambda: sampled("sampled_logits", False, 5, 4),
-    "sampled-none": lambda: sampled("sampled_logits", True, 0),
-    "sampled-sparse": lambda: sampled("sampled_logits_sparse", True, 4),
+    "sampled-shared": lambda: sampled(True, 4),
+    "sampled-own": lambda: sampled(False, 5, 4),
+    "sampled-none": lambda: sampled(True, 0),
 }
 
 

@@ -5,14 +5,13 @@ is left to autograd, the function runs again for it: an operator can keep nothin
 So they serve under `torch.compile` alone.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lastlayer.functional.precision import no_autocast
-from lastlayer.functional.row_sparse import padded, row_sparse
 
 Function = Callable[..., Any]  # of the arguments, to a tensor or a tuple of them
 Gradient = Callable[..., Sequence[Tensor | None]]  # of upstream, wanted, and the arguments
@@ -27,13 +26,10 @@ def make_operator(
     empty: Function,  # of the same arguments: uninitialised tensors of the shapes and dtypes of the results
     results: int = 1,
     gradient: Gradient | None = None,  # gradients of the leaves, None where not wanted; None: by autograd
-    most_rows: Callable[..., int] | None = None,  # of the same arguments: the most rows of a sparse gradient
 ) -> Function:
     """`function` as the operator `lastlayer::name`, with its shapes and its gradient.
 
-    The arguments are all tensors, or None; the results are new tensors. The gradients are dense; but with
-    `most_rows` those of all leaves after the first are row-sparse. A graph has no sizes that depend on the data:
-    so they have as many rows as there may be, of which the last is repeated with values of 0, not coalesced.
+    The arguments are all tensors, or None; the results are new tensors, and their gradients are dense.
     """
 
     def run(*tensors: Any) -> Any:
@@ -54,26 +50,11 @@ def make_operator(
     def backward(upstream: Sequence[Tensor], wanted: Sequence[bool], *tensors: Any) -> list[Tensor]:
         with torch.no_grad(), no_autocast(upstream[0].device.type):
             formed = (gradient or by_autograd)(upstream, wanted, *tensors)
-        parts: list[Tensor] = []
-        for part in formed:
-            if part is not None and part.is_sparse:
-                assert most_rows is not None
-                parts += padded(part, most_rows(*tensors))
-            elif part is not None:
-                parts.append(part)
-        return parts
+        return [part for part in formed if part is not None]
 
     def shapes(upstream: Sequence[Tensor], wanted: Sequence[bool], *tensors: Any) -> list[Tensor]:
-        found: list[Tensor] = []
-        for place, (leaf, want) in enumerate(zip(tensors, wanted, strict=False)):
-            if leaf is None or not want:
-                continue
-            shape = leaf.shape
-            if most_rows is not None and place:
-                shape = (most_rows(*tensors), *leaf.shape[1:])
-                found.append(leaf.new_empty(shape[0], dtype=torch.int64))
-            found.append(leaf.new_empty(shape))
-        return found
+        pairs = zip(tensors, wanted, strict=False)
+        return [leaf.new_empty(leaf.shape) for leaf, want in pairs if want and leaf is not None]
 
     returns = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
     forward = torch.library.custom_op(
@@ -88,23 +69,13 @@ def make_operator(
         ctx.save_for_backward(*inputs)
 
     def differentiate(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        wanted, tensors = list(ctx.needs_input_grad[:leaves]), ctx.saved_tensors
-        found = iter(of_leaves(list(upstream), wanted, *tensors))
-        spread = [
-            _next_gradient(found, leaf, sparse=most_rows is not None and place > 0) if want else None
-            for place, (leaf, want) in enumerate(zip(tensors, wanted, strict=False))
-        ]
-        return *spread, *(None for _ in tensors[leaves:])
+        wanted = list(ctx.needs_input_grad[:leaves])
+        found = iter(of_leaves(list(upstream), wanted, *ctx.saved_tensors))
+        spread = [next(found) if want else None for want in wanted]
+        return *spread, *(None for _ in ctx.saved_tensors[leaves:])
 
     forward.register_autograd(differentiate, setup_context=setup_context)
     return forward
-
-
-def _next_gradient(found: Iterator[Tensor], leaf: Tensor, *, sparse: bool) -> Tensor:
-    if not sparse:
-        return next(found)
-    rows, values = next(found), next(found)
-    return row_sparse(rows, values, leaf.shape[0], coalesced=False)
 
 
 def _leaf(tensor: Tensor | None, wanted: bool) -> Tensor | None:

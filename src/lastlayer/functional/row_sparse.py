@@ -15,28 +15,14 @@ def row_sparse(
     rows: Tensor,  # (R,), increasing
     values: Tensor,  # (R, ...)
     num_rows: int,
-    *,
-    coalesced: bool = True,
 ) -> Tensor:  # (num_rows, ...), sparse
     """A tensor of `num_rows` rows that is `values` at `rows` and 0 elsewhere; nothing of that size is made.
 
     `rows` are strictly increasing, so the tensor is coalesced as it stands: an explicit `coalesce()` sorts and
-    copies, and costs more than the SGD step that follows it. Where it is not `coalesced`, a row may repeat.
+    copies, and costs more than the SGD step that follows it.
     """
     shape = (num_rows, *values.shape[1:])
-    return torch.sparse_coo_tensor(rows[None], values, shape, is_coalesced=coalesced, check_invariants=False)
-
-
-def padded(
-    gradient: Tensor,  # of `row_sparse`, not empty
-    length: int,
-) -> tuple[Tensor, Tensor]:  # (length,), (length, ...)
-    """Rows and values of a gradient, as many as `length`: the last row is repeated, with values of 0."""
-    rows, values = gradient.indices()[0], gradient.values()
-    rest = length - len(rows)
-    return torch.cat([rows, rows[-1:].expand(rest)]), torch.cat(
-        [values, values.new_zeros(rest, *values.shape[1:])]
-    )
+    return torch.sparse_coo_tensor(rows[None], values, shape, is_coalesced=True, check_invariants=False)
 
 
 class GradientMemory:

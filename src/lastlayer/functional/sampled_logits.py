@@ -1,7 +1,6 @@
 """The logits of a few classes, and gradients that hold the rows of these classes alone."""
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from lastlayer.functional.operators import make_operator
 from lastlayer.functional.ordinary import ordinary
+from lastlayer.functional.outside_graphs import outside_graphs
 from lastlayer.functional.precision import as_exact, exact_dtype, no_autocast, product_dtype
 from lastlayer.functional.row_sparse import row_sparse
 from lastlayer.functional.second_order import HandWritten, gradients
@@ -38,10 +38,14 @@ def sampled_logits(
     with no_autocast(hidden.device.type):
         if not ordinary(hidden, weight, bias, targets, candidates):
             return _plain(hidden, weight, bias, targets, candidates, dtype)
-        if torch.compiler.is_compiling():
-            run = _SPARSE if sparse else _DENSE
-            return run(hidden.to(dtype), weight, bias, targets, candidates)
-        return _SampledLogits.run(hidden, weight, bias, targets, candidates, dtype, sparse)
+        if torch.compiler.is_compiling() and not sparse:
+            return _OPERATOR(hidden.to(dtype), weight, bias, targets, candidates)
+        return _of_touched_rows(hidden, weight, bias, targets, candidates, dtype, sparse)
+
+
+@outside_graphs
+def _of_touched_rows(*inputs: Any) -> tuple[Tensor, Tensor]:
+    return _SampledLogits.run(*inputs)
 
 
 def _plain(
@@ -202,20 +206,12 @@ def _empty(rows: Tensor, weight: Tensor, bias: Tensor | None, *sets: Tensor) -> 
     return targets, candidates
 
 
-def _most_rows(rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, candidates: Tensor) -> int:
-    most: Any = torch.sym_min(weight.shape[0], targets.numel() + candidates.numel())
-    return most
-
-
-_ARGUMENTS = "Tensor rows, Tensor weight, Tensor? bias, Tensor targets, Tensor candidates"
-_DENSE = make_operator("sampled_logits", _ARGUMENTS, _forward, leaves=3, empty=_empty, results=2, gradient=_form)
-_SPARSE = make_operator(
-    "sampled_logits_sparse",
-    _ARGUMENTS,
+_OPERATOR = make_operator(
+    "sampled_logits",
+    "Tensor rows, Tensor weight, Tensor? bias, Tensor targets, Tensor candidates",
     _forward,
     leaves=3,
     empty=_empty,
     results=2,
-    gradient=partial(_form, sparse=True),
-    most_rows=_most_rows,
+    gradient=_form,
 )

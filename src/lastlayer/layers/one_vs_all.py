@@ -198,8 +198,8 @@ class OneVsAll(OutputLayer):
         return self._dense_topk(self._scores, hidden, k, selection)
 
     def _compiles(self) -> bool:
-        """Whether a compiled graph can hold the loss."""
-        return self.sampler is None or self.sampler.compiles
+        """Whether a compiled graph can hold the loss: Inductor has no sparse gradients."""
+        return self.sampler is None or (self.sampler.compiles and not self.sparse)
 
     def _multi_label_loss(self, rows: Tensor, ids: Tensor, values: Tensor, kept: Tensor | None) -> Tensor:
         values = values.to(exact_dtype(rows.dtype))

@@ -127,8 +127,8 @@ class SampledLayer(SoftmaxHead):
     # Written once for every sampled loss.
 
     def _compiles(self) -> bool:
-        """Whether a compiled graph can hold the loss."""
-        return self.sampler.compiles
+        """Whether a compiled graph can hold the loss: Inductor has no sparse gradients."""
+        return self.sampler.compiles and not self.sparse
 
     def _sampled_loss(self, *batch: Any) -> Tensor:
         return self._loss_of_batch(*batch) if self._compiles() else self._loss_outside_graphs(*batch)
