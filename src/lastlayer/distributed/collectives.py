@@ -39,7 +39,7 @@ def copied(tensor: Tensor, ranks: Ranks, *, mean: bool = False) -> Tensor:
 
 def copied_together(tensors: Sequence[Tensor], ranks: Ranks) -> Sequence[Tensor]:
     """Each as by `copied`, with one all-reduce of all their gradients."""
-    return tensors if ranks.size == 1 else _CopiedTogether.apply(ranks, *tensors)  # pyright: ignore[reportReturnType]
+    return tensors if ranks.size == 1 else _CopiedTogether.run(ranks, *tensors)
 
 
 def summed(tensor: Tensor, ranks: Ranks) -> Tensor:
