@@ -158,8 +158,9 @@ def _pass(
     """The loss of every row, and the gradients of its sum weighted by `row_weights` that are wanted."""
     wanted = wanted or _Wanted(False, False, False)
     run = _OPERATOR if torch.compiler.is_compiling() else _run
-    row_loss, *found = run(hidden.to(dtype), weight, bias, *targets, row_weights, list(wanted))
-    formed = [found.pop(0) if want else None for want in wanted]
+    results = list(run(hidden.to(dtype), weight, bias, *targets, row_weights, list(wanted)))
+    row_loss = results.pop(0)
+    formed = [results.pop(0) if want else None for want in wanted]
     formed[0] = None if formed[0] is None else formed[0].to(hidden.dtype)
     return row_loss, tuple(formed)
 
