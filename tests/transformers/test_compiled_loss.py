@@ -7,12 +7,18 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 transformers = pytest.importorskip("transformers")
 
 from lastlayer import HierarchicalSoftmax  # noqa: E402
 from lastlayer.transformers import DeferredLogits, chunked_loss  # noqa: E402
 from tiny_models import FAMILIES, TOKENS, V, batch, make  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.12",
+    reason="PyTorch 2.11 does not compile whole: copies of a config, and outputs that hold recorded steps",
+)
 
 
 @pytest.fixture(autouse=True)
