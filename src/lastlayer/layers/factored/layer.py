@@ -44,7 +44,7 @@ class FactoredOutput(OutputLayer):
     Time of a step on N examples: about `9 N d^2 + 5 N^2 d` multiply-adds, whatever V; memory `V d + 3 d^2`.
     `log_prob`, `topk` and `weight` cost what V classes cost. Repairs keep the state well conditioned at O(V)
     for each direction of the hidden space that training shrank some tenfold, and O(d) for each row that this
-    changes, at first all V, later those that were targets recently. Once in 3 V examples Q is recomputed: O(V
+    changes, at first all V, later those that were targets recently. Once in some 2 V examples Q is recomputed: O(V
     d^2).
 
     When not to use it: with the ordinary softmax (no `exp` is possible here), with momentum, Adam or elementwise
