@@ -56,7 +56,7 @@ def test_failures_are_one_line(problem, code, said):
 
 def test_records_are_written(run, tmp_path):
     path = tmp_path / "new" / "records.json"
-    result = run(*SMALL, "--json", path)
+    result = run(*SMALL, "--layers", "full,hierarchical,one-vs-all,sparsemax", "--json", path)
     assert result.exit_code == 0, result.output
     records = json.loads(path.read_text())
     needed = {"case", "name", "num_classes", "in_features", "batch", "ms", "ratio_to_full", "peak_bytes"}
