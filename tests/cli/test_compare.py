@@ -19,14 +19,6 @@ NEEDED = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def story(tmp_path):
-    path = tmp_path / "story.txt"
-    lines = (f"the {a} saw the {b} and ran" for a in ("cat", "dog", "owl") for b in ("hen", "fox", "bee", "ant"))
-    path.write_text("\n".join(list(lines) * 30), encoding="utf-8")
-    return path
-
-
 def run(*arguments):
     return CliRunner().invoke(app, ["compare", *(str(argument) for argument in arguments)])
 

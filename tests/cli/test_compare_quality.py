@@ -23,15 +23,6 @@ def strict_json(path):
     return json.loads(path.read_text(), parse_constant=pytest.fail)
 
 
-@pytest.fixture
-def story(tmp_path):
-    """After `saw the` four words are as likely as one another, and `topk-softmax` takes three of 13 classes."""
-    path = tmp_path / "story.txt"
-    lines = (f"the {a} saw the {b} and ran" for a in ("cat", "dog", "owl") for b in ("hen", "fox", "bee", "ant"))
-    path.write_text("\n".join(list(lines) * 30), encoding="utf-8")
-    return path
-
-
 def test_layers_with_and_without_a_perplexity(tmp_path, story):
     out, names = tmp_path / "out", sorted(SOFTMAXES | SPARSE | SCORES)
     result = run("--text", story, *OPTIONS, "--layers", ",".join(names), "--steps", 25, "--out", out)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -146,18 +147,13 @@ def a_refusal_is_one_of_all(group):
     own = FactoredSGD(layer, lr=0.02, process_group=group)
     before, targets = layer.weight, torch.arange(5) + group.rank()
     layer(torch.ones(5, 6, dtype=torch.float64) / 6, targets).backward()
-    plan = optimizers.plan_step
 
     def fails(*_, **settings):
         raise ValueError("of one process alone")
 
-    if group.rank() == 1:
-        optimizers.plan_step = fails
-    try:
-        with pytest.raises(ValueError, match="of one process alone"):
-            own.step()
-    finally:
-        optimizers.plan_step = plan
+    plan = fails if group.rank() == 1 else optimizers.plan_step
+    with patch.object(optimizers, "plan_step", plan), pytest.raises(ValueError, match="of one process alone"):
+        own.step()
     assert torch.equal(layer.weight, before)
     with count_bytes() as sent:
         own.step()

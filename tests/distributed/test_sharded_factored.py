@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -159,12 +160,8 @@ def a_refusal_is_one_of_all(group):
             raise ValueError("of this rank alone")
         return plan(*arguments, **settings)
 
-    optimizers.plan_step = fails
-    try:
-        with pytest.raises(ValueError, match="of this rank alone"):
-            optimizer.step()
-    finally:
-        optimizers.plan_step = plan
+    with patch.object(optimizers, "plan_step", fails), pytest.raises(ValueError, match="of this rank alone"):
+        optimizer.step()
     after = [part for layer in layers for part in layer.state.tensors().values()]
     assert all(torch.equal(*map(local, pair)) for pair in zip(before, after, strict=True))
     optimizer.step()  # the gradients are kept
