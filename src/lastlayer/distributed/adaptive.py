@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from lastlayer.distributed.collectives import copied, copied_together, summed
 from lastlayer.distributed.linear import DividedHead, Scored, divided_scores
 from lastlayer.distributed.queries import log_softmax_of_ranks
+from lastlayer.distributed.ranks import places_in
 from lastlayer.distributed.row_scores import Part, RowScoredLayer
 from lastlayer.functional.precision import as_exact
 from lastlayer.layers.adaptive import AdaptiveSoftmax
@@ -88,10 +89,10 @@ class ShardedAdaptiveSoftmax(RowScoredLayer, AdaptiveSoftmax):
         """The log-probability of each tail, from the ranks that hold the head's last rows."""
         size, count = self.cutoffs[0], len(self.cutoffs)
         entries = torch.arange(size, size + count, device=log_prob.device)
-        here = (entries >= own.start) & (entries < own.stop)
+        places, here = places_in(own, entries)
         at = log_prob.sum(1, keepdim=True)  # of no class: 0, through which the gradients of other ranks flow
         if log_prob.shape[1]:
-            at = log_prob[:, (entries - own.start).masked_fill(~here, 0)]
+            at = log_prob[:, places]
         return summed(torch.where(here, at, 0.0), self.ranks)
 
 

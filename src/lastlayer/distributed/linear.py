@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lastlayer.distributed.collectives import gathered, largest, summed, summed_together
 from lastlayer.distributed.queries import best_of_ranks, sample_of_ranks, selection_of
-from lastlayer.distributed.ranks import Ranks
+from lastlayer.distributed.ranks import Ranks, places_in
 from lastlayer.functional.linear_twin import mapped_logits
 from lastlayer.functional.logit_map import LogitMap
 from lastlayer.functional.partial_softmax import PartialSoftmax, best_of_part, mapped, partial_softmax
@@ -51,9 +51,7 @@ class DividedHead(NamedTuple):
 
     def places(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """For class ids their rows here (0 where another rank has them), and whether this rank has them."""
-        own = self.own
-        here = (ids >= own.start) & (ids < own.stop)
-        return (ids - own.start).masked_fill(~here, 0), here
+        return places_in(self.own, ids)
 
     def partial(self, hidden: Tensor, rows: Tensor, weights: Tensor | None = None) -> PartialSoftmax:
         """`partial_softmax` of this rank's classes."""

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lastlayer.distributed.collectives import copied, summed
+from lastlayer.distributed.ranks import places_in
 from lastlayer.distributed.row_scores import Part, RowScoredLayer
 from lastlayer.distributed.sampled import check_sampling, drawn_of_rank, logits_of_rank, no_logits
 from lastlayer.functional.precision import as_exact
@@ -47,32 +48,29 @@ class ShardedOneVsAll(RowScoredLayer, OneVsAll):
         return OneVsAll._log_prob(self, hidden)
 
     def _weighted_loss(self, rows: Tensor, ids: Tensor, values: Tensor, row_weights: Tensor) -> Tensor:
-        ids, values = self._own_targets(ids, values)
-        return summed(super()._weighted_loss(copied(rows, self.ranks), ids, values, row_weights), self.ranks)
+        places, here = self._places(ids)
+        own = super()._weighted_loss(copied(rows, self.ranks), places, values * here, row_weights)
+        return summed(own, self.ranks)
 
     def _row_losses(self, rows: Tensor, ids: Tensor, values: Tensor) -> Tensor:
         if self.sampler is not None:
             return summed(self._own_sampled_losses(rows, ids, values), self.ranks)
-        ids, values = self._own_targets(ids, values)
-        return summed(super()._row_losses(copied(rows, self.ranks), ids, values), self.ranks)
+        places, here = self._places(ids)
+        return summed(super()._row_losses(copied(rows, self.ranks), places, values * here), self.ranks)
 
-    def _own_targets(self, ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of this rank, and values that are 0 at the classes of others."""
-        own, here = self.ranks.span(self.num_classes), self._is_here(ids)
-        return (ids - own.start).masked_fill(~here, 0), values * here
-
-    def _is_here(self, ids: Tensor) -> Tensor:
-        own = self.ranks.span(self.num_classes)
-        return (ids >= own.start) & (ids < own.stop)
+    def _places(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of this rank, 0 at the classes of others, and which classes are its own."""
+        return places_in(self.ranks.span(self.num_classes), ids)
 
     def _own_sampled_losses(self, rows: Tensor, ids: Tensor, values: Tensor) -> Tensor:  # (N,)
         """Of this rank's classes alone: positive terms, and negatives divided by how often they are expected."""
         drawn = drawn_of_rank(self, rows, ids, values)
-        places, own_values = self._own_targets(ids, values)
+        places, here = self._places(ids)
+        own_values = values * here
         rows = copied(rows, self.ranks)
         if not len(self.weight):
             return no_logits(rows, self.weight, self.bias, self.sparse)
-        of_targets, of_candidates = logits_of_rank(self, rows, places, self._is_here(ids), drawn)
+        of_targets, of_candidates = logits_of_rank(self, rows, places, here, drawn)
         negatives = -F.logsigmoid(-of_candidates) * (-drawn.log_counts).exp().to(values.dtype)
         unused = accidental_hits(ids, values, drawn.ids) | ~drawn.here
         negatives = negatives.masked_fill(unused, 0).sum(1)

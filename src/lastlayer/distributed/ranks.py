@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 
@@ -41,6 +42,12 @@ class Ranks:
     def spans(self, total: int) -> list[slice]:
         """The rows of every rank."""
         return [self.span(total, rank) for rank in range(self.size)]
+
+
+def places_in(own: slice, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Where ids are among neighbouring ones (0 if they are none of these), and which of them are."""
+    here = (ids >= own.start) & (ids < own.stop)
+    return (ids - own.start).masked_fill(~here, 0), here
 
 
 def check_ranks(

@@ -8,6 +8,7 @@ from torch import Tensor
 from lastlayer.distributed.collectives import gathered, summed
 from lastlayer.distributed.layer import ShardedLayer
 from lastlayer.distributed.queries import best_of_own, best_of_ranks, reordered, sample_of_ranks
+from lastlayer.distributed.ranks import places_in
 from lastlayer.functional.selection import Selection
 
 # Log-probabilities (n, w) of neighbouring rows of the layer, and which of its rows these are.
@@ -45,10 +46,10 @@ class RowScoredLayer(ShardedLayer):
     def _scores_at(self, hidden: Tensor, slots: Tensor) -> Tensor:  # (n, d), (n, M) to (n, M)
         total: list[Tensor] = []
         for scores, own in self._own_scores(hidden):
-            here = (slots >= own.start) & (slots < own.stop)
+            places, here = places_in(own, slots)
             at = scores.sum(1, keepdim=True)  # of no class: 0, through which the gradients of other ranks flow
             if scores.shape[1]:
-                at = scores.gather(1, (slots - own.start).clamp(0, scores.shape[1] - 1))
+                at = scores.gather(1, places)
             total.append(torch.where(here, at, 0.0))
         return summed(torch.stack(total).sum(0), self.ranks)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from lastlayer.distributed.collectives import copied, largest, summed
 from lastlayer.distributed.full import ShardedSoftmaxHead
 from lastlayer.distributed.random_numbers import same_random_numbers
+from lastlayer.distributed.ranks import places_in
 from lastlayer.functional.partial_softmax import LEAST
 from lastlayer.functional.precision import exact_dtype
 from lastlayer.functional.sampled_logits import sampled_logits
@@ -40,12 +41,9 @@ def drawn_of_rank(layer: Any, rows: Tensor, ids: Tensor, weights: Tensor) -> Dra
         candidates, log_counts = layer._drawing.draw(
             layer.sampler, layer.num_samples, rows, ids, weights, layer.weight, layer.bias, layer.training
         )
-    own = layer.ranks.span(layer.num_classes)
-    here = (candidates >= own.start) & (candidates < own.stop)
-    if candidates.dim() == 1:
-        at = here.nonzero()[:, 0]
-        candidates, log_counts, here = candidates[at], log_counts[at], here[at]
-    return DrawnClasses(candidates, (candidates - own.start).masked_fill(~here, 0), here, log_counts)
+    places, here = places_in(layer.ranks.span(layer.num_classes), candidates)
+    drawn = DrawnClasses(candidates, places, here, log_counts)
+    return DrawnClasses(*(part[here] for part in drawn)) if candidates.dim() == 1 else drawn
 
 
 def logits_of_rank(

@@ -11,7 +11,7 @@ from lastlayer.distributed.full import ShardedSoftmaxHead
 from lastlayer.distributed.one_vs_all import ShardedOneVsAll
 from lastlayer.distributed.parameters import local
 from lastlayer.distributed.queries import best_of_ranks, sample_of_ranks, selection_of
-from lastlayer.distributed.ranks import Ranks
+from lastlayer.distributed.ranks import Ranks, places_in
 from lastlayer.functional.changes import count_of_changes
 from lastlayer.functional.checks import check_count, check_hidden, check_positive
 from lastlayer.functional.partial_softmax import LEAST, mapped
@@ -124,14 +124,13 @@ class ShardedScreen(nn.Module):
     ) -> Tensor:  # (..., C), 0 where padded
         """Log-probabilities of given candidates: their exact logits, under the screens' own normaliser."""
         rows = self._rows(hidden)
-        own = self._own()
 
         def score(ids: Tensor) -> Tensor:
             _, _, _, peak, log_mass = self._own_best(rows, 1, None, None)
             peak, log_mass = self._of_ranks(peak, log_mass)
-            here, values = (ids >= own.start) & (ids < own.stop), peak.new_zeros(ids.shape)
+            (places, here), values = places_in(self._own(), ids), peak.new_zeros(ids.shape)
             if self.screen is not None:
-                at = self._logits_at(rows, (ids - own.start).masked_fill(~here, 0))
+                at = self._logits_at(rows, places)
                 values = torch.where(here, mapped(at, self.logit_map) - peak[:, None], 0.0)
             return summed(values, self.ranks) - log_mass[:, None]
 
