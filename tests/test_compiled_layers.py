@@ -281,8 +281,7 @@ class Fixed(Uniform):
     """The same classes each time, whose random numbers are not Inductor's."""
 
     def _draw(self, num_sets, num_samples, device):
-        ids = torch.arange(num_sets * num_samples, device=device).view(num_sets, num_samples) % self.num_classes
-        return ids, self._log_prob(ids)
+        return torch.arange(num_sets * num_samples, device=device).view(num_sets, num_samples) % self.num_classes
 
 
 class OneOfEachKind(nn.Module):

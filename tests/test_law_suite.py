@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lastlayer import OutputLayer
+from lastlayer.functional.reduce import at_kept, kept_rows
 from lastlayer.testing import LayerCase, certify
 
 
@@ -53,7 +54,7 @@ class DetachedLoss(NaiveSoftmax):
 
 class CountsIgnored(NaiveSoftmax):
     def _loss(self, hidden, targets):
-        row_loss = self._at_kept(self._row_loss, hidden, targets)
+        row_loss = at_kept(self._row_loss, *kept_rows(hidden, targets, self.ignore_index))
         return {"mean": row_loss.mean(), "sum": row_loss.sum(), "none": row_loss}[self.reduction]
 
 

@@ -156,6 +156,7 @@ def one_vs_all_is_equal(group, sampled, V):
             calls = {
                 "loss": loss,
                 "scores": lambda layer, h: layer.scores(h),
+                "score": lambda layer, h: layer.score(h, several[: len(h)]),
                 "topk": lambda layer, h: layer.topk(h, 2, exclude=several[: len(h)]).scores,
             }
             check_calls(layer, sharded, hidden, None, calls, f"one against all, V={V}, {rows} rows, {reduction}")

@@ -40,11 +40,7 @@ class ShardedSoftmaxHead(ShardedLayer, SoftmaxHead):
         return divided_score(self._head(), copied(hidden, self.ranks), ids)
 
     def _topk(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:
-        log_prob, indices = divided_topk(self._head(), hidden, k, selection)
-        if torch.is_grad_enabled():  # the search is not differentiable, its result is
-            absent = log_prob == -torch.inf
-            log_prob = self._score(hidden, indices.masked_fill(absent, 0)).masked_fill(absent, -torch.inf)
-        return log_prob, indices
+        return self._differentiable(hidden, *divided_topk(self._head(), hidden, k, selection))
 
     def _sample(self, hidden: Tensor, num_samples: int) -> Tensor:
         return torch.cat([divided_sample(self._head(), rows, num_samples) for rows in self._row_chunks(hidden)])

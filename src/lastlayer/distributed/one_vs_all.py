@@ -44,19 +44,13 @@ class ShardedOneVsAll(RowScoredLayer, OneVsAll):
     def _log_prob(self, hidden: Tensor) -> Tensor:
         return OneVsAll._log_prob(self, hidden)
 
-    def _score(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        return OneVsAll._log_prob(self, hidden)
-
-    def _weighted_loss(self, rows: Tensor, ids: Tensor, values: Tensor, row_weights: Tensor) -> Tensor:
+    def _all_losses(self, rows: Tensor, ids: Tensor, values: Tensor, row_weights: Tensor | None = None) -> Tensor:
         places, here = self._places(ids)
-        own = super()._weighted_loss(copied(rows, self.ranks), places, values * here, row_weights)
+        own = super()._all_losses(copied(rows, self.ranks), places, values * here, row_weights)
         return summed(own, self.ranks)
 
-    def _row_losses(self, rows: Tensor, ids: Tensor, values: Tensor) -> Tensor:
-        if self.sampler is not None:
-            return summed(self._own_sampled_losses(rows, ids, values), self.ranks)
-        places, here = self._places(ids)
-        return summed(super()._row_losses(copied(rows, self.ranks), places, values * here), self.ranks)
+    def _sampled_losses(self, rows: Tensor, ids: Tensor, values: Tensor) -> Tensor:
+        return summed(self._own_sampled_losses(rows, ids, values), self.ranks)
 
     def _places(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of this rank, 0 at the classes of others, and which classes are its own."""

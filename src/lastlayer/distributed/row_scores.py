@@ -9,7 +9,7 @@ from lastlayer.distributed.collectives import gathered, summed
 from lastlayer.distributed.layer import ShardedLayer
 from lastlayer.distributed.queries import best_of_own, best_of_ranks, reordered, sample_of_ranks
 from lastlayer.distributed.ranks import places_in
-from lastlayer.functional.selection import Selection
+from lastlayer.functional.selection import Selection, topk_in_chunks
 
 # Log-probabilities (n, w) of neighbouring rows of the layer, and which of its rows these are.
 Part = tuple[Tensor, slice]
@@ -66,13 +66,8 @@ class RowScoredLayer(ShardedLayer):
             return best_of_ranks(*best_of_own(self._own_scores(part), k, selected), self.ranks)
 
         with torch.no_grad():
-            scores, found = self._chunked_topk(of_chunk, hidden, reordered(selection, order, rows))
-        classes = found if order is None else order[found]
-        if torch.is_grad_enabled():  # the search is not differentiable, its result is
-            absent = scores == -torch.inf
-            some = self._some_scores(hidden, classes.masked_fill(absent, 0))
-            scores = some.masked_fill(absent, -torch.inf)
-        return scores, classes
+            scores, found = topk_in_chunks(of_chunk, self._row_chunks(hidden), reordered(selection, order, rows))
+        return self._differentiable(hidden, scores, found if order is None else order[found])
 
     @torch.no_grad()
     def _sample(self, hidden: Tensor, num_samples: int) -> Tensor:

@@ -38,9 +38,7 @@ def check_sampling(layer: Any) -> None:
 def drawn_of_rank(layer: Any, rows: Tensor, ids: Tensor, weights: Tensor) -> DrawnClasses:
     """The candidates of `OneVsAll` or `SampledSoftmax` for a batch, the same on all ranks."""
     with same_random_numbers(layer.ranks, rows.device):
-        candidates, log_counts = layer._drawing.draw(
-            layer.sampler, layer.num_samples, rows, ids, weights, layer.weight, layer.bias, layer.training
-        )
+        candidates, log_counts = layer._draw(rows, ids, weights)
     places, here = places_in(layer.ranks.span(layer.num_classes), candidates)
     drawn = DrawnClasses(candidates, places, here, log_counts)
     return DrawnClasses(*(part[here] for part in drawn)) if candidates.dim() == 1 else drawn

@@ -26,6 +26,14 @@ def at_kept(
     return values.new_zeros(len(kept)).index_copy(0, at, values)
 
 
+def kept_rows(hidden: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor | None, Tensor, Tensor]:
+    """What `at_kept` takes, for one target a row: `kept`, `hidden`, and targets that are classes at every row."""
+    kept = targets != ignore_index
+    if eager_on_cpu(targets) and bool(kept.all()):  # the common case, in few operations
+        return None, hidden, targets
+    return kept, hidden, targets.masked_fill(~kept, 0)
+
+
 def reduce_loss(
     row_loss: Tensor,  # (...), 0 where ignored
     kept: Tensor | None,  # (...), bool; None: every row is

@@ -1,7 +1,7 @@
 """Which classes a query may return: ids excluded for each row, and the classes allowed for all rows."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -118,3 +118,19 @@ def _as_rows(name: str, ids: Tensor, shape: torch.Size) -> Tensor:
             f"{name} must have hidden's leading shape and one more dimension, ({expected}); got {tuple(ids.shape)}"
         )
     return ids.reshape(math.prod(shape), ids.shape[-1])  # numel() would fix the batch of an export
+
+
+def topk_in_chunks(
+    of_chunk: Callable[[Tensor, Selection | None], tuple[Tensor, Tensor]],  # of some rows and their selection
+    chunks: Sequence[Tensor],  # (n, d) each
+    selection: Selection | None,  # of all rows
+) -> tuple[Tensor, Tensor]:  # (N, k) each
+    """The values and indices of every chunk, one after the other."""
+    found, start = [], 0
+    for rows in chunks:
+        stop = start + rows.shape[0]  # not len(), which would fix the batch of an exported program
+        found.append(of_chunk(rows, None if selection is None else selection.rows(slice(start, stop))))
+        start = stop
+    if len(found) == 1:
+        return found[0]
+    return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])

@@ -15,13 +15,13 @@ from lastlayer.functional.checks import (
     check_hidden,
     check_positive,
     check_targets,
-    eager_on_cpu,
 )
 from lastlayer.functional.ordinary import ordinary, readable
-from lastlayer.functional.reduce import at_kept, reduce_loss
+from lastlayer.functional.reduce import at_kept, kept_rows, reduce_loss
 from lastlayer.functional.results import TopK
 from lastlayer.functional.sampling import sample_classes
-from lastlayer.functional.selection import Selection, candidate_scores, make_selection
+from lastlayer.functional.selection import Selection, candidate_scores, make_selection, topk_in_chunks
+from lastlayer.layers.parts import keep_buffers
 
 # Rows of (rows, V) log-probabilities that `sample` and the default `topk` hold at once, in numbers.
 CHUNK_NUMBERS = 1 << 24
@@ -81,7 +81,7 @@ class OutputLayer(nn.Module, ABC):
     """
 
     sparse = False  # whether gradients of `weight` and `bias` are row-sparse in training
-    _planned: Mapping[str, Tensor] | None = None  # buffers of a layer made on "meta", until it has memory
+    _planned: Mapping[str, Tensor] | None = None  # what buffers of a layer made on "meta" will hold
 
     def __init__(
         self, in_features: int, num_classes: int, *, reduction: str = "mean", ignore_index: int = -100
@@ -117,7 +117,8 @@ class OutputLayer(nn.Module, ABC):
     ) -> Tensor:  # (...), 0 where ignored
         """The exact log-probability of one class a row; of several, `score` costs less."""
         rows, ids = self._flatten(hidden, targets)
-        return self._at_kept(self._target_log_prob, rows, ids).reshape(targets.shape)
+        values = at_kept(self._target_log_prob, *kept_rows(rows, ids, self.ignore_index))
+        return values.reshape(targets.shape)
 
     def score(
         self,
@@ -220,10 +221,8 @@ class OutputLayer(nn.Module, ABC):
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The reduced loss; `targets` may hold `ignore_index`."""
-        kept = targets != self.ignore_index
-        if eager_on_cpu(targets) and bool(kept.all()):  # the common case, in few operations
-            return reduce_loss(self._row_loss(hidden, targets), None, self.reduction)
-        return reduce_loss(self._at_kept(self._row_loss, hidden, targets), kept, self.reduction)
+        kept, *rows = kept_rows(hidden, targets, self.ignore_index)
+        return reduce_loss(at_kept(self._row_loss, kept, *rows), kept, self.reduction)
 
     def _score(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """`hidden (N, d)`, valid `ids (N, C)` to `(N, C)`."""
@@ -252,22 +251,20 @@ class OutputLayer(nn.Module, ABC):
     # Written once for every layer.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OutputLayer":
+        """A cast of the layer is none of its buffers, and those that get memory get their planned values."""
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        if self._planned is not None and not self._lacks_memory(self._planned):
-            for name, values in self._planned.items():
-                setattr(self, name, values.to(getattr(self, name).device))
-            self._planned = None
+        keep_buffers(self, {name: buffer for name, buffer in before.items() if buffer.is_floating_point()})
+        planned = self._planned or {}
+        filled = {n: values for n, values in planned.items() if before[n].is_meta and not getattr(self, n).is_meta}
+        if filled:
+            keep_buffers(self, filled)
             self._derive()
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super()._load_from_state_dict(self._to_load(state_dict, prefix), prefix, *args)
-        if self._planned is not None and not self._lacks_memory(self._planned):
-            self._planned = None
         self._derive()
-
-    def _lacks_memory(self, names: Iterable[str]) -> bool:
-        return any(getattr(self, name).is_meta for name in names)
 
     def _dense_topk(
         self, scores_of: Callable[[Tensor], Tensor], hidden: Tensor, k: int, selection: Selection | None
@@ -279,7 +276,7 @@ class OutputLayer(nn.Module, ABC):
             values, indices = (scores if own is None else own.bar(scores)).topk(k)
             return values, indices
 
-        return self._chunked_topk(of_chunk, hidden, selection)
+        return topk_in_chunks(of_chunk, self._row_chunks(hidden), selection)
 
     def _searched_topk(
         self, search: Search, cost: SearchCost, hidden: Tensor, k: int, selection: Selection | None
@@ -301,29 +298,17 @@ class OutputLayer(nn.Module, ABC):
 
         with torch.no_grad():
             if searching:
-                log_prob, indices = self._chunked_topk(of_chunk, hidden, selection)
+                found = topk_in_chunks(of_chunk, self._row_chunks(hidden), selection)
             else:
-                log_prob, indices = self._dense_topk(self._log_prob, hidden, k, selection)
-        if torch.is_grad_enabled():  # the search is not differentiable, its result is
+                found = self._dense_topk(self._log_prob, hidden, k, selection)
+        return self._differentiable(hidden, *found)
+
+    def _differentiable(self, hidden: Tensor, log_prob: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The result of a search, with gradients, which do not flow through the search."""
+        if torch.is_grad_enabled():
             absent = log_prob == -torch.inf
             log_prob = self._score(hidden, indices.masked_fill(absent, 0)).masked_fill(absent, -torch.inf)
         return log_prob, indices
-
-    def _chunked_topk(
-        self,
-        of_chunk: Callable[[Tensor, Selection | None], tuple[Tensor, Tensor]],
-        hidden: Tensor,
-        selection: Selection | None,
-    ) -> tuple[Tensor, Tensor]:
-        """`of_chunk(rows, selection of these rows)` for a chunk of rows after the other."""
-        found, start = [], 0
-        for rows in self._row_chunks(hidden):
-            stop = start + rows.shape[0]  # not len(), which would fix the batch of an exported program
-            found.append(of_chunk(rows, None if selection is None else selection.rows(slice(start, stop))))
-            start = stop
-        if len(found) == 1:
-            return found[0]
-        return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
 
     def _row_chunks(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """`hidden (N, d)` in pieces whose `(rows, V)` log-probabilities stay small; one empty piece if N = 0."""
@@ -346,10 +331,3 @@ class OutputLayer(nn.Module, ABC):
         rows = self._rows(hidden)
         ids, _ = check_targets(targets, hidden.shape[:-1], self.num_classes, self.ignore_index)
         return rows, ids.reshape(-1)
-
-    def _at_kept(self, hook: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-        """`hook(hidden, targets)` at the targets that are not ignored, 0 elsewhere."""
-        kept = targets != self.ignore_index
-        if eager_on_cpu(targets) and bool(kept.all()):
-            return hook(hidden, targets)
-        return at_kept(hook, kept, hidden, targets.masked_fill(~kept, 0))

@@ -1,30 +1,26 @@
 """One sigmoid for each class: the output layer of multi-label classifiers."""
 
 import math
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lastlayer.functional.checks import check_vector, eager_on_cpu
+from lastlayer.functional.checks import eager_on_cpu
 from lastlayer.functional.linear_twin import mapped_logits
 from lastlayer.functional.one_vs_all import RowTargets, one_vs_all_loss
-from lastlayer.functional.outside_graphs import outside_graphs
-from lastlayer.functional.precision import as_exact, exact_dtype
+from lastlayer.functional.precision import exact_dtype
 from lastlayer.functional.reduce import at_kept, reduce_loss
 from lastlayer.functional.results import ScoreTopK
 from lastlayer.functional.sampled_logits import sampled_logits
 from lastlayer.functional.sampled_losses import accidental_hits
 from lastlayer.functional.sparse_targets import sparse_targets
-from lastlayer.layers.base import OutputLayer
-from lastlayer.layers.parts import beside, draw, matrix_shapes, tied_or_new
-from lastlayer.layers.sampled.drawing import Drawing, check_sampler
+from lastlayer.layers.sampled.drawing import DrawingLayer
 from lastlayer.layers.samplers.base import Sampler
 
 
-class OneVsAll(OutputLayer):
+class OneVsAll(DrawingLayer):
     r"""`F.binary_cross_entropy_with_logits(linear(hidden), y, pos_weight=...)` without the `(N, V)` logits.
 
     With dense targets y `(N, V)`, which are never made, the loss of a row is
@@ -67,10 +63,7 @@ class OneVsAll(OutputLayer):
         torch.Size([2, 5])
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
     positive_weights: Tensor | None  # (V,)
-    sampler: Sampler | None
 
     def __init__(
         self,
@@ -88,33 +81,31 @@ class OneVsAll(OutputLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, num_classes, reduction=reduction, ignore_index=ignore_index)
+        super().__init__(
+            in_features,
+            num_classes,
+            bias=bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            device=device,
+            dtype=dtype,
+        )
         if (sampler is None) != (num_samples is None):
             raise ValueError(f"sampler and num_samples go together, got {sampler!r} and {num_samples!r}")
         if sparse and sampler is None:
             raise ValueError(
                 "sparse=True needs a sampler: with all classes as negatives no row has a gradient of 0"
             )
-        self.weight = tied_or_new(weight, (self.num_classes, self.in_features), device, dtype)
-        self.bias = nn.Parameter(self.weight.new_empty(self.num_classes)) if bias else None
-        self._reset_bias()
-        self.positive_weight = positive_weight if isinstance(positive_weight, (int, float)) else 1.0
-        self.register_buffer("positive_weights", self._check_positive_weight(positive_weight), persistent=False)
-        if sampler is not None:
-            assert num_samples is not None
-            check_sampler(sampler, self.num_classes, num_samples)
-            sampler = sampler if self.weight.is_meta else sampler.to(self.weight.device)
-        self.sampler, self.num_samples, self.sparse = sampler, num_samples, sparse
-        self._drawing = Drawing()
-
-    def reset_parameters(self) -> None:
-        """Draws the weight (a tied one too) anew, as `nn.Linear`; biases give each class the probability 1 / V."""
-        draw(self.weight, self.in_features)
-        self._reset_bias()
-
-    def _reset_bias(self) -> None:
-        if self.bias is not None:
-            nn.init.constant_(self.bias, -math.log(self.num_classes))
+        self._start_bias(-math.log(self.num_classes))
+        self._check_positive_weight(positive_weight)
+        several = isinstance(positive_weight, Tensor)
+        self.positive_weight = 1.0 if several else float(positive_weight)
+        own = self._class_values("positive_weight", positive_weight) if several else None
+        self.register_buffer("positive_weights", own, persistent=False)
+        self.sampler, self.num_samples = None, None
+        if sampler is not None and num_samples is not None:
+            self._set_sampler(sampler, num_samples, sparse)
 
     def forward(
         self,
@@ -139,8 +130,7 @@ class OneVsAll(OutputLayer):
             wrong = found.weights[(found.weights < 0) | ~(found.weights <= 1)][0].item()
             name = "targets" if target_weights is None else "target_weights"
             raise ValueError(f"{name} must be from 0 to 1 for each class of a row, got {wrong}")
-        run = self._multi_label_loss if self._compiles() else self._loss_outside_graphs
-        loss = run(rows, *found)
+        loss = self._loss_in_graphs(rows, *found)
         return loss.reshape(shape) if self.reduction == "none" else loss
 
     def scores(
@@ -170,14 +160,7 @@ class OneVsAll(OutputLayer):
         """The logits of given candidates, without the rest: `scores(hidden).gather(-1, ids)`; differentiable."""
         return super().score(hidden, ids)
 
-    def linear_head(self) -> tuple[Tensor, Tensor | None, nn.Module | None]:
-        """`(weight, bias, None)`: the parameters themselves."""
-        return self.weight, self.bias, None
-
     # The hooks.
-
-    def _parameter_shapes(self) -> Iterable[tuple[str, Tensor | None, tuple[int, ...]]]:
-        return matrix_shapes(self)
 
     def _log_prob(self, hidden: Tensor) -> Tensor:
         raise TypeError(
@@ -197,37 +180,29 @@ class OneVsAll(OutputLayer):
     def _topk(self, hidden: Tensor, k: int, selection: Any) -> tuple[Tensor, Tensor]:
         return self._dense_topk(self._scores, hidden, k, selection)
 
-    def _compiles(self) -> bool:
-        """Whether a compiled graph can hold the loss: Inductor has no sparse gradients."""
-        return self.sampler is None or (self.sampler.compiles and not self.sparse)
-
-    def _multi_label_loss(self, rows: Tensor, ids: Tensor, values: Tensor, kept: Tensor | None) -> Tensor:
+    def _loss_of_batch(self, rows: Tensor, ids: Tensor, values: Tensor, kept: Tensor | None) -> Tensor:
         values = values.to(exact_dtype(rows.dtype))
         if self.sampler is not None or self.reduction == "none":
-            return reduce_loss(at_kept(self._row_losses, kept, rows, ids, values), kept, self.reduction)
+            row_losses = self._all_losses if self.sampler is None else self._sampled_losses
+            return reduce_loss(at_kept(row_losses, kept, rows, ids, values), kept, self.reduction)
         if kept is not None and eager_on_cpu(kept):  # ignored rows cost nothing
             at = kept.nonzero().squeeze(1)
             rows, ids, values, kept = rows.index_select(0, at), ids[at], values[at], None
         counted = values.new_ones(len(rows)) if kept is None else kept.to(values.dtype)
         whole = counted.sum() if self.reduction == "mean" else counted.new_ones(())
-        total = self._weighted_loss(rows, ids, values, (counted / whole).nan_to_num(0.0))
+        total = self._all_losses(rows, ids, values, (counted / whole).nan_to_num(0.0))
         return total + (whole / whole - 1)  # nan where a mean is over nothing
 
-    _loss_outside_graphs = outside_graphs(_multi_label_loss)
-
-    def _weighted_loss(self, rows: Tensor, ids: Tensor, values: Tensor, row_weights: Tensor) -> Tensor:  # ()
-        """The sum of the losses of rows, each times its weight."""
+    def _all_losses(
+        self, rows: Tensor, ids: Tensor, values: Tensor, row_weights: Tensor | None = None
+    ) -> Tensor:  # (N,), or () with weights
+        """The losses over all classes, or their sum, each times its weight."""
         targets = RowTargets(ids, values, self._positive_weights_at(ids, values))
         return one_vs_all_loss(rows, self.weight, self.bias, targets, row_weights)
 
-    def _row_losses(self, rows: Tensor, ids: Tensor, values: Tensor) -> Tensor:  # (N,)
-        """With a sampler the positive terms, and each negative divided by how often it is expected."""
-        if self.sampler is None or self.num_samples is None:
-            targets = RowTargets(ids, values, self._positive_weights_at(ids, values))
-            return one_vs_all_loss(rows, self.weight, self.bias, targets)
-        candidates, log_counts = self._drawing.draw(
-            self.sampler, self.num_samples, rows, ids, values, self.weight, self.bias, self.training
-        )
+    def _sampled_losses(self, rows: Tensor, ids: Tensor, values: Tensor) -> Tensor:  # (N,)
+        """The positive terms, and each negative divided by how often it is expected."""
+        candidates, log_counts = self._draw(rows, ids, values)
         of_targets, of_candidates = sampled_logits(
             rows, self.weight, self.bias, ids, candidates, sparse=self.sparse
         )
@@ -243,25 +218,7 @@ class OneVsAll(OutputLayer):
             return torch.full_like(values, self.positive_weight)
         return self.positive_weights[ids].to(values.dtype)
 
-    def _check_positive_weight(self, positive_weight: float | Tensor) -> Tensor | None:
-        """The weights of the classes, or None where all have one."""
-        if isinstance(positive_weight, Tensor):
-            check_vector("positive_weight", positive_weight, self.num_classes)
-            valid = bool(((positive_weight >= 0) & positive_weight.isfinite()).all())
-        else:
-            valid = 0 <= positive_weight < float("inf")
-        if not valid:
+    def _check_positive_weight(self, positive_weight: float | Tensor) -> None:
+        values = torch.as_tensor(positive_weight, device="cpu")
+        if not bool(((values >= 0) & values.isfinite()).all()):
             raise ValueError(f"positive_weight must be finite and at least 0, got {positive_weight!r}")
-        if not isinstance(positive_weight, Tensor):
-            return None
-        return beside(as_exact(positive_weight.detach()), self.weight)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OneVsAll":
-        """A cast of the layer is none of the positive weights, and a move through "meta" does not lose them."""
-        kept = self.positive_weights
-        super()._apply(fn, recurse)
-        self.positive_weights = beside(kept, self.weight)
-        return self
-
-    def _derive(self) -> None:
-        self._drawing.forget()

@@ -1,7 +1,4 @@
-"""What layers over one weight share."""
-
-from collections.abc import Iterator
-from typing import Any
+"""What layers over one weight share, and how a module's buffers are kept."""
 
 import torch
 from torch import Tensor, nn
@@ -37,18 +34,15 @@ def tied(weight: nn.Parameter, shape: tuple[int, int]) -> nn.Parameter:
     return weight
 
 
-def matrix_shapes(layer: Any) -> Iterator[tuple[str, Tensor | None, tuple[int, ...]]]:
-    """What `OutputLayer._parameter_shapes` of a layer with `weight (V, d)` and `bias (V,)` gives."""
-    yield "weight", layer.weight, (layer.num_classes, layer.in_features)
-    yield "bias", layer.bias, (layer.num_classes,)
-
-
-def beside(buffer: Tensor | None, weight: Tensor) -> Tensor | None:
-    """A buffer on the weight's device, in its own dtype; where that is "meta", the values stay where they are."""
-    return buffer if buffer is None or weight.is_meta else buffer.to(weight.device)
-
-
 def map_beside(logit_map: LogitMap | None, weight: nn.Parameter) -> LogitMap | None:
     """The map, checked, on the weight's device and in its dtype."""
     check_logit_map(logit_map)
     return None if logit_map is None else logit_map.to(device=weight.device, dtype=weight.dtype)
+
+
+def keep_buffers(module: nn.Module, before: dict[str, Tensor]) -> None:
+    """Gives buffers that were moved or cast their dtype back, and those that went to "meta" their values."""
+    for name, buffer in before.items():
+        moved = getattr(module, name)
+        if not buffer.is_meta:
+            setattr(module, name, buffer if moved.is_meta else buffer.to(moved.device))

@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lastlayer.functional.checks import check_positive, eager_on_cpu
-from lastlayer.functional.outside_graphs import outside_graphs
+from lastlayer.functional.checks import eager_on_cpu
 from lastlayer.functional.reduce import at_kept, reduce_loss
 from lastlayer.functional.sampled_logits import sampled_logits
 from lastlayer.functional.sampled_losses import accidental_hits
 from lastlayer.functional.soft_targets import check_target_weights
 from lastlayer.functional.sparse_targets import sparse_targets
-from lastlayer.layers.sampled.drawing import Drawing, check_sampler
+from lastlayer.layers.sampled.drawing import DrawingLayer
 from lastlayer.layers.samplers.base import Sampler
 from lastlayer.layers.softmax_head import SoftmaxHead
 
@@ -33,7 +32,7 @@ class Batch(NamedTuple):
     examples: Tensor | None = None  # (N,), which training example each row is, where a layer wants to know
 
 
-class SampledLayer(SoftmaxHead):
+class SampledLayer(DrawingLayer, SoftmaxHead):
     """A linear layer that is evaluated as a full softmax, and trained on its targets and sampled candidates.
 
     A training step reads the rows of `weight` of these classes only, and with `sparse=True` its gradients hold no
@@ -59,7 +58,7 @@ class SampledLayer(SoftmaxHead):
         ValueError: a sampler of another number of classes, or an argument out of range.
     """
 
-    sampler: Sampler
+    target_once = False  # whether a target counts once, however often it would be drawn
 
     def __init__(
         self,
@@ -73,12 +72,8 @@ class SampledLayer(SoftmaxHead):
         **options: Any,
     ) -> None:
         super().__init__(in_features, num_classes, **options)
-        self.num_samples = check_positive("num_samples", num_samples)
-        check_sampler(sampler, self.num_classes, self.num_samples)
-        self.sampler = sampler if self.weight.is_meta else sampler.to(self.weight.device)
+        self._set_sampler(sampler, num_samples, sparse)
         self.remove_hits = remove_hits or sampler.samples_targets
-        self.sparse = sparse
-        self._drawing = Drawing()
 
     def forward(
         self,
@@ -96,7 +91,7 @@ class SampledLayer(SoftmaxHead):
         ids, weights, kept = sparse_targets(targets, target_weights, shape, self.num_classes, self.ignore_index)
         check_target_weights("targets" if target_weights is None else "target_weights", weights)
         by_class_weight = self.class_weights is not None and target_weights is None and targets.shape == shape
-        loss = self._sampled_loss(rows, ids, weights, kept, by_class_weight)
+        loss = self._loss_in_graphs(rows, ids, weights, kept, by_class_weight)
         return loss.reshape(shape) if self.reduction == "none" else loss
 
     def extra_repr(self) -> str:
@@ -108,13 +103,10 @@ class SampledLayer(SoftmaxHead):
     def _batch_loss(self, batch: Batch) -> Tensor:
         """The loss of every row, `(N,)`, from the uncorrected logits."""
 
-    def _target_log_counts(self, batch: Batch) -> Tensor:
-        """How often each target is expected in a set, `(N, K)`, in the dtype of the logits."""
-        found = self.sampler.log_expected_counts(batch.targets, self.num_samples, batch.hidden)
-        return self._checked(found, batch)
-
-    def _checked(self, log_counts: Tensor, batch: Batch) -> Tensor:
-        """The log counts of targets, or an error where one is -inf: such a target's correction is infinite."""
+    def _target_log_counts(self, batch: Batch) -> Tensor:  # (N, K), in the dtype of the logits
+        """How often each target is expected in a set, or an error where that is never: no correction is finite."""
+        count = self.sampler.log_inclusion if self.target_once else self.sampler.log_expected_counts
+        log_counts = count(batch.targets, self.num_samples, batch.hidden)
         never = (log_counts == -torch.inf) & (batch.target_weights != 0)
         if eager_on_cpu(never) and bool(never.any()):
             wrong = int(batch.targets[never][0])
@@ -125,13 +117,6 @@ class SampledLayer(SoftmaxHead):
         return log_counts.to(batch.target_logits.dtype)
 
     # Written once for every sampled loss.
-
-    def _compiles(self) -> bool:
-        """Whether a compiled graph can hold the loss: Inductor has no sparse gradients."""
-        return self.sampler.compiles and not self.sparse
-
-    def _sampled_loss(self, *batch: Any) -> Tensor:
-        return self._loss_of_batch(*batch) if self._compiles() else self._loss_outside_graphs(*batch)
 
     def _loss_of_batch(
         self,
@@ -148,8 +133,6 @@ class SampledLayer(SoftmaxHead):
             return row_loss.sum() / (of_rows if kept is None else of_rows * kept).sum()
         return reduce_loss(row_loss, kept, self.reduction)
 
-    _loss_outside_graphs = outside_graphs(_loss_of_batch)
-
     def _class_weights_of(self, ids: Tensor) -> Tensor:
         assert self.class_weights is not None
         return self.class_weights[ids]
@@ -158,13 +141,7 @@ class SampledLayer(SoftmaxHead):
         self, rows: Tensor, ids: Tensor, weights: Tensor, examples: Tensor | None
     ) -> Tensor:  # (N,)
         """The loss of every row, from a fresh sample."""
-        return self._batch_loss(self._sampled(rows, ids, weights)._replace(examples=examples))
-
-    def _sampled(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Batch:
-        """A batch with its candidates and logits."""
-        candidates, log_counts = self._drawing.draw(
-            self.sampler, self.num_samples, rows, ids, weights, self.weight, self.bias, self.training
-        )
+        candidates, log_counts = self._draw(rows, ids, weights)
         of_targets, of_candidates = sampled_logits(
             rows, self.weight, self.bias, ids, candidates, sparse=self.sparse
         )
@@ -176,11 +153,8 @@ class SampledLayer(SoftmaxHead):
             loss_weights = weights * self.class_weights[ids].to(weights.dtype)
             whole = weights.sum(1)
             noise_weights = torch.where(whole == 0, 1.0, loss_weights.sum(1) / whole)
-        return Batch(
+        batch = Batch(
             rows, ids, weights, candidates, log_counts.to(of_targets.dtype),
-            of_targets, of_candidates, loss_weights, noise_weights,
+            of_targets, of_candidates, loss_weights, noise_weights, examples,
         )  # fmt: skip
-
-    def _derive(self) -> None:
-        """Another weight: the sampler looks at all of it."""
-        self._drawing.forget()
+        return self._batch_loss(batch)

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lastlayer.functional.checks import check_fraction
 from lastlayer.functional.sampled_losses import noise_contrastive_loss, positive_power
@@ -69,12 +69,7 @@ class NegativeSampling(SampledLayer):
     ) -> None:
         super().__init__(in_features, num_classes, sampler, num_samples, remove_hits=remove_hits, **options)
         self.calibration = check_fraction("calibration", calibration)
-        self._reset_bias()
-
-    def _reset_bias(self) -> None:
-        """Gives each class the probability 1 / num_samples."""
-        if self.bias is not None:
-            nn.init.constant_(self.bias, -math.log(self.num_samples))
+        self._start_bias(-math.log(self.num_samples))
 
     def _batch_loss(self, batch: Batch) -> Tensor:
         power = positive_power(self.num_samples, self.num_classes, self.calibration)

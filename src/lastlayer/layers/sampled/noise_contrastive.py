@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lastlayer.functional.linear_statistics import linear_statistics
 from lastlayer.functional.sampled_losses import noise_contrastive_loss
@@ -64,20 +64,12 @@ class NoiseContrastive(SampledLayer):
         **options: Any,
     ) -> None:
         super().__init__(in_features, num_classes, sampler, num_samples, remove_hits=remove_hits, **options)
-        self._normalized_at_first = log_normalizer is None and self.bias is not None
-        if self._normalized_at_first:
-            self._reset_bias()
         if log_normalizer is None:
+            self._start_bias(-math.log(self.num_classes))
             log_normalizer = math.log(self.num_classes) if self.bias is None else 0.0
         if not math.isfinite(log_normalizer):
             raise ValueError(f"log_normalizer must be finite, got {log_normalizer!r}")
         self.log_normalizer = log_normalizer
-
-    def _reset_bias(self) -> None:
-        if not self._normalized_at_first:
-            super()._reset_bias()
-        elif self.bias is not None:
-            nn.init.constant_(self.bias, -math.log(self.num_classes))
 
     @torch.no_grad()
     def log_normalizers(

@@ -75,6 +75,7 @@ class SampledSoftmax(SampledLayer):
     ) -> None:
         super().__init__(in_features, num_classes, sampler, num_samples, remove_hits=remove_hits, **options)
         self.correction = check_choice("correction", correction, CORRECTIONS)
+        self.target_once = remove_hits
 
     def _batch_loss(self, batch: Batch) -> Tensor:
         of_targets, of_candidates = below_peak(batch.target_logits, batch.candidate_logits, batch.target_weights)
@@ -83,13 +84,6 @@ class SampledSoftmax(SampledLayer):
         if self.correction != "none":
             of_candidates = of_candidates - batch.candidate_log_counts
         return sampled_softmax_loss(of_targets, of_candidates, batch.loss_weights)
-
-    def _target_log_counts(self, batch: Batch) -> Tensor:
-        """Of a target that stands in the sum once, the probability of being drawn at all."""
-        if not self.remove_hits:
-            return super()._target_log_counts(batch)
-        found = self.sampler.log_inclusion(batch.targets, self.num_samples, batch.hidden)
-        return self._checked(found, batch)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, correction={self.correction!r}, remove_hits={self.remove_hits}"

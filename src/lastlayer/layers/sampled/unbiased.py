@@ -74,7 +74,7 @@ class UnbiasedLayer(SampledLayer):
         self._flatten(hidden, targets)  # one class a row, checked
         ids, weights, kept = sparse_targets(targets, None, shape, self.num_classes, self.ignore_index)
         own = None if examples is None else self._checked_examples(examples, shape)
-        loss = self._sampled_loss(rows, ids, weights, kept, self.class_weights is not None, own)
+        loss = self._loss_in_graphs(rows, ids, weights, kept, self.class_weights is not None, own)
         return loss.reshape(shape) if self.reduction == "none" else loss
 
     # The hook.

@@ -1,5 +1,6 @@
 """The contract of every sampler: class ids from a stated distribution, and the log of their expected counts."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lastlayer.functional.checks import check_count, check_positive
+from lastlayer.layers.parts import keep_buffers
 
 
 class Candidates(NamedTuple):
@@ -69,30 +71,38 @@ class Sampler(nn.Module, ABC):
         self,
         ids: Tensor,
         hidden: Tensor | None = None,
-    ) -> Tensor:  # the shape of ids
+    ) -> Tensor:  # the shape of ids, float32 at least
         """`log q` of class ids, in one draw."""
 
-    @abstractmethod
     def log_expected_counts(
         self,
         ids: Tensor,
         num_samples: int,
         hidden: Tensor | None = None,
     ) -> Tensor:  # the shape of ids
-        """The log of how often each class is expected in one set."""
+        """The log of how often each class is expected in one set: `log(T q)` of T independent draws."""
+        return self.log_prob(ids, hidden) + math.log(self._num_draws(num_samples))
 
-    @abstractmethod
     def log_inclusion(
         self,
         ids: Tensor,
         num_samples: int,
         hidden: Tensor | None = None,
     ) -> Tensor:  # the shape of ids
-        """The log of the probability that one set holds each class; without replacement, its expected count."""
+        """The log of the probability that one set holds each class: `log(1 - (1 - q) ** T)`."""
+        log_prob, draws = self.log_prob(ids, hidden), self._num_draws(num_samples)
+        prob = log_prob.double().exp().clamp_(max=1.0)
+        if math.isinf(draws):
+            return torch.where(prob > 0, 0.0, -math.inf).to(log_prob.dtype)
+        return torch.expm1(draws * torch.log1p(-prob)).neg_().log_().to(log_prob.dtype)
 
     def check_num_samples(self, num_samples: int) -> int:
         """`num_samples`, or a ValueError where no set can have so many."""
         return check_count("num_samples", num_samples, 1)
+
+    def _num_draws(self, num_samples: int) -> float:
+        """T, the independent draws that a set of `num_samples` amounts to."""
+        return self.check_num_samples(num_samples)
 
     def observe(self, targets: Tensor) -> None:
         """Receives the targets `(N,)` of each training batch before sampling for it; most samplers ignore them."""
@@ -107,8 +117,5 @@ class Sampler(nn.Module, ABC):
         """Moves the tables, and keeps their dtype: probabilities in bfloat16 would bias every correction."""
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            moved = getattr(self, name)
-            if not buffer.is_meta and not moved.is_meta:
-                setattr(self, name, buffer.to(moved.device))
+        keep_buffers(self, before)
         return self

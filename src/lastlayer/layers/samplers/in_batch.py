@@ -1,13 +1,10 @@
 """The targets of the batch's other rows as negatives: no weight is read that the batch does not read anyway."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from lastlayer.functional.clusters import check_counts
 from lastlayer.layers.samplers.base import Candidates, Sampler
-from lastlayer.layers.samplers.independent import log_of_any
 
 
 class InBatch(Sampler):
@@ -77,21 +74,15 @@ class InBatch(Sampler):
             targets = targets[torch.randperm(len(targets), device=targets.device)[:num_samples]]
         return Candidates(targets, self.log_expected_counts(targets, num_samples))
 
-    @torch.no_grad()
     def log_prob(self, ids: Tensor, hidden: Tensor | None = None) -> Tensor:
         """The log of the classes' frequencies."""
         return (self.counts[ids] / self.total).log().float()
 
-    def log_expected_counts(self, ids: Tensor, num_samples: int, hidden: Tensor | None = None) -> Tensor:
-        """Of the targets of other rows, as a row's own is removed from its set."""
-        return self.log_prob(ids) + math.log(self._others(num_samples))
+    def _num_draws(self, num_samples: int) -> float:
+        """How many of a set's targets are of other rows, on average, as a row's own is removed from its set.
 
-    def log_inclusion(self, ids: Tensor, num_samples: int, hidden: Tensor | None = None) -> Tensor:
-        """Of the targets of other rows."""
-        return log_of_any(self.log_prob(ids), self._others(num_samples))
-
-    def _others(self, num_samples: int) -> float:
-        """How many of a set's targets are of other rows, on average; a batch of one row has none to speak of."""
+        A batch of one row has none to speak of.
+        """
         rows = len(self._batch())
         return max(min(num_samples, rows) * (rows - 1) / max(rows, 1), 1e-30)
 

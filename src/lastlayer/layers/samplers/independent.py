@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from lastlayer.functional.checks import check_count
 from lastlayer.functional.ordinary import exporting
 from lastlayer.functional.sampling import uniform_doubles
 from lastlayer.layers.samplers.base import Candidates, Sampler
-from lastlayer.layers.samplers.distinct import distinct_rows, num_draws_for
 
 
 class IndependentSampler(Sampler):
@@ -22,7 +21,7 @@ class IndependentSampler(Sampler):
     number of draws T for which the expectations sum to m: the standard approximation of inclusion probabilities,
     exact where q is uniform or all classes are drawn. T costs a few passes over all classes, once for each m.
 
-    A subclass writes `_draw` and `_log_prob`.
+    A subclass writes `_draw` and `log_prob`.
 
     Args:
         num_classes: V.
@@ -56,40 +55,22 @@ class IndependentSampler(Sampler):
         num_samples = self.check_num_samples(num_samples)
         if hidden is None and not self.shared:
             raise ValueError("hidden must be given, as shared=False draws one set for each of its rows")
-        leading = torch.Size() if self.shared or hidden is None else hidden.shape[:-1]
-        num_sets = math.prod(leading)  # numel() would fix the batch of an export
-        device = self.anchor.device if hidden is None else hidden.device
-        if self.replacement:
-            ids, log_prob = self._draw(num_sets, num_samples, device)
-            log_counts = log_prob + math.log(num_samples)
-        elif exporting():
+        if not self.replacement and exporting():
             raise RuntimeError(
                 f"{type(self).__name__}(replacement=False) of lastlayer cannot be exported: it draws until enough "
                 "classes are distinct; use replacement=True"
             )
-        else:
-            ids = self._draw_distinct(num_sets, num_samples, device)
-            log_counts = self.log_inclusion(ids, num_samples)
-        shape = (*leading, num_samples)
-        return Candidates(ids.reshape(shape), log_counts.reshape(shape))
-
-    @torch.no_grad()
-    def log_prob(self, ids: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """`log q` of class ids of any shape: of one draw, before any are set aside as repeated."""
-        return self._log_prob(ids)
+        leading = torch.Size() if self.shared or hidden is None else hidden.shape[:-1]
+        device = self.anchor.device if hidden is None else hidden.device
+        draw = self._draw if self.replacement else self._draw_distinct
+        # The product, as numel() would fix the batch of an export.
+        ids = draw(math.prod(leading), num_samples, device).reshape(*leading, num_samples)
+        return Candidates(ids, self.log_expected_counts(ids, num_samples))
 
     def log_expected_counts(self, ids: Tensor, num_samples: int, hidden: Tensor | None = None) -> Tensor:
         """`log(num_samples * q)` with replacement, `log_inclusion` without."""
-        if not self.replacement:
-            return self.log_inclusion(ids, num_samples)
-        return self.log_prob(ids) + math.log(self.check_num_samples(num_samples))
-
-    def log_inclusion(self, ids: Tensor, num_samples: int, hidden: Tensor | None = None) -> Tensor:
-        """`log(1 - (1 - q) ** T)`, where T is `num_samples` with replacement."""
-        num_samples = self.check_num_samples(num_samples)
-        log_prob = self.log_prob(ids)
-        draws = num_samples if self.replacement else self._num_draws(num_samples)
-        return log_of_any(log_prob, draws)
+        count = super().log_expected_counts if self.replacement else self.log_inclusion
+        return count(ids, num_samples)
 
     def check_num_samples(self, num_samples: int) -> int:
         """At most `num_classes` without replacement."""
@@ -104,41 +85,81 @@ class IndependentSampler(Sampler):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, replacement={self.replacement}, shared={self.shared}"
 
-    # The hooks.
-
     @abstractmethod
-    def _draw(self, num_sets: int, num_samples: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Independent draws `(num_sets, num_samples)` and their `log q`."""
-
-    @abstractmethod
-    def _log_prob(self, ids: Tensor) -> Tensor:
-        """`log q` of ids of any shape, in float32 at least."""
+    def _draw(self, num_sets: int, num_samples: int, device: torch.device) -> Tensor:
+        """Independent draws `(num_sets, num_samples)`."""
 
     def _draw_distinct(self, num_sets: int, num_samples: int, device: torch.device) -> Tensor:
         draws = self._num_draws(num_samples)
         if draws <= self.num_classes:
-            return distinct_rows(lambda count: self._draw(num_sets, count, device)[0], num_samples, draws)
+            return distinct_rows(lambda count: self._draw(num_sets, count, device), num_samples, draws)
         # Most classes are needed, and rejection would be slow: the largest log q + Gumbel noise are equivalent.
-        scores = self._log_prob(torch.arange(self.num_classes, device=device))
+        scores = self.log_prob(torch.arange(self.num_classes, device=device))
         noise = uniform_doubles((num_sets, self.num_classes), device)
         return (scores - noise.log_().neg_().log_()).topk(num_samples).indices
 
     def _num_draws(self, num_samples: int) -> float:
+        num_samples = self.check_num_samples(num_samples)
+        if self.replacement:
+            return num_samples
         if num_samples not in self._draws_for:
-            log_prob = self._log_prob(torch.arange(self.num_classes, device=self.anchor.device))
+            log_prob = self.log_prob(torch.arange(self.num_classes, device=self.anchor.device))
             self._draws_for[num_samples] = num_draws_for(log_prob, num_samples)
         return self._draws_for[num_samples]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_draws_for": {}}
+
+def num_draws_for(
+    log_prob: Tensor,  # (V,), log q
+    num_samples: int,
+) -> float:
+    """T with `sum over i of 1 - (1 - q_i) ** T == num_samples`: about how many draws make so many distinct.
+
+    The sum is concave in T, so Newton's method from T = num_samples rises to the solution and never passes it.
+
+    Raises:
+        ValueError: fewer than `num_samples` classes have a positive probability.
+    """
+    prob = log_prob.double().exp()
+    possible = int((prob > 0).sum())
+    if num_samples > possible:
+        raise ValueError(
+            f"num_samples must be at most the {possible} classes of positive probability without replacement, "
+            f"got {num_samples}"
+        )
+    if num_samples == possible:
+        return math.inf
+    log_miss = torch.log1p(-prob.clamp(max=1 - 1e-16))
+    draws = float(num_samples)
+    for _ in range(100):
+        missed = torch.exp(draws * log_miss)
+        short = num_samples - float((1 - missed).sum())
+        slope = float(-(missed * log_miss).sum())
+        if short <= 1e-9 * num_samples or slope <= 0:
+            break
+        draws += short / slope
+    return draws
 
 
-def log_of_any(
-    log_prob: Tensor,  # log q
-    draws: float,
-) -> Tensor:  # the shape of log_prob
-    """`log(1 - (1 - q) ** draws)`: of at least one in so many draws."""
-    prob = log_prob.double().exp().clamp_(max=1.0)
-    if math.isinf(draws):
-        return torch.where(prob > 0, 0.0, -math.inf).to(log_prob.dtype)
-    return torch.expm1(draws * torch.log1p(-prob)).neg_().log_().to(log_prob.dtype)
+def distinct_rows(
+    draw: Callable[[int], Tensor],  # count to (R, count) independent draws
+    num_samples: int,
+    num_draws: float,  # about how many are needed
+) -> Tensor:  # (R, num_samples)
+    """The first `num_samples` distinct ids of each row, in the order in which they were drawn."""
+    count = int(num_draws + 3 * math.sqrt(num_draws)) + 1
+    ids = draw(count)
+    while True:
+        first = _first_occurrences(ids)
+        if not len(ids) or int(first.sum(1).min()) >= num_samples:
+            break
+        ids = torch.cat([ids, draw(count)], 1)
+    kept = first & (first.cumsum(1) <= num_samples)
+    return ids[kept].reshape(len(ids), num_samples)
+
+
+def _first_occurrences(ids: Tensor) -> Tensor:  # (R, K), bool
+    """Where an id stands in its row for the first time."""
+    ordered, places = ids.sort(dim=1, stable=True)
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return torch.zeros_like(first).scatter_(1, places, first)

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lastlayer.functional.checks import check_count, check_positive
+from lastlayer.functional.checks import check_positive
 from lastlayer.layers.samplers.base import Candidates, Sampler
-from lastlayer.layers.samplers.independent import log_of_any
 
 # Numbers that one gathered or multiplied block of features may hold.
 BLOCK_NUMBERS = 1 << 23
@@ -100,7 +99,7 @@ class KernelTree(Sampler):
             ValueError: no hidden state, or of another width.
             RuntimeError: no weight is known yet: call `update(weight, bias)`.
         """
-        num_samples = check_count("num_samples", num_samples, 1)
+        num_samples = self.check_num_samples(num_samples)
         rows = self._rows(hidden)
         parts = [self._draw(part, num_samples) for part in self._blocks(rows, num_samples)]
         ids, log_prob = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
@@ -118,14 +117,6 @@ class KernelTree(Sampler):
         parts = ids.reshape(-1, ids.shape[-1]).split([len(block) for block in blocks])
         found = [self._log_prob(block, part) for block, part in zip(blocks, parts, strict=True)]
         return torch.cat(found).reshape(ids.shape)
-
-    def log_expected_counts(self, ids: Tensor, num_samples: int, hidden: Tensor | None = None) -> Tensor:
-        """`log(num_samples * q)`."""
-        return self.log_prob(ids, hidden) + math.log(check_count("num_samples", num_samples, 1))
-
-    def log_inclusion(self, ids: Tensor, num_samples: int, hidden: Tensor | None = None) -> Tensor:
-        """`log(1 - (1 - q) ** num_samples)`."""
-        return log_of_any(self.log_prob(ids, hidden), check_count("num_samples", num_samples, 1))
 
     def _centre(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`(d + 1,)` to take off every class, bias last."""

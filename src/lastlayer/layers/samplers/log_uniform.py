@@ -48,8 +48,6 @@ class LogUniform(IndependentSampler):
     ) -> None:
         super().__init__(num_classes, replacement=replacement, shared=shared)
         order = None if counts is None else by_falling_count(counts, self.num_classes)
-        if order is not None and torch.equal(order, torch.arange(self.num_classes, device="cpu")):
-            order = None
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("ranks", None if order is None else order.argsort(), persistent=False)
         watched = counts is None and self.num_classes >= LEAST_WATCHED_CLASSES
@@ -78,16 +76,14 @@ class LogUniform(IndependentSampler):
                 stacklevel=2,
             )
 
-    def _draw(self, num_sets: int, num_samples: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _draw(self, num_sets: int, num_samples: int, device: torch.device) -> Tensor:
         share = uniform_doubles((num_sets, num_samples), device)
         ranks = share.mul_(math.log(self.num_classes + 1)).exp_().long().sub_(1)
         ranks.clamp_(max=self.num_classes - 1)  # where rounding has reached V + 1
-        ids = ranks if self.order is None else self.order[ranks]
-        return ids, self._of_ranks(ranks)
+        return ranks if self.order is None else self.order[ranks]
 
-    def _log_prob(self, ids: Tensor) -> Tensor:
-        return self._of_ranks(ids if self.ranks is None else self.ranks[ids])
-
-    def _of_ranks(self, ranks: Tensor) -> Tensor:
+    def log_prob(self, ids: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """`log q` of the classes' ranks."""
+        ranks = ids if self.ranks is None else self.ranks[ids]
         share = ranks.double().add_(1).reciprocal_().log1p_()
         return share.div_(math.log(self.num_classes + 1)).log_().float()

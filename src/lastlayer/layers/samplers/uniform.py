@@ -24,9 +24,9 @@ class Uniform(IndependentSampler):
     (10, 0.01)
     """
 
-    def _draw(self, num_sets: int, num_samples: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        ids = torch.randint(self.num_classes, (num_sets, num_samples), device=device)
-        return ids, self._log_prob(ids)
+    def _draw(self, num_sets: int, num_samples: int, device: torch.device) -> Tensor:
+        return torch.randint(self.num_classes, (num_sets, num_samples), device=device)
 
-    def _log_prob(self, ids: Tensor) -> Tensor:
+    def log_prob(self, ids: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """`-log V`."""
         return torch.full(ids.shape, -math.log(self.num_classes), dtype=torch.float32, device=ids.device)

@@ -53,15 +53,15 @@ class Unigram(IndependentSampler):
         self.register_buffer("table", (threshold * 2**30).round().long() << 32 | alias, persistent=False)
         self.register_buffer("log_probs", prob.log().float(), persistent=False)
 
-    def _draw(self, num_sets: int, num_samples: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _draw(self, num_sets: int, num_samples: int, device: torch.device) -> Tensor:
         numel = num_sets * num_samples
         places = torch.randint(self.num_classes, (numel,), device=device)
         entries = self.table.index_select(0, places)  # one read from memory, not two
         own = torch.randint(2**30, (numel,), device=device) < entries >> 32
-        ids = torch.where(own, places, entries & 0xFFFFFFFF).reshape(num_sets, num_samples)
-        return ids, self._log_prob(ids)
+        return torch.where(own, places, entries & 0xFFFFFFFF).reshape(num_sets, num_samples)
 
-    def _log_prob(self, ids: Tensor) -> Tensor:
+    def log_prob(self, ids: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """`log(counts ** power)`, normalised."""
         return self.log_probs.index_select(0, ids.reshape(-1)).reshape(ids.shape)
 
 
