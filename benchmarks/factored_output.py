@@ -16,9 +16,8 @@ import torch
 
 from lastlayer.layers.factored import FactoredOutput
 from lastlayer.reproduce.large_sparse_targets.classifiers import measure_classifiers
-from lastlayer.reproduce.large_sparse_targets.exactness import measure_exactness
+from lastlayer.reproduce.large_sparse_targets.exactness import measure_exactness, measure_repairs
 from lastlayer.reproduce.large_sparse_targets.speed import (
-    measure_repairs,
     measure_scaling,
     measure_speed,
     measure_whole_model,
@@ -41,10 +40,9 @@ LOSSES = ("squared error", "spherical softmax", "Z-loss")
 def words(paths: list[Path], seconds: float) -> list[dict[str, Any]]:
     """Embeddings, then language models."""
     corpus = load_corpus(paths)
-    options: dict[str, Any] = {"seconds": seconds, "steps": None, "seed": 0}
-    return train_words(corpus, EMBEDDING_METHODS, deep=False, **options) + train_words(
-        corpus, MODEL_METHODS, deep=True, **options
-    )
+    budget = Budget(seconds=seconds)
+    embeddings = train_words(corpus, EMBEDDING_METHODS, budget, deep=False, seed=0)
+    return embeddings + train_words(corpus, MODEL_METHODS, budget, deep=True, seed=0)
 
 
 def rates(paths: list[Path], steps: int = 200) -> list[dict[str, Any]]:

@@ -60,19 +60,20 @@ def test_settings_and_claims(done):
     claims = [r for r in records if r["case"] == "claim"]
     assert len(claims) == 4
     assert all(r["claim"] in output and r["measured"] in output for r in claims)
-    assert json.loads((folder / "svd-softmax.json").read_text())["records"] == records
+    assert json.loads((folder / "results.json").read_text())["records"] == records[:-4]
 
 
 def test_resume_measures_only_what_is_missing(done, folder, monkeypatch):
-    cells = json.loads((folder / "results.json").read_text())
-    (folder / "results.json").write_text(json.dumps([r for r in cells if r["case"] == "quality"]))
+    cells = json.loads((folder / "results.json").read_text())["records"]
+    kept = {"records": [r for r in cells if r["case"] == "quality"]}
+    (folder / "results.json").write_text(json.dumps(kept))
     monkeypatch.setattr("lastlayer.reproduce.svd_softmax.study._trained", lambda *_: pytest.fail("trained again"))
     refused = run(*done[2], "--out", folder)
     assert refused.exit_code == 2
     assert "--resume goes on" in refused.stderr
     result = run(*done[2], "--largest", 8000, "--out", folder, "--resume")
     assert result.exit_code == 0, result.output
-    again = json.loads((folder / "results.json").read_text())
+    again = json.loads((folder / "results.json").read_text())["records"]
     assert [r for r in again if r["case"] == "quality"] == [r for r in cells if r["case"] == "quality"]
     assert [r["num_classes"] for r in again if r["case"] == "speed"] == [8000]
 

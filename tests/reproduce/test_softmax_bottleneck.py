@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from lastlayer.cli.app import app
 from lastlayer.reproduce.cells import Cells
 from lastlayer.reproduce.softmax_bottleneck import study as bottleneck
-from lastlayer.reproduce.softmax_bottleneck.language import PUBLISHED, wide
+from lastlayer.reproduce.softmax_bottleneck.language import PUBLISHED
+from lastlayer.reproduce.softmax_bottleneck.layers import wide
 from lastlayer.reproduce.softmax_bottleneck.synthetic import MODELS, dirichlet, fit
 from lastlayer.study.errors import StudyError, UsageError
 from lastlayer.study.training.trainer import Trainer
@@ -37,7 +39,8 @@ def test_all_parts_and_resume(tiny, tmp_path, monkeypatch):
     result = tiny("--json", str(tmp_path / "records.json"))
     assert result.exit_code == 0, result.output
     records = json.loads((tmp_path / "records.json").read_text())
-    assert records == json.loads((tmp_path / "out" / "results.json").read_text())
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["records"] == records
     parts = [record["part"] for record in records]
     assert parts.count("a") == len(MODELS) * 2 * 2
     assert parts.count("b") == len(PUBLISHED) * 2
@@ -55,7 +58,7 @@ def test_all_parts_and_resume(tiny, tmp_path, monkeypatch):
     # A kill after the first cells: the others are worked out, those are kept.
     kept = records[:4]
     kept[0]["kl_nats"] = 123.0
-    (tmp_path / "out" / "results.json").write_text(json.dumps(kept))
+    (tmp_path / "out" / "results.json").write_text(json.dumps({"records": kept}))
     resumed = tiny("--resume", "--parts", "a", "--json", str(tmp_path / "records.json"))
     assert resumed.exit_code == 0, resumed.output
     after = json.loads((tmp_path / "records.json").read_text())
@@ -79,7 +82,7 @@ def test_a_kill_in_training(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "_step", killed)
     assert tiny("--parts", "b").exit_code != 0
-    assert len(json.loads((tmp_path / "out" / "results.json").read_text())) == 1
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["records"]) == 1
     steps.clear()
     steps.extend([1] * 13)
     resumed = tiny("--parts", "b", "--resume", "--json", str(tmp_path / "resumed.json"))
@@ -118,11 +121,12 @@ def test_bad_usage(tiny, options, says):
 
 
 def test_damaged_results(tmp_path):
-    (tmp_path / "results.json").write_text('[{"part": ')
-    with pytest.raises(StudyError, match="cannot read"):
-        Cells(tmp_path, resume=True)
+    for content in ('[{"part": ', "[]", '{"records": [1]}'):
+        (tmp_path / "results.json").write_text(content)
+        with pytest.raises(StudyError, match="cannot read"):
+            Cells(tmp_path, True, Console())
     with pytest.raises(UsageError, match="--resume"):
-        Cells(tmp_path, resume=False)
+        Cells(tmp_path, False, Console())
 
 
 def test_dirichlet():

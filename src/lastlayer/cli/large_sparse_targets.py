@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from lastlayer.cli.options import Common, Records
 from lastlayer.reproduce.large_sparse_targets.classifiers import measure_classifiers
@@ -18,15 +17,16 @@ from lastlayer.reproduce.large_sparse_targets.speed import (
     multiply_adds,
 )
 from lastlayer.reproduce.large_sparse_targets.words import EMBEDDING_METHODS, MODEL_METHODS, train_words
+from lastlayer.reproduce.tables import show
 from lastlayer.study.errors import UsageError
 from lastlayer.study.report.figures import figure
-from lastlayer.study.report.tables import print_table
+from lastlayer.study.report.tables import say
 from lastlayer.study.text.corpus import load_corpus
+from lastlayer.study.training.trainer import Budget
 
 PARTS = ("speed", "scaling", "exactness", "embeddings", "classifiers", "models")
 BATCH = 128
-NEIGHBOURS = "neighbours"
-NOT_IN_TABLES = ("case", "low_ms", "high_ms", "mean_ms", "rounds", NEIGHBOURS)
+NOT_IN_TABLES = ("case", "low_ms", "high_ms", "mean_ms", "rounds", "neighbours")
 CLAIMS = {  # at V=793,471, d=300, batch 128, on a CPU, against a plain update; as remembered
     "output layer": "763 times faster †",
     "whole model": "501 times faster †",
@@ -57,76 +57,47 @@ def large_sparse_targets(
         problem = f"there is no part {unknown[0]!r}" if unknown else "no part was named"
         raise UsageError(f"{problem}; the parts are: {', '.join(PARTS)}")
     console = Console()
-    corpus = load_corpus(text) if {"embeddings", "classifiers", "models"} & set(chosen) else None
+    on_text = {"embeddings", "classifiers", "models"} & set(chosen)
+    corpus = load_corpus(text) if on_text else None
+    size, seed = (num_classes, in_features, BATCH), common.seed
     largest = [v for v in (1_000, 10_000, 100_000, 1_000_000) if v <= max(2 * num_classes, 1_000)]
     widths = [*(d for d in (64, 128, 256) if d < in_features), in_features]
-
-    def classifiers() -> Records:
-        assert corpus is not None
-        return measure_classifiers(corpus, seed=common.seed)
-
-    def words(names: tuple[str, ...], deep: bool) -> Records:
-        assert corpus is not None
-        return train_words(corpus, names, deep=deep, seconds=seconds, steps=None, seed=common.seed)
-
+    budget = Budget(seconds=seconds)
     measure: dict[str, Callable[[], Records]] = {
-        "speed": lambda: (
-            measure_speed(num_classes, in_features, BATCH, rounds, common.seed)
-            + measure_whole_model(num_classes, in_features, BATCH, rounds, common.seed)
-        ),
-        "scaling": lambda: measure_scaling(largest, widths, BATCH, rounds, common.seed),
-        "exactness": lambda: measure_exactness(steps, seed=common.seed),
-        "embeddings": lambda: words(EMBEDDING_METHODS, False),
-        "classifiers": classifiers,
-        "models": lambda: words(MODEL_METHODS, True),
+        "speed": lambda: measure_speed(*size, rounds, seed) + measure_whole_model(*size, rounds, seed),
+        "scaling": lambda: measure_scaling(largest, widths, BATCH, rounds, seed),
+        "exactness": lambda: measure_exactness(steps, seed=seed),
     }
+    if corpus is not None:
+        measure |= {
+            "embeddings": lambda: train_words(corpus, EMBEDDING_METHODS, budget, deep=False, seed=seed),
+            "classifiers": lambda: measure_classifiers(corpus, seed=seed),
+            "models": lambda: train_words(corpus, MODEL_METHODS, budget, deep=True, seed=seed),
+        }
     records: Records = []
     for part in chosen:
         with console.status(f"{part} ..."):
             found = measure[part]()
+        show_cases(console, found)
         if part == "speed":
-            count = multiply_adds(num_classes, in_features, BATCH)
-            console.print(
-                f"arithmetic of a plain step over the factored one: {figure(count['plain'] / count['factored'])}"
+            count = multiply_adds(*size)
+            say(
+                console,
+                f"arithmetic of a plain step over the factored one: {figure(count['plain'] / count['factored'])}",
             )
-        for case in dict.fromkeys(record["case"] for record in found):
-            _show(console, case, [record for record in found if record["case"] == case])
+            say(console, "† as remembered; not verified against the paper")
         records += found
         common.keep(records)
-    if "speed" in chosen:
-        console.print("† as remembered; not verified against the paper")
     return records
 
 
-def _show(console: Console, case: str, records: Records) -> None:
-    """A case as a table, and below it which words came out near to each other."""
-    print_table(console, _table(case, records))
-    for record in records:
-        if NEIGHBOURS in record:
-            console.print(f"{record['name']}: {record[NEIGHBOURS]}", highlight=False, markup=False)
-
-
-def _table(case: str, records: Records) -> Table:
-    """A case with a column for each of its fields that differs; what is the same in all rows is in the title."""
-    first, *others = records
-    shown = [name for name in first if name not in NOT_IN_TABLES and any(r[name] is not None for r in records)]
-    same = [name for name in shown if others and all(record[name] == first[name] for record in others)]
-    said = "".join(f", {name.replace('_', ' ')} {_cell(first[name])}" for name in same)
-    claim = f"; the paper, V=793,471, d=300: {CLAIMS[case]}" if case in CLAIMS else ""
-    table = Table(title=case + said + claim, title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for name in (name for name in shown if name not in same):
-        cells = [_cell(record[name]) for record in records]
-        text = any(isinstance(record[name], str) for record in records)
-        widest = None if text else max(map(len, cells))  # a figure is never cut
-        table.add_column(name.replace("_", " "), justify="left" if text else "right", min_width=widest)
-    for record in records:
-        table.add_row(*(_cell(record[name]) for name in shown if name not in same))
-    return table
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.1e}" if 0 < abs(value) < 1e-3 else figure(value)
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+def show_cases(console: Console, records: Records) -> None:
+    """Each case as a table, and below it which words came out near to each other."""
+    for case in dict.fromkeys(record["case"] for record in records):
+        found = [record for record in records if record["case"] == case]
+        show(console, case, found, [name for name in found[0] if name not in NOT_IN_TABLES])
+        if case in CLAIMS:
+            say(console, f"the paper, V=793,471, d=300: {CLAIMS[case]}")
+        for record in found:
+            if record.get("neighbours"):
+                say(console, f"{record['name']}: {record['neighbours']}")

@@ -5,37 +5,29 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
+from lastlayer.reproduce.tables import show
 from lastlayer.study.choices import build_layer
 from lastlayer.study.compare import Comparison
 from lastlayer.study.compare import Plan as ComparePlan
 from lastlayer.study.errors import UsageError
-from lastlayer.study.files import Record, make_folder, write_json
+from lastlayer.study.files import Records, make_folder, write_json
 from lastlayer.study.measuring.measure import environment, interleaved
 from lastlayer.study.measuring.peers import TRAINING_BASELINE, sgd_step
-from lastlayer.study.report.tables import Column, plain_table, print_table, table_of
 from lastlayer.study.text.corpus import Corpus
 from lastlayer.study.training.trainer import Budget
 
 LAYERS = ["full", "hierarchical", "tree", "adaptive"]
-CLUSTERED = LAYERS[1:]
 WIDTH = 500  # the thread's own
 CLASSES = (1_000, 10_000, 100_000)
 ROWS = (16, 1000)
 THREAD = "sometimes 10x, sometimes slower"  # keras issue 438, at V = 100,000, N = 1,000, d = 500
 # text8, perplexity and minutes, read in Grave et al. 2017
 PAPER = {"full": "144 / 83 min", "hierarchical": "166 / 34 min", "adaptive": "147 / 30 min"}
-QUALITY: tuple[Column, ...] = (
-    ("budget", lambda r: r["case"]),
-    ("layer", lambda r: r["name"]),
-    ("perplexity", lambda r: f"{r['perplexity']:.1f}"),
-    ("to full", lambda r: f"{r['ratio_to_full']:.3f}"),
-    ("tokens/s", lambda r: f"{r['tokens_per_second']:,.0f}"),
-    ("claimed", lambda r: r["claimed"] or ""),
-)
+SPEED = ("num_classes", "batch", "name", "ms", "times_faster", "claimed")
+QUALITY = ("name", "perplexity", "ratio_to_full", "tokens_per_second", "claimed")
 
 
 @dataclass(frozen=True)
@@ -51,7 +43,7 @@ class Plan:
     device: torch.device
 
 
-def reproduce(corpus: Corpus, plan: Plan, out: Path, console: Console, *, resume: bool = False) -> list[Record]:
+def reproduce(corpus: Corpus, plan: Plan, out: Path, console: Console, *, resume: bool = False) -> Records:
     """Measures speed, then quality at equal steps and at equal time; shows claims beside figures.
 
     With `resume`, models that an earlier run with the same plan has trained, wholly or in part, are taken over.
@@ -62,30 +54,31 @@ def reproduce(corpus: Corpus, plan: Plan, out: Path, console: Console, *, resume
     make_folder(out)
     with console.status("measuring training steps"):
         records = [record for V in sizes for rows in ROWS for record in speed(V, rows, plan)]
-    print_table(console, _speed_table(records))
+    show(console, f"A training step at d = {WIDTH}, beside all logits", records, SPEED)
     budgets = {"equal-steps": Budget(steps=plan.steps), "equal-time": Budget(seconds=plan.seconds)}
     for case, budget in budgets.items():
         settings = ComparePlan(LAYERS, budget, width=plan.width, seed=plan.seed, device=plan.device)
         found = Comparison(corpus, settings, out / case, console).run(resume)
         full = next(record["perplexity"] for record in found if record["layer"] == "full")
-        records += [_quality(case, record, full) for record in found]
-    title = "Held-out perplexity on this text; claimed: perplexity / training time in the paper, on text8"
-    print_table(console, table_of(title, QUALITY, [record for record in records if record["case"] != "speed"]))
+        for record in found:
+            ratio, claimed = record["perplexity"] / full, PAPER.get(record["layer"])
+            record |= {"case": case, "name": record["layer"], "ratio_to_full": ratio, "claimed": claimed}
+        title = f"Held-out perplexity, {case}; claimed: perplexity / training time in the paper, on text8"
+        show(console, title, found, QUALITY)
+        records += found
     write_json(out / "reproduce.json", {"environment": environment(), "text": corpus.name, "records": records})
     return records
 
 
-def speed(num_classes: int, rows: int, plan: Plan) -> list[Record]:
+def speed(num_classes: int, rows: int, plan: Plan) -> Records:
     """A whole training step of every layer, as in the thread: uniform targets, and layers made for such."""
     linear = nn.Linear(WIDTH, num_classes, device=plan.device)
     hidden = torch.randn(rows, WIDTH, device=plan.device)
     targets = torch.randint(num_classes, (rows,), device=plan.device)
-
-    def loss(hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(linear(hidden), targets)
-
-    peers = {TRAINING_BASELINE: sgd_step(linear, loss, hidden, targets)}
-    for name in CLUSTERED:
+    peers = {
+        TRAINING_BASELINE: sgd_step(linear, lambda h, t: F.cross_entropy(linear(h), t), hidden, targets),
+    }
+    for name in LAYERS[1:]:
         layer = build_layer(name, WIDTH, torch.ones(num_classes)).to(plan.device)
         peers[name] = sgd_step(layer, layer, hidden, targets)
     timings = interleaved(peers, rounds=plan.rounds, warmup=2)
@@ -103,22 +96,3 @@ def speed(num_classes: int, rows: int, plan: Plan) -> list[Record]:
         }
         for name, timing in timings.items()
     ]
-
-
-def _quality(case: str, record: Record, full_perplexity: float) -> Record:
-    name = record["layer"]
-    ratio = record["perplexity"] / full_perplexity
-    return {**record, "case": case, "name": name, "ratio_to_full": ratio, "claimed": PAPER.get(name)}
-
-
-def _speed_table(records: list[Record]) -> Table:
-    title = f"A training step at d = {WIDTH}, times faster than all logits"
-    table = plain_table(title, ("classes", "rows", *CLUSTERED, "claimed, two levels"))
-    cells: dict[tuple[int, int], list[Record]] = {}
-    for record in records:
-        cells.setdefault((record["num_classes"], record["batch"]), []).append(record)
-    for (num_classes, rows), found in cells.items():
-        times = [f"{record['times_faster']:.2f}" for record in found[1:]]
-        claimed = next((record["claimed"] for record in found if record["claimed"]), "")
-        table.add_row(f"{num_classes:,}", f"{rows:,}", *times, claimed)
-    return table

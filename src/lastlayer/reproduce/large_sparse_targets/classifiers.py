@@ -50,9 +50,8 @@ def measure_classifiers(
     for num_classes in sorted({min(size, len(words)) for size in sizes}):
         train, choose, judge = misspellings(words[:num_classes], seed)
         for name in names:
-            runs = [_train(LOSSES[name], num_classes, train, rate, steps, seed) for rate in RATES]
-            scores = [error_rate(model, choose) for model in runs]
-            best = min(range(len(RATES)), key=scores.__getitem__)
+            runs = {rate: _train(LOSSES[name], num_classes, train, rate, steps, seed) for rate in RATES}
+            best = min(RATES, key=lambda rate: error_rate(runs[rate], choose))
             records.append(
                 {
                     "case": "classifiers",
@@ -60,7 +59,7 @@ def measure_classifiers(
                     "num_classes": num_classes,
                     "error": error_rate(runs[best], judge),
                     "top10_error": error_rate(runs[best], judge, min(10, num_classes)),
-                    "learning_rate": RATES[best],
+                    "learning_rate": best,
                     "steps": steps,
                     "judged_on": len(judge[1]),
                 }
@@ -126,15 +125,15 @@ def error_rate(model: Classifier, part: Part, k: int = 1) -> float:
 def misspellings(words: list[str], seed: int) -> tuple[Part, Part, Part]:
     """Different misspellings of each word: to train on, to choose the rate on, to judge on."""
     generator = random.Random(seed)
-    parts: list[list[tuple[str, int]]] = [[], [], []]
+    train: list[tuple[str, int]] = []
+    choose, judge = list(train), list(train)
     for label, word in enumerate(words):
-        found = list(dict.fromkeys(misspelt(word, generator) for _ in range(4 * MISSPELT)))
-        found = [wrong for wrong in found if wrong != word][:MISSPELT]
-        at = (CHOOSE_ON, CHOOSE_ON + JUDGE_ON)
-        for part, some in zip(parts, (found[at[1] :], found[: at[0]], found[at[0] : at[1]]), strict=True):
-            part += [(wrong, label) for wrong in some]
-    train, choose, judge = (_as_tensors(part) for part in parts)
-    return train, choose, judge
+        found = dict.fromkeys(misspelt(word, generator) for _ in range(4 * MISSPELT))
+        pairs = [(wrong, label) for wrong in found if wrong != word][:MISSPELT]
+        choose += pairs[:CHOOSE_ON]
+        judge += pairs[CHOOSE_ON : CHOOSE_ON + JUDGE_ON]
+        train += pairs[CHOOSE_ON + JUDGE_ON :]
+    return _as_tensors(train), _as_tensors(choose), _as_tensors(judge)
 
 
 def misspelt(word: str, generator: random.Random) -> str:

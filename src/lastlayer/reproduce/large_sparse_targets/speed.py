@@ -1,9 +1,7 @@
 """Large sparse targets, the speed: a step of the factored layer against plain ones, and against V and d."""
 
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import cycle
 from typing import Any
 
@@ -13,12 +11,11 @@ from torch import Tensor, nn
 from lastlayer.functional import spherical_loss
 from lastlayer.functional.spherical import SphericalLoss, SphericalSoftmax, SquaredError, TaylorSoftmax, ZLoss
 from lastlayer.layers.base import OutputLayer
-from lastlayer.layers.factored import FactoredOutput, FactoredSGD
+from lastlayer.layers.factored import FactoredOutput
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
-from lastlayer.reproduce.large_sparse_targets.exactness import TimedStabilizer
 from lastlayer.study.errors import UsageError
-from lastlayer.study.files import Records
-from lastlayer.study.measuring.measure import Timing
+from lastlayer.study.files import Record, Records
+from lastlayer.study.measuring.measure import Timing, seconds_of
 from lastlayer.study.measuring.memory import check_memory
 
 Call = Callable[[], object]
@@ -33,19 +30,7 @@ RATE = 1e-3
 BATCHES = 64  # different targets in turn, so that their rows are not all in the cache
 STEPS_A_RUN = 20  # of what takes about a millisecond
 RUNS_A_ROUND = 12  # of those: many short runs, so that neither a disturbance nor a repair reaches the median
-
-
-@dataclass(frozen=True)
-class StepTiming:
-    """The median of the runs, which has no repair in it, and their mean, which has them all."""
-
-    runs: Timing
-    mean_ms: float
-
-    @property
-    def ms(self) -> float:
-        """The median."""
-        return self.runs.ms
+PLAIN, FUSED = "nn.Linear, {}, SGD", "three in-place products, squared error"
 
 
 def measure_speed(
@@ -65,48 +50,35 @@ def measure_speed(
     targets = torch.randint(num_classes, (BATCHES, batch))
     hidden = torch.randn(batch, in_features)
     linear = nn.Linear(in_features, num_classes, bias=False)
-    slow = {f"nn.Linear, {name}, SGD": dense_step(linear, hidden, targets, LOSSES[name]) for name in losses}
-    slow["three in-place products, squared error"] = fused_step(linear, hidden, targets)
+    slow = {PLAIN.format(name): dense_step(linear, hidden, targets, LOSSES[name]) for name in losses}
+    slow[FUSED] = fused_step(linear, hidden, targets)
     hierarchical = HierarchicalSoftmax(in_features, num_classes, bias=False, sparse=True)
     quick = {"HierarchicalSoftmax, SGD": layer_step(hierarchical, hidden, targets)}
     for name in losses:
         layer = FactoredOutput(in_features, num_classes, loss=LOSSES[name])
-        quick[f"FactoredOutput, {name}"] = layer_step(layer, hidden, targets)
-        quick[f"FactoredOutput, {name}, one thread"] = on_one_thread(quick[f"FactoredOutput, {name}"])
-    timings = _timings(slow, quick, rounds)
-    sizes = {"num_classes": num_classes, "in_features": in_features, "batch": batch}
-    return [
-        _record("output layer", timing, name=name, **sizes, **_ratios(name, timing, timings))
-        for name, timing in timings.items()
-    ]
+        quick[f"FactoredOutput, {name}"] = step = layer_step(layer, hidden, targets)
+        quick[f"FactoredOutput, {name}, one thread"] = on_one_thread(step)
+    times = _times(slow, quick, rounds)
+    records = []
+    for name, time_of in times.items():
+        plain = times.get(PLAIN.format(name.split(", ")[1]))  # of the same loss
+        ratios = {
+            "times_faster_than_plain": None if plain is None else plain["ms"] / time_of["ms"],
+            "times_faster_than_fused": times[FUSED]["ms"] / time_of["ms"],
+        }
+        sizes = {"num_classes": num_classes, "in_features": in_features, "batch": batch}
+        records.append({"case": "output layer", "name": name, **sizes, **ratios, **time_of})
+    return records
 
 
 def _check_memory(num_classes: int, in_features: int, batch: int) -> None:
     """Refuses sizes that do not fit: the peers, each with a weight of its own, are held at once."""
     weights = 3 + len(LOSSES)  # plain, its gradient, two levels, factored
-    needed = 4 * num_classes * (weights * in_features + 3 * batch)
-    shortage = check_memory(needed, torch.device("cpu"))
+    shortage = check_memory(4 * num_classes * (weights * in_features + 4 * batch), torch.device("cpu"))
     if shortage is not None:
         most = float(f"{num_classes * shortage.share:.1e}")
         sides = f"V={num_classes:,} d={in_features:,}"
         raise UsageError(f"{sides} needs {shortage}; --num-classes {most:,.0f} would fit")
-
-
-def _record(case: str, timing: StepTiming, **fields: Any) -> dict[str, Any]:
-    runs = timing.runs
-    times = {"ms": runs.ms, "low_ms": runs.low_ms, "high_ms": runs.high_ms, "mean_ms": timing.mean_ms}
-    return {"case": case, **fields, **times, "rounds": runs.runs}
-
-
-def _ratios(name: str, timing: StepTiming, timings: dict[str, StepTiming]) -> dict[str, float | None]:
-    """How many times faster than the plain step of the same loss, and than the hand-fused one."""
-    loss = name.split(", ")[1] if ", " in name else ""
-    plain = timings.get(f"nn.Linear, {loss}, SGD")
-    fused = timings["three in-place products, squared error"]
-    return {
-        "times_faster_than_plain": None if plain is None else plain.ms / timing.ms,
-        "times_faster_than_fused": fused.ms / timing.ms,
-    }
 
 
 def measure_whole_model(num_classes: int, in_features: int, batch: int, rounds: int, seed: int = 0) -> Records:
@@ -121,66 +93,27 @@ def measure_whole_model(num_classes: int, in_features: int, batch: int, rounds: 
         "FactoredOutput": FactoredOutput(in_features, num_classes, loss=SquaredError()),
     }
     quick = {name: layer_step(layer, inputs, targets, _encoder(in_features)) for name, layer in layers.items()}
-    timings = _timings(slow, quick, rounds)
+    times = _times(slow, quick, rounds)
+    plain = times["nn.Linear"]["ms"]
     sizes = {"num_classes": num_classes, "in_features": in_features, "batch": batch}
-    plain = timings["nn.Linear"].ms
     return [
-        _record("whole model", timing, name=name, **sizes, times_faster_than_plain=plain / timing.ms)
-        for name, timing in timings.items()
+        {"case": "whole model", "name": name, **sizes, "times_faster_than_plain": plain / found["ms"], **found}
+        for name, found in times.items()
     ]
 
 
 def measure_scaling(classes: list[int], widths: list[int], batch: int, rounds: int, seed: int = 0) -> Records:
     """A step of the factored layer against V at the last width, and against d at the first V, interleaved."""
     torch.manual_seed(seed)
-    sizes = [(v, widths[-1]) for v in classes] + [(classes[0], d) for d in widths[:-1]]
-    calls = {}
-    for num_classes, in_features in sizes:
+    calls: dict[tuple[int, int], Call] = {}
+    for num_classes, in_features in [(v, widths[-1]) for v in classes] + [(classes[0], d) for d in widths[:-1]]:
         layer = FactoredOutput(in_features, num_classes, loss=SquaredError())
         targets = torch.randint(num_classes, (BATCHES, batch))
         calls[num_classes, in_features] = layer_step(layer, torch.randn(batch, in_features), targets)
-    timings = _timings({}, {f"{v} {d}": call for (v, d), call in calls.items()}, rounds)
-    return [_record("scaling", timings[f"{v} {d}"], num_classes=v, in_features=d, batch=batch) for v, d in calls]
-
-
-def measure_repairs(num_classes: int, in_features: int, batch: int, steps: int, seed: int = 0) -> Records:
-    """What the repairs take, under the squared error, of a state that was just begun.
-
-    Hidden states: one batch over and over, 16 in turn, and fresh ones whose directions have variances that fall as
-    1 / k, with the same norm.
-    """
-    records = []
-    for name in ("one batch", "16 batches in turn", "a spectrum that decays"):
-        torch.manual_seed(seed)
-        layer = FactoredOutput(in_features, num_classes, loss=SquaredError())
-        stabilizer = layer._stabilizer = TimedStabilizer(automatic=True)
-        optimizer = FactoredSGD(layer, RATE)
-        hidden, seconds = _hidden_states(name, batch, in_features), []
-        for step in range(-STEPS_A_RUN, steps):
-            rows, targets = next(hidden).detach().requires_grad_(), torch.randint(num_classes, (batch,))
-            if step == 0:  # from here on it counts
-                stabilizer.seconds, stabilizer.repairs = 0.0, 0
-            start = time.perf_counter()
-            optimizer.zero_grad()
-            layer(rows, targets).backward()
-            optimizer.step()
-            if step >= 0:
-                seconds.append(time.perf_counter() - start)
-        sizes = {"num_classes": num_classes, "in_features": in_features, "batch": batch, "steps": steps}
-        found = {"repairs": stabilizer.repairs, "stabilizing_share": stabilizer.seconds / sum(seconds)}
-        timing = StepTiming(Timing.of(seconds), 1e3 * statistics.fmean(seconds))
-        records.append(_record("repairs", timing, name=name, **sizes, **found))
-    return records
-
-
-def _hidden_states(name: str, batch: int, in_features: int) -> Iterator[Tensor]:
-    if name == "a spectrum that decays":
-        scale = torch.arange(1, in_features + 1) ** -0.5
-        basis, _ = torch.linalg.qr(torch.randn(in_features, in_features))
-        directions = (in_features**0.5 * scale / scale.norm())[:, None] * basis
-        while True:
-            yield torch.randn(batch, in_features) @ directions
-    yield from cycle([torch.randn(batch, in_features) for _ in range(1 if name == "one batch" else 16)])
+    return [
+        {"case": "scaling", "num_classes": v, "in_features": d, "batch": batch, **found}
+        for (v, d), found in _times({}, calls, rounds).items()
+    ]
 
 
 def multiply_adds(num_classes: int, in_features: int, batch: int) -> dict[str, float]:
@@ -234,27 +167,19 @@ def _steps(
     return steps
 
 
-@torch.no_grad()
-def _fused(
-    weight: Tensor,  # (V, d)
-    hidden: Tensor,  # (N, d)
-    ids: Tensor,  # (N,)
-    outputs: Tensor,  # (N, V), a buffer
-    gradient: Tensor,  # (N, d), a buffer
-) -> None:
-    """A step of the squared error by hand: three products into preallocated buffers."""
-    torch.mm(hidden, weight.T, out=outputs)
-    outputs[torch.arange(len(ids)), ids] -= 1
-    torch.mm(outputs, weight, out=gradient)
-    gradient *= 2 / len(ids)
-    weight.addmm_(outputs.T, hidden, alpha=-2 * RATE / len(ids))
-
-
 def fused_step(linear: nn.Linear, hidden: Tensor, targets: Tensor) -> Call:
-    """The hand-fused plain update."""
+    """A step of the squared error by hand: the least that a plain one takes: three products into buffers."""
+    weight, in_turn, rows = linear.weight.detach(), cycle(targets), torch.arange(len(hidden))
     outputs, gradient = hidden.new_empty(len(hidden), linear.out_features), torch.empty_like(hidden)
-    in_turn, weight = cycle(targets), linear.weight.detach()
-    return lambda: _fused(weight, hidden, next(in_turn), outputs, gradient)
+
+    def step() -> None:
+        torch.mm(hidden, weight.T, out=outputs)
+        outputs[rows, next(in_turn)] -= 1
+        torch.mm(outputs, weight, out=gradient)
+        gradient.mul_(2 / len(hidden))
+        weight.addmm_(outputs.T, hidden, alpha=-2 * RATE / len(hidden))
+
+    return step
 
 
 def on_one_thread(call: Call) -> Call:
@@ -271,21 +196,24 @@ def on_one_thread(call: Call) -> Call:
     return alone
 
 
-def _timings(slow: dict[str, Call], quick: dict[str, Call], rounds: int) -> dict[str, StepTiming]:
-    """Turn by turn: after every slow peer all the quick ones, in short runs of which a step counts."""
-    seconds: dict[str, list[float]] = {name: [] for name in slow | quick}
-    names = list(slow) or [None]
+def _times(slow: dict[Any, Call], quick: dict[Any, Call], rounds: int) -> dict[Any, Record]:
+    """What a step takes, peers in turn: after every slow one all the quick ones, in short runs of many steps."""
+    seconds: dict[Any, list[float]] = {name: [] for name in slow | quick}
+    quick_runs = list(quick.items()) * (RUNS_A_ROUND // max(1, len(slow)))
     for turn in range(-1, rounds):  # the first does not count
-        for name in names:
-            some = {} if name is None else {name: slow[name]}
-            for call_name, call in [*some.items(), *list(quick.items()) * (RUNS_A_ROUND // len(names))]:
-                start = time.perf_counter()
-                call()
+        for some in [[one] for one in slow.items()] or [[]]:
+            for name, call in [*some, *quick_runs]:
+                took = seconds_of(call) / (STEPS_A_RUN if name in quick else 1)
                 if turn >= 0:
-                    seconds[call_name].append(
-                        (time.perf_counter() - start) / (STEPS_A_RUN if call_name in quick else 1)
-                    )
-    return {name: StepTiming(Timing.of(times), 1e3 * statistics.fmean(times)) for name, times in seconds.items()}
+                    seconds[name].append(took)
+    return {name: times_of(runs) for name, runs in seconds.items()}
+
+
+def times_of(seconds: list[float]) -> Record:
+    """The median of the runs, which has no repair in it, their quartiles, and the mean, which has them all."""
+    runs = Timing.of(seconds)
+    mean_ms = 1e3 * statistics.fmean(seconds)
+    return {"ms": runs.ms, "low_ms": runs.low_ms, "high_ms": runs.high_ms, "mean_ms": mean_ms, "rounds": runs.runs}
 
 
 def _encoder(width: int) -> nn.Module:

@@ -3,13 +3,12 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lastlayer.functional import clusters
 from lastlayer.functional.spherical import (
     NormalizedLoss,
     SphericalLoss,
@@ -20,13 +19,13 @@ from lastlayer.functional.spherical import (
 )
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.factored import FactoredOutput, FactoredSGD
-from lastlayer.layers.full import FullSoftmax
-from lastlayer.layers.hierarchical import HierarchicalSoftmax
 from lastlayer.layers.sampled.negative_sampling import NegativeSampling
 from lastlayer.layers.samplers.unigram import Unigram
+from lastlayer.study.choices import CHOICES
 from lastlayer.study.files import Records
 from lastlayer.study.text.corpus import Corpus
 from lastlayer.study.training.language_model import adagrad
+from lastlayer.study.training.trainer import Budget
 
 CONTEXT = 4  # words: two on each side, or the last four
 BATCH, WIDTH = 128, 128
@@ -36,8 +35,7 @@ EVALUATED = 2000  # held-out positions
 QUERIES = (50, 100, 200, 400)  # ids of frequent words whose neighbours are shown
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """An output layer and how its rate is set."""
 
     layer: Callable[[int, Tensor], OutputLayer]
@@ -69,10 +67,8 @@ METHODS: dict[str, Method] = {
     "spherical softmax, factored": _factored(SphericalSoftmax(), 20.0),
     "Taylor softmax, factored": _factored(TaylorSoftmax(), 20.0),
     "negative sampling": Method(_negative_sampling, has_probabilities=False),
-    "hierarchical softmax": Method(
-        lambda d, counts: HierarchicalSoftmax(d, len(counts), clusters=clusters.by_frequency(counts), sparse=True)
-    ),
-    "softmax": Method(lambda d, counts: FullSoftmax(d, len(counts))),
+    "hierarchical softmax": Method(CHOICES["hierarchical"].build),
+    "softmax": Method(CHOICES["full"].build),
 }
 EMBEDDING_METHODS = ("squared error, factored", "Z-loss, factored", "negative sampling", "hierarchical softmax")
 MODEL_METHODS = ("spherical softmax, factored", "Taylor softmax, factored", "Z-loss, factored", "softmax")
@@ -96,10 +92,8 @@ class ContextModel(nn.Module):
         return words.mean(1) if self.mix is None else self.mix(words.flatten(1))
 
 
-def train_words(
-    corpus: Corpus, names: tuple[str, ...], *, deep: bool, seconds: float | None, steps: int | None, seed: int
-) -> Records:
-    """Trains each method for `seconds` of training, or `steps`, and judges it on held-out text."""
+def train_words(corpus: Corpus, names: tuple[str, ...], budget: Budget, *, deep: bool, seed: int) -> Records:
+    """Trains each method for the same budget, and judges it on held-out text."""
     train, held_out = examples(corpus.train, deep), examples(corpus.held_out, deep)
     records = []
     for name in names:
@@ -107,17 +101,17 @@ def train_words(
         method = METHODS[name]
         model = ContextModel(corpus.num_classes, WIDTH, deep)
         layer = method.layer(WIDTH, corpus.counts)
-        spent, done = _train(model, layer, method, train, seconds, steps)
+        seconds, steps = _train(model, layer, method, train, budget)
         records.append(
             {
                 "case": "language model" if deep else "embeddings",
                 "name": name,
                 "num_classes": corpus.num_classes,
-                "seconds": spent,
-                "steps": done,
-                "examples": done * BATCH,
+                "seconds": seconds,
+                "steps": steps,
+                "examples": steps * BATCH,
                 **_judge(model, layer, method, held_out),
-                "neighbours": "" if deep else neighbours(model, corpus.words),
+                "neighbours": None if deep else neighbours(model, corpus.words),
             }
         )
     return records
@@ -132,20 +126,14 @@ def examples(ids: Tensor, deep: bool) -> tuple[Tensor, Tensor]:  # (n, CONTEXT),
 
 
 def _train(
-    model: ContextModel,
-    layer: OutputLayer,
-    method: Method,
-    data: tuple[Tensor, Tensor],
-    seconds: float | None,
-    steps: int | None,
+    model: ContextModel, layer: OutputLayer, method: Method, data: tuple[Tensor, Tensor], budget: Budget
 ) -> tuple[float, int]:
     """`(seconds, steps)` of training."""
-    optimizers: list[torch.optim.Optimizer] = [adagrad(model.parameters(), RATE)]
     factored = FactoredSGD(layer, 0.0) if isinstance(layer, FactoredOutput) else None
-    optimizers.append(factored or adagrad(layer.parameters(), RATE))
+    optimizers = [adagrad(model.parameters(), RATE), factored or adagrad(layer.parameters(), RATE)]
     contexts, targets = data
-    spent, done = 0.0, 0
-    while done < (steps or math.inf) and spent < (seconds or math.inf):
+    seconds, steps = 0.0, 0
+    while budget.share_used(seconds, steps) < 1:
         start = time.perf_counter()
         rows = torch.randint(len(targets), (BATCH,))
         hidden = model(contexts[rows])
@@ -156,9 +144,9 @@ def _train(
         layer(hidden, targets[rows]).backward()
         for optimizer in optimizers:
             optimizer.step()
-        done += 1
-        spent += time.perf_counter() - start
-    return spent, done
+        steps += 1
+        seconds += time.perf_counter() - start
+    return seconds, steps
 
 
 @torch.no_grad()

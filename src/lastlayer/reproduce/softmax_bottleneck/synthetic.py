@@ -1,54 +1,34 @@
 """Mode matching on random distributions: what a softmax of few dimensions cannot express, without an encoder."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lastlayer.functional.logit_map import LogitMap
+from lastlayer.layers.full import FullSoftmax
 from lastlayer.layers.mixture import MixtureOfSoftmaxes
-from lastlayer.layers.monotone_network import MonotoneNetwork
-from lastlayer.layers.plif import PLIF
-from lastlayer.layers.sigsoftmax import Sigsoftmax
+from lastlayer.reproduce.softmax_bottleneck.layers import MAPS, build
 
 STEPS, RATE = 2500, 0.02
 CONCENTRATION = 0.01
-MAPS: dict[str, Callable[[], LogitMap | None]] = {
-    "softmax": lambda: None,
-    "sigsoftmax": Sigsoftmax,
-    "PLIF": lambda: PLIF(100, 20.0),
-    "frozen PLIF": lambda: PLIF(100, 20.0, init_std=1.0, frozen=True),
-    "monotone network": lambda: MonotoneNetwork(10),
-}
+KNOTS, COMPONENTS = 100, 3
 MODELS = (*MAPS, "mixture of 3")
 
 
-class MappedSoftmax(nn.Module):
-    """`log_softmax(f(contexts @ words.T + bias))`: every context has a vector of its own."""
+class FreeContexts(nn.Module):
+    """An output layer under contexts that have a vector each, whatever an encoder could make of them."""
 
-    def __init__(self, contexts: int, words: int, width: int, logit_map: LogitMap | None) -> None:
+    def __init__(self, contexts: int, layer: FullSoftmax | MixtureOfSoftmaxes) -> None:
         super().__init__()
-        self.contexts = nn.Parameter(0.5 * torch.randn(contexts, width))
-        self.words = nn.Parameter(0.5 * torch.randn(words, width))
-        self.bias = nn.Parameter(torch.zeros(words))
-        self.logit_map = logit_map
+        self.layer = layer
+        self.contexts = nn.Parameter(0.5 * torch.randn(contexts, layer.in_features))
+        if isinstance(layer, FullSoftmax):
+            assert layer.bias is not None
+            nn.init.normal_(layer.weight, std=0.5)
+            nn.init.zeros_(layer.bias)
 
     def forward(self) -> Tensor:  # (contexts, words)
-        logits = self.contexts @ self.words.T + self.bias
-        return (logits if self.logit_map is None else self.logit_map(logits)).log_softmax(-1)
-
-
-class Mixed(nn.Module):
-    """A mixture of softmaxes over free context vectors."""
-
-    def __init__(self, contexts: int, words: int, width: int, components: int) -> None:
-        super().__init__()
-        self.contexts = nn.Parameter(0.5 * torch.randn(contexts, width))
-        self.mixture = MixtureOfSoftmaxes(width, words, components)
-
-    def forward(self) -> Tensor:  # (contexts, words)
-        return self.mixture.log_prob(self.contexts)
+        return self.layer.log_prob(self.contexts)
 
 
 def dirichlet(contexts: int, words: int, seed: int) -> Tensor:  # (contexts, words), float64
@@ -66,21 +46,15 @@ def fit(name: str, contexts: int, words: int, width: int, seed: int, steps: int 
     """Fits one model by full-batch Adam; the share of contexts whose most probable word it finds, and its KL."""
     target = dirichlet(contexts, words, seed)
     torch.manual_seed(seed)
-    if name in MAPS:
-        model: nn.Module = MappedSoftmax(contexts, words, width, MAPS[name]())
-    else:
-        model = Mixed(contexts, words, width, 3)
-    model.double()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=RATE, eps=1e-10)
+    model = FreeContexts(contexts, build(name, width, words, COMPONENTS, KNOTS)).double()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=RATE, eps=1e-10)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, 2 * (1 - step / steps) + 0.02)
         optimizer.zero_grad()
-        loss = -(target * model()).sum() / contexts
-        loss.backward()
-        assert model.contexts.grad is not None  # pyright: ignore[reportAttributeAccessIssue]
-        model.contexts.grad *= contexts  # each context learns from its own loss  # pyright: ignore
+        (-(target * model()).sum() / contexts).backward()
+        assert model.contexts.grad is not None
+        model.contexts.grad *= contexts  # each context learns from its own loss
         optimizer.step()
     with torch.no_grad():
         log_prob = model()

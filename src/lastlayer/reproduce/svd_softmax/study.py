@@ -13,12 +13,13 @@ from torch import Tensor
 from lastlayer.functional.gram import gram_matrix
 from lastlayer.layers.full import FullSoftmax
 from lastlayer.reproduce.cells import Cells
-from lastlayer.reproduce.svd_softmax.report import claims, show
+from lastlayer.reproduce.tables import show
 from lastlayer.screening import Int8Preview, ScreenedSoftmax, SVDPreview, SVDSoftmax
 from lastlayer.screening.exact import full_logits
 from lastlayer.study.errors import UsageError
-from lastlayer.study.files import Record, write_json
-from lastlayer.study.measuring.measure import environment, interleaved
+from lastlayer.study.files import Record, Records
+from lastlayer.study.measuring.measure import interleaved
+from lastlayer.study.report.figures import figure
 from lastlayer.study.report.tables import say
 from lastlayer.study.text.batches import Streams
 from lastlayer.study.text.corpus import Corpus
@@ -31,6 +32,10 @@ CANDIDATE_SHARES = (0.01, 0.03, 0.05, 0.10)
 TOP = 10
 CLASSES = (8_000, 30_000, 80_000, 262_144, 800_000)
 SPEED_WIDTH = 512
+QUALITY = ("kind", "window", "candidates_share", "operations", "perplexity", "full_perplexity", "kl", "coverage")
+SPEED = ("num_classes", "width", "full_ms", "ms", "ratio", "bytes_read_fraction")
+SPEED += ("int8_exact_ms", "int8_exact_ratio", "threads")
+REMEMBERED = "† (as remembered; not verified against the paper)"
 
 
 @dataclass(frozen=True)
@@ -55,56 +60,47 @@ class Trained:
     hidden: Tensor  # (n, d)
     targets: Tensor  # (n,)
     log_prob: Tensor  # (n, V), the full layer's
-    best: Tensor  # (n, TOP)
-
-    @property
-    def perplexity(self) -> float:
-        """Of the full softmax."""
-        return math.exp(-float(self.log_prob.gather(-1, self.targets[:, None]).double().mean()))
 
 
-def reproduce(corpus: Corpus, plan: Plan, out: Path, console: Console, resume: bool = False) -> list[Record]:
+def reproduce(corpus: Corpus, plan: Plan, out: Path, console: Console, resume: bool = False) -> Records:
     """Trains the model, measures every setting, shows claims beside figures; returns the records.
 
     Every setting and every size is a cell that is written down when done; `resume` measures only what is missing.
     """
     if corpus.num_classes < 200:
         raise UsageError(f"the text has only {corpus.num_classes} different words; at least 200 are needed")
-    cells = Cells(out, resume)
+    cells = Cells(out, resume, console)
     say(
         console,
         f"{corpus.name}, {corpus.num_classes:,} words: {plan.seconds:g} s of training, then "
         f"{2 * len(WINDOW_PARTS) * len(CANDIDATE_SHARES)} settings on {plan.positions:,} held-out words",
     )
-    with console.status("training the language model") as status:
-        model = functools.cache(lambda: _trained(corpus, plan, out, status.update))
-        records = quality(cells, model, corpus, plan, status.update)
-        sizes = [size for size in CLASSES if size <= plan.largest]
-        for size in sizes:
-            status.update(f"measuring time at {size:,} classes")
-            cells.once({"case": "speed", "num_classes": size}, lambda size=size: speed(size, plan))
-    records += [r for r in cells.records if r["case"] == "speed" and r["num_classes"] in sizes]
-    records += claims(records)
-    show(records, console)
-    results = {"environment": environment(), "text": corpus.name, "records": records}
-    write_json(out / "svd-softmax.json", results)
-    say(console, f"Written: {out / 'svd-softmax.json'}")
-    return records
+    qualities = quality(cells, corpus, plan, out)
+    show(console, "Quality by window", qualities, QUALITY)
+    sizes = [{"case": "speed", "num_classes": size} for size in CLASSES if size <= plan.largest]
+    speeds = cells.measure(sizes, lambda key: speed(key["num_classes"], plan))
+    if speeds:
+        show(console, "Time of one query", speeds, SPEED)
+    found = claims(qualities, speeds)
+    for r in found:
+        say(console, f"claimed:  {r['claim']}\nmeasured: {r['measured']}\n          ({r['conditions']})\n")
+    say(console, f"Written: {cells.path}")
+    return qualities + speeds + found
 
 
-def _trained(corpus: Corpus, plan: Plan, out: Path, say: Callable[[str], object]) -> Trained:
+def _trained(corpus: Corpus, plan: Plan, identity: Record, out: Path, say: Callable[[str], object]) -> Trained:
     """The model, trained or taken from its checkpoint, and what its output layer is given."""
     torch.manual_seed(plan.seed)
     layer = FullSoftmax(plan.width, corpus.num_classes)
-    model = LanguageModel(corpus.num_classes, layer).to(plan.device)
-    streams = Streams(corpus.train, 20, 35, plan.device), Streams(corpus.held_out, 10, 50, plan.device)
+    held_out = Streams(corpus.held_out, 10, 50, plan.device)
     trainer = Trainer(
-        model,
-        *streams,
+        LanguageModel(corpus.num_classes, layer).to(plan.device),
+        Streams(corpus.train, 20, 35, plan.device),
+        held_out,
         Budget(seconds=plan.seconds),
         learning_rate=0.2,
         path=out / "model.safetensors",
-        identity=_identity(corpus, plan) | {"text": corpus.fingerprint()},
+        identity=identity | {"text": corpus.fingerprint()},
     )
     trainer.resume()
     if trainer.result is None:
@@ -112,84 +108,74 @@ def _trained(corpus: Corpus, plan: Plan, out: Path, say: Callable[[str], object]
         trainer.result = {"steps": trainer.steps}
         trainer.save()
     say("collecting hidden states")
-    return _collected(model.eval(), corpus, plan)
 
-
-def _identity(corpus: Corpus, plan: Plan) -> Record:
-    """What identifies an experiment."""
-    settings = {name: value for name, value in asdict(plan).items() if name not in ("device", "largest")}
-    return {"text": corpus.name, **settings}
-
-
-@torch.no_grad()
-def _collected(model: LanguageModel, corpus: Corpus, plan: Plan) -> Trained:
-    weight, bias, _ = model.output.linear_head()
-
-    def states(ids: Tensor, tokens: int) -> tuple[Tensor, Tensor]:  # (n, d), (n,)
-        parts = zip(*encoded(model, Streams(ids, 10, 50, plan.device), tokens), strict=True)
+    def states(batches: Streams, tokens: int) -> tuple[Tensor, Tensor]:  # (n, d), (n,)
+        parts = zip(*encoded(trainer.model, batches, tokens), strict=True)
         hidden, targets = (torch.cat([part.flatten(0, 1) for part in column]) for column in parts)
         return hidden, targets
 
-    calibration, _ = states(corpus.train, 8 * plan.positions)
-    hidden, targets = states(corpus.held_out, plan.positions)
-    logits = full_logits(hidden, weight, bias)
-    best = logits.topk(TOP).indices
-    weight, bias = weight.detach(), None if bias is None else bias.detach()
-    return Trained(weight, bias, calibration, hidden, targets, logits.log_softmax(-1), best)
+    with torch.no_grad():
+        calibration, _ = states(Streams(corpus.train, 10, 50, plan.device), 8 * plan.positions)
+        hidden, targets = states(held_out, plan.positions)
+        log_prob = layer.log_prob(hidden)
+    bias = None if layer.bias is None else layer.bias.detach()
+    return Trained(layer.weight.detach(), bias, calibration, hidden, targets, log_prob)
 
 
-def quality(
-    cells: Cells, trained: Callable[[], Trained], corpus: Corpus, plan: Plan, say: Callable[[str], object]
-) -> list[Record]:
+def quality(cells: Cells, corpus: Corpus, plan: Plan, out: Path) -> Records:
     """Perplexity, divergence and coverage of the true top 10 for each window and number of candidates."""
+    settings = {name: value for name, value in asdict(plan).items() if name not in ("device", "largest")}
+    identity = {"text": corpus.name, **settings}
+    trained = functools.cache(lambda: _trained(corpus, plan, identity, out, cells.status.update))
+    gram = functools.cache(lambda: gram_matrix(trained().weight))
 
     @functools.cache
-    def preview(part: int, kind: str) -> SVDPreview:
+    def preview(window: str, kind: str) -> SVDPreview:
         data = trained().calibration if kind == "calibrated" else None
-        return SVDPreview(max(1, plan.width // part), calibration=data)
+        return SVDPreview(max(1, plan.width // int(window.removeprefix("d/"))), calibration=data)
 
-    @functools.cache
-    def gram() -> Tensor:
-        return gram_matrix(trained().weight)
-
-    def measured(part: int, kind: str, share: float) -> Record:
-        model, chosen = trained(), preview(part, kind)
+    def measured(key: Record) -> Record:
+        model, chosen = trained(), preview(key["window"], key["kind"])
         classes = len(model.weight)
-        candidates = max(TOP, round(share * classes))
-        say(f"measuring {kind}, window d/{part}, {share:.0%} of the classes")
-        tried = ScreenedSoftmax(
+        candidates = max(TOP, round(key["candidates_share"] * classes))
+        screen = ScreenedSoftmax(
             model.weight, model.bias, preview=chosen, candidates=candidates, gram=gram(), use="screen"
         )
         operations = chosen.window / plan.width + (candidates + plan.width) / classes
-        return {"full_perplexity": model.perplexity, **_against(tried, model), "operations": operations}
+        return {**_against(screen, model), "operations": operations}
 
-    records = []
-    for part in WINDOW_PARTS:
-        for kind in ("plain", "calibrated"):
-            for share in CANDIDATE_SHARES:
-                setting = {"kind": kind, "window": f"d/{part}", "candidates_share": share}
-                key = {"case": "quality", **setting, **_identity(corpus, plan)}
-                records.append(cells.once(key, lambda a=(part, kind, share): measured(*a)))
-    return records
+    keys = [
+        {"case": "quality", "kind": kind, "window": f"d/{part}", "candidates_share": share, **identity}
+        for part in WINDOW_PARTS
+        for kind in ("plain", "calibrated")
+        for share in CANDIDATE_SHARES
+    ]
+    return cells.measure(keys, measured)
 
 
 @torch.no_grad()
 def _against(screen: ScreenedSoftmax, held: Trained) -> Record:
-    """One setting, queried for so few rows at a time that the screen is used, not the full layer."""
+    """One setting beside the full layer, for so few rows at a time that the screen is used, not the full layer."""
     rows = max(1, (screen.out_features - 1) // screen.candidates)
-    loss, divergence, covered = 0.0, 0.0, 0
-    for start in range(0, len(held.hidden), rows):
-        at = slice(start, start + rows)
-        screened, full = screen.log_prob(held.hidden[at]), held.log_prob[at]
-        loss -= float(screened.gather(-1, held.targets[at][:, None]).double().sum())
-        divergence += float((full.exp() * (full - screened)).double().sum())
-        found = screen.topk(held.hidden[at], TOP).indices
-        covered += int((found.unsqueeze(-1) == held.best[at].unsqueeze(-2)).sum())
-    count = len(held.hidden)
+    totals = torch.zeros(4, dtype=torch.float64)
+    for hidden, targets, full in zip(
+        *(part.split(rows) for part in (held.hidden, held.targets, held.log_prob)), strict=True
+    ):
+        screened = screen.log_prob(hidden)
+        found, best = screen.topk(hidden, TOP).indices, full.topk(TOP).indices
+        parts = (
+            -full.gather(-1, targets[:, None]),
+            -screened.gather(-1, targets[:, None]),
+            full.exp() * (full - screened),
+            (found[:, :, None] == best[:, None]).any(-1),
+        )
+        totals += torch.stack([part.sum(dtype=torch.float64).cpu() for part in parts])
+    full_loss, loss, divergence, covered = (totals / len(held.hidden)).tolist()
     return {
-        "perplexity": math.exp(loss / count),
-        "kl": max(0.0, divergence / count),
-        "coverage": covered / (TOP * count),
+        "full_perplexity": math.exp(full_loss),
+        "perplexity": math.exp(loss),
+        "kl": max(0.0, divergence),
+        "coverage": covered / TOP,
     }
 
 
@@ -224,3 +210,30 @@ def speed(num_classes: int, plan: Plan) -> Record:
         "int8_exact_ratio": full.ms / exact.ms,
         "threads": torch.get_num_threads(),
     }
+
+
+def claims(qualities: Records, speeds: Records) -> Records:
+    """Each claim, what was measured for it, and under which conditions."""
+    by = {(r["kind"], r["window"], r["candidates_share"]): r for r in qualities}
+    found = []
+    for kind, claim in (
+        ("plain", "about a fifth of the operations keeps the quality [paper: abstract]"),
+        ("calibrated", "none: calibration is no part of the paper"),
+    ):
+        r = by[kind, "d/8", 0.05]
+        perplexity, full, kl = map(figure, (r["perplexity"], r["full_perplexity"], r["kl"]))
+        measured = (
+            f"{r['operations']:.0%} of the operations: perplexity {perplexity} against {full} of the full softmax"
+            f", KL {kl}, {r['coverage']:.1%} of the top 10"
+        )
+        found.append((claim, measured, f"{kind}, window d/8, 5% of the classes"))
+    if speeds:
+        near = min(speeds, key=lambda r: abs(r["num_classes"] - 2**18))
+        for claim, r in (
+            ("more than 3 times as fast at V = 800,000 on a GPU [paper: abstract]", speeds[-1]),
+            (f"V of about 2^18 on a CPU: from 1541 to 189 ms {REMEMBERED}", near),
+        ):
+            measured = f"{figure(r['ratio'])} times as fast, from {figure(r['full_ms'])} to {figure(r['ms'])} ms"
+            sizes = f"V = {r['num_classes']:,}, d = {r['width']}, one query, {r['threads']} CPU threads"
+            found.append((claim, measured, sizes))
+    return [{"case": "claim", "claim": c, "measured": m, "conditions": w} for c, m, w in found]
