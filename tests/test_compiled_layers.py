@@ -120,8 +120,7 @@ def target_log_prob(layer, hidden, targets):
 def queries(layer, hidden, targets):
     ids = targets.clamp(min=0)[:, None]
     if isinstance(layer, OneVsAll):
-        best = layer.topk(hidden, 3).scores
-        return [best] if layer.sparse else [best, layer.score(hidden, ids)]
+        return [layer.topk(hidden, 3).scores, layer.score(hidden, ids)]
     return [layer.log_prob(hidden), layer.topk(hidden, 3).log_prob, layer.score(hidden, ids)]
 
 

@@ -25,11 +25,11 @@ from lastlayer.layers.sampled.sampled_softmax import SampledSoftmax
 from lastlayer.layers.sampled.u_max import UMax
 from lastlayer.layers.samplers.base import Candidates, Sampler
 from lastlayer.layers.samplers.in_batch import InBatch
+from lastlayer.layers.samplers.independent import Uniform
 from lastlayer.layers.samplers.log_uniform import LogUniform
 from lastlayer.layers.samplers.mixed import Mixed
 from lastlayer.layers.samplers.quadratic_kernel import QuadraticKernel
 from lastlayer.layers.samplers.random_fourier import RandomFourier
-from lastlayer.layers.samplers.uniform import Uniform
 from lastlayer.layers.samplers.unigram import Unigram
 from lastlayer.layers.sigsoftmax import Sigsoftmax
 from lastlayer.layers.soft_cap import SoftCap

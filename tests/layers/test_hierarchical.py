@@ -9,7 +9,7 @@ from torch import nn
 from lastlayer import FullSoftmax, HierarchicalSoftmax, SoftCap
 from lastlayer.functional import two_level_search
 from lastlayer.functional.row_sparse import GradientMemory
-from lastlayer.layers import base
+from lastlayer.layers import search
 
 RAGGED = torch.tensor([2, 0, 1, 1, 0, 1, 3, 1, 1, 0, 1, 3, 1])
 
@@ -54,7 +54,7 @@ def test_grouped_batch_is_row_by_row(targets):
 @pytest.mark.parametrize("scale", [0.0, 0.3, 2.0, 8.0])
 def test_best_first_topk_is_the_sort(scale, monkeypatch):
     """Law H4, at every k, from all ties broken by nothing to one certain class."""
-    monkeypatch.setattr(base, "worth_searching", lambda *sizes: True)
+    monkeypatch.setattr(search, "worth_searching", lambda *sizes: True)
     monkeypatch.setattr(two_level_search, "LARGEST_SHARE", 1)
     layer = make(97, ids=torch.arange(97) ** 2 % 97 % 11)
     layer = make(97, ids=layer._clusters.unique(return_inverse=True)[1])

@@ -257,12 +257,6 @@ def test_compiled_kernel_in_bfloat16(isa, make):
     torch.testing.assert_close(*answers, rtol=1e-2, atol=1e-4)
 
 
-def test_a_scalar_slope_of_an_earlier_version_is_loaded():
-    network = MonotoneNetwork(3)
-    network.load_state_dict({**MonotoneNetwork(3).state_dict(), "raw_slope": torch.tensor(2.5)})
-    assert network.raw_slope.tolist() == [2.5]
-
-
 @pytest.mark.parametrize(
     "make", [Sigsoftmax, lambda: SoftCap(2.0), lambda: PLIF(6, 2.0), lambda: MonotoneNetwork(3)]
 )

@@ -5,7 +5,7 @@ import torch
 
 from lastlayer import AdaptiveSoftmax, HierarchicalSoftmax, TreeSoftmax, clusters
 from lastlayer.functional import best_classes, tree_search, two_level_search
-from lastlayer.layers import base
+from lastlayer.layers import base, search
 from lastlayer.testing.handling import law_any_shape
 from lastlayer.testing.probabilities import law_topk_is_sorted, law_topk_of_a_selection
 from law_table import CASES
@@ -18,7 +18,7 @@ ZIPF = 1e6 / torch.arange(1, V + 1, dtype=torch.float64)
 @pytest.fixture
 def always(monkeypatch):
     """Small problems are searched too, and no search gives up."""
-    monkeypatch.setattr(base, "worth_searching", lambda cost, rows, classes, width, k: classes > 1)
+    monkeypatch.setattr(search, "worth_searching", lambda cost, rows, classes, width, k: classes > 1)
     monkeypatch.setattr(two_level_search, "LARGEST_SHARE", 1)
     monkeypatch.setattr(tree_search, "LARGEST_SHARE", 1e9)
     monkeypatch.setattr(tree_search, "FIRST_WIDTH", 2)
@@ -130,7 +130,7 @@ def test_rows_that_are_not_finite_are_as_dense(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_answer_of_a_search_has_the_gradient_of_all_log_probabilities(name, monkeypatch):
-    monkeypatch.setattr(base, "worth_searching", lambda *sizes: True)
+    monkeypatch.setattr(search, "worth_searching", lambda *sizes: True)
     torch.manual_seed(0)
     layer = make(name).double()
     with torch.no_grad():

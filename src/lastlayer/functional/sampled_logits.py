@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lastlayer.functional.operators import make_operator
 from lastlayer.functional.ordinary import ordinary
-from lastlayer.functional.outside_graphs import outside_graphs
 from lastlayer.functional.precision import as_exact, exact_dtype, no_autocast, product_dtype
 from lastlayer.functional.row_sparse import row_sparse
 from lastlayer.functional.second_order import HandWritten, gradients
@@ -31,21 +30,17 @@ def sampled_logits(
     """`logits.gather(1, targets)` and `logits[:, candidates]` of `logits = hidden @ weight.T + bias`.
 
     Only the rows of these classes are read, and of the gradients only these are written; `sparse` ones hold no
-    others (coalesced). Shared candidates are one matrix product; sets for each row are gathered. Products run in
-    autocast's dtype where it is on; logits are in float32 at least. Second derivatives are dense.
+    others (coalesced), but in a compiled graph, where all are dense. Shared candidates are one matrix product;
+    sets for each row are gathered. Products run in autocast's dtype where it is on; logits are in float32 at
+    least. Second derivatives are dense.
     """
     dtype = product_dtype(hidden)
     with no_autocast(hidden.device.type):
         if not ordinary(hidden, weight, bias, targets, candidates):
             return _plain(hidden, weight, bias, targets, candidates, dtype)
-        if torch.compiler.is_compiling() and not sparse:
+        if torch.compiler.is_compiling():
             return _OPERATOR(hidden.to(dtype), weight, bias, targets, candidates)
-        return _of_touched_rows(hidden, weight, bias, targets, candidates, dtype, sparse)
-
-
-@outside_graphs
-def _of_touched_rows(*inputs: Any) -> tuple[Tensor, Tensor]:
-    return _SampledLogits.run(*inputs)
+        return _SampledLogits.run(hidden, weight, bias, targets, candidates, dtype, sparse)
 
 
 def _plain(

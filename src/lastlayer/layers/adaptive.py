@@ -20,6 +20,7 @@ from lastlayer.functional.selection import Selection
 from lastlayer.functional.two_level_samples import OpenCluster, sample_two_level
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.parts import tied
+from lastlayer.layers.search import searched_topk
 
 
 class _Part(NamedTuple):
@@ -273,7 +274,7 @@ class AdaptiveSoftmax(OutputLayer):
         def search(rows: Tensor, own: Selection | None) -> tuple[Tensor, Tensor, Tensor]:
             return *self._best(rows, k, own), torch.empty(0, dtype=torch.int64, device=rows.device)
 
-        return self._searched_topk(search, SearchCost(1 << 21, 0), hidden, k, selection)
+        return searched_topk(self, search, SearchCost(1 << 21, 0), hidden, k, selection)
 
     def _best(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:
         """The best classes: the head's own first, then of each tail the rows in which it may hold a better one."""

@@ -1,4 +1,4 @@
-"""The contract of every output layer: five calls, and the laws that tie them together."""
+"""The contract of every output layer: its calls, and the laws that tie them together."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lastlayer.functional.best_classes import SearchCost, worth_searching
 from lastlayer.functional.checks import (
     REDUCTIONS,
     check_choice,
@@ -16,7 +15,7 @@ from lastlayer.functional.checks import (
     check_positive,
     check_targets,
 )
-from lastlayer.functional.ordinary import ordinary, readable
+from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.reduce import at_kept, kept_rows, reduce_loss
 from lastlayer.functional.results import TopK
 from lastlayer.functional.sampling import sample_classes
@@ -26,15 +25,11 @@ from lastlayer.layers.parts import keep_buffers
 # Rows of (rows, V) log-probabilities that `sample` and the default `topk` hold at once, in numbers.
 CHUNK_NUMBERS = 1 << 24
 
-# Maps some rows and the classes they may return to log-probabilities and classes, (n, k) each, and the rows that
-# were given up.
-Search = Callable[[Tensor, Selection | None], tuple[Tensor, Tensor, Tensor]]
-
 
 class OutputLayer(nn.Module, ABC):
     """The last layer of a network with very many classes: a model of `P(class | hidden)`.
 
-    Five calls, for `hidden (..., d)` and `targets (...)` of class ids:
+    Six calls, for `hidden (..., d)` and `targets (...)` of class ids:
 
     | call | returns |
     |---|---|
@@ -43,8 +38,7 @@ class OutputLayer(nn.Module, ABC):
     | `layer.target_log_prob(hidden, targets)` | `(...)`: the same for one class each; 0 where ignored |
     | `layer.topk(hidden, k, exclude=, allowed=)` | `TopK(log_prob, indices)`, both `(..., k)`, best first |
     | `layer.sample(hidden, num_samples)` | `(..., num_samples)` class ids drawn from the model |
-
-    In addition `layer.score(hidden, ids (..., C))`, `(..., C)`: log-probabilities of given candidates.
+    | `layer.score(hidden, ids (..., C))` | `(..., C)`: log-probabilities of given candidates |
 
     Laws (`lastlayer.testing` holds one test for each; any layer of your own can be certified with it):
 
@@ -248,8 +242,6 @@ class OutputLayer(nn.Module, ABC):
     def _derive(self) -> None:
         """Sets what depends on buffers or parameters, once a state dict was loaded or planned buffers were set."""
 
-    # Written once for every layer.
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OutputLayer":
         """A cast of the layer is none of its buffers, and those that get memory get their planned values."""
         before = dict(self.named_buffers(recurse=False))
@@ -277,31 +269,6 @@ class OutputLayer(nn.Module, ABC):
             return values, indices
 
         return topk_in_chunks(of_chunk, self._row_chunks(hidden), selection)
-
-    def _searched_topk(
-        self, search: Search, cost: SearchCost, hidden: Tensor, k: int, selection: Selection | None
-    ) -> tuple[Tensor, Tensor]:
-        """The best classes by `search`, where that is worth it: no gradient flows through it, but through `_score`
-        of what it found. Rows that it gives up, and all rows of a small problem, are computed from all
-        log-probabilities, whose gradients are dense."""
-        searching = worth_searching(cost, hidden.shape[0], self.num_classes, self.in_features, k)
-        searching = searching and readable(hidden, *self.parameters())
-        if not searching and not (torch.is_grad_enabled() and self.sparse_parameters()):
-            return self._dense_topk(self._log_prob, hidden, k, selection)
-
-        def of_chunk(rows: Tensor, own: Selection | None) -> tuple[Tensor, Tensor]:
-            log_prob, indices, rest = search(rows, own)
-            if len(rest):
-                own = None if own is None else own.rows(rest)
-                log_prob[rest], indices[rest] = self._dense_topk(self._log_prob, rows[rest], k, own)
-            return log_prob, indices
-
-        with torch.no_grad():
-            if searching:
-                found = topk_in_chunks(of_chunk, self._row_chunks(hidden), selection)
-            else:
-                found = self._dense_topk(self._log_prob, hidden, k, selection)
-        return self._differentiable(hidden, *found)
 
     def _differentiable(self, hidden: Tensor, log_prob: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The result of a search, with gradients, which do not flow through the search."""

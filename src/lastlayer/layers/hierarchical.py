@@ -26,6 +26,7 @@ from lastlayer.functional.two_level_score import two_level_score
 from lastlayer.functional.two_level_search import topk_two_level
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.full import FullSoftmax
+from lastlayer.layers.search import searched_topk
 
 
 class HierarchicalSoftmax(OutputLayer):
@@ -304,7 +305,7 @@ class HierarchicalSoftmax(OutputLayer):
             levels = self._levels(None)
             return topk_two_level(rows, self._head_log_prob(rows), levels, self.offsets, self.order, k, own)
 
-        return self._searched_topk(search, SearchCost(1 << 22, self.num_clusters), hidden, k, selection)
+        return searched_topk(self, search, SearchCost(1 << 22, self.num_clusters), hidden, k, selection)
 
     def _sample(self, hidden: Tensor, num_samples: int) -> Tensor:
         drawn = [

@@ -1,7 +1,6 @@
 """A one-layer network with positive weights as a logit map (Daniels & Velikova 2010)."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -79,11 +78,8 @@ class MonotoneNetwork(LogitMap):
         ∂x = g (a + Σ v_k u_k τ_k)    ∂a = Σ g x    ∂u_k = v_k Σ g τ_k x    ∂b_k = v_k Σ g τ_k    ∂v_k = Σ g σ_k
         """
         slope, rates, shifts, heights = self._positive(logits.dtype)
-        of_slope, *of_units = (
-            torch.zeros(shape, dtype=torch.float64, device=logits.device)
-            for shape in ((), *[(self.hidden_units,)] * 3)
-        )
-        of_rates, of_shifts, of_heights = of_units
+        of_slope = logits.new_zeros((), dtype=torch.float64)
+        of_rates, of_shifts, of_heights = logits.new_zeros(3, self.hidden_units, dtype=torch.float64)
         of_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
         for x, g, out in in_blocks(self._block, logits, gradient, of_logits):
             unit = torch.sigmoid(self._inputs(x, rates, shifts))
@@ -99,18 +95,10 @@ class MonotoneNetwork(LogitMap):
             of_shifts * heights,
             of_heights * torch.sigmoid(self.raw_heights),
         )
-        parameters = tuple(self.parameters())
         return of_logits, tuple(
             part.to(p.dtype) if p.requires_grad else None
-            for part, p in zip(of_parameters, parameters, strict=True)
+            for part, p in zip(of_parameters, self.parameters(), strict=True)
         )
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The slope was a scalar in the state dicts of earlier versions."""
-        slope = state_dict.get(f"{prefix}raw_slope")
-        if isinstance(slope, Tensor) and slope.dim() == 0:
-            state_dict = {**state_dict, f"{prefix}raw_slope": slope[None]}
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def to_graph(self, graph: GraphBuilder, logits: str) -> str:
         """Unit by unit: the (logits, units) matrix does not exist."""

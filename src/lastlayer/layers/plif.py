@@ -76,9 +76,9 @@ class PLIF(LogitMap):
         self.raw_slopes.copy_(self.init_std * torch.randn(self.num_knots))
 
     @property
-    def slopes(self) -> Tensor:  # (K,)
-        """The slopes, all positive; of `raw_slopes` 0 exactly 1, in every dtype."""
-        return self._slopes().to(self.raw_slopes.dtype)
+    def slopes(self) -> Tensor:  # (K,) float64
+        """The slopes, all positive; of `raw_slopes` 0 exactly 1."""
+        return F.softplus(self.raw_slopes.double() + UNIT)
 
     def forward(self, logits: Tensor) -> Tensor:
         return apply_map(self, logits)
@@ -94,11 +94,6 @@ class PLIF(LogitMap):
 
     def evaluate(self, logits: Tensor) -> Tensor:
         return self.begin().values(logits)
-
-    @torch.no_grad()
-    def derivative(self, logits: Tensor) -> Tensor:
-        knots, _ = self.knots(logits.reshape(-1))
-        return self._slopes().to(logits.dtype).index_select(0, knots).reshape(logits.shape)
 
     @torch.no_grad()
     def inverse(self, values: Tensor) -> Tensor:
@@ -141,16 +136,13 @@ class PLIF(LogitMap):
         """δ, of a segment."""
         return 2 * self.bound / self.num_knots
 
-    def _slopes(self) -> Tensor:  # (K,) float64
-        return F.softplus(self.raw_slopes.double() + UNIT)
-
     def _left_ends(self) -> Tensor:  # (K,) float64
         steps = torch.arange(self.num_knots, dtype=torch.float64, device=self.raw_slopes.device)
         return steps.mul_(self.width).sub_(self.bound)
 
     def lines(self) -> Tensor:  # (K, 2) float64
         """`f(x) = line[0] x + line[1]` on each segment."""
-        slopes = self._slopes()
+        slopes = self.slopes
         before = slopes.cumsum(0) - slopes
         return torch.stack([slopes, before * self.width - self._left_ends() * slopes], 1)
 

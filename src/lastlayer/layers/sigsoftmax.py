@@ -30,9 +30,6 @@ class Sigsoftmax(LogitMap):
     def forward(self, logits: Tensor) -> Tensor:
         return logits + F.logsigmoid(logits)
 
-    def derivative(self, logits: Tensor) -> Tensor:
-        return 2 - torch.sigmoid(logits)
-
     def inverse(self, values: Tensor) -> Tensor:
         """`values / 2 + asinh(exp(values / 2) / 2)`: the positive root of `e^2x = e^y (1 + e^x)`."""
         half = values / 2

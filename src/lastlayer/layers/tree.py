@@ -18,6 +18,7 @@ from lastlayer.functional.selection import Selection
 from lastlayer.functional.tree_search import CHUNK_NUMBERS, FIRST_WIDTH, sample_tree, topk_tree
 from lastlayer.functional.trees import Tree, balanced, huffman
 from lastlayer.layers.base import OutputLayer
+from lastlayer.layers.search import searched_topk
 
 
 class TreeSoftmax(OutputLayer):
@@ -147,8 +148,8 @@ class TreeSoftmax(OutputLayer):
         def search(rows: Tensor, own: Selection | None) -> tuple[Tensor, Tensor, Tensor]:
             return topk_tree(rows, self.weight, self.nodes, self._tree.root, k, own)
 
-        return self._searched_topk(
-            search, SearchCost(1 << 23, FIRST_WIDTH * self.num_classes.bit_length()), hidden, k, selection
+        return searched_topk(
+            self, search, SearchCost(1 << 23, FIRST_WIDTH * self.num_classes.bit_length()), hidden, k, selection
         )
 
     def _sample(self, hidden: Tensor, num_samples: int) -> Tensor:
