@@ -7,7 +7,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
-pytest_plugins = ["engines", "browser", "browser"]
+pytest_plugins = ["engines", "browser"]
 
 SLOW = ("cli", "reproduce", "study", "transformers")  # whole commands, studies and models
 
