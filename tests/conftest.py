@@ -7,7 +7,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
-pytest_plugins = ["engines", "browser"]
+pytest_plugins = ["engines", "browser", "scripts"]
 
 SLOW = ("cli", "reproduce", "study", "transformers")  # whole commands, studies and models
 

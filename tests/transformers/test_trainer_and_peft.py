@@ -1,9 +1,6 @@
 """chunked_loss under the trainers of others: Trainer, PEFT, and the example that uses both."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +13,6 @@ from lastlayer.functional.linear_chunks import LinearChunks  # noqa: E402
 from lastlayer.transformers import chunked_loss, top_predictions  # noqa: E402
 from lastlayer.transformers.recorded_logits import RecordedLogits  # noqa: E402
 from tiny_models import V, batch, make  # noqa: E402
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "finetune.py"
 
 
 def rows(count, seed):
@@ -151,17 +146,15 @@ def test_heads_that_peft_has_replaced():
         assert list(wrapped.state_dict()) == keys
 
 
-def test_the_example(tmp_path):
+def test_the_example(tmp_path, monkeypatch, output_of):
     """It learns, and with --plain learns the same; what it saves it reads."""
+    monkeypatch.chdir(tmp_path)
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat and the dog lay on the rug . " * 60, encoding="utf-8")
-    options = ["--text", text, "--steps", "30", "--length", "12", "--num-classes", "40"]
+    options = ["--text", text, "--steps", 30, "--length", 12, "--num-classes", 40]
     found = []
     for more in ([], ["--plain"]):
-        command = [sys.executable, EXAMPLE, *options, *more]
-        output = subprocess.run(
-            [*map(str, command)], capture_output=True, text=True, check=True, cwd=tmp_path
-        ).stdout
+        output = output_of("finetune.py", *options, *more)
         found.append(
             [float(number) for number in re.search(r"perplexity: ([\d.]+)\nright: ([\d.]+)%", output).groups()]
         )
