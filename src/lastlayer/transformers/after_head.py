@@ -1,5 +1,6 @@
-"""What a model does to its head's logits, found by giving it known ones; and its head as a layer that does so."""
+"""What meets a model's head, and what the model does to its logits; and the head as a layer that does so."""
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -49,17 +50,45 @@ class ScaledLogits(LogitMap):
         return f"scale={self.scale:g}"
 
 
-class _Probe(nn.Module):
-    """Replaces the head and returns the same logits for every hidden state."""
+class _StandIn(nn.Module):
+    """Replaces the head, and computes nothing but what it is told."""
 
     bias = None  # some models read their head's bias
 
-    def __init__(self, logits: Tensor) -> None:
+    def __init__(self, compute: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.logits = logits
+        self.compute = compute
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.logits.expand(*hidden.shape[:-1], -1).clone()
+        return self.compute(hidden)
+
+
+@torch.no_grad()
+def hidden_states(
+    model: Any,
+    batches: Iterable[Tensor],  # of token ids (N, T)
+) -> Iterator[Tensor]:  # of (N * T, d)
+    """Runs a model over text and yields what its head would have been given; the head itself is not computed.
+
+    Encoder-decoder models get each batch as both input and labels' input. The model must be in `eval()`.
+    """
+    caught: list[Tensor] = []
+
+    def catch(hidden: Tensor) -> Tensor:
+        caught.append(hidden)
+        return hidden[..., :1]
+
+    for ids in batches:
+        with put_head(model, _StandIn(catch)):
+            model(input_ids=ids, **_decoder_inputs(model, ids))
+        if not caught:
+            raise TypeError(f"{type(model).__name__} did not call its output head")
+        yield caught[-1].reshape(-1, caught[-1].shape[-1])
+        caught.clear()
+
+
+def _decoder_inputs(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    return {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
 
 
 def logit_map_of(model: Any) -> LogitMap | None:
@@ -150,12 +179,11 @@ def _final_logits(model: Any, logits: Tensor) -> Tensor:  # (V,) to (V,)
     head = model.get_output_embeddings()
     device = head.weight.device
     ids = torch.full((1, 1), min(1, len(logits) - 1), device=device)
-    more = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
-    probe = _Probe(logits.to(device))
+    probe = _StandIn(lambda hidden: logits.to(device).expand(*hidden.shape[:-1], -1).clone())
     # Dropout in training mode must not use up random numbers of the caller's.
     with torch.random.fork_rng([device] if device.type == "cuda" else []), put_head(model, probe):
         try:
-            output = model(input_ids=ids, return_dict=True, **more)
+            output = model(input_ids=ids, return_dict=True, **_decoder_inputs(model, ids))
         except Exception as problem:  # a model of speech, say; each fails in its own way
             name = type(model).__name__
             raise TypeError(

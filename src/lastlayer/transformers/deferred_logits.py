@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lastlayer.transformers.recorded_logits import Head, RecordedLogits
-from lastlayer.transformers.recording import STEPS, VIEWS
+from lastlayer.transformers.heads import LayerHead, LinearHead
+from lastlayer.transformers.recorded_logits import OPERATIONS, RecordedLogits
 
 CHUNK_LOGITS = 1 << 24  # how many a query of rows, such as `argmax(-1)`, computes at once
 
@@ -16,10 +16,11 @@ class DeferredLogits(Tensor):
     """The logits `(..., V)` of a head, not yet computed; `F.cross_entropy` of them never computes them all.
 
     Has the shape, dtype and device of the logits, and holds what they are computed from. Reshapes that keep the
-    classes last, selections of rows, casts, factors, `tanh`, and a number added to each class are recorded.
-    `F.cross_entropy` is then `functional.linear_cross_entropy`. `argmax(-1)`, `max(-1)`, `topk(k)` and
-    `logsumexp(-1)` run over chunks of rows where no gradient is needed. Anything else computes the real logits,
-    once, and goes on with them, so that every result is that of the real logits.
+    classes last, selections of rows, casts to a wider dtype, positive factors, one `tanh`, and before it a number
+    added to each class are recorded. `F.cross_entropy` is then `functional.linear_cross_entropy`. `argmax(-1)`,
+    `max(-1)`, `topk(k)` and `logsumexp(-1)` run over chunks of rows where no gradient is needed. Anything else
+    computes the real logits, once, and goes on with them, so that every result is that of the real logits, to
+    rounding.
 
     `chunked_loss` has a model's head return it.
 
@@ -65,7 +66,7 @@ class DeferredLogits(Tensor):
         return func(*_materialized(args), **_materialized(kwargs))
 
 
-def defer(head: Head, hidden: Tensor) -> DeferredLogits:
+def defer(head: LinearHead | LayerHead, hidden: Tensor) -> DeferredLogits:
     """`head.logits(hidden)`, computed when needed."""
     return _holding(RecordedLogits.of(head, hidden))
 
@@ -111,32 +112,24 @@ ROW_QUERIES = {
 def _record(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
     """The result of an operation that needs no real logits, or only some at a time; else NotImplemented."""
     recorded = logits.recorded
-    if func in VIEWS:
-        hidden = VIEWS[func](recorded.hidden, recorded.head.num_classes, *args, **kwargs)
-        return hidden if hidden is NotImplemented else _view(logits, recorded._replace(hidden=hidden))
-    if func in STEPS:
-        step = STEPS[func](recorded, *args, **kwargs)
-        if step is None or step is NotImplemented:
-            return logits if step is None else step
-        return _holding(recorded.then(step))
+    if func in OPERATIONS:
+        found = OPERATIONS[func](recorded, *args, **kwargs)
+        if found is NotImplemented or found is recorded:
+            return logits if found is recorded else NotImplemented
+        view = found.hidden is not recorded.hidden
+        logits.shared = logits.shared or view
+        return _holding(found, shared=view)
     if func in REQUIRES_GRAD:
         return recorded.requires_grad
     if func in IS_LEAF:
         return not recorded.requires_grad
     if func in GRAD:
         return None
-    if func in (Tensor.detach, torch.detach):
-        return _view(logits, recorded.detach())
     if func is F.cross_entropy:
         return _cross_entropy(recorded, *args, **kwargs)
     if func in ROW_QUERIES:
         return _query_rows(func, recorded, *args, **kwargs)
     return NotImplemented
-
-
-def _view(logits: DeferredLogits, recorded: RecordedLogits) -> DeferredLogits:
-    logits.shared = True
-    return _holding(recorded, shared=True)
 
 
 def _cross_entropy(
@@ -154,8 +147,7 @@ def _cross_entropy(
     if unknown or isinstance(target, DeferredLogits) or target.requires_grad:
         return NotImplemented
     options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
-    loss = recorded.cross_entropy(target, weight=weight, **options)
-    return NotImplemented if loss is None else loss
+    return recorded.cross_entropy(target, weight=weight, **options)
 
 
 def _query_rows(func: Any, recorded: RecordedLogits, *args: Any, **kwargs: Any) -> Any:
@@ -187,19 +179,13 @@ def _query_rows(func: Any, recorded: RecordedLogits, *args: Any, **kwargs: Any) 
     return type(found[0])([joined(list(results)) for results in zip(*found, strict=True)])
 
 
+IN_PLACE = {f"__{name}__" for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow")}
+
+
 def _is_in_place(func: Any, kwargs: dict[str, Any]) -> bool:
     name = getattr(func, "__name__", "")
-    if name.startswith("__"):
-        return name in (
-            "__setitem__",
-            "__iadd__",
-            "__isub__",
-            "__imul__",
-            "__itruediv__",
-            "__ifloordiv__",
-            "__ipow__",
-        )
-    return name.endswith("_") or bool(kwargs.get("inplace", False))
+    own = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return own or bool(kwargs.get("inplace", False))
 
 
 def _materialized(value: Any) -> Any:

@@ -1,158 +1,40 @@
 """What logits are computed from: a head, its hidden states, and what a model does to the head's logits since."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from math import isfinite
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lastlayer.functional.changes import count_of_changes
-from lastlayer.functional.linear_cross_entropy import linear_cross_entropy
 from lastlayer.functional.precision import autocast_is_on, product_dtype
-from lastlayer.layers.soft_cap import SoftCap
-
-
-class Step(NamedTuple):
-    """One elementwise operation on logits."""
-
-    name: str  # "scale", "divide", "tanh", "shift" or "cast"
-    operand: Any = None  # a number, a vector (V,), or a dtype
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        match self.name:
-            case "scale":
-                return logits * self.operand
-            case "divide":
-                return logits / self.operand
-            case "shift":
-                return logits + self.operand
-            case "cast":
-                return logits.to(self.operand)
-        return torch.tanh(logits)
-
-
-class LogitTransform(NamedTuple):
-    """`scale * (x + shift)` of a head's logits x, or `cap * tanh(scale * (x + shift))`."""
-
-    scale: float = 1.0
-    cap: float | None = None
-    shift: Tensor | None = None  # (V,)
-
-    def then(self, step: Step, dtype: torch.dtype) -> "LogitTransform | None":
-        """With one more step, on logits of `dtype`; None where it is no longer of this form."""
-        match step.name:
-            case "scale" | "divide":
-                factor = step.operand if step.name == "scale" else 1 / step.operand if step.operand else 0.0
-                if not 0 < factor < float("inf"):
-                    return None
-                if self.cap is None:
-                    return self._replace(scale=self.scale * factor)
-                return self._replace(cap=self.cap * factor)
-            case "tanh":
-                return self._replace(cap=1.0) if self.cap is None else None
-            case "shift" if self.cap is None:
-                shift = step.operand / self.scale
-                return self._replace(shift=shift if self.shift is None else self.shift + shift)
-            case "cast" if torch.promote_types(dtype, step.operand) == step.operand:
-                return self
-        return None
-
-    def is_identity(self) -> bool:
-        """Whether it leaves every logit as it is; reads the values of `shift`."""
-        return self.scale == 1 and self.cap is None and (self.shift is None or not bool(self.shift.any()))
-
-
-class Head(Protocol):
-    """What gives logits of hidden states, and a loss without them."""
-
-    @property
-    def num_classes(self) -> int:
-        """V."""
-        ...
-
-    @property
-    def own_loss(self) -> str | None:
-        """Whose loss trains it, where that is not the cross-entropy of the logits."""
-        ...
-
-    def parameters(self) -> tuple[Tensor, ...]:
-        """What the logits depend on besides the hidden states."""
-        ...
-
-    def logits(self, hidden: Tensor) -> Tensor:  # (..., d) to (..., V)
-        """All logits."""
-        ...
-
-    def loss(self, hidden: Tensor, targets: Tensor, transform: LogitTransform, **options: Any) -> Tensor:
-        """`F.cross_entropy(transform of logits(hidden), targets, **options)`, for hidden states (N, d) or (d,)."""
-        ...
-
-
-class LinearHead(NamedTuple):
-    """The head of `nn.Linear`."""
-
-    weight: Tensor  # (V, d)
-    bias: Tensor | None  # (V,)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.weight)
-
-    @property
-    def own_loss(self) -> str | None:
-        return None
-
-    def parameters(self) -> tuple[Tensor, ...]:
-        return (self.weight,) if self.bias is None else (self.weight, self.bias)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.weight, self.bias)
-
-    def loss(self, hidden: Tensor, targets: Tensor, transform: LogitTransform, **options: Any) -> Tensor:
-        """The factor goes to the hidden states, which are few, and a number for each class to the bias."""
-        scale, cap, shift = transform
-        factor = scale if cap is None else scale * cap  # cap * tanh(factor * x / cap)
-        bias = self.bias if shift is None else shift if self.bias is None else self.bias + shift
-        if abs(factor - 1) > 1e-12:  # not the rounding of (1 / cap) * cap
-            hidden, bias = hidden * factor, None if bias is None else bias * factor
-        logit_map = None if cap is None else SoftCap(cap)
-        class_weights = options.pop("weight")
-        return linear_cross_entropy(
-            hidden, self.weight, targets, bias=bias, logit_map=logit_map, class_weights=class_weights, **options
-        )
+from lastlayer.transformers.heads import LayerHead, LinearHead, LogitTransform
 
 
 class RecordedLogits(NamedTuple):
-    """`steps(head.logits(hidden))`, to be computed as at the time when the head was called."""
+    """`transform(head.logits(hidden))`, to be computed as at the time when the head was called."""
 
-    head: Head
+    head: LinearHead | LayerHead
     hidden: Tensor  # (..., d)
-    steps: tuple[Step, ...]
-    dtype: torch.dtype  # of the logits after the steps
+    transform: LogitTransform
+    dtype: torch.dtype  # of the logits
     product: torch.dtype  # of the head's product: that of autocast, where it was on
     with_gradient: bool  # whether gradients were recorded
     versions: tuple[int, ...]  # of the head's parameters
 
     @classmethod
-    def of(cls, head: Head, hidden: Tensor) -> "RecordedLogits":
-        """Without any steps yet."""
+    def of(cls, head: LinearHead | LayerHead, hidden: Tensor) -> "RecordedLogits":
+        """The head's own logits."""
         dtype = product_dtype(hidden)
-        return cls(head, hidden, (), dtype, dtype, torch.is_grad_enabled(), _versions(head))
+        return cls(head, hidden, LogitTransform(), dtype, dtype, torch.is_grad_enabled(), _versions(head))
 
     @property
     def requires_grad(self) -> bool:
         """Whether the logits would."""
         return self.with_gradient and any(t.requires_grad for t in (self.hidden, *self.head.parameters()))
-
-    def then(self, step: Step) -> "RecordedLogits":
-        """With one more step."""
-        operand, dtype = step.operand, self.dtype
-        if step.name == "cast":
-            dtype = operand
-        elif step.name == "shift":
-            dtype = torch.promote_types(dtype, operand.dtype)
-        return self._replace(steps=(*self.steps, step), dtype=dtype)
 
     def detach(self) -> "RecordedLogits":
         """Without gradients."""
@@ -167,25 +49,17 @@ class RecordedLogits(NamedTuple):
                 "model's head: the model, or torch.compile, does not use them by F.cross_entropy alone; read them "
                 "under torch.no_grad(), or use layer=None"
             )
-        with torch.set_grad_enabled(self.with_gradient), self._precision():
-            logits = self.head.logits(self.hidden)
         with torch.set_grad_enabled(self.with_gradient):
-            for step in self.steps:
-                logits = step(logits)
-        return logits
+            with self._precision():
+                logits = self.head.logits(self.hidden)
+            return self.transform(logits.to(self.dtype))
 
-    def cross_entropy(self, targets: Tensor, **options: Any) -> Tensor | None:
-        """`F.cross_entropy(logits, targets, **options)` without them; None where the steps are not of its form."""
-        transform, dtype = LogitTransform(), self.product
-        for step in self.steps:
-            transform = None if transform is None else transform.then(step, dtype)
-            dtype = RecordedLogits.then(self._replace(dtype=dtype), step).dtype
-        if transform is None:
-            return None
+    def cross_entropy(self, targets: Tensor, **options: Any) -> Tensor:
+        """`F.cross_entropy(logits, targets, **options)` without them."""
         self._check_versions()
         half = autocast_is_on(self.hidden.device.type)  # where F.cross_entropy gives float32
         with torch.set_grad_enabled(self.with_gradient and torch.is_grad_enabled()), self._precision():
-            loss = self.head.loss(self.hidden, targets, transform, **options)
+            loss = self.head.loss(self.hidden, targets, self.transform, **options)
         return loss.float() if half else loss.to(self.dtype)
 
     def _precision(self) -> AbstractContextManager[object]:
@@ -201,7 +75,150 @@ class RecordedLogits(NamedTuple):
             )
 
 
-def _versions(head: Head) -> tuple[int, ...]:
+def _versions(head: LinearHead | LayerHead) -> tuple[int, ...]:
     if torch.compiler.is_compiling():
         return ()
     return tuple(-1 if tensor.is_inference() else count_of_changes(tensor) for tensor in head.parameters())
+
+
+# The operations on logits that are recorded: functions of (recorded, *args, **kwargs) that give what is recorded
+# then, or NotImplemented for arguments that they do not know: the real logits are computed then. A view of logits
+# `(..., V)` that keeps each row whole is the same view of the hidden states `(..., d)`.
+OPERATIONS: dict[Any, Callable[..., Any]] = {}
+
+
+def _of(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+        OPERATIONS.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return register
+
+
+@_of(Tensor.detach, torch.detach)
+def _detach(recorded: RecordedLogits) -> Any:
+    return recorded.detach()
+
+
+@_of(Tensor.view, Tensor.reshape, torch.reshape)
+def _reshape(recorded: RecordedLogits, *sizes: Any, **more: Any) -> Any:
+    hidden, num_classes = recorded.hidden, recorded.head.num_classes
+    sizes = tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+    if more or not sizes or not all(isinstance(size, int) for size in sizes):  # a dtype, say
+        return NotImplemented
+    rows, (*leading, last) = hidden.shape[:-1].numel(), sizes
+    count = 1
+    for size in leading:
+        count *= size
+    if -1 in leading:  # to be inferred
+        fits = count != 0 and rows > 0 and rows % count == 0 and leading.count(-1) == 1
+    else:
+        fits = count == rows
+    if not fits or (last != num_classes and (last != -1 or -1 in leading or not rows)):
+        return NotImplemented
+    return recorded._replace(hidden=hidden.reshape(*leading, hidden.shape[-1]))
+
+
+@_of(Tensor.flatten, torch.flatten)
+def _flatten(recorded: RecordedLogits, start_dim: int = 0, end_dim: int = -1) -> Any:
+    if end_dim in (-1, recorded.hidden.dim() - 1):
+        return NotImplemented
+    return recorded._replace(hidden=recorded.hidden.flatten(start_dim, end_dim))
+
+
+@_of(Tensor.contiguous)
+def _contiguous(recorded: RecordedLogits, **more: Any) -> Any:
+    return NotImplemented if more else recorded._replace(hidden=recorded.hidden.view_as(recorded.hidden))
+
+
+@_of(Tensor.__getitem__)
+def _select(recorded: RecordedLogits, index: Any) -> Any:
+    parts = index if isinstance(index, tuple) else (index,)
+    if not _selects_rows(parts, recorded.hidden.dim()):
+        return NotImplemented
+    return recorded._replace(hidden=recorded.hidden[index])
+
+
+def _selects_rows(parts: tuple[Any, ...], dims: int) -> bool:
+    """Whether an index leaves the last dimension, that of the classes, as it is."""
+    consumed, ellipsis = 0, False
+    for part in parts:
+        if part is Ellipsis:
+            ellipsis = True
+        elif type(part) is Tensor and part.dtype in (torch.bool, torch.int64, torch.int32):
+            consumed += part.dim() if part.dtype == torch.bool else 1
+        elif isinstance(part, (int, slice)) and not isinstance(part, bool):
+            consumed += 1
+        elif part is not None:
+            return False
+    if consumed < dims and (not ellipsis or parts[-1] is Ellipsis):
+        return True
+    last = parts[-1]
+    return isinstance(last, slice) and last == slice(None)
+
+
+@_of(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
+def _scale(recorded: RecordedLogits, other: Any, **more: Any) -> Any:
+    if more or not _is_number(other) or other <= 0:
+        return NotImplemented
+    scale, cap, _ = recorded.transform
+    changed = {"scale": scale * other} if cap is None else {"cap": cap * other}
+    return recorded._replace(transform=recorded.transform._replace(**changed))
+
+
+@_of(torch.div, torch.divide, torch.true_divide)
+@_of(Tensor.div, Tensor.divide, Tensor.true_divide, Tensor.__truediv__)
+def _divide(recorded: RecordedLogits, other: Any, **more: Any) -> Any:
+    return _scale(recorded, 1 / other, **more) if _is_number(other) and other != 0 else NotImplemented
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+
+
+@_of(torch.tanh, Tensor.tanh, torch.nn.functional.tanh)
+def _tanh(recorded: RecordedLogits, **more: Any) -> Any:
+    if more or recorded.transform.cap is not None:
+        return NotImplemented
+    return recorded._replace(transform=recorded.transform._replace(cap=1.0))
+
+
+@_of(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+def _shift(recorded: RecordedLogits, other: Any, **more: Any) -> Any:
+    """One number for each class."""
+    hidden, (scale, cap, before) = recorded.hidden, recorded.transform
+    if more or type(other) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer) or other.device != hidden.device:
+        return NotImplemented
+    of_classes = other.dim() > 0 and other.shape[-1] == other.numel() == recorded.head.num_classes
+    if cap is not None or not of_classes or other.dim() > hidden.dim() or not other.is_floating_point():
+        return NotImplemented
+    shift = other.reshape(-1) / scale
+    transform = recorded.transform._replace(shift=shift if before is None else before + shift)
+    return recorded._replace(transform=transform, dtype=torch.promote_types(recorded.dtype, other.dtype))
+
+
+@_of(Tensor.to)
+def _to(recorded: RecordedLogits, *where: Any, **more: Any) -> Any:
+    if len(where) == 1 and more.keys() <= {"non_blocking"}:
+        if isinstance(where[0], torch.dtype):
+            return _cast(recorded, dtype=where[0])
+        if isinstance(where[0], (str, torch.device)) and torch.device(where[0]) == recorded.hidden.device:
+            return recorded
+    if not where and more.keys() == {"dtype"}:
+        return _cast(recorded, **more)
+    return NotImplemented
+
+
+def _cast(recorded: RecordedLogits, *, dtype: torch.dtype, **more: Any) -> Any:
+    """To a dtype that holds the values of the one before."""
+    if more:
+        return NotImplemented
+    if dtype == recorded.dtype:
+        return recorded
+    wider = torch.promote_types(recorded.dtype, dtype) == dtype
+    return recorded._replace(dtype=dtype) if wider else NotImplemented
+
+
+OPERATIONS.update(
+    {Tensor.float: partial(_cast, dtype=torch.float32), Tensor.double: partial(_cast, dtype=torch.float64)}
+)

@@ -1,4 +1,4 @@
-"""An output layer as the head of a Transformers model: its loss in training, its logits elsewhere."""
+"""The heads that logits come from, a matrix or an output layer, and what a model does to their logits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,10 +7,65 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lastlayer.functional.linear_cross_entropy import linear_cross_entropy
 from lastlayer.functional.reduce import reduce_loss
 from lastlayer.layers.base import OutputLayer
+from lastlayer.layers.soft_cap import SoftCap
 from lastlayer.transformers.after_head import after_head
-from lastlayer.transformers.recorded_logits import LogitTransform
+
+
+class LogitTransform(NamedTuple):
+    """`scale * (x + shift)` of a head's logits x, or `cap * tanh(scale * (x + shift))`."""
+
+    scale: float = 1.0
+    cap: float | None = None
+    shift: Tensor | None = None  # (V,)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.shift is not None:
+            logits = logits + self.shift
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.cap is None else self.cap * logits.tanh()
+
+    def is_identity(self) -> bool:
+        """Whether it leaves every logit as it is; reads the values of `shift`."""
+        return self.scale == 1 and self.cap is None and (self.shift is None or not bool(self.shift.any()))
+
+
+class LinearHead(NamedTuple):
+    """The head of `nn.Linear`."""
+
+    weight: Tensor  # (V, d)
+    bias: Tensor | None  # (V,)
+
+    own_loss = None  # whose loss trains it, where that is not the cross-entropy of the logits
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.weight)
+
+    def parameters(self) -> tuple[Tensor, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    def logits(self, hidden: Tensor) -> Tensor:  # (..., d) to (..., V)
+        return F.linear(hidden, self.weight, self.bias)
+
+    def loss(self, hidden: Tensor, targets: Tensor, transform: LogitTransform, **options: Any) -> Tensor:
+        """`F.cross_entropy(transform(logits(hidden)), targets, **options)`, for hidden states (N, d) or (d,).
+
+        The factor goes to the hidden states, which are few, and a number for each class to the bias.
+        """
+        scale, cap, shift = transform
+        factor = scale if cap is None else scale * cap  # cap * tanh(factor * x / cap)
+        bias = self.bias if shift is None else shift if self.bias is None else self.bias + shift
+        if abs(factor - 1) > 1e-12:  # not the rounding of (1 / cap) * cap
+            hidden, bias = hidden * factor, None if bias is None else bias * factor
+        logit_map = None if cap is None else SoftCap(cap)
+        class_weights = options.pop("weight")
+        return linear_cross_entropy(
+            hidden, self.weight, targets, bias=bias, logit_map=logit_map, class_weights=class_weights, **options
+        )
 
 
 class LayerHead(NamedTuple):
