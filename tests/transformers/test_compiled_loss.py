@@ -63,6 +63,7 @@ def test_evaluation_and_undo():
             output = compiled(**inputs)
             assert isinstance(output.logits, DeferredLogits)
             torch.testing.assert_close(output.loss, expected.loss)
+            assert torch.equal(output.logits.argmax(-1), expected.logits.argmax(-1))
         output = compiled(**inputs)
     assert type(output.logits) is torch.Tensor
     torch.testing.assert_close(output.loss, expected.loss)
@@ -83,6 +84,19 @@ def test_a_loss_of_the_model_that_the_compiler_does_not_trace():
         pytest.raises(Exception, match=r"would train .*a full softmax"),
     ):
         torch.compile(model, backend="eager")(**inputs)
+
+
+def test_what_the_compiler_does_to_the_placeholder():
+    """`F.tanh` does not call `__torch_function__` in a graph: an error, and no loss that is NaN."""
+    model, inputs = make("recurrent-gemma").train(), batch("recurrent-gemma")
+    with (
+        chunked_loss(model),
+        pytest.raises(RuntimeError, match="does not see what RecurrentGemmaForCausalLM does"),
+    ):
+        torch.compile(model, backend="eager")(**inputs)
+    with chunked_loss(model):
+        model.model.compile(backend="eager")
+        assert model(**inputs).loss.isfinite()
 
 
 def test_a_loss_of_the_callers_own():

@@ -17,6 +17,7 @@ from lastlayer.transformers.heads import LayerHead, LinearHead, check_layer
 from lastlayer.transformers.replaced_head import ReplacedHead, own_head, put_head, refuse_what_needs_own_head
 
 OLDEST = (4, 57)  # of Transformers
+SUCH_AS = "such as model.model.compile() or model.encoder.compile()"
 
 
 def chunked_loss(model: Any, layer: OutputLayer | None = None) -> ReplacedHead:
@@ -33,7 +34,7 @@ def chunked_loss(model: Any, layer: OutputLayer | None = None) -> ReplacedHead:
 
     `torch.compile` keeps one graph without the logits where the model has labels and comes to its loss by its
     `loss_function`. Others (T5, Marian, BART, Whisper, BERT) compute their logits when they are compiled, with one
-    warning: compile the modules before their head instead, `model.encoder.compile()`.
+    warning: compile the modules before their head instead, `model.encoder.compile()`. RecurrentGemma raises then.
 
     Args:
         model: called with `labels` as ever.
@@ -134,14 +135,18 @@ class DeferringHead(nn.Module):
         self.labels_place = names.index("labels") if "labels" in names else None
         self.name, self.loss_is_traced = type(model).__name__, _uses_loss_function(model)
         self.labelled = False  # whether the model was called with labels
+        self.used: list[str] | None = None  # in a compiled graph: what was computed of the deferred logits
         torch.compiler.assume_constant_result(_warn_of_logits)  # which would break a graph
 
     def forward(self, hidden: Tensor) -> Tensor:
         head = LinearHead(self.weight, self.bias) if self.layer is None else LayerHead(self.layer)
         if not (self.labelled or (self.training and torch.is_grad_enabled())):
             return head.logits(hidden)
-        if not torch.compiler.is_compiling() or (self.labelled and self.loss_is_traced):
+        if not torch.compiler.is_compiling():
             return defer(head, hidden)
+        if self.labelled and self.loss_is_traced:
+            self.used = []
+            return defer(head, hidden, self.used)
         if self.layer is not None:
             raise RuntimeError(
                 f"torch.compile of {self.name} would train its head as a full softmax, not as the "
@@ -160,6 +165,12 @@ class DeferringHead(nn.Module):
     def after_model(self, *_: Any) -> None:
         """The model's own call has ended."""
         self.labelled = False
+        used, self.used = self.used, None
+        if used is not None and not used:  # some operation was compiled on the placeholder of the logits
+            raise RuntimeError(
+                f"torch.compile does not see what {self.name} does to its logits under chunked_loss, nor that "
+                f"they are deferred: compile the modules before the head instead, {SUCH_AS}"
+            )
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -210,7 +221,7 @@ def _warn_of_logits(name: str) -> None:
     warnings.warn(
         f"torch.compile computes the logits of {name} under chunked_loss, and saves no memory: it cannot see that "
         "they are deferred without labels, or where the model's loss is not its loss_function; compile the "
-        "modules before the head instead, such as model.encoder.compile()",
+        f"modules before the head instead, {SUCH_AS}",
         stacklevel=2,
     )
 

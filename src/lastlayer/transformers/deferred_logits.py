@@ -26,7 +26,8 @@ class DeferredLogits(Tensor):
 
     Raises:
         TypeError: an in-place operation where another tensor views the same logits, not yet computed.
-        RuntimeError: the head's parameters were changed (an optimizer's step) before the values were needed.
+        RuntimeError: the head's parameters were changed (an optimizer's step) before the values were needed; not
+            noticed of logits that a compiled graph has returned.
     """
 
     recorded: RecordedLogits
@@ -66,9 +67,9 @@ class DeferredLogits(Tensor):
         return func(*_materialized(args), **_materialized(kwargs))
 
 
-def defer(head: LinearHead | LayerHead, hidden: Tensor) -> DeferredLogits:
-    """`head.logits(hidden)`, computed when needed."""
-    return _holding(RecordedLogits.of(head, hidden))
+def defer(head: LinearHead | LayerHead, hidden: Tensor, used: list[str] | None = None) -> DeferredLogits:
+    """`head.logits(hidden)`, computed when needed; what of them is computed is noted in `used`."""
+    return _holding(RecordedLogits.of(head, hidden, [] if used is None else used))
 
 
 def _holding(recorded: RecordedLogits, *, shared: bool = False) -> DeferredLogits:

@@ -24,12 +24,13 @@ class RecordedLogits(NamedTuple):
     product: torch.dtype  # of the head's product: that of autocast, where it was on
     with_gradient: bool  # whether gradients were recorded
     versions: tuple[int, ...]  # of the head's parameters
+    used: list[str]  # what was computed from them, by name
 
     @classmethod
-    def of(cls, head: LinearHead | LayerHead, hidden: Tensor) -> "RecordedLogits":
+    def of(cls, head: LinearHead | LayerHead, hidden: Tensor, used: list[str]) -> "RecordedLogits":
         """The head's own logits."""
         dtype = product_dtype(hidden)
-        return cls(head, hidden, LogitTransform(), dtype, dtype, torch.is_grad_enabled(), _versions(head))
+        return cls(head, hidden, LogitTransform(), dtype, dtype, torch.is_grad_enabled(), _versions(head), used)
 
     @property
     def requires_grad(self) -> bool:
@@ -52,11 +53,13 @@ class RecordedLogits(NamedTuple):
         with torch.set_grad_enabled(self.with_gradient):
             with self._precision():
                 logits = self.head.logits(self.hidden)
+            self.used.append("logits")
             return self.transform(logits.to(self.dtype))
 
     def cross_entropy(self, targets: Tensor, **options: Any) -> Tensor:
         """`F.cross_entropy(logits, targets, **options)` without them."""
         self._check_versions()
+        self.used.append("loss")
         half = autocast_is_on(self.hidden.device.type)  # where F.cross_entropy gives float32
         with torch.set_grad_enabled(self.with_gradient and torch.is_grad_enabled()), self._precision():
             loss = self.head.loss(self.hidden, targets, self.transform, **options)
@@ -68,7 +71,7 @@ class RecordedLogits(NamedTuple):
         return torch.autocast(self.hidden.device.type, dtype=self.product)
 
     def _check_versions(self) -> None:
-        if self.versions != _versions(self.head):
+        if self.versions and self.versions != _versions(self.head):
             raise RuntimeError(
                 "these logits were not computed before the head's parameters were changed in place, as by an "
                 "optimizer's step, and can no longer be: read them, or call logits.materialize(), before"
@@ -76,6 +79,7 @@ class RecordedLogits(NamedTuple):
 
 
 def _versions(head: LinearHead | LayerHead) -> tuple[int, ...]:
+    """How often the head's parameters were changed; nothing in a compiled graph, which does not know."""
     if torch.compiler.is_compiling():
         return ()
     return tuple(-1 if tensor.is_inference() else count_of_changes(tensor) for tensor in head.parameters())
