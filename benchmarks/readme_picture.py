@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-from lastlayer.study.report.chart import Line, line_chart
-from lastlayer.study.report.page_style import STYLE
+from lastlayer.study.report.charts import Line, line_chart
+from lastlayer.study.report.page_style import VARIABLES
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "compare_wikitext2.json"
 PICTURE = HERE.parent / "docs" / "images" / "wikitext-2.svg"
-WIDTH, HEIGHT = 760, 360
+STYLE = f"{VARIABLES}svg{{background:var(--page)}}svg text{{font-family:system-ui,sans-serif!important}}"
 
 
 def picture(results: dict) -> str:
@@ -20,17 +20,9 @@ def picture(results: dict) -> str:
         Line(name, colour, [(point["seconds"], point["perplexity"]) for point in curves[name]], ends[name])
         for colour, name in enumerate(curves)
     ]
-    chart = line_chart(
-        lines,
-        width=WIDTH,
-        height=HEIGHT,
-        x_label="seconds of training",
-        y_label=f"Held-out perplexity on {results['text']['name']}",
-        css="picture",
-    )
-    head, rest = chart.split(">", 1)
-    style = f"{STYLE}.picture{{--card:var(--page);background:var(--page)}}"
-    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{style}</style>{rest}\n'
+    label = f"Held-out perplexity on {results['text']['name']}"
+    head, rest = line_chart(lines, "seconds of training", label, height=360).split(">", 1)
+    return f"{head}><style>{STYLE}</style>{rest}\n"
 
 
 def main() -> None:

@@ -87,7 +87,7 @@ def compare_trains_sharded(group, folder):
             if size == 3:
                 part = comparison._trainer("full", comparison.checkpoint("full"))
                 for _ in range(5):
-                    part._step()
+                    part.step()
                 part.save()
                 dist.barrier()
             records = comparison.run(resume=size == 3)

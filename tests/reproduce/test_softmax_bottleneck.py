@@ -72,7 +72,7 @@ def test_a_kill_in_training(tiny, tmp_path, monkeypatch):
     whole = tiny("--parts", "b", "--out", str(tmp_path / "whole"), "--json", str(tmp_path / "whole.json"))
     assert whole.exit_code == 0, whole.output
 
-    steps, step = [], Trainer._step
+    steps, step = [], Trainer.step
 
     def killed(trainer):
         steps.append(1)
@@ -80,7 +80,7 @@ def test_a_kill_in_training(tiny, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         step(trainer)
 
-    monkeypatch.setattr(Trainer, "_step", killed)
+    monkeypatch.setattr(Trainer, "step", killed)
     assert tiny("--parts", "b").exit_code != 0
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())["records"]) == 1
     steps.clear()

@@ -23,6 +23,7 @@ from lastlayer.layers.sampled.negative_sampling import NegativeSampling
 from lastlayer.layers.sampled.noise_contrastive import NoiseContrastive
 from lastlayer.layers.sampled.sampled_softmax import SampledSoftmax
 from lastlayer.layers.sampled.u_max import UMax
+from lastlayer.layers.samplers.base import Sampler
 from lastlayer.layers.samplers.log_uniform import LogUniform
 from lastlayer.layers.samplers.unigram import Unigram
 from lastlayer.layers.sigsoftmax import Sigsoftmax
@@ -65,41 +66,24 @@ def _adaptive(in_features: int, counts: Tensor) -> OutputLayer:
     return AdaptiveSoftmax(in_features, len(counts), div_value=div_value)
 
 
-def _sampled(in_features: int, counts: Tensor) -> OutputLayer:
-    sampler = LogUniform(len(counts), replacement=False)
-    return SampledSoftmax(in_features, len(counts), sampler, _num_samples(counts), sparse=True)
+def _sampled(
+    layer: Callable[..., OutputLayer], sampler: Callable[[Tensor], Sampler]
+) -> Callable[..., OutputLayer]:
+    """`build` of a layer that draws 1,024 classes by the sampler of these counts."""
+
+    def build(in_features: int, counts: Tensor, **per_example: int | None) -> OutputLayer:
+        settings = {"sampler": sampler(counts), "num_samples": _num_samples(counts), "sparse": True}
+        return layer(in_features, len(counts), **settings, **per_example)
+
+    return build
 
 
-def _nce(in_features: int, counts: Tensor) -> OutputLayer:
-    return NoiseContrastive(in_features, len(counts), _unigram(counts, 1.0), _num_samples(counts), sparse=True)
+def _unigram(power: float) -> Callable[[Tensor], Unigram]:
+    return lambda counts: Unigram(counts.clamp(min=1), power)
 
 
-def _negative_sampling(in_features: int, counts: Tensor) -> OutputLayer:
-    return NegativeSampling(in_features, len(counts), _unigram(counts, 0.75), _num_samples(counts), sparse=True)
-
-
-def _blackout(in_features: int, counts: Tensor) -> OutputLayer:
-    return BlackOut(in_features, len(counts), _unigram(counts, 0.4), _num_samples(counts), sparse=True)
-
-
-def _umax(in_features: int, counts: Tensor, num_examples: int | None = None) -> OutputLayer:
-    sampler, options = LogUniform(len(counts)), {"num_examples": num_examples, "sparse": True}
-    return UMax(in_features, len(counts), sampler, _num_samples(counts), **options)
-
-
-def _augment_reduce(in_features: int, counts: Tensor, num_examples: int | None = None) -> OutputLayer:
-    sampler, options = LogUniform(len(counts)), {"num_examples": num_examples, "sparse": True}
-    return AugmentReduce(in_features, len(counts), sampler, _num_samples(counts), **options)
-
-
-def _one_vs_sampled(in_features: int, counts: Tensor) -> OutputLayer:
-    """A flat sampler: each negative counts 1 over how often it is expected."""
-    sampler, num_samples = _unigram(counts, 0.5), _num_samples(counts)
-    return OneVsAll(in_features, len(counts), sampler=sampler, num_samples=num_samples, sparse=True)
-
-
-def _unigram(counts: Tensor, power: float) -> Unigram:
-    return Unigram(counts.clamp(min=1), power)
+def _log_uniform(replacement: bool = True) -> Callable[[Tensor], LogUniform]:
+    return lambda counts: LogUniform(len(counts), replacement=replacement)
 
 
 def _num_samples(counts: Tensor) -> int:
@@ -133,21 +117,36 @@ CHOICES: dict[str, Choice] = {
         "spherical softmax, its exact SGD step at a cost without V",
         lambda d, counts: FactoredOutput(d, len(counts), loss=SphericalSoftmax()),
     ),
-    "sampled": Choice("softmax over the target and 1,024 sampled classes", _sampled),
-    "nce": Choice("logistic regression of the target against 1,024 classes of noise", _nce),
-    "negative-sampling": Choice("word2vec's loss, with 1,024 negatives", _negative_sampling),
-    "blackout": Choice("discriminative softmax over 1,024 sampled classes", _blackout),
+    "sampled": Choice(
+        "softmax over the target and 1,024 sampled classes",
+        _sampled(SampledSoftmax, _log_uniform(replacement=False)),
+    ),
+    "nce": Choice(
+        "logistic regression of the target against 1,024 classes of noise",
+        _sampled(NoiseContrastive, _unigram(1.0)),
+    ),
+    "negative-sampling": Choice(
+        "word2vec's loss, with 1,024 negatives", _sampled(NegativeSampling, _unigram(0.75))
+    ),
+    "blackout": Choice("discriminative softmax over 1,024 sampled classes", _sampled(BlackOut, _unigram(0.4))),
     "umax": Choice(
         "1,024 sampled classes and a number kept for each training example: no bias where that number is right",
-        _umax,
+        _sampled(UMax, _log_uniform()),
         per_example=True,
     ),
     "augment-reduce": Choice(
-        "the same, with a running average as the number of each example", _augment_reduce, per_example=True
+        "the same, with a running average as the number of each example",
+        _sampled(AugmentReduce, _log_uniform()),
+        per_example=True,
     ),
-    "umax-exact": Choice("1,024 sampled classes and each row's exact normaliser, which reads all logits", _umax),
+    "umax-exact": Choice(
+        "1,024 sampled classes and each row's exact normaliser, which reads all logits",
+        _sampled(UMax, _log_uniform()),
+    ),
     "one-vs-all": Choice("a sigmoid for each class", lambda d, counts: OneVsAll(d, len(counts))),
-    "one-vs-sampled": Choice("a sigmoid for each class, with 1,024 sampled negatives", _one_vs_sampled),
+    "one-vs-sampled": Choice(
+        "a sigmoid for each class, with 1,024 sampled negatives", _sampled(OneVsAll, _unigram(0.5))
+    ),
     "sparsemax": Choice(
         "exact, and most classes have probability 0",
         lambda d, counts: FullSoftmax(d, len(counts), normalizer=Sparsemax()),

@@ -1,9 +1,8 @@
 """The same small language model once per output layer, each for the same budget, and what each costs."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,22 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from lastlayer.study.choices import CHOICES, build_layer
 from lastlayer.study.errors import UsageError
-from lastlayer.study.files import make_folder, write_text
-from lastlayer.study.measuring.cost import Sample, count_parameters, measure_costs, rehearse_costs
-from lastlayer.study.measuring.measure import seconds_of
+from lastlayer.study.files import Record, Records, make_folder, write_json, write_text
+from lastlayer.study.measuring.cost import Sample, count_parameters, measure_costs
+from lastlayer.study.measuring.measure import environment, seconds_of
 from lastlayer.study.measuring.memory import check_memory
 from lastlayer.study.processes import is_first, sharded
-from lastlayer.study.report.comparison import Report, show, write_report
+from lastlayer.study.report.comparison import best_first, in_a_line, show
 from lastlayer.study.report.figures import counted, duration
-from lastlayer.study.report.quality import best_first, in_a_line
+from lastlayer.study.report.page import render
 from lastlayer.study.text.batches import NO_TARGET
 from lastlayer.study.text.corpus import Corpus
 from lastlayer.study.text.items import ItemCorpus
 from lastlayer.study.text.vocabulary import as_lines
 from lastlayer.study.training.checkpoint import load_checkpoint
-from lastlayer.study.training.evaluation import evaluate, rank_held_out
-from lastlayer.study.training.forecast import Rehearsal, forecast
+from lastlayer.study.training.evaluation import evaluate, rank_held_out, windows_for
 from lastlayer.study.training.language_model import LanguageModel
-from lastlayer.study.training.trainer import Budget, Trainer
+from lastlayer.study.training.trainer import CURVE_AT, CURVE_TOKENS, Budget, Trainer
 
 TOP = 10
 TOP_TOKENS = 2_000  # held-out tokens whose top-10 is computed
@@ -56,17 +54,9 @@ class Plan:
 
     def settings(self) -> dict[str, Any]:
         """Everything but the layers and the device: what two runs must share to be one."""
-        return {
-            "seconds": self.budget.seconds,
-            "steps": self.budget.steps,
-            "width": self.width,
-            "batch": self.batch,
-            "window": self.window,
-            "dropout": self.dropout,
-            "learning_rate": self.learning_rate,
-            "held_out_tokens": self.held_out_tokens,
-            "seed": self.seed,
-        }
+        apart = ("layers", "budget", "device")
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in apart}
+        return asdict(self.budget) | own
 
 
 class Comparison:
@@ -84,7 +74,7 @@ class Comparison:
         self.train = corpus.training_batches(plan.batch, plan.window, plan.device)
         self.held_out = corpus.held_out_batches(HELD_OUT_BATCH, HELD_OUT_WINDOW, plan.device)
 
-    def run(self, resume: bool = False) -> list[dict[str, Any]]:
+    def run(self, resume: bool = False) -> Records:
         """Trains, measures, reports; the records.
 
         Raises:
@@ -100,14 +90,15 @@ class Comparison:
         try:
             trainers = {name: self._train(name, resume) for name in self.plan.layers}
             with self.console.status("measuring the layers side by side"):
-                report = self._measure(trainers)
+                results = self._measure(trainers)
         except KeyboardInterrupt as stop:
             stop.add_note(f"the same command with --resume goes on from {self.out}")
             raise
-        write_report(self.out, report)
+        write_json(self.out / "results.json", results)
+        write_text(self.out / "index.html", render(results))
         if is_first():
-            show(report, self.out, self.console)
-        return report.records
+            show(results, self.out, self.console)
+        return results["records"]
 
     def checkpoint(self, name: str) -> Path:
         """Where the model with that layer is kept."""
@@ -140,8 +131,7 @@ class Comparison:
     def _trainer(self, name: str, path: Path | None) -> Trainer:
         """The run of one layer from its start; the seed is the same for each."""
         torch.manual_seed(self.plan.seed)
-        layer = build_layer(name, self.plan.width, self.corpus.counts, len(self.corpus.train))
-        layer = sharded(name, layer)
+        layer = sharded(name, build_layer(name, self.plan.width, self.corpus.counts, len(self.corpus.train)))
         model = LanguageModel(self.corpus.num_classes, layer, self.plan.dropout).to(self.plan.device)
         return Trainer(
             model,
@@ -164,34 +154,22 @@ class Comparison:
         for note in corpus.notes:
             self.console.print(note, **PLAIN)
         with self.console.status("trying each layer for a step, to tell how long this will take"):
-            seconds = [
-                forecast(self._rehearse(name), budget, len(corpus.held_out), self.plan.held_out_tokens, TOP_TOKENS)
-                for name in self.plan.layers
-            ]
+            seconds = sum(map(self._forecast, self.plan.layers))
         length = f"{budget.steps:,} steps" if budget.steps is not None else f"{budget.seconds:g} s of training"
         self.console.print(
-            f"{counted(len(seconds), 'layer')}, {length} each, checkpoints and measuring: "
-            f"about {duration(sum(seconds))} from now",
+            f"{counted(len(self.plan.layers), 'layer')}, {length} each: about {duration(seconds)} of training and "
+            "evaluation from now",
             **PLAIN,
         )
 
-    def _rehearse(self, name: str) -> Rehearsal:
-        """Everything that one layer will go through, once."""
-        path = self.out / "rehearsal.safetensors"
-        start = time.perf_counter()
-        trainer = self._trainer(name, path)
-        build = time.perf_counter() - start
-        trainer._step()  # the first is slower
-        step = seconds_of(trainer._step)
-        try:
-            save = seconds_of(trainer.save)
-        finally:
-            path.unlink(missing_ok=True)
-        rows = round(self.held_out.tokens_a_window)
-        evaluation = seconds_of(lambda: evaluate(trainer.model, self.held_out, rows)) / rows
-        accuracy = seconds_of(lambda: rank_held_out(trainer.model, self.held_out, TOP, rows)) / rows
-        measure = rehearse_costs(trainer.model.output, self._sample(trainer.model), self._query_k())
-        return Rehearsal(build, step, save, evaluation, accuracy, measure)
+    def _forecast(self, name: str) -> float:
+        """Seconds of one layer's training, and of reading the held-out text for its curve and at its end."""
+        trainer, budget = self._trainer(name, None), self.plan.budget
+        trainer.step()  # the first is slower
+        training = budget.seconds or (budget.steps or 0) * seconds_of(trainer.step)
+        window = seconds_of(lambda: evaluate(trainer.model, self.held_out, 1))
+        curve = len(CURVE_AT) * windows_for(self.held_out, CURVE_TOKENS)
+        return training + window * (curve + windows_for(self.held_out, self.plan.held_out_tokens))
 
     def _train(self, name: str, resume: bool) -> Trainer:
         """Trains and evaluates one layer, or takes it from its checkpoint."""
@@ -218,11 +196,12 @@ class Comparison:
         self.console.print(f"{name}: {said} after {trainer.tokens:,} tokens", highlight=False)
         return trainer
 
-    def _measure(self, trainers: dict[str, Trainer]) -> Report:
+    def _measure(self, trainers: dict[str, Trainer]) -> dict[str, Any]:
+        """The content of results.json, from which the page is made; records are sorted, the best first."""
         layers = {name: trainer.model.output for name, trainer in trainers.items()}
         samples = {name: self._sample(trainer.model) for name, trainer in trainers.items()}
         costs = measure_costs(layers, samples, self._query_k())
-        records = []
+        records: list[Record] = []
         for name, trainer in trainers.items():
             assert trainer.result is not None  # set when its training ended
             cost = costs[name]
@@ -245,7 +224,6 @@ class Comparison:
                     "batch": len(samples[name].targets),
                 }
             )
-        curves = {name: trainer.curve for name, trainer in trainers.items()}
         text = {
             "name": self.corpus.name,
             "unit": self.corpus.unit,
@@ -256,8 +234,14 @@ class Comparison:
         }
         if isinstance(self.corpus, ItemCorpus):
             text["sequences"] = self.corpus.sequences
-        settings = self.plan.settings() | {"device": str(self.plan.device)}
-        return Report(text, settings, best_first(records), curves)
+        return {
+            "environment": environment(),
+            "text": text,
+            "settings": self.plan.settings() | {"device": str(self.plan.device)},
+            "layers": {name: CHOICES[name].description for name in trainers},
+            "records": best_first(records),
+            "curves": {name: [asdict(point) for point in trainer.curve] for name, trainer in trainers.items()},
+        }
 
     def _query_k(self) -> int:
         return min(TOP, self.corpus.num_classes)

@@ -14,11 +14,9 @@ from lastlayer.screening import ScreenedSoftmax, choose_screen
 from lastlayer.study.errors import StudyError, UsageError
 from lastlayer.study.files import Record, make_folder, write_json, write_text
 from lastlayer.study.heads import LoadedHead, load_hidden
-from lastlayer.study.report.frontier import show
 from lastlayer.study.report.frontier_page import render_frontier, report
-from lastlayer.study.report.steps import Steps
-from lastlayer.study.report.tables import say
-from lastlayer.study.report.verdict import verdict
+from lastlayer.study.report.tables import Steps, say
+from lastlayer.study.report.verdict import show, verdict
 from lastlayer.study.text.embedded import library_lines
 from lastlayer.study.text.lines import read_lines
 from lastlayer.study.text.sources import STANDARD_INPUT, find_files
@@ -66,7 +64,7 @@ def speed_up(
             )
     except ValueError as problem:
         raise StudyError(f"these hidden states do not serve: {problem}") from problem
-    show(records, console)
+    show(records, k, console)
     chosen = next(record for record in records if record["chosen"])
     say(console, f"* {verdict(records, head.weight.nbytes, agreement)}")
     about = {"name": head.name, "num_classes": classes, "in_features": width, "bytes": head.weight.nbytes}

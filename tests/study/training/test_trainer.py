@@ -151,7 +151,7 @@ def test_passes_start_with_an_empty_state(monkeypatch):
     run.steps = windows - 1
     forward = run.model.forward
     monkeypatch.setattr(run.model, "forward", lambda x, y, state, _: seen.append(state) or forward(x, y, state))
-    run._step(), run._step(), run._step()
+    run.step(), run.step(), run.step()
     assert [state is None for state in seen] == [True, True, False]  # fresh, a new pass, carried
 
 

@@ -83,7 +83,7 @@ def time_steps(
     def stepper(name: str) -> Callable[[], None]:
         layer = build(name, width, corpus.num_classes, components)
         model = LanguageModel(corpus.num_classes, layer).to(device)
-        return Trainer(model, streams, held_out, Budget(steps=1 << 30), learning_rate=0.2)._step
+        return Trainer(model, streams, held_out, Budget(steps=1 << 30), learning_rate=0.2).step
 
     timings = interleaved({name: stepper(name) for name in PUBLISHED}, rounds=rounds)
     return {

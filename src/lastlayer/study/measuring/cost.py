@@ -12,7 +12,7 @@ from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.factored import FactoredOutput
 from lastlayer.screening import Int8Preview, ScreenedSoftmax
 from lastlayer.screening.base import Screen
-from lastlayer.study.measuring.measure import interleaved, peak_bytes, seconds_of
+from lastlayer.study.measuring.measure import interleaved, peak_bytes
 from lastlayer.study.training.language_model import adagrad, kept_examples
 
 ROUNDS, QUERY_ROUNDS, QUERY_REPEATS = 7, 15, 8
@@ -62,23 +62,6 @@ def measure_costs(layers: dict[str, OutputLayer], samples: dict[str, Sample], k:
             agreement = _agreement(layer, screens[name], samples[name].hidden, k)
         costs[name] = Cost(step_times[name].ms, peaks[name], query_times[name].ms, screened, agreement)
     return costs
-
-
-def rehearse_costs(layer: OutputLayer, sample: Sample, k: int) -> float:
-    """Seconds that `measure_costs` will take for this layer; each step and query is called once untimed first."""
-    step = _harmless_step(layer, sample)
-    step()
-    total = (ROUNDS + 2) * seconds_of(step)
-    layer.eval()
-    screens = []
-    total += seconds_of(lambda: screens.append(screen_of(layer)))
-    queries = [layer.topk] if screens[0] is None else [layer.topk, screens[0].topk]
-    for topk in queries:
-        query = one_by_one(topk, sample.hidden, k)
-        query()
-        times = (QUERY_ROUNDS + 2) * QUERY_REPEATS + (len(sample.hidden) if len(queries) > 1 else 0)
-        total += times * seconds_of(query)
-    return total
 
 
 def _harmless_step(layer: OutputLayer, sample: Sample) -> Callable[[], None]:

@@ -1,6 +1,5 @@
-"""What a comparison found: a table in the terminal, results.json, and a page."""
+"""What a comparison shows of every layer, in words and as a table in the terminal; some have no perplexity."""
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,82 +7,135 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lastlayer.study.choices import CHOICES
-from lastlayer.study.files import write_json, write_text
-from lastlayer.study.measuring.measure import environment
-from lastlayer.study.report.figures import figure
-from lastlayer.study.report.page import render, screen_remark
-from lastlayer.study.report.quality import why_no_perplexity
-from lastlayer.study.report.tables import Column, print_table, say
-from lastlayer.study.training.trainer import Point
-
-PERPLEXITY: Column = ("perplexity", lambda r: "-" if r["perplexity"] is None else figure(r["perplexity"]))
-COSTS: tuple[Column, ...] = (  # UNIT stands for words, characters, tokens or items
-    ("UNIT/s", lambda r: figure(r["tokens_per_second"])),
-    ("layer\nms/step", lambda r: figure(r["output_layer_ms"])),
-    ("query\nms", lambda r: figure(r["query_ms"])),
-    ("screen\nms", lambda r: "-" if r["screened_query_ms"] is None else figure(r["screened_query_ms"])),
-)
-OF_TEXT: tuple[Column, ...] = (
-    PERPLEXITY,
-    ("top-10", lambda r: f"{r['top10_accuracy']:.1%}"),
-    *COSTS,
-    ("step\nMB", lambda r: figure(r["peak_bytes"] / 1e6)),
-    ("params\nM", lambda r: figure(r["parameters"] / 1e6)),
-)
-OF_ITEMS: tuple[Column, ...] = (
-    PERPLEXITY,
-    ("recall\n@10", lambda r: f"{r['top10_accuracy']:.3f}"),
-    ("NDCG\n@10", lambda r: f"{r['ndcg10']:.3f}"),
-    ("MRR\n@10", lambda r: f"{r['mrr10']:.3f}"),
-    *COSTS,
-)
+from lastlayer.study.files import Record
+from lastlayer.study.report.figures import figure, percent
+from lastlayer.study.report.measures import Measure
+from lastlayer.study.report.tables import print_table, say
 
 
-@dataclass(frozen=True)
-class Report:
-    """Everything that is shown of a comparison; records are sorted, the best first."""
-
-    text: dict[str, Any]
-    settings: dict[str, Any]
-    records: list[dict[str, Any]]
-    curves: dict[str, list[Point]]
-
-    def as_json(self) -> dict[str, Any]:
-        """The content of results.json, from which the page is made."""
-        return {
-            "environment": environment(),
-            "text": self.text,
-            "settings": self.settings,
-            "layers": {name: CHOICES[name].description for name in self.curves},
-            "records": self.records,
-            "curves": {name: [asdict(point) for point in curve] for name, curve in self.curves.items()},
-        }
+def of_items(text: dict[str, Any]) -> bool:
+    """Whether the data is sequences of items, where the place among the ten best counts too."""
+    return "sequences" in text
 
 
-def write_report(out: Path, report: Report) -> None:
-    """Writes `results.json` and `index.html` into `out`."""
-    content = report.as_json()
-    write_json(out / "results.json", content)
-    write_text(out / "index.html", render(content))
+def unit_of(text: dict[str, Any]) -> str:
+    """What a token is: words, characters, tokens or items."""
+    return text.get("unit", "words")
 
 
-def show(report: Report, out: Path, console: Console) -> None:
+def measures(text: dict[str, Any], records: list[Record]) -> list[Measure]:
+    """The figures of every layer, without those that none has."""
+    unit = unit_of(text)
+    found = [
+        Measure("perplexity", lambda r: r["perplexity"], figure, note=f"on held-out {unit}"),
+        Measure(
+            "zero probability",
+            lambda r: zero_share(r) or None,
+            percent,
+            note=f"share of held-out {unit} of probability 0",
+            brief=False,
+        ),
+        *_rankings(text),
+        Measure(f"{unit} seen", lambda r: r["tokens"], lambda v: f"{v:,}", "higher", brief=False),
+        Measure(f"{unit}/s", lambda r: r["tokens_per_second"], figure, "higher", note="training speed"),
+        Measure(
+            "layer step ms",
+            lambda r: r["output_layer_ms"],
+            figure,
+            note="forward, backward and update of the output layer",
+        ),
+        Measure("query ms", lambda r: r["query_ms"], figure, note=f"the ten best next {unit}"),
+        Measure("screen ms", lambda r: r["screened_query_ms"], figure, note="the same, through a screen"),
+        Measure("same ten", lambda r: r["screened_agreement"], lambda v: f"{v:.0%}", "", brief=False),
+        Measure(
+            "step MB",
+            lambda r: r["peak_bytes"] / 1e6,
+            figure,
+            note="memory of a layer step beyond the parameters",
+            brief=not of_items(text),
+        ),
+        Measure(
+            "million parameters", lambda r: r["parameters"] / 1e6, figure, better="", brief=not of_items(text)
+        ),
+    ]
+    return [measure for measure in found if any(measure.value(record) is not None for record in records)]
+
+
+def _rankings(text: dict[str, Any]) -> list[Measure]:
+    """How well the ten best contain the next token; of items also at which place they have it."""
+    note = f"next {unit_of(text)[:-1]} among the ten best"
+    if not of_items(text):
+        return [Measure("top-10", lambda r: r["top10_accuracy"], lambda v: f"{v:.1%}", "higher", note=note)]
+    named = (("recall@10", "top10_accuracy", note), ("NDCG@10", "ndcg10", ""), ("MRR@10", "mrr10", ""))
+    return [
+        Measure(name, lambda r, key=key: r[key], lambda v: f"{v:.4f}", "higher", note=said or "its place counts")
+        for name, key, said in named
+    ]
+
+
+def have_perplexities(records: list[Record]) -> bool:
+    """Whether all layers have one, so that it can say which of them is best."""
+    return all(record["perplexity"] is not None for record in records)
+
+
+def best_first(records: list[Record]) -> list[Record]:
+    """By perplexity; where a layer has none, all by how often their ten best have the next token."""
+    if have_perplexities(records):
+        return sorted(records, key=lambda record: record["perplexity"])
+    return sorted(records, key=lambda record: (-record["top10_accuracy"], -record.get("mrr10", 0.0)))
+
+
+def zero_share(record: Record) -> float | None:
+    """The share of held-out tokens of probability 0; None for scores, and in results of earlier versions."""
+    return record.get("zero_probability_share")
+
+
+def why_no_perplexity(record: Record, unit: str) -> str:
+    """The reason in a few words, or nothing where there is a perplexity."""
+    if record["perplexity"] is not None:
+        return ""
+    share = zero_share(record)
+    if share is None:
+        return "its scores are no probabilities"
+    return f"{percent(share)} of the held-out {unit} have probability 0"
+
+
+def in_a_line(record: Record, unit: str) -> str:
+    """The perplexity, or what there is in its place, and why."""
+    if record["perplexity"] is not None:
+        return f"perplexity {figure(record['perplexity'])}"
+    return f"top-10 accuracy {record['top10_accuracy']:.1%} (no perplexity: {why_no_perplexity(record, unit)})"
+
+
+def screen_remark(record: Record) -> str:
+    """A word on a screen that is slower than the layer that it is to speed up."""
+    screened, plain = record["screened_query_ms"], record["query_ms"]
+    if screened is None or screened <= plain:
+        return ""
+    return f"{screened / plain:.1f} times as slow as the layer itself: no screen is needed here"
+
+
+def remarks(records: list[Record], unit: str) -> list[str]:
+    """What is said of single layers."""
+    named = [(record["layer"], why_no_perplexity(record, unit), screen_remark(record)) for record in records]
+    return [f"{name} has no perplexity: {reason}" for name, reason, _ in named if reason] + [
+        f"{name}, screened: {remark}" for name, _, remark in named if remark
+    ]
+
+
+def show(results: dict[str, Any], out: Path, console: Console) -> None:
     """Prints the table, and where the page is."""
-    unit = report.text["unit"]
-    title = f"{report.text['name']}, {report.text['num_classes']:,} different {unit}"
+    text, records = results["text"], results["records"]
+    title = f"{text['name']}, {text['num_classes']:,} different {unit_of(text)}"
     table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("layer", no_wrap=True)
-    columns = OF_ITEMS if "sequences" in report.text else OF_TEXT
-    for heading, _ in columns:
-        table.add_column(heading.replace("UNIT", unit), justify="right", no_wrap=True)
-    for record in report.records:
-        style = "bold" if record is report.records[0] and len(report.records) > 1 else None  # the best
-        table.add_row(record["layer"], *(shown(record) for _, shown in columns), style=style)
+    columns = [measure for measure in measures(text, records) if measure.brief]
+    for measure in columns:
+        table.add_column(measure.title.replace(" ", "\n"), justify="right", no_wrap=True)
+    for record in records:
+        style = "bold" if record is records[0] and len(records) > 1 else None  # the best
+        table.add_row(record["layer"], *(measure.text(record) for measure in columns), style=style)
     print_table(console, table)
-    for record in report.records:
-        if reason := why_no_perplexity(record, unit):
-            say(console, f"{record['layer']} has no perplexity: {reason}")
-        if remark := screen_remark(record):
-            say(console, f"{record['layer']}, screened: {remark}")
+    for remark in remarks(records, unit_of(text)):
+        say(console, remark)
     say(console, f"The page: {out / 'index.html'}")

@@ -1,10 +1,12 @@
-"""The frame of a page: one file with everything in it, and the little script that sorts its tables."""
+"""The frame of a page, one file with everything in it, and its tables, which a little script sorts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
+from lastlayer.study.files import Record
 from lastlayer.study.report.figures import counted
+from lastlayer.study.report.measures import Measure
 from lastlayer.study.report.page_style import STYLE
 
 SCRIPT = """
@@ -42,6 +44,34 @@ def document(title: str, sections: Iterable[str]) -> str:
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
+    )
+
+
+def sorted_table(
+    heading: str, names: list[str], records: list[Record], columns: Sequence[Measure], winner: int | None
+) -> str:
+    """A row for each record, in their order; `winner` is the row that is marked as a whole.
+
+    The script sorts by `data-value`, the best first; what is not known has none and comes last.
+    """
+    heads = f'<th data-first="ascending">{escape(heading)}</th>'
+    for column in columns:
+        first = "descending" if column.better == "higher" else "ascending"
+        heads += f'<th data-first="{first}">{escape(column.title)}</th>'
+    best = [column.best(records) for column in columns]
+    rows = ""
+    for i, (name, record) in enumerate(zip(names, records, strict=True)):
+        rows += f"<tr{' class=winner' if i == winner else ''}><td>{escape(name)}</td>"
+        for column, marked in zip(columns, best, strict=True):
+            value, text = column.value(record), column.text(record)
+            number = "" if value is None else f' data-value="{value!r}"'
+            rows += f"<td{number}>" + (f'<b class="best">{text}</b>' if text in marked else text) + "</td>"
+        rows += "</tr>\n"
+    return (
+        '<p class="quiet hint">The table is wider than the screen: it scrolls sideways →</p>\n'
+        f'<div class="scroll" tabindex="0"><table class="sortable"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>\n"
+        '<p class="quiet"><b class="best">Best</b> of each column; a click on a heading sorts.</p>'
     )
 
 

@@ -13,6 +13,11 @@ def figure(value: float) -> str:
     return f"{value:.{decimals}f}"
 
 
+def percent(share: float) -> str:
+    """`12.3%`, `0.0046%`: a share above 0 is never written as 0."""
+    return f"{share:.1%}" if share == 0 or share >= 0.01 else f"{100 * share:.2g}%"
+
+
 def counted(number: int, thing: str) -> str:
     """`1 layer`, `2 layers`."""
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"

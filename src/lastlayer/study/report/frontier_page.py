@@ -2,23 +2,18 @@
 
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from lastlayer.screening import ScreenedSoftmax
 from lastlayer.study.files import Record, write_text
 from lastlayer.study.measuring.measure import environment
-from lastlayer.study.report.document import document, machine, versions
-from lastlayer.study.report.figures import figure
-from lastlayer.study.report.page_style import NARROW, WIDE
-from lastlayer.study.report.scatter import Point, scatter
-from lastlayer.study.report.sorted_table import Measure, sorted_table
-from lastlayer.study.report.verdict import screen_name, verdict
+from lastlayer.study.report.charts import NARROW, WIDE, Point, scatter_chart
+from lastlayer.study.report.document import document, machine, sorted_table, versions
+from lastlayer.study.report.verdict import measures, screen_name, verdict
 
-LOWER, HIGHER = "lower is better", "higher is better"
 LEGEND = (
-    '<p class="quiet legend"><i class="fill-0"></i>proved <i class="round fill-1"></i>not proved '
-    '<i class="round chosen"></i>chosen. Stepped line: the frontier, what agreement is to be had for a time. '
-    "Dashed: the full layer's time. Dotted: the agreement required. Numbers: the rows of the table.</p>"
+    '<p class="quiet">Squares: every result is proved; circles: not. Ring: the chosen one. Stepped line: the '
+    "frontier, what agreement is to be had for a time. Dashed: the full layer's time. Dotted: the agreement "
+    "required. Numbers: the rows of the table.</p>"
 )
 
 
@@ -34,6 +29,7 @@ def save_frontier(
 
     Raises:
         StudyError: the file cannot be written.
+        ImportError: matplotlib and rich are not installed: `pip install 'lastlayer[cli]'`.
 
     >>> import torch
     >>> from lastlayer import choose_screen
@@ -66,7 +62,7 @@ def render_frontier(results: Record) -> str:
         f"{source}</p>",
         _picture(tried, results["agreement"]),
         "<h2>All figures</h2>",
-        sorted_table("screen", names, tried, _columns(results["k"]), winner),
+        sorted_table("screen", names, tried, measures(results["k"]), winner),
         _left_out(records, names),
         "<h2>How this was measured</h2>",
         "<p>Half of the hidden states calibrates and tunes, the other half, seen by neither, is measured: "
@@ -78,25 +74,11 @@ def render_frontier(results: Record) -> str:
     return document(f"lastlayer: screens for {head['name']}", sections)
 
 
-def _columns(k: int) -> tuple[Measure, ...]:
-    best = Measure("top-1", HIGHER, lambda r: r["agreement_top1"], "{:.2%}".format, lower_is_better=False)
-    best_k = Measure(f"top-{k}", HIGHER, lambda r: r["agreement_topk"], "{:.2%}".format, lower_is_better=False)
-    return (
-        *((best, best_k) if k > 1 else (best,)),
-        Measure("KL", LOWER, lambda r: r["kl"], figure),
-        Measure("bytes read", LOWER, lambda r: r["bytes_read_fraction"], "{:.1%}".format),
-        Measure("proved", HIGHER, lambda r: r["certified_fraction"], "{:.1%}".format, lower_is_better=False),
-        Measure("ms", LOWER, lambda r: r["ms"], figure),
-        Measure("times as fast", HIGHER, lambda r: r["ratio"], figure, lower_is_better=False),
-    )
-
-
 def _picture(tried: list[Record], agreement: float) -> str:
     """The measured screens; those that were dropped have no agreement."""
     points = [
         Point(
             number,
-            screen_name(record),
             record["ms"],
             1 - record["agreement_topk"],
             proved=record["certified_fraction"] == 1,
@@ -105,9 +87,9 @@ def _picture(tried: list[Record], agreement: float) -> str:
         for number, record in enumerate(tried, 1)
         if record["agreement_topk"] is not None
     ]
-    shared: dict[str, Any] = {"full_ms": tried[0]["full_ms"], "allowed": 1 - agreement}
-    wide = scatter(points, width=WIDE, height=380, css="wide", **shared)
-    narrow = scatter(points, width=NARROW, height=320, css="narrow", **shared)
+    full_ms, label = tried[0]["full_ms"], "agreement against time"
+    wide = scatter_chart(points, full_ms, 1 - agreement, label, width=WIDE, height=380, css="wide")
+    narrow = scatter_chart(points, full_ms, 1 - agreement, label, width=NARROW, height=320, css="narrow")
     return (
         '<figure><figcaption>Best classes found, against time <span class="quiet">up and left is better</span>'
         f"</figcaption>\n{wide}\n{narrow}\n{LEGEND}</figure>"

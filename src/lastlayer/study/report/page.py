@@ -1,47 +1,58 @@
-"""The page of a comparison: one file with everything in it, made from the content of results.json."""
+"""The page of a comparison, made from the content of results.json."""
 
 from html import escape
 from typing import Any
 
 from lastlayer.study.files import Record
-from lastlayer.study.report.bars import Bar, bar_group
-from lastlayer.study.report.curves import learning_curves
-from lastlayer.study.report.document import document, machine, versions
+from lastlayer.study.report.charts import NARROW, WIDE, Line, are_alike, bar_chart, line_chart, useful_top
+from lastlayer.study.report.comparison import (
+    have_perplexities,
+    measures,
+    of_items,
+    remarks,
+    unit_of,
+)
+from lastlayer.study.report.document import document, machine, sorted_table, versions
 from lastlayer.study.report.figures import figure
-from lastlayer.study.report.measures import columns, measures, milliseconds, of_items, unit_of
+from lastlayer.study.report.measures import Measure
 from lastlayer.study.report.page_style import COLOURS
-from lastlayer.study.report.quality import have_perplexities
-from lastlayer.study.report.sorted_table import Measure, sorted_table
+from lastlayer.study.training.trainer import CURVE_TOKENS
+
+Results = dict[str, Any]
+SWITCH = (
+    '<div class="switch" role="radiogroup" aria-label="Horizontal axis">against'
+    '<label><input type="radio" name="axis" value="time" checked>time</label>'
+    '<label><input type="radio" name="axis" value="read">{unit} read</label></div>'
+)
 
 
-def render(results: dict[str, Any]) -> str:
+def render(results: Results) -> str:
     """The whole page."""
-    records = results["records"]
-    colours = {name: i % COLOURS for i, name in enumerate(results["layers"])}
-    text, settings = results["text"], results["settings"]
+    records, text, settings = results["records"], results["text"], results["settings"]
     unit, names = unit_of(text), [record["layer"] for record in records]
+    shown = measures(text, records)
     sections = [
         f"<h1>Which output layer for {escape(text['name'])}?</h1>",
         f'<p class="answer">{_answer(records, settings, unit)}</p>',
         f'<p class="quiet">{text["training_tokens"]:,} {unit} to learn from, {text["num_classes"]:,} different '
         f"ones{_sequences(text)}. Each layer trained the same small language model {_length(settings)} "
         f"on one machine ({escape(machine(results['environment'], settings['device']))}).</p>",
-        learning_curves(results, colours),
+        _learning_curves(results),
+        '<p class="quiet">' + "".join(f"{escape(remark)}. " for remark in remarks(records, unit)) + "</p>",
         '<div class="measures">',
-        *(_bars(measure, records, colours) for measure in measures(text, records)),
-        _query_bars(records, colours, unit),
+        *(_bars(measure, results) for measure in shown if measure.note),
         "</div>",
         "<h2>The layers</h2>",
-        _descriptions(results, colours),
+        _descriptions(results),
         "<h2>All figures</h2>",
-        sorted_table("layer", names, records, columns(text, records), 0 if len(records) > 1 else None),
+        sorted_table("layer", names, records, shown, 0 if len(records) > 1 else None),
         "<h2>How this was measured</h2>",
         _conditions(results),
     ]
     return document(f"lastlayer compare: {text['name']}", sections)
 
 
-def _sequences(text: dict[str, Any]) -> str:
+def _sequences(text: Record) -> str:
     return f", in {text['sequences']:,} sequences" if of_items(text) else ""
 
 
@@ -64,47 +75,89 @@ def _answer(records: list[Record], settings: Record, unit: str) -> str:
     return f"{after} {said} <b>{best}</b>{', against ' if others else ''}{against}."
 
 
-def _bars(measure: Measure, records: list[Record], colours: dict[str, int]) -> str:
-    bars = [Bar(r["layer"], measure.value(r), colours[r["layer"]]) for r in records]
-    return bar_group(measure.title, measure.note, bars, measure.shown, lower_is_better=measure.lower_is_better)
+def _learning_curves(results: Results) -> str:
+    """Perplexity against time and against what was read, with a switch; nothing where no layer has a perplexity.
 
-
-def _query_bars(records: list[Record], colours: dict[str, int], unit: str) -> str:
-    bars = []
-    for r in records:
-        bars.append(Bar(r["layer"], r["query_ms"], colours[r["layer"]]))
-        if r["screened_query_ms"] is not None:
-            name = f"{r['layer']}, screened"
-            bars.append(Bar(name, r["screened_query_ms"], colours[r["layer"]], screen_remark(r)))
-    return bar_group(
-        "One query", f"the ten best next {unit}; lower is better", bars, milliseconds, lower_is_better=True
+    Two measurements, each called by its name: the curve on few tokens, its end on all of them. The switch works by
+    style alone: radio buttons, and `:has` of the figure that holds them.
+    """
+    unit = unit_of(results["text"])
+    most = max(point["tokens"] for curve in results["curves"].values() for point in curve)
+    scale, word = (1e6, "million ") if most >= 2e6 else (1e3, "thousand ") if most >= 2e3 else (1, "")
+    seconds, read = _lines(results, "seconds", 1), _lines(results, "tokens", scale)
+    if not seconds:
+        return ""
+    tokens = max(record["held_out_tokens"] for record in results["records"])
+    said = (
+        f"Lines: during training, on the first {min(CURVE_TOKENS, tokens):,} held-out {unit}. "
+        f"Diamonds: at the end, on {tokens:,}: the figures above."
+    )
+    if useful_top(seconds) < max(y for line in seconds for _, y in line.points):
+        said += " The beginning, far worse, is cut off."
+    return (
+        '<figure class="curves"><figcaption>Held-out perplexity <span class="quiet">lower is better</span>'
+        f"</figcaption>\n{SWITCH.format(unit=escape(unit))}\n"
+        f'<div class="over-time">{_charts(seconds, "seconds of training")}</div>\n'
+        f'<div class="over-read">{_charts(read, f"{word}{unit} read")}</div>\n'
+        f'<p class="quiet">{said}</p></figure>'
     )
 
 
-def screen_remark(record: Record) -> str:
-    """A word on a screen that is slower than the layer that it is to speed up."""
-    screened, plain = record["screened_query_ms"], record["query_ms"]
-    if screened is None or screened <= plain:
-        return ""
-    return f"{screened / plain:.1f} times as slow as the layer itself: no screen is needed here"
+def _lines(results: Results, axis: str, scale: float) -> list[Line]:
+    """The curves of the layers that have a perplexity."""
+    ends = {record["layer"]: record["perplexity"] for record in results["records"]}
+    lines = []
+    for number, name in enumerate(results["layers"]):
+        curve = results["curves"][name]
+        points = [(p[axis] / scale, p["perplexity"]) for p in curve if p["perplexity"] is not None]
+        if ends[name] is not None and points:
+            lines.append(Line(name, number, points, ends[name]))
+    return lines
 
 
-def _descriptions(results: dict[str, Any], colours: dict[str, int]) -> str:
+def _charts(lines: list[Line], x_label: str) -> str:
+    """The same chart for a wide and for a narrow screen."""
+    label = f"held-out perplexity over {x_label}"
+    wide = line_chart(lines, x_label, label, width=WIDE, css="wide")
+    return f"{wide}\n{line_chart(lines, x_label, label, width=NARROW, css='narrow')}"
+
+
+def _bars(measure: Measure, results: Results) -> str:
+    """A card with the figure of every layer that has it, the best one marked."""
+    records = [record for record in results["records"] if measure.value(record) is not None]
+    numbers = list(results["layers"])
+    note = f"{measure.note}; {measure.better} is better"
+    values = [float(measure.value(record) or 0) for record in records]
+    if are_alike(values):
+        note += "; the scale does not start at zero"
+    drawn = bar_chart(
+        [record["layer"] for record in records],
+        values,
+        [measure.text(record) for record in records],
+        [numbers.index(record["layer"]) for record in records],
+        measure.best(records),
+        measure.title,
+    )
+    title = measure.title[0].upper() + measure.title[1:]
+    return f'<section><h3>{escape(title)}</h3><p class="quiet">{escape(note)}</p>{drawn}</section>'
+
+
+def _descriptions(results: Results) -> str:
     rows = [
-        f'<dt><i class="fill-{colours[name]}"></i>{escape(name)}</dt><dd>{escape(description)}</dd>'
-        for name, description in results["layers"].items()
+        f'<dt><i style="background:var(--c{number % COLOURS})"></i>{escape(name)}</dt><dd>{escape(said)}</dd>'
+        for number, (name, said) in enumerate(results["layers"].items())
     ]
     return f"<dl>{''.join(rows)}</dl>"
 
 
-def _batches(results: dict[str, Any]) -> str:
+def _batches(results: Results) -> str:
     """What a training step takes."""
     if of_items(results["text"]):
         return f"batches of {results['settings']['batch']} sequences, shuffled, each from its beginning"
     return f"batches of {results['records'][0]['batch']:,} {unit_of(results['text'])}, in order"
 
 
-def _conditions(results: dict[str, Any]) -> str:
+def _conditions(results: Results) -> str:
     unit = unit_of(results["text"])
     where, settings, first = results["environment"], results["settings"], results["records"][0]
     return (

@@ -1,29 +1,27 @@
-"""How the page looks: light and dark, wide and narrow. Eight colours, distinct in both."""
+"""How a page looks: light and dark, wide and narrow."""
 
-LIGHT = ("#1f6fc4", "#c2480f", "#12856a", "#8446c0", "#8f6900", "#c02a6c", "#4d7a1f", "#58646f")
-DARK = ("#6cb0f5", "#ff9a66", "#4cc9a6", "#c29bf2", "#e6bf55", "#f582b4", "#a4cf6f", "#a9b5c0")
-COLOURS = len(LIGHT)
-WIDE, NARROW = 760, 340  # of drawings, for a desk and for a phone: about as wide as they are shown
+LIGHT = {
+    "page": "#fbfbf9", "card": "#ffffff", "text": "#1c2024", "quiet": "#60676e", "rule": "#e3e4e0",
+    "best": "#0d7a3e", "winner": "#e7f2ec",
+    "c0": "#1f6fc4", "c1": "#c2480f", "c2": "#12856a", "c3": "#8446c0",
+    "c4": "#8f6900", "c5": "#c02a6c", "c6": "#4d7a1f", "c7": "#58646f",
+}  # fmt: skip
+DARK = {
+    "page": "#14171a", "card": "#1d2125", "text": "#e8eaec", "quiet": "#a0a8b0", "rule": "#343a40",
+    "best": "#62d58f", "winner": "#1d2e28",
+    "c0": "#6cb0f5", "c1": "#ff9a66", "c2": "#4cc9a6", "c3": "#c29bf2",
+    "c4": "#e6bf55", "c5": "#f582b4", "c6": "#a4cf6f", "c7": "#a9b5c0",
+}  # fmt: skip
+COLOURS = 8  # of layers, distinct in light and dark
 
 
-def _variables(colours: tuple[str, ...]) -> str:
-    return "".join(f"--c{i}:{colour};" for i, colour in enumerate(colours))
+def _root(colours: dict[str, str]) -> str:
+    return ":root{" + "".join(f"--{name}:{colour};" for name, colour in colours.items()) + "}"
 
 
-_CLASSES = "".join(
-    f".fill-{i}{{background:var(--c{i})}}.line-{i}{{stroke:var(--c{i})}}"
-    f".dot.line-{i},.end.line-{i}{{fill:var(--c{i});stroke:none}}"
-    f".name.line-{i}{{fill:var(--c{i});stroke:var(--card);stroke-width:4px}}"
-    for i in range(COLOURS)
-)
-
+VARIABLES = f"{_root(LIGHT)}\n@media(prefers-color-scheme:dark){{{_root(DARK)}}}\n"
 STYLE = (
-    f"""
-:root{{--page:#fbfbf9;--card:#fff;--text:#1c2024;--quiet:#60676e;--rule:#e3e4e0;--best:#0d7a3e;--winner:#0d7a3e14;--shade:#0004;{_variables(LIGHT)}}}
-@media(prefers-color-scheme:dark){{
-:root{{--page:#14171a;--card:#1d2125;--text:#e8eaec;--quiet:#a0a8b0;--rule:#343a40;--best:#62d58f;--winner:#62d58f1f;--shade:#fff5;{_variables(DARK)}}}}}
-{_CLASSES}
-"""
+    VARIABLES
     + """
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--text);font:16px/1.5 system-ui,sans-serif}
@@ -37,44 +35,23 @@ figure,section{background:var(--card);border:1px solid var(--rule);border-radius
 figure{margin:1rem 0}
 figcaption{font-weight:600}
 figcaption .quiet{margin-left:.4rem}
+figure>.quiet{margin:.5rem 0 0}
 svg{display:block;width:100%;height:auto}
+svg text{font-family:system-ui,sans-serif!important}
 .narrow{display:none}
-.axis{font:12px system-ui,sans-serif;fill:var(--quiet)}
-.name{font:600 13px system-ui,sans-serif;paint-order:stroke}
-.frontier{fill:none;stroke:var(--best);stroke-width:2}
-.ring{fill:none;stroke:var(--best);stroke-width:2.5}
-.full{stroke:var(--quiet);stroke-dasharray:7 5}
-.required{stroke:var(--quiet);stroke-width:1.5;stroke-dasharray:2 4}
-.legend i{display:inline-block;width:.65rem;height:.65rem;margin:0 .3rem 0 .5rem}
-.legend i:first-child{margin-left:0}
-.legend .round{border-radius:50%}
-.legend .chosen{border:2px solid var(--best)}
 .switch{display:flex;flex-wrap:wrap;gap:.2rem 1rem;font-size:.92rem;color:var(--quiet);margin:.2rem 0 .4rem}
 .switch label{color:var(--text);cursor:pointer;padding:.15rem 0}
 .switch input{accent-color:var(--c0);margin:0 .35rem 0 0}
 .over-read,.curves:has([value=read]:checked) .over-time{display:none}
 .curves:has([value=read]:checked) .over-read{display:block}
-.grid{stroke:var(--rule)}
-.line{fill:none;stroke-width:2.5;stroke-linejoin:round}
 .measures{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr))}
-.row{display:grid;grid-template-columns:1fr auto;font-size:.92rem;margin-top:.45rem}
-.value{font-variant-numeric:tabular-nums;font-weight:600}
-.bar{grid-column:1/-1;height:.55rem;border-radius:.2rem}
-.track{grid-column:1/-1;position:relative;height:.55rem;border-bottom:1px solid var(--rule);margin:0 .4rem .3rem}
-.track i{position:absolute;bottom:-.35rem;width:.7rem;height:.7rem;margin-left:-.35rem;border-radius:50%}
-.ends{display:flex;justify-content:space-between;color:var(--quiet);font-size:.8rem;margin-top:.2rem}
-.remark{grid-column:1/-1;color:var(--quiet);font-size:.85rem}
 .best{font-weight:700;color:var(--best)}
-.row .best{font-size:.78rem;text-transform:uppercase;letter-spacing:.03em}
 .winner td{background:var(--winner)}
-figure>.quiet{margin:.5rem 0 0}
 dl{display:grid;grid-template-columns:auto 1fr;gap:.3rem 1rem;margin:0}
 dt{font-weight:600}
 dd{margin:0}
 dt i{display:inline-block;width:.7rem;height:.7rem;border-radius:.2rem;margin-right:.45rem}
-.scroll{overflow-x:auto;
-background:linear-gradient(to left,var(--page) 30%,transparent) right/3rem 100% no-repeat local,
-linear-gradient(to left,var(--shade),transparent) right/1.4rem 100% no-repeat scroll}
+.scroll{overflow-x:auto}
 .hint{display:none}
 table{border-collapse:collapse;min-width:100%;font-size:.84rem;font-variant-numeric:tabular-nums;white-space:nowrap}
 th,td{padding:.35rem .55rem;text-align:right;border-bottom:1px solid var(--rule)}
@@ -86,8 +63,8 @@ th[aria-sort]{color:var(--text);font-weight:600}
 th[aria-sort=ascending] button::after{content:" ↑"}
 th[aria-sort=descending] button::after{content:" ↓"}
 th:first-child,td:first-child{text-align:left;padding-left:.3rem;font-weight:600;position:sticky;left:0;
-background:var(--page);white-space:normal}
-.winner td:first-child{background:linear-gradient(var(--winner),var(--winner)),var(--page)}
+white-space:normal}
+th:first-child,tr:not(.winner) td:first-child{background:var(--page)}
 code{font-size:.88rem;overflow-wrap:anywhere}
 @media(max-width:52rem){.hint{display:block}}
 @media(max-width:34rem){.wide{display:none}.narrow{display:block}figure{padding:.9rem .5rem}

@@ -1,6 +1,8 @@
-"""How tables reach a terminal."""
+"""How tables and progress reach a terminal."""
 
+import time
 from collections.abc import Callable, Sequence
+from typing import Self
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -9,10 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from lastlayer.study.files import Record
+from lastlayer.study.report.figures import duration
 
 Column = tuple[str, Callable[[Record], str]]  # heading, and what it shows of a record
 
 LEAST_COLUMNS = 80  # what every table is laid out for
+EVERY = 10.0  # seconds between lines about the same thing, where the output is no terminal
 
 
 def plain_table(title: str, headings: tuple[str, ...]) -> Table:
@@ -55,3 +59,31 @@ def _print_blocks(console: Console, table: Table) -> None:
         for heading, *cells in columns:
             said = " ".join(heading.split())
             console.print(f"  {said}: {cells[row - 1]}", highlight=False, markup=False, soft_wrap=True)
+
+
+class Steps:
+    """What a long command is doing: a line that changes in a terminal; in a log a line now and then."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.status = console.status("...") if console.is_terminal else None
+        self.said, self.at = "", 0.0
+
+    def __enter__(self) -> Self:
+        if self.status is not None:
+            self.status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.status is not None:
+            self.status.stop()
+
+    def say(self, doing: str, done: int, total: int, seconds_left: float | None) -> None:
+        """Shows that `done` steps of `total` are done, and what the next one is."""
+        left = "" if seconds_left is None else f", about {duration(seconds_left)} left"
+        line = f"{doing} ({done} of {total} done{left})"
+        if self.status is not None:
+            self.status.update(line)
+        elif doing != self.said or time.monotonic() - self.at > EVERY:
+            say(self.console, line)
+            self.said, self.at = doing, time.monotonic()

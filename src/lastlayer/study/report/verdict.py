@@ -1,8 +1,13 @@
-"""What trying screens came to, in words: which is chosen, and where none gains, why."""
+"""What trying screens came to: a table in the terminal, which is chosen, and where none gains, why."""
+
+from rich.console import Console
+from rich.table import Table
 
 from lastlayer.kernels.config import config
 from lastlayer.study.files import Record
 from lastlayer.study.report.figures import figure
+from lastlayer.study.report.measures import Measure
+from lastlayer.study.report.tables import print_table, say
 
 WORTH_IT = 1.2  # a smaller gain is not worth a second copy of the weight
 SMALL = 1 << 22  # bytes of a weight that stays in the caches, where the full layer is hard to beat
@@ -44,3 +49,33 @@ def screen_name(record: Record) -> str:
     window = "" if record["window"] is None else f", window {record['window']}"
     candidates = "" if record["candidates"] is None else f", {record['candidates']:,} candidates"
     return f"{record['preview']}{window}{candidates}"
+
+
+def measures(k: int) -> list[Measure]:
+    """The figures of every screen."""
+    found = [
+        Measure("top-1", lambda r: r["agreement_top1"], "{:.2%}".format, "higher"),
+        Measure(f"top-{k}", lambda r: r["agreement_topk"], "{:.2%}".format, "higher"),
+        Measure("KL", lambda r: r["kl"], figure),
+        Measure("bytes read", lambda r: r["bytes_read_fraction"], "{:.1%}".format),
+        Measure("proved", lambda r: r["certified_fraction"], "{:.1%}".format, "higher"),
+        Measure("ms", lambda r: r["ms"], figure),
+        Measure("times as fast", lambda r: r["ratio"], figure, "higher"),
+    ]
+    return found if k > 1 else found[1:]
+
+
+def show(records: list[Record], k: int, console: Console) -> None:
+    """The table of all that were tried, `*` marks the chosen one; below it those whose turn did not come."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("screen")  # the only one that gives way on a narrow terminal
+    for measure in measures(k):
+        table.add_column(measure.title.replace(" ", "\n", 1), justify="right", no_wrap=True)
+    for record in (record for record in records if record["ms"] is not None):
+        dropped = f": {record['dropped']}" if record["dropped"] else ""
+        name = ("* " if record["chosen"] else "") + screen_name(record) + dropped
+        table.add_row(name, *(measure.text(record) for measure in measures(k)))
+    print_table(console, table)
+    untried = [screen_name(record) for record in records if record["ms"] is None]
+    if untried:
+        say(console, f"Not tried, for --seconds were over: {'; '.join(untried)}")

@@ -111,7 +111,7 @@ class Trainer:
         while self.passed < len(CURVE_AT):
             synchronise()
             start = time.perf_counter()
-            self._step()
+            self.step()
             synchronise()
             self.seconds += of_first(time.perf_counter() - start)
             on_step(self)
@@ -122,7 +122,8 @@ class Trainer:
                 self.save()
                 saved = self.seconds
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """Trains on the next window."""
         window = self.steps % self.train.windows
         state = None if self.train.starts_anew(window) else self.state
         inputs, targets = self.train[window]
