@@ -2,15 +2,15 @@
 
 import json
 import re
+import shutil
 import signal
-import subprocess
-import sys
-import time
+import threading
 
 import pytest
 from typer.testing import CliRunner
 
 from lastlayer.cli.app import app
+from lastlayer.study.training.trainer import Trainer
 
 TINY = ["--width", 8, "--batch", 4, "--window", 5, "--layers", "full,hierarchical", "--threads", 1]
 NEEDED = {
@@ -23,13 +23,19 @@ def run(*arguments):
     return CliRunner().invoke(app, ["compare", *(str(argument) for argument in arguments)])
 
 
-@pytest.fixture
-def compared(tmp_path, story):
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, story):
     """A finished run: its output, its folder, its records."""
-    out, records = tmp_path / "out", tmp_path / "records.json"
-    result = run("--text", story, *TINY, "--steps", 25, "--out", out, "--json", records)
+    folder = tmp_path_factory.mktemp("compared")
+    result = run("--text", story, *TINY, "--steps", 25, "--out", folder / "out", "--json", folder / "records.json")
     assert result.exit_code == 0, result.output
-    return result.output, out, json.loads(records.read_text())
+    return result.output, folder / "out", json.loads((folder / "records.json").read_text())
+
+
+@pytest.fixture
+def folder(compared, tmp_path):
+    """A copy of the finished run's folder, to damage or to go on with."""
+    return shutil.copytree(compared[1], tmp_path / "out")
 
 
 def test_table_records_and_page(compared):
@@ -46,69 +52,50 @@ def test_table_records_and_page(compared):
     assert {"machine", "torch", "commit", "command"} <= results["environment"].keys()
 
     page = (out / "index.html").read_text()
-    assert not re.search(r"<script [^>]*src|<link|<img|url\((?!#)|https?:|@import", page)
+    elsewhere = r"<script [^>]*src|<link|<img|url\((?!#)|https?:|@import"
+    assert not re.search(elsewhere, page.replace("http://www.w3.org/", ""))  # which names what a drawing is
     assert page.count('<svg class="wide"') == 2  # over time and over what was read
     assert "prefers-color-scheme:dark" in page
     assert all(f"{record['perplexity']:.2f}"[:4] in page for record in records)
     assert (out / "vocabulary.tsv").read_text().splitlines()[0].startswith("the\t")
 
 
-def test_finished_run_is_shown_again(compared, story):
-    _, out, records = compared
-    result = run("--text", story, *TINY, "--steps", 25, "--out", out, "--resume")
+def test_finished_run_is_shown_again(compared, folder, story):
+    result = run("--text", story, *TINY, "--steps", 25, "--out", folder, "--resume")
     assert result.exit_code == 0, result.output
     assert result.output.count("already trained") == 2
-    again = json.loads((out / "results.json").read_text())["records"]
-    assert [r["perplexity"] for r in again] == [r["perplexity"] for r in records]
-    differs = run("--text", story, *TINY, "--steps", 30, "--out", out, "--resume")
+    again = json.loads((folder / "results.json").read_text())["records"]
+    assert [r["perplexity"] for r in again] == [r["perplexity"] for r in compared[2]]
+    differs = run("--text", story, *TINY, "--steps", 30, "--out", folder, "--resume")
     assert (differs.exit_code, "steps was 25, now 30" in differs.stderr) == (1, True)
 
 
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, story):
-    options = ["--text", str(story), *map(str, TINY), "--steps", "150", "--json"]
-    command = [sys.executable, "-m", "lastlayer", "compare", *options]
-    killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        [*command, str(tmp_path / "no.json"), "--out", str(killed)], stdout=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 60
-    while not (killed / "full.safetensors").exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (killed / "results.json").exists()
+@pytest.mark.parametrize(("sent", "code", "said"), [("INT", 130, "interrupted"), ("TERM", 143, "terminated")])
+def test_stopped_and_resumed_equals_uninterrupted(compared, tmp_path, story, monkeypatch, sent, code, said):
+    """The message says where the checkpoint is; what is there is not overwritten."""
+    step, out = Trainer.step, tmp_path / "out"
+    common = ["--text", story, *TINY, "--steps", 25, "--out", out]
 
-    refused = run("--text", story, *TINY, "--steps", 150, "--out", killed)
-    assert (refused.exit_code, "--resume goes on" in refused.stderr) == (2, True)
-    for name, more in (("resumed", ["--resume", "--out", killed]), ("whole", ["--out", tmp_path / "other"])):
-        result = run(*options, tmp_path / name, *more)
-        assert result.exit_code == 0, result.output
-    resumed, whole = (json.loads((tmp_path / name).read_text()) for name in ("resumed", "whole"))
-    for field in ("layer", "perplexity", "top10_accuracy", "tokens", "steps"):
-        assert [r[field] for r in resumed] == [r[field] for r in whole]
+    def stopped(trainer):
+        if trainer.steps == 12 and trainer.path is not None:
+            assert threading.current_thread() is threading.main_thread()  # where a signal is caught
+            signal.raise_signal(getattr(signal, f"SIG{sent}"))
+        step(trainer)
 
-
-@pytest.mark.parametrize(
-    ("sent", "code", "said"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")]
-)
-def test_a_signal_says_where_the_checkpoint_is(tmp_path, story, sent, code, said):
-    out = tmp_path / "out"
-    options = ["--text", story, *TINY, "--steps", 20_000, "--out", out]
-    command = [sys.executable, "-m", "lastlayer", "compare", *map(str, options)]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
-    )
-    deadline = time.monotonic() + 60
-    while not (out / "full.safetensors").exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(getattr(signal, sent))
-    _, stderr = process.communicate(timeout=60)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", stopped)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        result = run(*common)
+        signal.signal(signal.SIGINT, before)
     where = f"the checkpoint is {out / 'full.safetensors'}; the same command with --resume goes on from it"
-    assert (process.returncode, stderr) == (code, f"lastlayer: {said}; {where}\n")
+    assert (result.exit_code, result.stderr) == (code, f"lastlayer: {said}; {where}\n")
+    refused = run(*common)
+    assert (refused.exit_code, "--resume goes on" in refused.stderr) == (2, True)
+    result = run(*common, "--resume", "--json", tmp_path / "resumed.json")
+    assert result.exit_code == 0, result.output
+    for field in ("layer", "perplexity", "top10_accuracy", "tokens", "steps"):
+        resumed = json.loads((tmp_path / "resumed.json").read_text())
+        assert [r[field] for r in resumed] == [r[field] for r in compared[2]]
 
 
 @pytest.mark.parametrize(
@@ -152,24 +139,22 @@ def test_several_texts_after_one_option(tmp_path, story):
     assert "story.txt and 1 more" in result.output
 
 
-def test_truncated_checkpoint(compared, story):
-    _, out, _ = compared
-    path = out / "full.safetensors"
+def test_truncated_checkpoint(folder, story):
+    path = folder / "full.safetensors"
     path.write_bytes(path.read_bytes()[:-50])
     for options in ([], ["--resume"]):
-        result = run("--text", story, *TINY, "--steps", 25, "--out", out, *options)
+        result = run("--text", story, *TINY, "--steps", 25, "--out", folder, *options)
         assert (result.exit_code, "full.safetensors is damaged" in result.stderr) == (1, True)
 
 
-def test_full_disk_loses_nothing(compared, story, monkeypatch):
-    _, out, _ = compared
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+def test_full_disk_loses_nothing(folder, story, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def disk_is_full(tensors, file, metadata):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("lastlayer.study.training.checkpoint.save_file", disk_is_full)
-    result = run("--text", story, *TINY, "--steps", 25, "--out", out)
+    result = run("--text", story, *TINY, "--steps", 25, "--out", folder)
     assert result.exit_code == 1
     assert "No space left on device" in result.stderr
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

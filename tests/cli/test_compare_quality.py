@@ -10,8 +10,8 @@ from lastlayer.cli.app import app
 
 OPTIONS = ["--width", 8, "--batch", 4, "--window", 5, "--threads", 1]
 SCORES = {"one-vs-all", "one-vs-sampled"}
-SPARSE = {"sparsemax", "entmax", "topk-softmax"}
-SOFTMAXES = {"full", "umax", "umax-exact", "augment-reduce"}
+SPARSE = {"sparsemax", "topk-softmax"}
+SOFTMAXES = {"full", "augment-reduce"}
 
 
 def run(*arguments):
@@ -53,8 +53,7 @@ def test_scores_of_items(tmp_path):
     """Where none has a perplexity there is no picture of it."""
     items, out = tmp_path / "sessions.txt", tmp_path / "out"
     items.write_text("\n".join(" ".join(f"i{(s + i) % 10}" for i in range(3 + s % 4)) for s in range(400)))
-    names = ",".join(sorted(SCORES))
-    result = run("--items", items, *OPTIONS, "--layers", names, "--steps", 60, "--out", out)
+    result = run("--items", items, *OPTIONS, "--layers", "one-vs-all", "--steps", 60, "--out", out)
     assert result.exit_code == 0, result.output
     for record in strict_json(out / "results.json")["records"]:
         assert record["perplexity"] is None

@@ -125,8 +125,10 @@ def test_seconds_are_a_budget_too():
     )
 
 
-@pytest.mark.parametrize("layer", ["full", "hierarchical", "factored", "augment-reduce"])
-@pytest.mark.parametrize("killed_at", [1, 17, 30])
+@pytest.mark.parametrize(
+    ("layer", "killed_at"),
+    [("full", 1), ("full", 30), ("hierarchical", 17), ("factored", 17), ("augment-reduce", 17)],
+)
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, layer, killed_at, monkeypatch):
     monkeypatch.setattr(training, "SAVE_EVERY", 0.0)  # after each step, dropout and all
     whole = trainer(layer)
@@ -206,10 +208,9 @@ def test_no_changed_byte_is_taken_for_a_checkpoint(tmp_path):
     save_checkpoint(path, {"a": torch.arange(9.0), "b": [torch.tensor(3), {"steps": 12, "loss": 0.5}]})
     whole = path.read_bytes()
     for place in range(len(whole)):
-        for bit in (1, 128):
-            path.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
-            with pytest.raises(StudyError, match="is damaged or of another program"):
-                load_checkpoint(path)
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        with pytest.raises(StudyError, match="is damaged or of another program"):
+            load_checkpoint(path)
 
 
 def test_checkpoint_gives_back_what_it_took(tmp_path):
