@@ -39,6 +39,16 @@ def sampled(bias, *shape):
     return "sampled_logits", 3, (weight, own, targets, torch.randint(11, shape))
 
 
+def one_vs_all(bias):
+    weight, ids = (
+        torch.randn(11, 5).double().requires_grad_(),
+        torch.tensor([[3, 10], [0, 0], [7, 1], [2, 0], [5, 5]]),
+    )
+    own = torch.randn(11).double().requires_grad_() if bias else None
+    values = torch.tensor([[1, 0.5], [0, 0], [1, 1], [1, 0], [0, 1]]).double()
+    return "one_vs_all", 3, (weight, own, ids, values, 2 * torch.ones_like(values))
+
+
 OPERATORS = {
     "two-level": lambda: two_level(True),
     "two-level-no-bias": lambda: two_level(False),
@@ -46,6 +56,8 @@ OPERATORS = {
     "sampled-shared": lambda: sampled(True, 4),
     "sampled-own": lambda: sampled(False, 5, 4),
     "sampled-none": lambda: sampled(True, 0),
+    "one-vs-all": lambda: one_vs_all(True),
+    "one-vs-all-no-bias": lambda: one_vs_all(False),
 }
 
 
@@ -61,21 +73,6 @@ def test_operators_are_registered_with_shapes_and_gradients(make):
     results = operator(*inputs)
     upstream = [torch.randn_like(part) for part in (results if isinstance(results, tuple) else (results,))]
     opcheck(getattr(torch.ops.lastlayer, f"{name}_backward").default, (upstream, wanted, *inputs))
-
-
-@pytest.mark.parametrize("wanted", [[True, True, True], [False, True, False], [False, False, False]])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_operator_of_one_vs_all(wanted, dtype):
-    torch.manual_seed(0)
-    rows, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((4, 5), (11, 5), (11,)))
-    ids, exact = torch.tensor([[3, 10], [0, 0], [7, 1], [2, 0]]), torch.promote_types(dtype, torch.float32)
-    values = torch.tensor([[1, 0.5], [0, 0], [1, 1], [1, 0]], dtype=exact)
-    for own, of_rows in ((bias, torch.rand(4, dtype=exact)), (None, None)):
-        own_wanted = [*wanted[:2], wanted[2] and own is not None]
-        opcheck(
-            torch.ops.lastlayer.one_vs_all.default,
-            (rows, weight, own, ids, values, 2 * torch.ones_like(values), of_rows, own_wanted),
-        )
 
 
 def hand_written():

@@ -141,7 +141,7 @@ def divided_cross_entropy(
     of_all = u if smoothing else None
     of_dense = None
     if dense is not None:
-        of_dense = dense.whole(exact)[0][:, head.own] * u * counted[:, None]
+        of_dense = dense.to(exact)[:, head.own] * u * counted[:, None]
         of_all = (1 - smoothing) * of_dense + even * u
     scale = counted * even if dense is None else counted
     terms = head.partial(hidden, rows, of_all)
@@ -160,7 +160,7 @@ def divided_cross_entropy(
         parts += [given, every]
     sums = summed(torch.stack(parts), head.ranks)
     if class_weights is None:
-        given = of_targets.sum(1) if dense is None else (dense.whole(exact)[0] * counted[:, None]).sum(1)
+        given = of_targets.sum(1) if dense is None else (dense.to(exact) * counted[:, None]).sum(1)
         every = smoothing * counted
     else:
         given, every = sums[2], sums[3]

@@ -1,7 +1,6 @@
 """`logit_map(hidden @ weight.T + bias)`, a chunk of rows at a time, and its backward pass."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,36 +17,6 @@ CHUNK_BYTES, ENOUGH_ROWS = 1 << 28, 256
 PART_NUMBERS, PART_NUMBERS_GPU = 1 << 20, 1 << 25
 # Classes whose weight gradient is formed at once in low precision, before it is added to the float32 sum.
 BLOCK_CLASSES = 4096
-
-
-class Wanted(NamedTuple):
-    """Which gradients to form."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-    logit_map: bool
-
-    @classmethod
-    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, parameters: Sequence[Tensor]) -> "Wanted":
-        """Those of the tensors that require one."""
-        of_bias = bias is not None and bias.requires_grad
-        return cls(hidden.requires_grad, weight.requires_grad, of_bias, any(p.requires_grad for p in parameters))
-
-
-class Gradients(NamedTuple):
-    """The gradients, each in its own tensor's dtype; None where it was not needed."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    logit_map: tuple[Tensor | None, ...]
-
-    def scale_(self, scale: Tensor) -> None:
-        """Multiplies them in place."""
-        for gradient in (*self[:3], *self.logit_map):
-            if gradient is not None:
-                gradient.mul_(scale)
 
 
 class LinearChunks:
@@ -99,17 +68,18 @@ class LinearChunks:
             self.part_rows = self.chunk_rows
         self.product = hidden.new_empty(self.chunk_rows, len(weight), dtype=dtype)
         self.sums: list[Tensor | None] = [None, None, None]
-        self.wanted = Wanted(False, False, False, False)
+        self.map_wanted = False
 
-    def want(self, wanted: Wanted) -> None:
-        """Sets which gradients to form."""
-        self.wanted = wanted
+    def want(self, wanted: Sequence[bool]) -> None:
+        """Sets which gradients to form: for hidden, weight, bias and the map's parameters."""
+        of_hidden, of_weight, of_bias, *of_map = wanted
+        self.map_wanted = any(of_map)
         make = torch.empty_like if len(self.hidden) else torch.zeros_like
-        if wanted.hidden:
+        if of_hidden:
             self.sums[0] = make(self.hidden, dtype=self.exact)
-        if wanted.weight:
+        if of_weight:
             self.sums[1] = make(self.weight, dtype=self.exact, memory_format=torch.contiguous_format)
-        if wanted.bias:
+        if of_bias:
             self.sums[2] = torch.zeros(len(self.weight), dtype=self.exact, device=self.weight.device)
 
     def __iter__(self) -> Iterator[slice]:
@@ -182,23 +152,22 @@ class LinearChunks:
 
     def add_to_map(self, sums: Tensor | None) -> None:
         """Adds the sums of a kernel for the map's own parameters."""
-        if self.map_pass is not None and self.wanted.logit_map and sums is not None:
+        if self.map_pass is not None and self.map_wanted and sums is not None:
             self.map_pass.add_sums(sums)
 
-    def gradients(self) -> Gradients:
-        """The sums over all chunks, to be called after the last."""
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """Those for hidden, weight, bias and the map's parameters, each in its own tensor's dtype; after the last
+        chunk."""
         del self.product  # its memory is reused for the gradients below
-        hidden, weight, bias = (
+        sums, leaves = [*self.sums], [*self.leaves]
+        if self.map_pass is not None:
+            parameters = list(self.map_pass.logit_map.parameters())
+            leaves += parameters
+            sums += self.map_pass.gradients() if self.map_wanted else [None for _ in parameters]
+        return tuple(
             None if total is None or leaf is None else total.to(leaf.dtype)
-            for total, leaf in zip(self.sums, self.leaves, strict=True)
+            for total, leaf in zip(sums, leaves, strict=True)
         )
-        if self.map_pass is None:
-            return Gradients(hidden, weight, bias, ())
-        parameters = self.map_pass.logit_map.parameters()
-        if not self.wanted.logit_map:
-            return Gradients(hidden, weight, bias, tuple(None for _ in parameters))
-        of_map = zip(self.map_pass.gradients(), parameters, strict=True)
-        return Gradients(hidden, weight, bias, tuple(None if g is None else g.to(p.dtype) for g, p in of_map))
 
     def _products(self, rows: slice) -> Tensor:  # (n, V)
         """The part of the buffer that holds some rows of the chunk."""

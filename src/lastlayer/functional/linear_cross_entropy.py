@@ -1,5 +1,6 @@
 """Cross-entropy of a linear layer without its `(N, V)` logits."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +15,13 @@ from lastlayer.functional.checks import (
     check_vector,
     eager_on_cpu,
 )
-from lastlayer.functional.linear_chunks import Gradients, LinearChunks, Wanted
-from lastlayer.functional.linear_twin import linear_logits, row_loss
+from lastlayer.functional.linear_chunks import LinearChunks
+from lastlayer.functional.linear_twin import linear_logits
 from lastlayer.functional.logit_map import LogitMap, bound, check_logit_map
-from lastlayer.functional.ordinary import ordinary
-from lastlayer.functional.precision import exact_dtype, no_autocast, product_dtype
-from lastlayer.functional.second_order import HandWritten, gradients
-from lastlayer.functional.soft_targets import DenseRows, TargetRows, target_rows
+from lastlayer.functional.one_pass import one_pass_loss
+from lastlayer.functional.precision import exact_dtype, product_dtype
+from lastlayer.functional.second_order import Tensors
+from lastlayer.functional.soft_targets import TargetRows, target_rows
 from lastlayer.kernels.backends import softmax_rows_backend_for
 from lastlayer.kernels.softmax_rows import NO_MAP, RowTerms, fused, plain
 
@@ -93,7 +94,7 @@ def linear_cross_entropy(
         rows, target = rows.index_select(0, at), TargetRows(target.ids[at], weights, None)
     dtype = product_dtype(hidden)
     terms, absent = row_terms(target, class_weights, label_smoothing, z_loss, len(weight), reduction, dtype)
-    loss = loss_of(rows, weight, bias, RowLoss(terms, dtype, reduction, logit_map, target.dense))
+    loss = loss_of(rows, weight, bias, RowLoss(terms, dtype, logit_map), reduced=reduction != "none")
     if reduction != "none":
         return loss + absent
     if at is not None:
@@ -102,23 +103,60 @@ def linear_cross_entropy(
 
 
 class RowLoss(NamedTuple):
-    """The loss of rows of logits, and how it is reduced."""
+    """The losses of rows of a linear layer's logits: `RowLosses` of hidden, weight, bias, the map's parameters."""
 
     terms: RowTerms
     dtype: torch.dtype  # of the products
-    reduction: str
     logit_map: LogitMap | None = None
-    dense: DenseRows | None = None  # weights of all classes
-
-    def parameters(self) -> tuple[Tensor, ...]:
-        """Those of the map."""
-        return () if self.logit_map is None else tuple(self.logit_map.parameters())
 
     def plain(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *parameters: Tensor) -> Tensor:
-        """The loss by PyTorch's own operations, with `parameters` in place of the map's own."""
+        """By PyTorch's own operations, with `parameters` in place of the map's own."""
         _, values = linear_logits(hidden, weight, bias, self.logit_map, parameters, self.dtype)
-        losses = row_loss(values, self.terms, None if self.dense is None else self.dense.whole(values.dtype))
-        return losses if self.reduction == "none" else losses.sum()
+        return plain(values, self.terms, False)
+
+    def run(
+        self, inputs: tuple[Any, ...], shares: Tensor | None, wanted: Sequence[bool] | None
+    ) -> tuple[Tensor, Tensors | None]:
+        """Losses and gradients, chunk by chunk."""
+        hidden, weight, bias, *parameters = inputs
+        terms = self.terms if shares is None else self.terms.scaled(shares)
+        return bound(self.logit_map, parameters, lambda: self._of_chunks(hidden, weight, bias, terms, wanted))
+
+    def _of_chunks(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        terms: RowTerms,
+        wanted: Sequence[bool] | None,
+    ) -> tuple[Tensor, Tensors | None]:
+        kernel_map = None
+        smoothed = terms.soft is not None
+        backend = softmax_rows_backend_for(hidden.device, self.dtype, label_smoothing=smoothed)
+        if backend == "compiled" and terms.ids.dim() == 1:
+            kernel_map = NO_MAP if self.logit_map is None else self.logit_map.kernel_map()
+        chunks = LinearChunks(hidden, weight, bias, self.logit_map, self.dtype)
+        kernel_map = None if chunks.barred is not None else kernel_map  # no kernel handles barred classes
+        form = wanted is not None
+        if wanted is not None:
+            chunks.want(wanted)
+            kernel_map = None if kernel_map is None else kernel_map._replace(counted=any(wanted[3:]))
+        losses = hidden.new_empty(len(hidden), dtype=chunks.exact)
+        for rows in chunks:
+            if kernel_map is not None:
+                losses[rows], sums = fused(chunks.multiply(rows), chunks.bias, terms.of(rows), form, kernel_map)
+                if form:
+                    chunks.add_to_map(sums)
+            else:
+                for part in chunks.parts(rows):
+                    logits = chunks.logits(part)
+                    values = chunks.map(logits)
+                    losses[part] = plain(values, terms.of(part), form)
+                    if form:
+                        chunks.map_back(part, logits, values)
+            if form:
+                chunks.multiply_back(rows)
+        return losses, chunks.gradients() if form else None
 
 
 def loss_of(
@@ -126,17 +164,13 @@ def loss_of(
     weight: Tensor,  # (V, d)
     bias: Tensor | None,  # (V,)
     loss: RowLoss,
-) -> Tensor:  # (), or (N,) for "none"
-    """The loss of the logits of a linear layer; nothing is checked."""
-    parameters = loss.parameters()
-    if not ordinary(rows, weight, bias, loss.terms.ids, *parameters):
-        return loss.plain(rows, weight, bias, *parameters)
-    wanted = None
-    if torch.is_grad_enabled() and loss.reduction != "none":
-        wanted = Wanted.of(rows, weight, bias, parameters)
-    with no_autocast(rows.device.type):
-        found: Any = _LinearCrossEntropy.run(rows, weight, bias, loss, wanted, *parameters)
-    return found[0]
+    *,
+    reduced: bool,
+) -> Tensor:  # (), or (N,)
+    """The loss of the logits of a linear layer, or of each row; nothing is checked."""
+    parameters = () if loss.logit_map is None else tuple(loss.logit_map.parameters())
+    inputs = rows, weight, bias, *parameters
+    return one_pass_loss(loss, inputs, reduced=reduced, constants=(loss.terms.ids,))
 
 
 def linear_nll(
@@ -153,8 +187,8 @@ def linear_nll(
     share costs no second pass over any gradient. Nothing is checked.
     """
     dtype = product_dtype(hidden)
-    terms = RowTerms(ids, hidden.new_full((len(ids),), scale, dtype=exact_dtype(dtype)), None, None, None)
-    return loss_of(hidden, weight, bias, RowLoss(terms, dtype, "sum"))
+    terms = RowTerms(ids, hidden.new_full((len(ids),), scale, dtype=exact_dtype(dtype)))
+    return loss_of(hidden, weight, bias, RowLoss(terms, dtype), reduced=True)
 
 
 def row_terms(
@@ -191,82 +225,7 @@ def row_terms(
         smoothing / num_classes * share * counted if smoothing else None,
         z_loss * square_share * counted if z_loss else None,
         class_weights,
+        dense,
         None if dense is None else (1 - smoothing) * share * counted,
     )
     return terms, absent
-
-
-class _LinearCrossEntropy(HandWritten):
-    @staticmethod
-    def forward(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        loss: RowLoss,
-        wanted: Wanted | None,  # which gradients to form already
-        *parameters: Tensor,
-    ) -> tuple[Tensor, Gradients | None]:
-        form = wanted is not None and any(wanted)
-        losses, formed = _run(hidden, weight, bias, loss, wanted if form else None)
-        return losses if loss.reduction == "none" else losses.sum(), formed if form else None
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        hidden, weight, bias, ctx.loss, _, *parameters = inputs
-        _, ctx.formed = output
-        ctx.save_for_backward(hidden, weight, bias, *parameters)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        scale, loss, needs = upstream[0], ctx.loss, ctx.needs_input_grad
-        hidden, weight, bias, *parameters = ctx.saved_tensors
-
-        def form() -> tuple[Tensor | None, ...]:
-            formed, ctx.formed = ctx.formed, None
-            if formed is None:  # "none", or a second pass over a retained graph
-                scaled = loss._replace(terms=loss.terms.scaled(scale))
-                wanted = Wanted(needs[0], needs[1], needs[2], any(needs[5:]))
-                again = lambda: _run(hidden, weight, bias, scaled, wanted)  # noqa: E731
-                _, formed = bound(loss.logit_map, parameters, again)
-            elif not (eager_on_cpu(scale) and float(scale) == 1.0):
-                formed.scale_(scale)  # no other reference to them exists
-            return *formed[:3], *formed.logit_map
-
-        found = gradients(form, loss.plain, ctx.saved_tensors, upstream[:1])
-        return *found[:3], None, None, *found[3:]
-
-
-def _run(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: RowLoss, wanted: Wanted | None
-) -> tuple[Tensor, Gradients]:
-    """The loss of every row (N,); and the gradients of their sum that are needed."""
-    terms, dtype, _, logit_map, dense = loss
-    kernel_map = None
-    backend = softmax_rows_backend_for(hidden.device, dtype, label_smoothing=terms.soft is not None)
-    if backend == "compiled" and terms.ids.dim() == 1:
-        kernel_map = NO_MAP if logit_map is None else logit_map.kernel_map()
-    chunks = LinearChunks(hidden, weight, bias, logit_map, dtype)
-    kernel_map = None if chunks.barred is not None else kernel_map  # no kernel handles barred classes
-    form = wanted is not None
-    if wanted is not None:
-        chunks.want(wanted)
-        kernel_map = None if kernel_map is None else kernel_map._replace(counted=wanted.logit_map)
-    row_loss = hidden.new_empty(len(hidden), dtype=chunks.exact)
-    for rows in chunks:
-        if kernel_map is not None:
-            row_loss[rows], sums = fused(chunks.multiply(rows), chunks.bias, terms.of(rows), form, kernel_map)
-            if form:
-                chunks.add_to_map(sums)
-        else:
-            if dense is not None:
-                dense.begin(chunks, rows)
-            for part in chunks.parts(rows):
-                logits = chunks.logits(part)
-                values = chunks.map(logits)
-                of_all = None if dense is None else dense.part(part, chunks.exact)
-                row_loss[part] = plain(values, terms.of(part), form, of_all)
-                if form:
-                    chunks.map_back(part, logits, values)
-        if form:
-            chunks.multiply_back(rows)
-    return row_loss, chunks.gradients()

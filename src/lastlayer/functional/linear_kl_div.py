@@ -1,11 +1,18 @@
 """The divergence of a linear layer's softmax from a teacher's, without the `(N, V)` logits of either."""
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
 
 from lastlayer.functional.checks import REDUCTIONS, check_above_zero, check_choice, check_linear
-from lastlayer.functional.linear_cross_entropy import RowLoss, loss_of, row_terms
+from lastlayer.functional.linear_chunks import LinearChunks
+from lastlayer.functional.linear_twin import linear_logits
+from lastlayer.functional.one_pass import one_pass_loss
 from lastlayer.functional.precision import product_dtype
-from lastlayer.functional.soft_targets import TeacherRows, all_classes
+from lastlayer.functional.reference_head import ReferenceChunks, ReferenceHead, reference_log_prob
+from lastlayer.functional.second_order import Tensors
 
 
 def linear_kl_div(
@@ -54,11 +61,58 @@ def linear_kl_div(
             f"of the student, got shapes {tuple(teacher_hidden.shape)} and {tuple(teacher_weight.shape)}"
         )
     check_above_zero("temperature", temperature)
-    dtype = product_dtype(hidden)
-    rows = hidden.reshape(-1, hidden.shape[-1]) / temperature
-    teacher_rows = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
-    dense = TeacherRows(teacher_rows, teacher_weight, teacher_bias, temperature)
-    terms, absent = row_terms(all_classes(dense, rows), None, 0.0, 0.0, len(weight), reduction, dtype)
-    bias = None if bias is None else bias / temperature
-    loss = temperature**2 * loss_of(rows, weight, bias, RowLoss(terms, dtype, reduction, dense=dense))
-    return loss.reshape(shape) if reduction == "none" else loss + absent
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    teacher = ReferenceHead(teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_weight, teacher_bias)
+    share = temperature**2 / max(1, rows.shape[0]) if reduction == "mean" else temperature**2
+    divergence = _Divergence(teacher, temperature, share, product_dtype(hidden))
+    inputs = rows, weight, bias
+    losses = one_pass_loss(divergence, inputs, reduced=reduction != "none", constants=teacher[:3])
+    if reduction == "mean":
+        return losses + losses.new_zeros(()) / rows.shape[0]  # nan over nothing
+    return losses.reshape(shape) if reduction == "none" else losses
+
+
+class _Divergence(NamedTuple):
+    """`share` times the divergence of every row: `RowLosses` of the student's hidden states, weight and bias."""
+
+    teacher: ReferenceHead  # its hidden states as rows
+    temperature: float
+    share: float
+    dtype: torch.dtype  # of the products
+
+    def plain(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """By PyTorch's own operations."""
+        _, values = linear_logits(hidden, weight, bias, None, (), self.dtype)
+        known = reference_log_prob(self.teacher, self.temperature, self.dtype)
+        return self._of_rows((values / self.temperature).log_softmax(1), known)
+
+    def run(
+        self, inputs: tuple[Any, ...], shares: Tensor | None, wanted: Sequence[bool] | None
+    ) -> tuple[Tensor, Tensors | None]:
+        """Chunk by chunk, beside the teacher's. With p the student's and q the teacher's probabilities, the
+        gradient of a row's loss for the logits is `share / temperature * (p - q)`."""
+        hidden, weight, bias = inputs
+        chunks = LinearChunks(hidden, weight, bias, None, self.dtype, buffers=2)
+        teacher = ReferenceChunks(self.teacher, self.temperature, self.dtype)
+        if wanted is not None:
+            chunks.want(wanted)
+        losses = hidden.new_empty(len(hidden), dtype=chunks.exact)
+        factors = torch.full_like(losses, self.share / self.temperature)
+        factors = factors if shares is None else factors * shares
+        for rows in chunks:
+            teacher.multiply(rows)
+            for part in chunks.parts(rows):
+                logits, known = chunks.logits(part), teacher.log_prob(part)
+                log_prob = (logits / self.temperature).log_softmax(1)
+                losses[part] = self._of_rows(log_prob, known)
+                if wanted is not None:
+                    chunks.map_back(part, logits, log_prob.exp_().sub_(known.exp_()).mul_(factors[part, None]))
+            if wanted is not None:
+                chunks.multiply_back(rows)
+        losses = losses if shares is None else losses * shares
+        return losses, None if wanted is None else chunks.gradients()
+
+    def _of_rows(self, log_prob: Tensor, known: Tensor) -> Tensor:  # (n, V) each, to (n,)
+        """Classes of probability 0 add 0, not nan."""
+        prob = known.exp()
+        return self.share * (prob * (known - log_prob).masked_fill(prob == 0, 0)).sum(1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lastlayer.functional.barred import map_barred
-from lastlayer.functional.linear_chunks import Gradients, LinearChunks, Wanted
+from lastlayer.functional.linear_chunks import LinearChunks
 from lastlayer.functional.linear_twin import linear_logits
 from lastlayer.functional.logit_map import LogitMap, bound
 from lastlayer.functional.ordinary import ordinary
@@ -146,9 +146,8 @@ class _PartialSoftmax(HandWritten):
 
         def form() -> tuple[Tensor | None, ...]:
             chunks = LinearChunks(hidden, weight, bias, logit_map, dtype, least=least)
-            chunks.want(Wanted(needs[0], needs[1], needs[2], any(needs[6:])))
-            formed = _form(chunks, upstream, ids, weights, peak, log_mass)
-            return *formed[:3], *formed.logit_map
+            chunks.want([*needs[:3], *needs[6:]])
+            return _form(chunks, upstream, ids, weights, peak, log_mass)
 
         def twin(hidden: Tensor, weight: Tensor, bias: Tensor | None, *parameters: Tensor) -> tuple[Tensor, ...]:
             return _plain(hidden, weight, bias, ids, weights, logit_map, parameters, dtype)[1:]
@@ -165,7 +164,7 @@ def _form(
     weights: Tensor | None,
     peak: Tensor,
     log_mass: Tensor,
-) -> Gradients:
+) -> tuple[Tensor | None, ...]:
     """The gradients of `_PartialSoftmax`, chunk by chunk."""
     _, of_mass, of_at, of_weighted = upstream
     for rows in chunks:

@@ -4,10 +4,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lastlayer.functional.checks import check_targets, eager_on_cpu
-from lastlayer.functional.linear_chunks import LinearChunks
 from lastlayer.functional.sparse_targets import sparse_targets
 
 
@@ -17,56 +15,7 @@ class TargetRows(NamedTuple):
     ids: Tensor  # (N,) or (N, K), class ids
     weights: Tensor | None  # (N, K), float64, 0 in unused places; None: 1 for each class
     kept: Tensor | None  # (N,), bool: rows that are not ignored; None: all
-    dense: "DenseRows | None" = None  # a weight for every class, instead
-
-
-class DenseRows:
-    """`(N, V)` weights of the caller, read by rows."""
-
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-
-    def begin(self, chunks: LinearChunks, rows: slice) -> None:
-        """Before the parts of a chunk."""
-
-    def part(self, part: slice, exact: torch.dtype) -> tuple[Tensor, Tensor | float]:
-        """`(n, V)` weights of some rows, and what to add to their losses."""
-        return self.values[part].to(exact), 0.0
-
-    def whole(self, exact: torch.dtype) -> tuple[Tensor, Tensor | float]:
-        """`part` of all rows, by PyTorch's own operations."""
-        return self.values.to(exact), 0.0
-
-
-class TeacherRows(DenseRows):
-    """The softmax of another layer's logits, computed alongside the student's, a chunk at a time.
-
-    What is added to a row's cross-entropy is the negative entropy of the teacher, which makes it a divergence.
-    """
-
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> None:
-        self.head = hidden, weight, bias
-        self.temperature = temperature
-        self.chunks: LinearChunks | None = None
-
-    def begin(self, chunks: LinearChunks, rows: slice) -> None:
-        """Multiplies the teacher's rows of the chunk."""
-        if self.chunks is None:
-            self.chunks = LinearChunks(*self.head, None, chunks.hidden.dtype)
-        self.chunks.multiply(rows)
-
-    def part(self, part: slice, exact: torch.dtype) -> tuple[Tensor, Tensor | float]:
-        assert self.chunks is not None
-        return self._of(self.chunks.logits(part), exact)
-
-    @torch.no_grad()
-    def whole(self, exact: torch.dtype) -> tuple[Tensor, Tensor | float]:
-        return self._of(F.linear(*self.head).to(exact), exact)
-
-    def _of(self, logits: Tensor, exact: torch.dtype) -> tuple[Tensor, Tensor]:
-        log_prob = (logits / self.temperature).log_softmax(1).to(exact)
-        prob = log_prob.exp()
-        return prob, (prob * log_prob.clamp_(min=-1e4)).sum(1)  # a class of probability 0 adds 0, not nan
+    dense: Tensor | None = None  # (N, V), a weight for every class, instead
 
 
 def target_rows(
@@ -96,12 +45,6 @@ def target_rows(
     return TargetRows(ids, weights, kept)
 
 
-def all_classes(dense: DenseRows, rows: Tensor) -> TargetRows:
-    """The targets of `len(rows)` rows by `dense` alone."""
-    nothing = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
-    return TargetRows(nothing, nothing.double(), None, dense)
-
-
 def _dense_rows(targets: Tensor, target_weights: Tensor | None, shape: torch.Size, num_classes: int) -> TargetRows:
     if target_weights is not None:
         raise ValueError("target_weights must be None when targets are weights of all classes themselves")
@@ -118,8 +61,8 @@ def _dense_rows(targets: Tensor, target_weights: Tensor | None, shape: torch.Siz
     if targets.requires_grad:
         raise TypeError("targets must not require a gradient: none is computed; pass them detached")
     check_target_weights("targets", targets)
-    rows = targets.reshape(-1, num_classes)
-    return all_classes(DenseRows(rows), rows)
+    nothing = torch.empty(shape.numel(), 0, dtype=torch.int64, device=targets.device)
+    return TargetRows(nothing, nothing.double(), None, targets.reshape(-1, num_classes))
 
 
 def check_target_weights(name: str, weights: Tensor) -> None:

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lastlayer.functional.linear_chunks import Gradients, LinearChunks, Wanted
-from lastlayer.functional.linear_twin import linear_logits, log_normalizer
+from lastlayer.functional.linear_chunks import LinearChunks
+from lastlayer.functional.linear_twin import linear_logits
 from lastlayer.functional.logit_map import LogitMap, bound
 from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.precision import no_autocast
@@ -25,6 +25,10 @@ class StatisticsSettings(NamedTuple):
     k: int | None = None
     selection: Selection | None = None
     reference: ReferenceHead | None = None  # its hidden states as rows
+
+    def cooled(self, values: Tensor) -> Tensor:
+        """`values / temperature`."""
+        return values if self.temperature == 1 else values / self.temperature
 
     def begin(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, compare: bool
@@ -61,11 +65,11 @@ def row_statistics(
     """The statistics of flat rows; nothing is checked."""
     parameters = () if settings.logit_map is None else tuple(settings.logit_map.parameters())
     others = () if settings.reference is None else settings.reference[:3]
-    if not ordinary(hidden, weight, bias, ids, *others, *parameters):
-        return RowStatistics(*_plain(hidden, weight, bias, ids, settings, parameters))
+    if not hidden.shape[0] or not ordinary(hidden, weight, bias, ids, *others, *parameters):
+        return _plain(hidden, weight, bias, ids, settings, parameters)
     with no_autocast(hidden.device.type):
         found: Any = _RowStatistics.run(hidden, weight, bias, ids, settings, *parameters)
-    return RowStatistics(*found[: len(RowStatistics._fields)])
+    return RowStatistics(*found)
 
 
 def _plain(
@@ -75,32 +79,95 @@ def _plain(
     ids: Tensor | None,
     settings: StatisticsSettings,
     parameters: Sequence[Tensor],
-    indices: Tensor | None = None,  # (N, k); None: they are computed
-) -> tuple[Tensor, ...]:
-    """The fields of `RowStatistics` by PyTorch's own operations."""
-    dtype, logit_map, temperature, k, selection, other = settings
+    indices: Tensor | None = None,
+) -> RowStatistics:
+    """By PyTorch's own operations, of all rows at once."""
+    dtype, logit_map, temperature, _, _, other = settings
     logits, values = linear_logits(hidden, weight, bias, logit_map, parameters, dtype)
-    values = values / temperature
-    log_prob = values.log_softmax(1)
-    prob = log_prob.exp()
-    bounded = log_prob.clamp(min=-1e4)
-    entropy = -(prob * bounded).sum(1)
+    reference = None if other is None else reference_log_prob(other, temperature, dtype)
+    return _of_logits(logits, values / temperature, ids, reference, settings.k, settings.selection, indices)
+
+
+def _of_logits(
+    logits: Tensor,  # (n, V), raw
+    values: Tensor,  # (n, V), mapped, and divided by the temperature
+    ids: Tensor | None,  # (n, M)
+    reference: Tensor | None,  # (n, V), log-probabilities
+    k: int | None,
+    selection: Selection | None,  # of these rows
+    indices: Tensor | None = None,  # (n, k); None: they are computed
+) -> RowStatistics:
+    """The statistics of some rows, differentiable for `values`."""
     if indices is None:
         found = (logits if selection is None else selection.bar(logits)).topk(k or 0)
         indices = found.indices.masked_fill(found.values == -torch.inf, -1)
-    best = log_prob.gather(1, indices.clamp(min=0)).masked_fill(indices < 0, -torch.inf)
-    kl = of_reference = log_prob[:, :0]
-    if other is not None:
-        reference = reference_log_prob(other, temperature, dtype)
-        kl = (prob * (bounded - reference).masked_fill(prob == 0, 0)).sum(1, keepdim=True)
-        of_reference = reference[:, :0] if ids is None else reference.gather(1, ids)
-    gathered = log_prob[:, :0] if ids is None else log_prob.gather(1, ids)
-    return gathered, log_normalizer(values), entropy, best, kl, indices, of_reference
+    best = values.detach().argmax(1, keepdim=True)
+    log_prob = _log_softmax(values)
+    prob, bounded = log_prob.exp(), _bounded(log_prob)
+    kl = of_reference = nothing = log_prob[:, :0]
+    if reference is not None:
+        gap = (bounded - reference).masked_fill(prob == 0, 0)
+        kl = torch.einsum("nv,nv->n", prob, gap)[:, None]
+        of_reference = nothing if ids is None else reference.gather(1, ids)
+    return RowStatistics(
+        nothing if ids is None else log_prob.gather(1, ids),
+        (values.gather(1, best) - log_prob.gather(1, best))[:, 0],
+        -torch.einsum("nv,nv->n", prob, bounded),
+        log_prob.gather(1, indices.clamp(min=0)).masked_fill(indices < 0, -torch.inf),
+        kl,
+        indices,
+        of_reference,
+    )
+
+
+def _log_softmax(values: Tensor) -> Tensor:
+    """`values.log_softmax(1)`, which itself loses digits where all values are large."""
+    return (values - values.detach().amax(1, keepdim=True)).log_softmax(1)
+
+
+def _bounded(log_prob: Tensor) -> Tensor:
+    """For sums that weigh it: a class of probability 0 adds 0, not nan."""
+    return log_prob.clamp(min=-1e4)  # no constant of the module, which `dynamic=True` would make a symbol
+
+
+def _gradient(
+    values: Tensor,  # (n, V)
+    upstream: Sequence[Tensor | None],  # of the differentiable fields
+    ids: Tensor | None,
+    indices: Tensor,
+    reference: Tensor | None,
+) -> Tensor:  # (n, V)
+    """The gradient of `_of_logits` for `values`. With p the probabilities, l their logarithms, H the entropy and g
+    the difference of l to the reference's, of which KL is the mean,
+
+    d log_normalizer = p_c    d l_i = [c = i] - p_c    d entropy = -p_c (l_c + H)    d kl = p_c (g_c - KL)
+    """
+    of_gathered, of_normalizer, of_entropy, of_best, of_kl = upstream
+    log_prob = _log_softmax(values)
+    gradient, bounded = log_prob.exp(), _bounded(log_prob)
+    factor = torch.zeros_like(values[:, :1])
+    for part, sign in ((of_gathered, -1), (of_best, -1)):
+        if part is not None:
+            factor += sign * part.sum(1, keepdim=True)
+    if of_normalizer is not None:
+        factor += of_normalizer[:, None]
+    if of_kl is not None and reference is not None:
+        gap = (bounded - reference).masked_fill_(gradient == 0, 0)
+        gap -= torch.einsum("nv,nv->n", gradient, gap)[:, None]
+        factor = gap.mul_(of_kl).add_(factor)
+    if of_entropy is not None:
+        bounded -= torch.einsum("nv,nv->n", gradient, bounded)[:, None]
+        factor = bounded.mul_(-of_entropy[:, None]).add_(factor)
+    gradient *= factor
+    if of_gathered is not None and ids is not None:
+        gradient.scatter_add_(1, ids, of_gathered)
+    if of_best is not None:
+        gradient.scatter_add_(1, indices.clamp(min=0), of_best)
+    return gradient
 
 
 class _RowStatistics(HandWritten):
-    """The fields of `RowStatistics`, then what the backward pass needs: the normaliser as peak and log_mass, since
-    their sum would round away digits where the peak is large."""
+    """The fields of `RowStatistics`, chunk by chunk."""
 
     @staticmethod
     def forward(
@@ -111,154 +178,58 @@ class _RowStatistics(HandWritten):
         settings: StatisticsSettings,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
-        return _run(hidden, weight, bias, ids, settings)
+        chunks, other = settings.begin(hidden, weight, bias, compare=True)
+        found = []
+        for rows in chunks:
+            if other is not None:
+                other.multiply(rows)
+            for part in chunks.parts(rows):
+                logits = chunks.logits(part)
+                selection = None if settings.selection is None else settings.selection.rows(part)
+                own_ids = None if ids is None else ids[part]
+                reference = None if other is None else other.log_prob(part)
+                values = settings.cooled(chunks.map(logits))
+                found.append(_of_logits(logits, values, own_ids, reference, settings.k, selection))
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         hidden, weight, bias, ids, ctx.settings, *parameters = inputs
-        _, _, entropy, _, kl, indices, of_reference, peak, log_mass = output
-        ctx.save_for_backward(hidden, weight, bias, ids, indices, peak, log_mass, entropy, kl, *parameters)
-        ctx.mark_non_differentiable(indices, of_reference, peak, log_mass)
+        indices = output[DIFFERENTIABLE]
+        ctx.save_for_backward(hidden, weight, bias, ids, indices, *parameters)
+        ctx.mark_non_differentiable(*output[DIFFERENTIABLE:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        """With p the probabilities, q the reference's, H the entropy, [.] an indicator, f the mapped logits:
-
-        d gathered_j / d f_c = [c = id_j] - p_c   d normalizer / d f_c = p_c
-        d best_j / d f_c = [c = i_j] - p_c        d entropy / d f_c = -p_c (log p_c + H)
-        d kl / d f_c = p_c (log p_c - log q_c - kl)
-
-        each divided by the temperature, which divides f.
-        """
-        hidden, weight, bias, ids, indices, peak, log_mass, entropy, kl, *parameters = ctx.saved_tensors
-        settings, needs = ctx.settings, ctx.needs_input_grad
+        hidden, weight, bias, ids, indices, *parameters = ctx.saved_tensors
+        settings, needs, upstream = ctx.settings, ctx.needs_input_grad, upstream[:DIFFERENTIABLE]
 
         def form() -> tuple[Tensor | None, ...]:
             chunks, other = settings.begin(hidden, weight, bias, compare=upstream[4] is not None)
-            chunks.want(Wanted(needs[0], needs[1], needs[2], any(needs[5:])))
-            of_rows = _OfRows(peak, log_mass, entropy, kl)
-            formed = _form(chunks, other, settings.temperature, upstream, ids, indices, of_rows)
-            return *formed[:3], *formed.logit_map
+            chunks.want([*needs[:3], *needs[5:]])
+            best = None if upstream[3] is None else upstream[3].masked_fill(indices < 0, 0.0)
+            known = [*upstream[:3], best, upstream[4]]
+            for rows in chunks:
+                if other is not None:
+                    other.multiply(rows)
+                for part in chunks.parts(rows):
+                    logits = chunks.logits(part)
+                    values = settings.cooled(chunks.map(logits))
+                    gradient = _gradient(
+                        values,
+                        [None if part_of is None else part_of[part] for part_of in known],
+                        None if ids is None else ids[part],
+                        indices[part],
+                        None if other is None else other.log_prob(part),
+                    )
+                    chunks.map_back(part, logits, settings.cooled(gradient))
+                chunks.multiply_back(rows)
+            return chunks.gradients()
 
         def twin(hidden: Tensor, weight: Tensor, bias: Tensor | None, *parameters: Tensor) -> tuple[Tensor, ...]:
             return _plain(hidden, weight, bias, ids, settings, parameters, indices)[:DIFFERENTIABLE]
 
         inputs = hidden, weight, bias, *parameters
-        bound_form = lambda: bound(settings.logit_map, parameters, form)  # noqa: E731
-        found = gradients(bound_form, twin, inputs, upstream[:DIFFERENTIABLE])
+        found = gradients(lambda: bound(settings.logit_map, parameters, form), twin, inputs, upstream)
         return *found[:3], None, None, *found[3:]
-
-
-def _run(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, settings: StatisticsSettings
-) -> tuple[Tensor, ...]:
-    """The outputs of `_RowStatistics`, chunk by chunk."""
-    chunks, other = settings.begin(hidden, weight, bias, compare=True)
-    columns = 0 if ids is None else ids.shape[1]
-
-    def empty(*shape: int) -> Tensor:
-        return hidden.new_empty(len(hidden), *shape, dtype=chunks.exact)
-
-    peak, log_mass, entropy, gathered, best = empty(), empty(), empty(), empty(columns), empty(settings.k or 0)
-    kl, of_reference = empty(int(other is not None)), empty(0 if other is None else columns)
-    indices = torch.empty_like(best, dtype=torch.int64)
-    for rows in chunks:
-        if other is not None:
-            other.multiply(rows)
-        for part in chunks.parts(rows):
-            logits = chunks.logits(part)
-            if settings.k is not None:
-                indices[part] = _best_indices(logits, part, settings)
-            values = chunks.map(logits)
-            if settings.temperature != 1:
-                values.div_(settings.temperature)
-            peak[part] = values.amax(1)
-            shifted = values - peak[part, None]
-            at_best = shifted.gather(1, indices[part].clamp(min=0))
-            at_ids = None if ids is None else shifted.gather(1, ids[part])
-            _bound_(shifted)
-            mass = torch.exp(shifted, out=values).sum(1)
-            log_mass[part] = mass.log()
-            entropy[part] = log_mass[part] - torch.einsum("nv,nv->n", values, shifted) / mass
-            best[part] = (at_best - log_mass[part, None]).masked_fill_(indices[part] < 0, -torch.inf)
-            if at_ids is not None:
-                gathered[part] = at_ids - log_mass[part, None]
-            if other is not None:
-                reference = other.log_prob(part)
-                gap = shifted.sub_(log_mass[part, None]).sub_(reference).masked_fill_(values == 0, 0)
-                kl[part, 0] = torch.einsum("nv,nv->n", values, gap) / mass
-                if ids is not None:
-                    of_reference[part] = reference.gather(1, ids[part])
-    return gathered, peak + log_mass, entropy, best, kl, indices, of_reference, peak, log_mass
-
-
-def _bound_(log_prob: Tensor) -> Tensor:
-    """`log_prob`, bounded in place for sums that weigh it: a class of probability 0 adds 0, not nan."""
-    return log_prob.clamp_(min=-1e4)  # no constant of the module, which `dynamic=True` would make a symbol
-
-
-def _best_indices(logits: Tensor, part: slice, settings: StatisticsSettings) -> Tensor:  # (n, V) to (n, k)
-    """The classes of the largest raw logits that the selection leaves, -1 where there are none."""
-    left = logits if settings.selection is None else settings.selection.rows(part).bar(logits)
-    found = left.topk(settings.k or 0)
-    return found.indices.masked_fill(found.values == -torch.inf, -1)
-
-
-class _OfRows(NamedTuple):
-    """What the backward pass knows of each row."""
-
-    peak: Tensor  # (N,)
-    log_mass: Tensor  # (N,)
-    entropy: Tensor  # (N,)
-    kl: Tensor  # (N, 0 or 1)
-
-
-def _form(
-    chunks: LinearChunks,
-    other: ReferenceChunks | None,
-    temperature: float,
-    upstream: Sequence[Tensor | None],
-    ids: Tensor | None,
-    indices: Tensor,
-    of_rows: _OfRows,
-) -> Gradients:
-    """The gradients of `_RowStatistics`, chunk by chunk."""
-    peak, log_mass, entropy, kl = of_rows
-    of_gathered, of_normalizer, of_entropy, of_best, of_kl, *_ = upstream
-    of_mass = torch.zeros_like(log_mass)  # what p_c is multiplied by
-    if of_normalizer is not None:
-        of_mass += of_normalizer
-    if of_gathered is not None:
-        of_mass -= of_gathered.sum(1)
-    if of_best is not None:
-        of_best, indices = of_best.masked_fill(indices < 0, 0.0), indices.clamp(min=0)
-        of_mass -= of_best.sum(1)
-    for rows in chunks:
-        if other is not None:
-            other.multiply(rows)
-        for part in chunks.parts(rows):
-            logits = chunks.logits(part)
-            values = chunks.map(logits)
-            if temperature != 1:
-                values.div_(temperature)
-            log_prob = (values - peak[part, None]).sub_(log_mass[part, None])
-            gradient = log_prob.exp()
-            factor = of_mass[part, None]
-            if of_entropy is not None or other is not None:
-                _bound_(log_prob)
-            if other is not None and of_kl is not None:
-                gap = (log_prob - other.log_prob(part)).masked_fill_(gradient == 0, 0)
-                factor = gap.sub_(kl[part]).mul_(of_kl[part]).add_(factor)
-            if of_entropy is not None:
-                factor = log_prob.add_(entropy[part, None]).mul_(-of_entropy[part, None]).add_(factor)
-            gradient.mul_(factor)
-            if of_gathered is not None and ids is not None:
-                gradient.scatter_add_(1, ids[part], of_gathered[part])
-            if of_best is not None:
-                gradient.scatter_add_(1, indices[part], of_best[part])
-            if temperature != 1:
-                gradient.div_(temperature)
-            chunks.map_back(part, logits, gradient)
-        chunks.multiply_back(rows)
-    return chunks.gradients()

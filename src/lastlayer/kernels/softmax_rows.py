@@ -28,20 +28,21 @@ class RowTerms(NamedTuple):
 
     ids: Tensor  # (n,) or (n, K) valid classes y
     hard: Tensor  # the shape of ids
-    soft: Tensor | None  # (n,)
-    square: Tensor | None  # (n,)
-    class_weights: Tensor | None  # (V,) u; None: all 1
-    dense_scale: Tensor | None = None  # (n,): of weights of all classes
+    soft: Tensor | None = None  # (n,)
+    square: Tensor | None = None  # (n,)
+    class_weights: Tensor | None = None  # (V,) u; None: all 1
+    dense: Tensor | None = None  # (n, V) weights of all classes, of any dtype
+    dense_scale: Tensor | None = None  # (n,) what these are multiplied by
 
     def of(self, rows: slice) -> "RowTerms":
         """Those of some of the rows."""
-        ids, hard, soft, square, weights, dense_scale = self
-        soft, square, dense_scale = (None if part is None else part[rows] for part in (soft, square, dense_scale))
-        return RowTerms(ids[rows], hard[rows], soft, square, weights, dense_scale)
+        ids, hard, *others = self
+        soft, square, _, dense, dense_scale = (None if part is None else part[rows] for part in others)
+        return RowTerms(ids[rows], hard[rows], soft, square, self.class_weights, dense, dense_scale)
 
     def scaled(self, scale: Tensor) -> "RowTerms":
         """The terms of `scale * loss`, `scale` one number or one a row."""
-        _, hard, soft, square, _, dense_scale = self
+        _, hard, soft, square, _, _, dense_scale = self
         soft, square, dense_scale = (
             None if part is None else part * scale for part in (soft, square, dense_scale)
         )
@@ -50,30 +51,28 @@ class RowTerms(NamedTuple):
 
 
 def plain(
-    values: Tensor,  # (n, V) mapped logits; overwritten, by their gradient if `form`
+    values: Tensor,  # (n, V) mapped logits; overwritten by their gradient if `form`
     terms: RowTerms,
     form: bool,
-    of_all: tuple[Tensor, Tensor | float]
-    | None = None,  # (n, V) weights of all classes; what to add to the losses
 ) -> Tensor:  # (n,) the loss of every row
-    """The reference, for any dtype and device."""
-    ids, hard, soft, square, weights, dense_scale = terms
+    """The reference, for any dtype and device; differentiable, if not `form`."""
+    ids, hard, soft, square, weights, dense, dense_scale = terms
     if ids.dim() == 1:
         ids, hard = ids[:, None], hard[:, None]
-    peak = values.amax(1)
-    values.sub_(peak[:, None])  # first of all: a large common part of the logits must cost no digits
+    peak = values.detach().amax(1)
+    # first of all: a large common part of the logits must cost no digits
+    values = values.sub_(peak[:, None]) if form else values - peak[:, None]
     at_targets = values.gather(1, ids).masked_fill(hard == 0, 0)  # where nothing counts, not 0 times -inf
-    weighted = total = torch.zeros((), dtype=values.dtype, device=values.device)
+    weighted = total = of_dense = torch.zeros((), dtype=values.dtype, device=values.device)
     if soft is not None:
         weighted = values.sum(1) if weights is None else values @ weights
         total = total + values.shape[1] if weights is None else weights.sum()
-    dense, of_dense, added = None, values.new_zeros(len(values)), 0.0
-    if of_all is not None and dense_scale is not None:
-        dense, added = of_all[0] * dense_scale[:, None], of_all[1] * dense_scale
+    if dense is not None and dense_scale is not None:
+        dense = dense.to(values.dtype) * dense_scale[:, None]
         dense = dense if weights is None else dense * weights
         of_dense = (dense * values.masked_fill(dense == 0, 0)).sum(1)
 
-    mass = values.exp_().sum(1)
+    mass = (values.exp_() if form else values.exp()).sum(1)
     log_mass = mass.log()
 
     loss, of_normalizer = (hard * (log_mass[:, None] - at_targets)).sum(1), hard.sum(1)
@@ -82,7 +81,7 @@ def plain(
         of_normalizer = of_normalizer + soft * total
     if dense is not None:
         whole = dense.sum(1)
-        loss = loss + whole * log_mass - of_dense + added
+        loss = loss + whole * log_mass - of_dense
         of_normalizer = of_normalizer + whole
     if square is not None:
         normalizer = peak + log_mass
@@ -114,7 +113,7 @@ NO_MAP = KernelMap()
 def fused(
     logits: Tensor,  # (n, V) float32 or bfloat16, without the bias; overwritten by their gradient if `form`
     bias: Tensor | None,  # (V,) float32
-    terms: RowTerms,  # no `soft`
+    terms: RowTerms,  # one class a row; no `soft`, no `dense`
     form: bool,
     logit_map: KernelMap = NO_MAP,
 ) -> tuple[Tensor, Tensor | None]:  # the loss of every row (n,); sums (K, 2) float64 over PLIF's segments
@@ -122,6 +121,7 @@ def fused(
     count, num_classes = logits.shape
     assert logits.is_contiguous()
     assert terms.soft is None
+    assert terms.dense is None
     hard = terms.hard.contiguous()
     bias = hard.new_zeros(num_classes) if bias is None else bias.contiguous()
     square = torch.zeros_like(hard) if terms.square is None else terms.square.contiguous()
