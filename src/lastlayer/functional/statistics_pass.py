@@ -101,33 +101,39 @@ def _of_logits(
     if indices is None:
         found = (logits if selection is None else selection.bar(logits)).topk(k or 0)
         indices = found.indices.masked_fill(found.values == -torch.inf, -1)
-    best = values.detach().argmax(1, keepdim=True)
-    log_prob = _log_softmax(values)
-    prob, bounded = log_prob.exp(), _bounded(log_prob)
-    kl = of_reference = nothing = log_prob[:, :0]
+    peak, shifted, mass = _masses(values)
+    total = mass.sum(1, keepdim=True)
+    log_total = total.log()
+    bounded = _bounded(shifted)
+    kl = of_reference = nothing = values[:, :0]
     if reference is not None:
-        gap = (bounded - reference).masked_fill(prob == 0, 0)
-        kl = torch.einsum("nv,nv->n", prob, gap)[:, None]
+        gap = (bounded - log_total - reference).masked_fill(mass == 0, 0)
+        kl = torch.einsum("nv,nv->n", mass, gap)[:, None] / total
         of_reference = nothing if ids is None else reference.gather(1, ids)
     return RowStatistics(
-        nothing if ids is None else log_prob.gather(1, ids),
-        (values.gather(1, best) - log_prob.gather(1, best))[:, 0],
-        -torch.einsum("nv,nv->n", prob, bounded),
-        log_prob.gather(1, indices.clamp(min=0)).masked_fill(indices < 0, -torch.inf),
+        nothing if ids is None else shifted.gather(1, ids) - log_total,
+        (peak + log_total)[:, 0],
+        log_total[:, 0] - torch.einsum("nv,nv->n", mass, bounded) / total[:, 0],
+        (shifted.gather(1, indices.clamp(min=0)) - log_total).masked_fill(indices < 0, -torch.inf),
         kl,
         indices,
         of_reference,
     )
 
 
-def _log_softmax(values: Tensor) -> Tensor:
-    """`values.log_softmax(1)`, which itself loses digits where all values are large."""
-    return (values - values.detach().amax(1, keepdim=True)).log_softmax(1)
+def _masses(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest value of each row, `(n, 1)`, a constant; the values less it; and the exponentials of these.
+
+    Subtracted first of all, a large common part of the values costs no digits.
+    """
+    peak = values.detach().amax(1, keepdim=True)
+    shifted = values - peak
+    return peak, shifted, shifted.exp()
 
 
-def _bounded(log_prob: Tensor) -> Tensor:
+def _bounded(shifted: Tensor) -> Tensor:
     """For sums that weigh it: a class of probability 0 adds 0, not nan."""
-    return log_prob.clamp(min=-1e4)  # no constant of the module, which `dynamic=True` would make a symbol
+    return shifted.clamp(min=-1e4)  # no constant of the module, which `dynamic=True` would make a symbol
 
 
 def _gradient(
@@ -137,28 +143,29 @@ def _gradient(
     indices: Tensor,
     reference: Tensor | None,
 ) -> Tensor:  # (n, V)
-    """The gradient of `_of_logits` for `values`. With p the probabilities, l their logarithms, H the entropy and g
+    """The gradient of `_of_logits` for `values`. With p the probabilities, l their logarithms, m the mean of l and g
     the difference of l to the reference's, of which KL is the mean,
 
-    d log_normalizer = p_c    d l_i = [c = i] - p_c    d entropy = -p_c (l_c + H)    d kl = p_c (g_c - KL)
+    d log_normalizer = p_c    d l_i = [c = i] - p_c    d entropy = -p_c (l_c - m)    d kl = p_c (g_c - KL)
     """
     of_gathered, of_normalizer, of_entropy, of_best, of_kl = upstream
-    log_prob = _log_softmax(values)
-    gradient, bounded = log_prob.exp(), _bounded(log_prob)
-    factor = torch.zeros_like(values[:, :1])
-    for part, sign in ((of_gathered, -1), (of_best, -1)):
-        if part is not None:
-            factor += sign * part.sum(1, keepdim=True)
+    _, shifted, mass = _masses(values)
+    total = mass.sum(1, keepdim=True)
+    factor = torch.zeros_like(total)
     if of_normalizer is not None:
         factor += of_normalizer[:, None]
+    for part in (of_gathered, of_best):
+        if part is not None:
+            factor -= part.sum(1, keepdim=True)
+    bounded = _bounded(shifted)
     if of_kl is not None and reference is not None:
-        gap = (bounded - reference).masked_fill_(gradient == 0, 0)
-        gap -= torch.einsum("nv,nv->n", gradient, gap)[:, None]
+        gap = (bounded - reference).masked_fill_(mass == 0, 0)
+        gap -= torch.einsum("nv,nv->n", mass, gap)[:, None] / total
         factor = gap.mul_(of_kl).add_(factor)
     if of_entropy is not None:
-        bounded -= torch.einsum("nv,nv->n", gradient, bounded)[:, None]
+        bounded -= torch.einsum("nv,nv->n", mass, bounded)[:, None] / total
         factor = bounded.mul_(-of_entropy[:, None]).add_(factor)
-    gradient *= factor
+    gradient = mass.mul_(factor).div_(total)
     if of_gathered is not None and ids is not None:
         gradient.scatter_add_(1, ids, of_gathered)
     if of_best is not None:
