@@ -143,8 +143,10 @@ def _gradient(
     indices: Tensor,
     reference: Tensor | None,
 ) -> Tensor:  # (n, V)
-    """The gradient of `_of_logits` for `values`. With p the probabilities, l their logarithms, m the mean of l, and
-    g the difference of l to the reference's, of which KL is the mean,
+    """The gradient of `_of_logits` for `values`.
+
+    With p the probabilities, l their logarithms, m the mean of l, and g the difference of l to the reference's, of
+    which KL is the mean,
 
     d log_normalizer = p_c    d l_i = [c = i] - p_c    d entropy = -p_c (l_c - m)    d kl = p_c (g_c - KL)
     """
