@@ -59,17 +59,16 @@ def test_sparse_steps_equal_dense_steps(layer_class, optimizer):
 
 
 @pytest.mark.parametrize(
-    "sampler",
+    ("layer_class", "sampler"),
     [
-        lambda: Uniform(V, replacement=False),
-        lambda: Unigram(1 / torch.arange(1, V + 1), shared=False),
-        lambda: InBatch(V),
-        lambda: Mixed(InBatch(V), Uniform(V), 0.5),
-        lambda: QuadraticKernel(V, D),
-        lambda: RandomFourier(V, D, leaf_size=4),
+        (SampledSoftmax, lambda: Uniform(V, replacement=False)),
+        (NoiseContrastive, lambda: Unigram(1 / torch.arange(1, V + 1), shared=False)),
+        (SampledSoftmax, lambda: InBatch(V)),
+        (NegativeSampling, lambda: Mixed(InBatch(V), Uniform(V), 0.5)),
+        (BlackOut, lambda: QuadraticKernel(V, D)),
+        (SampledSoftmax, lambda: RandomFourier(V, D, leaf_size=4)),
     ],
 )
-@LAYERS
 def test_training_learns_with_every_sampler(layer_class, sampler):
     """Each class has a direction of its own; after training the layer's best class is mostly the right one."""
     layer = make(layer_class, sampler(), 20, sparse=True)
