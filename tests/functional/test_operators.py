@@ -16,11 +16,15 @@ from lastlayer.functional.sampled_logits import _SampledLogits
 from lastlayer.functional.second_order import HandWritten
 
 
-def two_level(bias):
+def cluster(bias):
     layer = HierarchicalSoftmax(5, 11, bias=bias).double()
     targets = torch.tensor([3, 10, 3, 0, 7])
-    tables = layer._clusters[targets], layer._slots[targets], layer.offsets
-    return "two_level_log_prob", 5, (layer.head_weight, layer.head_bias, layer.weight, layer.bias, *tables)
+    tables = layer._slots[targets], layer._clusters[targets], layer.offsets
+    return "cluster_log_prob", 3, (layer.weight, layer.bias, *tables)
+
+
+def head():
+    return "cluster_log_prob", 3, (torch.randn(4, 5).double(), None, torch.tensor([3, 1, 3, 0, 2]), None, None)
 
 
 def path():
@@ -50,8 +54,9 @@ def one_vs_all(bias):
 
 
 OPERATORS = {
-    "two-level": lambda: two_level(True),
-    "two-level-no-bias": lambda: two_level(False),
+    "cluster": lambda: cluster(True),
+    "cluster-no-bias": lambda: cluster(False),
+    "head": head,
     "path": path,
     "sampled-shared": lambda: sampled(True, 4),
     "sampled-own": lambda: sampled(False, 5, 4),

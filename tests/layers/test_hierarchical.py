@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lastlayer import FullSoftmax, HierarchicalSoftmax, SoftCap
-from lastlayer.functional import two_level_search
+from lastlayer.functional import two_level_queries
 from lastlayer.functional.row_sparse import GradientMemory
 from lastlayer.layers import search
 
@@ -55,7 +55,7 @@ def test_grouped_batch_is_row_by_row(targets):
 def test_best_first_topk_is_the_sort(scale, monkeypatch):
     """Law H4, at every k, from all ties broken by nothing to one certain class."""
     monkeypatch.setattr(search, "worth_searching", lambda *sizes: True)
-    monkeypatch.setattr(two_level_search, "LARGEST_SHARE", 1)
+    monkeypatch.setattr(two_level_queries, "LARGEST_SHARE", 1)
     layer = make(97, ids=torch.arange(97) ** 2 % 97 % 11)
     layer = make(97, ids=layer._clusters.unique(return_inverse=True)[1])
     hidden = scale * batch(layer)[0]

@@ -11,7 +11,6 @@ from lastlayer import (
     TreeSoftmax,
     clusters,
 )
-from lastlayer.functional import two_level_score as module
 from lastlayer.layers import adaptive
 
 V, WIDTH = 3000, 8
@@ -69,15 +68,18 @@ def test_sparse_layers_have_sparse_gradients(name, count):
 
 
 @torch.no_grad()
-def test_one_softmax_for_each_pair_of_row_and_cluster(monkeypatch):
-    layer, hidden, _ = make("even")
-    ids = torch.arange(40).expand(5, 40)  # of three clusters at most
-    rows = []
-    plain = module.two_level_log_prob
-    monkeypatch.setattr(module, "two_level_log_prob", lambda h, *a, **o: rows.append(len(h)) or plain(h, *a, **o))
+def test_few_candidates_are_scored_without_the_other_classes(monkeypatch):
+    layer, hidden, ids = make("even")
+    expected = layer.log_prob(hidden).gather(1, ids)
     monkeypatch.setattr(layer, "_log_prob", None)
-    layer.score(hidden, ids)
-    assert rows == [5 * len(layer._clusters[:40].unique())]
+    torch.testing.assert_close(layer.score(hidden, ids), expected)
+
+
+@torch.no_grad()
+def test_candidates_in_one_giant_cluster_cost_no_more_than_all_classes(monkeypatch):
+    layer = HierarchicalSoftmax(WIDTH, V, clusters=(torch.arange(V) < 9).long())
+    monkeypatch.setattr(layer, "_with_inner", None)
+    layer.score(torch.randn(5, WIDTH), torch.arange(10, 30).expand(5, -1))
 
 
 @torch.no_grad()

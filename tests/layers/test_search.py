@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lastlayer import AdaptiveSoftmax, HierarchicalSoftmax, TreeSoftmax, clusters
-from lastlayer.functional import best_classes, tree_search, two_level_search
+from lastlayer.functional import best_classes, tree_search, two_level_queries
 from lastlayer.layers import base, search
 from lastlayer.testing.handling import law_any_shape
 from lastlayer.testing.probabilities import law_topk_is_sorted, law_topk_of_a_selection
@@ -19,7 +19,7 @@ ZIPF = 1e6 / torch.arange(1, V + 1, dtype=torch.float64)
 def always(monkeypatch):
     """Small problems are searched too, and no search gives up."""
     monkeypatch.setattr(search, "worth_searching", lambda cost, rows, classes, width, k: classes > 1)
-    monkeypatch.setattr(two_level_search, "LARGEST_SHARE", 1)
+    monkeypatch.setattr(two_level_queries, "LARGEST_SHARE", 1)
     monkeypatch.setattr(tree_search, "LARGEST_SHARE", 1e9)
     monkeypatch.setattr(tree_search, "FIRST_WIDTH", 2)
 
@@ -60,7 +60,7 @@ def work(monkeypatch):
         counts["dense"] += len(hidden)
         return all_of_them(self, scores_of, hidden, *arguments)
 
-    monkeypatch.setattr(two_level_search, "gathered_scores", looked)
+    monkeypatch.setattr(two_level_queries, "gathered_scores", looked)
     monkeypatch.setattr(tree_search, "gathered_scores", looked)
     monkeypatch.setattr(base.OutputLayer, "_dense_topk", dense)
     return counts

@@ -10,11 +10,11 @@ from lastlayer.distributed.collectives import copied, largest, summed
 from lastlayer.distributed.linear import DividedHead, divided_log_prob, divided_score
 from lastlayer.distributed.row_scores import Part, RowScoredLayer
 from lastlayer.distributed.sampled import no_logits
+from lastlayer.functional.cluster_softmax import cluster_log_prob
 from lastlayer.functional.partial_softmax import LEAST
 from lastlayer.functional.precision import as_exact
 from lastlayer.functional.sampled_logits import sampled_logits
 from lastlayer.functional.segments import cluster_sums, padded_columns, row_clusters
-from lastlayer.functional.two_level import TwoLevel, two_level_log_prob
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
 
@@ -109,14 +109,13 @@ class ShardedHierarchicalSoftmax(RowScoredLayer, HierarchicalSoftmax):
 
     def _inside(self, pieces: Pieces, hidden: Tensor, clusters: Tensor, slots: Tensor) -> Tensor:  # (n,)
         """`log P(class | piece)` of rows of this rank."""
-        levels = TwoLevel(self.weight[:0], None, self.weight, self.bias)
-        return two_level_log_prob(
+        return cluster_log_prob(
             hidden,
-            levels,
-            clusters - pieces.clusters.start,
+            self.weight,
+            self.bias,
             slots - pieces.own.start,
+            clusters - pieces.clusters.start,
             pieces.offsets,
-            with_head=False,
             sparse=self.sparse,
             memory=self._memory,
         )

@@ -12,25 +12,26 @@ from lastlayer.functional.best_classes import SearchCost, merge
 from lastlayer.functional.checks import check_count, eager_on_cpu
 from lastlayer.functional.clusters import by_falling_count, positive_counts
 from lastlayer.functional.cutoffs import best_cutoffs, check_cutoffs, default_cutoffs, measure_costs, tail_widths
-from lastlayer.functional.linear_cross_entropy import linear_cross_entropy, linear_nll
+from lastlayer.functional.linear_cross_entropy import linear_nll
 from lastlayer.functional.linear_statistics import linear_score
 from lastlayer.functional.ordinary import readable
-from lastlayer.functional.precision import as_exact, exact_dtype
+from lastlayer.functional.precision import as_exact
+from lastlayer.functional.sampling import sample_classes
 from lastlayer.functional.selection import Selection
-from lastlayer.functional.two_level_samples import OpenCluster, sample_two_level
-from lastlayer.layers.base import OutputLayer
+from lastlayer.layers.base import CHUNK_NUMBERS, OutputLayer
 from lastlayer.layers.parts import tied
 from lastlayer.layers.search import searched_topk
 
 
 class _Part(NamedTuple):
-    """One softmax of the layer: some rows of the batch, its matrix, and their classes in it."""
+    """The head or a tail: some rows of the batch, its matrix, and its classes among the candidates."""
 
+    at: Tensor | None  # (n,), which rows; None: all
     rows: Tensor  # (n, w)
     weight: Tensor  # (k, w)
-    ids: Tensor  # (n,)
+    ids: Tensor  # (n, M), from 0 to k - 1
     bias: Tensor | None  # (k,)
-    at: Tensor | None  # (n,); None: all
+    absent: Tensor | None  # (n, M), which candidates are none of its classes; None: none
 
 
 class AdaptiveSoftmax(OutputLayer):
@@ -140,9 +141,8 @@ class AdaptiveSoftmax(OutputLayer):
 
     def reset_parameters(self) -> None:
         """Draws head and tails anew, as `nn.Linear`; a tied weight stays as it is."""
-        self.head.reset_parameters()
-        for i in range(len(self.cutoffs)):
-            for matrix in self._tail(i):
+        for matrix in self.modules():
+            if isinstance(matrix, nn.Linear):
                 matrix.reset_parameters()
 
     @staticmethod
@@ -197,32 +197,33 @@ class AdaptiveSoftmax(OutputLayer):
             hidden, targets = hidden.index_select(0, at), targets.index_select(0, at)
         # The gradients are formed in the forward pass, so the rows carry the factor of the mean from the start.
         share = 1.0 if self.reduction == "sum" else 1.0 / max(len(targets), 1)
-        parts = [linear_nll(*part[:4], scale=share) for part in self._parts(hidden, targets)]
-        loss = torch.stack(parts).sum()
+        parts = self._parts(hidden, targets[:, None])
+        loss = torch.stack([linear_nll(p.rows, p.weight, p.ids[:, 0], p.bias, scale=share) for p in parts]).sum()
         return loss if len(targets) or self.reduction == "sum" else loss + torch.nan  # 0 / 0, with gradients of 0
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        if not readable(hidden, targets, *self.parameters()):
-            return self._target_log_prob_without_picking(hidden, targets)
-        total = hidden.new_zeros(len(hidden), dtype=exact_dtype(hidden.dtype))
-        for rows, weight, ids, bias, at in self._parts(hidden, targets):
-            log_prob = -linear_cross_entropy(rows, weight, ids, bias=bias, reduction="none")
-            total = total + log_prob if at is None else total.index_add(0, at, log_prob)
-        return total
+        return self._score(hidden, targets[:, None])[:, 0]
 
     def _score(self, hidden: Tensor, ids: Tensor) -> Tensor:
         if not readable(hidden, ids, *self.parameters()):  # no shape may depend on the candidates
             return super()._score(hidden, ids)
+        head, *tails = self._parts(hidden, ids)
+        total = linear_score(head.rows, head.weight, head.ids, bias=head.bias)
+        for at, rows, weight, own, _, absent in tails:
+            total = total.index_add(0, at, linear_score(rows, weight, own).masked_fill(absent, 0))
+        return total
+
+    def _parts(self, hidden: Tensor, ids: Tensor) -> Iterator[_Part]:
+        """The head, and every tail that a candidate `(N, M)` is in."""
         ranks, tails, head_ids = self._places(ids)
-        total = linear_score(hidden, self._head_weight(), head_ids, bias=self.head.bias)
-        for i, (start, stop) in enumerate(pairwise([*self.cutoffs, self.num_classes])):
+        yield _Part(None, hidden, self._head_weight(), head_ids, self.head.bias, None)
+        for i, start in enumerate(self.cutoffs):
             at = (tails == i + 1).any(1).nonzero().squeeze(1)
             if len(at):
                 project, classes = self._tail(i)
-                own = (ranks.index_select(0, at) - start).clamp_(0, stop - start - 1)
-                inside = linear_score(project(hidden.index_select(0, at)), classes.weight, own)
-                total = total.index_add(0, at, inside.masked_fill(tails.index_select(0, at) != i + 1, 0))
-        return total
+                absent = tails.index_select(0, at) != i + 1
+                own = (ranks.index_select(0, at) - start).masked_fill(absent, 0)
+                yield _Part(at, project(hidden.index_select(0, at)), classes.weight, own, None, absent)
 
     def _places(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For each class its rank, the number of its tail (0: none), and the head's entry for it."""
@@ -231,17 +232,6 @@ class AdaptiveSoftmax(OutputLayer):
         tails = torch.bucketize(ranks.contiguous(), edges, right=True)
         return ranks, tails, torch.where(tails == 0, ranks, self.cutoffs[0] - 1 + tails)
 
-    def _parts(self, hidden: Tensor, targets: Tensor) -> Iterator[_Part]:
-        """The head, and every tail that a target is in."""
-        ranks, tails, head_ids = self._places(targets)
-        yield _Part(hidden, self._head_weight(), head_ids, self.head.bias, None)
-        for i, start in enumerate(self.cutoffs):
-            at = (tails == i + 1).nonzero().squeeze(1)
-            if len(at):
-                project, classes = self._tail(i)
-                ids = ranks.index_select(0, at) - start
-                yield _Part(project(hidden.index_select(0, at)), classes.weight, ids, None, at)
-
     def _tail(self, i: int) -> tuple[nn.Linear, nn.Linear]:
         """The two matrices of tail i."""
         project, classes = self.tail[i].children()
@@ -249,25 +239,14 @@ class AdaptiveSoftmax(OutputLayer):
         assert isinstance(classes, nn.Linear)
         return project, classes
 
-    def _target_log_prob_without_picking(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Every row through every tail: no shape depends on the targets."""
-        ranks = targets if self._ranks is None else self._ranks.index_select(0, targets)
-        head = self._head_log_prob(hidden)
-        total = head.gather(1, ranks.clamp(max=self.cutoffs[0] - 1)[:, None])[:, 0]
-        for i, (start, stop) in enumerate(pairwise([*self.cutoffs, self.num_classes])):
-            inner = as_exact(self.tail[i](hidden)).log_softmax(1)
-            at_target = inner.gather(1, (ranks - start).clamp(0, stop - start - 1)[:, None])[:, 0]
-            own = (ranks >= start) & (ranks < stop)
-            total = torch.where(own, head[:, self.cutoffs[0] + i] + at_target, total)
-        return total
+    def _inner_log_prob(self, i: int, hidden: Tensor) -> Tensor:  # (N, k_i)
+        """`log P(class | tail i)`."""
+        return as_exact(self.tail[i](hidden)).log_softmax(1)
 
     def _log_prob(self, hidden: Tensor) -> Tensor:
-        head = self._head_log_prob(hidden)
-        parts = [head[:, : self.cutoffs[0]]]
-        for i, tail in enumerate(self.tail):
-            of_cluster = head[:, self.cutoffs[0] + i, None]
-            parts.append(as_exact(tail(hidden)).log_softmax(1) + of_cluster)
-        log_prob = torch.cat(parts, 1)
+        head, size = self._head_log_prob(hidden), self.cutoffs[0]
+        tails = [self._inner_log_prob(i, hidden) + head[:, size + i, None] for i in range(len(self.cutoffs))]
+        log_prob = torch.cat([head[:, :size], *tails], 1)
         return log_prob if self._ranks is None else log_prob.index_select(1, self._ranks)
 
     def _topk(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:
@@ -282,44 +261,32 @@ class AdaptiveSoftmax(OutputLayer):
         mask = None if selection is None else selection.mask(self.num_classes).expand(len(hidden), -1)
         classes = torch.arange(self.num_classes, device=hidden.device) if self.order is None else self.order
         best = head.new_full((len(hidden), k), -torch.inf), classes.new_zeros(len(hidden), k)
-        for i, (start, stop) in enumerate(pairwise([0, *self.cutoffs, self.num_classes])):
-            if i == 0:
+        for i, (start, stop) in enumerate(pairwise([0, *self.cutoffs, self.num_classes]), -1):
+            if i < 0:
                 at, log_prob = slice(None), head[:, :stop]
             else:
-                of_cluster = head[:, self.cutoffs[0] + i - 1]
-                at = (of_cluster > best[0][:, -1]).nonzero()[:, 0]
+                of_tail = head[:, self.cutoffs[0] + i]
+                at = (of_tail > best[0][:, -1]).nonzero()[:, 0]
                 if not len(at):
                     continue
-                log_prob = as_exact(self.tail[i - 1](hidden[at])).log_softmax(1) + of_cluster[at, None]
+                log_prob = self._inner_log_prob(i, hidden[at]) + of_tail[at, None]
             if mask is not None:
                 log_prob = log_prob.masked_fill(mask[at][:, classes[start:stop]], -torch.inf)
             values, ranks = log_prob.topk(min(k, stop - start))
-            merged = merge((best[0][at], best[1][at]), (values, classes[start:stop][ranks]))
-            best[0][at], best[1][at] = merged
+            best[0][at], best[1][at] = merge((best[0][at], best[1][at]), (values, classes[start:stop][ranks]))
         return best
 
     def _sample(self, hidden: Tensor, num_samples: int) -> Tensor:
-        drawn = [sample_two_level(*self._clusters(rows), num_samples) for rows in self._row_chunks(hidden)]
-        ranks = torch.cat(drawn)
+        """Of the head's entries first; then, where that is a tail, of its classes."""
+        parts = [sample_classes(self._head_log_prob(rows), num_samples) for rows in self._row_chunks(hidden)]
+        entries = torch.cat(parts)
+        ranks = entries.clone()
+        for i, start in enumerate(self.cutoffs):
+            of_tail = entries == self.cutoffs[0] + i
+            for at in of_tail.any(1).nonzero()[:, 0].split(max(1, CHUNK_NUMBERS // self.num_classes)):
+                drawn = start + sample_classes(self._inner_log_prob(i, hidden[at]), num_samples)
+                ranks[at] = torch.where(of_tail[at], drawn, ranks[at])
         return ranks if self.order is None else self.order[ranks]
-
-    def _clusters(self, hidden: Tensor) -> tuple[Tensor, Tensor, OpenCluster]:
-        """The model as clusters to search: log-probabilities `(N, 1 + J)`, offsets, and what opens one.
-
-        The head's own classes are the first cluster.
-        """
-        size = self.cutoffs[0]
-        head = self._head_log_prob(hidden)
-        own = head[:, :size].logsumexp(1, keepdim=True)
-        offsets = torch.tensor([0, *self.cutoffs, self.num_classes], device=hidden.device)
-
-        def open_cluster(rows: Tensor, start: int, _: int) -> Tensor:
-            if start == 0:
-                return head[rows, :size] - own[rows]
-            project, classes = self._tail(self.cutoffs.index(start))
-            return as_exact(classes(project(hidden.index_select(0, rows)))).log_softmax(1)
-
-        return torch.cat([own, head[:, size:]], 1), offsets, open_cluster
 
     def _head_log_prob(self, hidden: Tensor) -> Tensor:  # (N, k_h + J)
         return as_exact(F.linear(hidden, self._head_weight(), self.head.bias)).log_softmax(1)

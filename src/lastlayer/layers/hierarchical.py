@@ -1,8 +1,6 @@
 """Two-level hierarchical softmax: choose a cluster, then a class inside it (Goodman 2001)."""
 
-import math
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,20 +10,26 @@ from torch.nn import functional as F
 from lastlayer.functional.barred import barred_classes
 from lastlayer.functional.best_classes import SearchCost
 from lastlayer.functional.checks import check_vector
+from lastlayer.functional.cluster_softmax import cluster_log_prob
 from lastlayer.functional.clusters import check_clusters, even
-from lastlayer.functional.one_level import one_level, two_levels
+from lastlayer.functional.linear_statistics import linear_score
 from lastlayer.functional.ordinary import readable
 from lastlayer.functional.precision import as_exact
 from lastlayer.functional.row_sparse import GradientMemory
 from lastlayer.functional.segments import cluster_sums, padded_columns, row_clusters
 from lastlayer.functional.selection import Selection
-from lastlayer.functional.theano_layout import TheanoParameters, block_ids, blocks_of, check_theano, class_rows
-from lastlayer.functional.two_level import TwoLevel, two_level_log_prob
-from lastlayer.functional.two_level_samples import sample_two_level
-from lastlayer.functional.two_level_score import two_level_score
-from lastlayer.functional.two_level_search import topk_two_level
+from lastlayer.functional.two_level_parameters import (
+    TheanoParameters,
+    blocks_of,
+    check_theano,
+    class_rows,
+    means_above,
+    one_level,
+)
+from lastlayer.functional.two_level_queries import sample_two_level, topk_two_level
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.full import FullSoftmax
+from lastlayer.layers.parts import draw
 from lastlayer.layers.search import searched_topk
 
 
@@ -129,9 +133,8 @@ class HierarchicalSoftmax(OutputLayer):
 
     def reset_parameters(self) -> None:
         """Uniform within `1 / sqrt(d)`, as `nn.Linear`."""
-        bound = 1 / math.sqrt(self.in_features)
         for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
+            draw(parameter, self.in_features)
 
     @classmethod
     def from_full(
@@ -159,9 +162,11 @@ class HierarchicalSoftmax(OutputLayer):
             dtype=layer.weight.dtype,
         )
         with torch.no_grad():
-            bias = None if layer.bias is None else layer.bias[made.order]
-            found = two_levels(layer.weight[made.order], bias, made.offsets)
-        made.load_state_dict(found._asdict(), strict=False)
+            weight = layer.weight[made.order]
+            bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias[made.order]
+            head_weight, head_bias = means_above(weight, bias, made.offsets)
+        own = {"head_weight": head_weight, "head_bias": head_bias, "weight": weight, "bias": bias}
+        made.load_state_dict(own, strict=False)
         return made
 
     @torch.no_grad()
@@ -181,7 +186,8 @@ class HierarchicalSoftmax(OutputLayer):
         """
         at = self.weight.new_zeros(self.in_features) if at is None else at
         check_vector("at", at, self.in_features)
-        weight, bias = one_level(self._levels(None), self.offsets, at.to(self.weight))
+        parameters = self.head_weight, self.head_bias, self.weight, self.bias
+        weight, bias = one_level(*parameters, self.offsets, at.to(self.weight))
         full = FullSoftmax(
             self.in_features,
             self.num_classes,
@@ -216,11 +222,12 @@ class HierarchicalSoftmax(OutputLayer):
             TypeError, ValueError: parameters whose kinds or shapes do not fit; a number of classes that leaves
                 a cluster empty, or some class without a place.
         """
-        given = TheanoParameters(W1, b1, W2, b2)
-        ids = block_ids(num_classes, check_theano(given, num_classes))
+        size = check_theano(TheanoParameters(W1, b1, W2, b2), num_classes)
+        ids = torch.arange(num_classes, device="cpu") // size
         layer = cls(len(W1), num_classes, clusters=ids, sparse=sparse, device=W2.device, dtype=W2.dtype)
-        own = TwoLevel(W1.T, b1, class_rows(W2, num_classes), class_rows(b2, num_classes))
-        layer.load_state_dict(own._asdict(), strict=False)
+        weight, bias = class_rows(W2, num_classes), class_rows(b2, num_classes)
+        own = {"head_weight": W1.T, "head_bias": b1, "weight": weight, "bias": bias}
+        layer.load_state_dict(own, strict=False)
         return layer
 
     @torch.no_grad()
@@ -231,7 +238,7 @@ class HierarchicalSoftmax(OutputLayer):
             ValueError: clusters that are not blocks of nO neighbouring ids, the last perhaps smaller.
         """
         size = int(self.offsets[1])
-        if not torch.equal(self._clusters.cpu(), block_ids(self.num_classes, size)):
+        if not torch.equal(self._clusters.cpu(), torch.arange(self.num_classes, device="cpu") // size):
             raise ValueError("Theano's layout needs clusters of equally many neighbouring ids: y // nO")
         zeros = (self.weight.new_zeros(n) for n in (self.num_clusters, self.num_classes))
         b1, b2 = (z if b is None else b for z, b in zip(zeros, (self.head_bias, self.bias), strict=True))
@@ -241,13 +248,6 @@ class HierarchicalSoftmax(OutputLayer):
     def class_weight(self) -> Tensor:  # (V, d)
         """The rows of `weight` in class order (a copy): row y is class y's vector inside its cluster."""
         return self.weight.index_select(0, self._slots)
-
-    def _levels(self, barred: Tensor | None) -> TwoLevel:
-        """The parameters; `barred` clusters have a bias of -inf."""
-        head_bias = self.head_bias
-        if barred is not None and head_bias is not None:
-            head_bias = head_bias.masked_fill(barred, -torch.inf)
-        return TwoLevel(self.head_weight, head_bias, self.weight, self.bias)
 
     def _barred_clusters(self) -> Tensor | None:  # (C,) bool
         """The clusters whose classes are all barred by a bias of -inf; None where no cluster begins with one."""
@@ -270,61 +270,63 @@ class HierarchicalSoftmax(OutputLayer):
         return shifted.add_(shift.index_select(1, self._clusters))
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        clusters, slots = self._clusters.index_select(0, targets), self._slots.index_select(0, targets)
-        barred, absent = self._barred_clusters(), None
-        if barred is not None and self.bias is not None:
-            # Another class in place of targets whose clusters have no class left, in which all would be NaN.
-            absent, other = barred[clusters], self.bias.argmax(0, keepdim=True)
-            clusters = torch.where(absent, self._clusters[self.order[other]], clusters)
-            slots = torch.where(absent, other, slots)
-        log_prob = two_level_log_prob(
-            hidden, self._levels(barred), clusters, slots, self.offsets, sparse=self.sparse, memory=self._memory
-        )
-        return log_prob if absent is None else log_prob.masked_fill(absent, -torch.inf)
+        clusters = self._clusters.index_select(0, targets)
+        head = cluster_log_prob(hidden, self.head_weight, self._live_head_bias(), clusters)
+        return self._with_inner(head, hidden, targets)
 
     def _score(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        most_clusters = ids.shape[1] >= self.num_clusters  # hold some candidate of every row
-        if not readable(hidden, ids, *self.parameters()) or (
-            most_clusters and not (self.sparse and torch.is_grad_enabled())
-        ):
+        if not readable(hidden, ids, *self.parameters()):
             return super()._score(hidden, ids)
-        slots = self._slots[ids]
-        barred = None
-        if self.bias is not None:
-            barred = barred_classes(self.bias[slots])
-        if self.bias is not None and barred is not None:  # another class in their place: they might give NaN
-            slots = torch.where(barred, self.bias.argmax(), slots)
-            ids = self.order[slots]
         clusters = self._clusters[ids]
-        levels = self._levels(self._barred_clusters())
-        log_prob = two_level_score(hidden, levels, clusters, slots, self.offsets, sparse=self.sparse)
-        return log_prob if barred is None else log_prob.masked_fill(barred, -torch.inf)
+        scores_of_all = int(self.offsets.diff()[clusters].sum()) >= len(hidden) * self.num_classes
+        if scores_of_all and not (self.sparse and torch.is_grad_enabled()):
+            return super()._score(hidden, ids)
+        head = linear_score(hidden, self.head_weight, clusters, bias=self._live_head_bias())
+        rows = hidden.repeat_interleave(ids.shape[1], 0)
+        return self._with_inner(head.flatten(), rows, ids.flatten()).view(ids.shape)
+
+    def _with_inner(self, head: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:  # (N,)
+        """`head`, log-probabilities of the targets' clusters, plus those of the targets inside them."""
+        clusters, slots = self._clusters.index_select(0, targets), self._slots.index_select(0, targets)
+        absent = None if self.bias is None else barred_classes(self.bias.index_select(0, slots))
+        if absent is not None and self.bias is not None:
+            # Another class in their place: where a cluster has no class left, all in it would be NaN.
+            other = self.bias.argmax()
+            clusters = torch.where(absent, self._clusters[self.order[other]], clusters)
+            slots = torch.where(absent, other, slots)
+        inner = cluster_log_prob(
+            hidden, self.weight, self.bias, slots, clusters, self.offsets, sparse=self.sparse, memory=self._memory
+        )
+        return head + inner if absent is None else (head + inner).masked_fill(absent, -torch.inf)
 
     def _topk(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:
         def search(rows: Tensor, own: Selection | None) -> tuple[Tensor, Tensor, Tensor]:
-            levels = self._levels(None)
-            return topk_two_level(rows, self._head_log_prob(rows), levels, self.offsets, self.order, k, own)
+            head = self._head_log_prob(rows)
+            return topk_two_level(rows, head, self.weight, self.bias, self.offsets, self.order, k, own)
 
         return searched_topk(self, search, SearchCost(1 << 22, self.num_clusters), hidden, k, selection)
 
     def _sample(self, hidden: Tensor, num_samples: int) -> Tensor:
-        drawn = [
-            sample_two_level(
-                self._head_log_prob(rows), self.offsets, partial(self._inner_log_prob, rows), num_samples
-            )
-            for rows in self._row_chunks(hidden)
-        ]
+        def inner(rows: Tensor, start: int, size: int) -> Tensor:  # (n,) to (n, size)
+            bias = None if self.bias is None else self.bias.narrow(0, start, size)
+            return as_exact(F.linear(part.index_select(0, rows), self.weight.narrow(0, start, size), bias))
+
+        drawn = []
+        for part in self._row_chunks(hidden):
+            drawn.append(sample_two_level(self._head_log_prob(part), self.offsets, inner, num_samples))
         return self.order[torch.cat(drawn)]
 
     def _head_log_prob(self, hidden: Tensor) -> Tensor:  # (N, C)
-        head_bias = self._levels(self._barred_clusters()).head_bias
-        return as_exact(F.linear(hidden, self.head_weight, head_bias)).log_softmax(1)
+        return as_exact(F.linear(hidden, self.head_weight, self._live_head_bias())).log_softmax(1)
 
-    def _inner_log_prob(self, hidden: Tensor, rows: Tensor, start: int, size: int) -> Tensor:  # (rows, size)
-        """Log-probabilities within the cluster of `size` classes from `start`, of some rows of `hidden`."""
-        bias = None if self.bias is None else self.bias.narrow(0, start, size)
-        logits = F.linear(hidden.index_select(0, rows), self.weight.narrow(0, start, size), bias)
-        return as_exact(logits).log_softmax(1)
+    def _live_head_bias(self) -> Tensor | None:  # (C,)
+        """`head_bias`, but -inf at clusters whose classes all have a bias of -inf."""
+        barred = self._barred_clusters()
+        return (
+            self.head_bias
+            if barred is None or self.head_bias is None
+            else self.head_bias.masked_fill(barred, -torch.inf)
+        )
 
     def _to_load(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
         """Takes over the clusters of the saved layer too, of which there must be as many."""

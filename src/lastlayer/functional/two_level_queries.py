@@ -1,17 +1,21 @@
-"""The best classes of a two-level softmax: of the many clusters only those are opened that may hold one."""
+"""The best classes of a two-level softmax, and samples from it: most of the clusters are not opened."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lastlayer.functional.best_classes import LARGEST_SHARE, gathered_scores, merge
+from lastlayer.functional.cluster_softmax import group_by_cluster
+from lastlayer.functional.sampling import sample_classes
 from lastlayer.functional.selection import Selection
-from lastlayer.functional.two_level import TwoLevel
 
 
 def topk_two_level(
     hidden: Tensor,  # (N, d)
     head: Tensor,  # (N, C), log-probabilities of the clusters
-    levels: TwoLevel,
+    weight: Tensor,  # (V, d), cluster after cluster
+    bias: Tensor | None,  # (V,), likewise
     offsets: Tensor,  # (C + 1,): cluster c holds the weight rows from offsets[c] up to offsets[c + 1]
     order: Tensor,  # (V,), the class of each weight row
     k: int,
@@ -49,7 +53,7 @@ def topk_two_level(
         at, column = now.nonzero(as_tuple=True)
         own = mask if mask is None or len(mask) == 1 else mask[active]
         pairs = at, clusters[active[at], column], bound[at, column]
-        found = _open(hidden[active], *pairs, levels, offsets, order, own)
+        found = _open(hidden[active], *pairs, weight, bias, offsets, order, own)
         best[active], classes[active] = merge((best[active], classes[active]), found)
         opened, limit, most = limit, 4 * limit, LARGEST_SHARE * num_classes
 
@@ -59,7 +63,8 @@ def _open(
     at: Tensor,  # (P,), the row of each pair of row and cluster, rising
     clusters: Tensor,  # (P,)
     bounds: Tensor,  # (P,), the cluster's log-probability
-    levels: TwoLevel,
+    weight: Tensor,
+    bias: Tensor | None,
     offsets: Tensor,
     order: Tensor,
     mask: Tensor | None,  # (n, V) or (1, V), bool: classes that must not be returned
@@ -75,9 +80,9 @@ def _open(
     place = running + (at * width - (of_row.cumsum(0) - of_row)[at])[pair]
     slot = running + (begin - (ends - sizes))[pair]
     slots = slot.new_zeros(len(hidden) * width).index_copy_(0, place, slot).view(len(hidden), width)
-    logits = gathered_scores(hidden, levels.weight, slots).flatten()[place]
-    if levels.bias is not None:
-        logits = logits + levels.bias[slot]
+    logits = gathered_scores(hidden, weight, slots).flatten()[place]
+    if bias is not None:
+        logits = logits + bias[slot]
     peak = logits.new_full((len(at),), -torch.inf).scatter_reduce_(0, pair, logits, "amax")
     shifted = logits - peak[pair]
     log_sums = logits.new_zeros(len(at)).index_add_(0, pair, shifted.exp()).log_()
@@ -87,3 +92,31 @@ def _open(
         values = values.masked_fill(mask.expand(len(hidden), -1)[at[pair], opened], -torch.inf)
     log_prob = values.new_full((len(hidden) * width,), -torch.inf).index_copy_(0, place, values)
     return log_prob.view(len(hidden), width), order[slots]
+
+
+def sample_two_level(
+    head: Tensor,  # (N, C), log-probabilities of the clusters
+    offsets: Tensor,  # (C + 1,)
+    inner: Callable[
+        [Tensor, int, int], Tensor
+    ],  # rows (n,), first class and size of a cluster to logits (n, size)
+    num_samples: int,
+) -> Tensor:  # (N, num_samples), slots
+    """A cluster for each sample, then a class within it; every (row, cluster) pair is opened once."""
+    num_rows = len(head)
+    if not num_rows:
+        return offsets.new_empty(0, num_samples)
+    clusters = sample_classes(head, num_samples)
+    of_draw = torch.arange(num_rows, device=clusters.device).repeat_interleave(num_samples)
+    pairs, draws = (clusters.reshape(-1) * num_rows + of_draw).sort(stable=True)
+    pairs, counts = pairs.unique_consecutive(return_counts=True)
+    slots = torch.empty_like(draws)
+    place = 0
+    for own, start, size in group_by_cluster(pairs // num_rows, offsets).each():
+        wanted = counts[own]
+        most, total = int(wanted.max()), int(wanted.sum())
+        drawn = sample_classes(inner(pairs[own] % num_rows, start, size), most)
+        used = torch.arange(most, device=drawn.device) < wanted[:, None]
+        slots[draws[place : place + total]] = drawn[used] + start
+        place += total
+    return slots.reshape(num_rows, num_samples)
