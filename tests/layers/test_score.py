@@ -92,7 +92,7 @@ def test_tails_without_a_candidate_are_not_computed(monkeypatch):
     )
     layer.score(hidden, layer.order[: layer.cutoffs[0]].expand(5, -1))
     assert sizes == [5 * (layer.cutoffs[0] + len(layer.cutoffs))]
-    ids = layer.order[torch.tensor([[0], [V - 1], [1], [2], [V - 2]])]
+    ids = layer.order[torch.tensor([[0, 1], [V - 1, 1], [1, 2], [2, 0], [V - 2, 1]])]
     layer.score(hidden, ids)
     assert sizes[1:] == [sizes[0], 2 * (V - layer.cutoffs[-1])]
 

@@ -291,7 +291,7 @@ class HierarchicalSoftmax(OutputLayer):
         absent = None if self.bias is None else barred_classes(self.bias.index_select(0, slots))
         if absent is not None and self.bias is not None:
             # Another class in their place: where a cluster has no class left, all in it would be NaN.
-            other = self.bias.argmax()
+            other = self.bias.argmax(0, keepdim=True)
             clusters = torch.where(absent, self._clusters[self.order[other]], clusters)
             slots = torch.where(absent, other, slots)
         inner = cluster_log_prob(
