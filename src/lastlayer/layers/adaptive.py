@@ -18,7 +18,7 @@ from lastlayer.functional.ordinary import readable
 from lastlayer.functional.precision import as_exact
 from lastlayer.functional.sampling import sample_classes
 from lastlayer.functional.selection import Selection
-from lastlayer.layers.base import CHUNK_NUMBERS, OutputLayer
+from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.parts import tied
 from lastlayer.layers.search import searched_topk
 
@@ -284,7 +284,7 @@ class AdaptiveSoftmax(OutputLayer):
         ranks = entries.clone()
         for i, start in enumerate(self.cutoffs):
             of_tail = entries == self.cutoffs[0] + i
-            for at in of_tail.any(1).nonzero()[:, 0].split(max(1, CHUNK_NUMBERS // self.num_classes)):
+            for at in self._row_chunks(of_tail.any(1).nonzero()[:, 0]):
                 drawn = start + sample_classes(self._inner_log_prob(i, hidden[at]), num_samples)
                 ranks[at] = torch.where(of_tail[at], drawn, ranks[at])
         return ranks if self.order is None else self.order[ranks]
