@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd.gradcheck import GradcheckError
 
 from lastlayer import OutputLayer
 from lastlayer.functional.reduce import at_kept, kept_rows
 from lastlayer.testing import LayerCase, certify
+from lastlayer.testing.losses import law_gradcheck
 
 
 class NaiveSoftmax(OutputLayer):
@@ -50,6 +52,16 @@ class UnsortedTopK(NaiveSoftmax):
 class DetachedLoss(NaiveSoftmax):
     def _row_loss(self, hidden, targets):
         return super()._row_loss(hidden.detach(), targets)
+
+
+class DetachedWeight(NaiveSoftmax):
+    """Of queries alone: the loss has its gradient."""
+
+    def _log_prob(self, hidden):
+        return float_or_double(hidden @ self.weight.detach().T).log_softmax(-1)
+
+    def _target_log_prob(self, hidden, targets):
+        return NaiveSoftmax._log_prob(self, hidden).gather(-1, targets[:, None])[:, 0]
 
 
 class CountsIgnored(NaiveSoftmax):
@@ -146,6 +158,7 @@ def test_right_layer_is_certified(num_classes):
         WrongTarget,
         UnsortedTopK,
         DetachedLoss,
+        DetachedWeight,
         CountsIgnored,
         ForgetsItsOptions,
         SamplesUniformly,
@@ -160,3 +173,8 @@ def test_right_layer_is_certified(num_classes):
 def test_wrong_layer_is_refused(wrong):
     with pytest.raises(Exception):  # noqa: B017 - each law fails in its own way
         certify(case(wrong))
+
+
+def test_finite_differences_see_a_missing_gradient():
+    with pytest.raises(GradcheckError):
+        law_gradcheck(case(DetachedWeight))

@@ -3,7 +3,7 @@
 import pytest
 
 from lastlayer.testing import LAWS
-from lastlayer.testing.exported import law_exports
+from lastlayer.testing.tracing import law_exports
 from law_table import CASES
 
 # Whose programs are those of another row of the same layer with other numbers: half a second each.

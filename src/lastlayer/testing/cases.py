@@ -1,4 +1,4 @@
-"""The description of a layer for the law suite."""
+"""The description of a layer for the law suite, and what every law starts from."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from lastlayer.layers.base import OutputLayer
+
+ROWS = 7
+REDUCTIONS = ("mean", "sum", "none")
+Function = Callable[[Tensor], Tensor]  # of hidden states
 
 
 def spread_parameters(layer: OutputLayer) -> None:
@@ -65,9 +69,69 @@ class LayerCase:
         """The loss by the oracle."""
         if self.loss_oracle is not None:
             return self.loss_oracle(layer, hidden, targets)
-        kept = targets != layer.ignore_index
-        picked = self.oracle(layer, hidden).gather(-1, targets.masked_fill(~kept, 0)[:, None])[:, 0]
-        row_loss = -picked.masked_fill(~kept, 0)
+        row_loss = -gathered(self.oracle(layer, hidden), targets[:, None], layer.ignore_index)[:, 0]
         if layer.reduction == "none":
             return row_loss
-        return row_loss.sum() if layer.reduction == "sum" else row_loss.sum() / kept.sum()
+        return (
+            row_loss.sum() if layer.reduction == "sum" else row_loss.sum() / (targets != layer.ignore_index).sum()
+        )
+
+    def calls(self, layer: OutputLayer, targets: Tensor) -> dict[str, tuple[Function, Function]]:
+        """Every differentiable call as a function of hidden states `(N, d)`, and the same by the oracle.
+
+        `targets (N,)` may have ignored ones. The loss is first; that of a sampled layer is left out.
+        """
+        ignored, k = layer.ignore_index, min(2, layer.num_classes)
+        ids = torch.stack([targets, targets.flip(0), targets], 1)
+
+        def log_prob(hidden: Tensor) -> Tensor:
+            return self.oracle(layer, hidden)
+
+        calls: dict[str, tuple[Function, Function]] = {}
+        if self.likelihood:
+            calls["loss"] = (lambda h: layer(h, targets), lambda h: self.loss(layer, h, targets))
+        calls["target_log_prob"] = (
+            lambda h: layer.target_log_prob(h, targets),
+            lambda h: gathered(log_prob(h), targets[:, None], ignored)[:, 0],
+        )
+        calls["score"] = (lambda h: layer.score(h, ids), lambda h: gathered(log_prob(h), ids, ignored))
+        calls["log_prob"] = (layer.log_prob, log_prob)
+        calls["topk"] = (lambda h: layer.topk(h, k).log_prob, lambda h: log_prob(h).topk(k).values)
+        if layer.num_classes > 1:
+            exclude = targets[:, None]
+            calls["topk with exclude"] = (
+                lambda h: layer.topk(h, 1, exclude=exclude).log_prob,
+                lambda h: without(log_prob(h), exclude).topk(1).values,
+            )
+        return calls
+
+
+def gathered(log_prob: Tensor, ids: Tensor, ignore_index: int) -> Tensor:  # (N, C)
+    """Those entries of `log_prob (N, V)`; 0 where an id is ignored."""
+    ignored = ids == ignore_index
+    return log_prob.gather(-1, ids.masked_fill(ignored, 0)).masked_fill(ignored, 0)
+
+
+def without(log_prob: Tensor, exclude: Tensor) -> Tensor:  # (N, V)
+    """`log_prob (N, V)` with -inf at the ids `exclude (N, E)` of each row."""
+    classes = torch.arange(log_prob.shape[-1], device=log_prob.device)
+    return log_prob.masked_fill((exclude[:, :, None] == classes).any(1), -torch.inf)
+
+
+def rows_for(
+    layer: OutputLayer, rows: int = ROWS, scale: float = 1.0, *, ignored: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Hidden states `(rows, d)` in the layer's dtype; targets with the first and last class, one ignored."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = scale * torch.randn(rows, layer.in_features, generator=generator, dtype=torch.float64)
+    targets = torch.randint(layer.num_classes, (rows,), generator=generator)
+    targets[:2] = torch.tensor([0, layer.num_classes - 1])[: len(targets[:2])]
+    if ignored is not None:
+        targets[ignored] = layer.ignore_index
+    return hidden.to(next(layer.parameters()).dtype), targets
+
+
+def assert_equal(actual: Any, expected: Any, tolerance: float = 1e-10, name: str = "") -> None:
+    """Equal up to rounding in float64, in shape and dtype; nan equals nan. `name` begins the message."""
+    prefix = (lambda message: f"{name}: {message}") if name else None
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True, msg=prefix)

@@ -8,8 +8,7 @@ from itertools import product
 
 import torch
 
-from lastlayer.testing.cases import LayerCase
-from lastlayer.testing.rows import assert_equal, rows_for
+from lastlayer.testing.cases import REDUCTIONS, LayerCase, assert_equal, rows_for
 
 
 def law_any_shape(case: LayerCase) -> None:
@@ -46,9 +45,7 @@ def law_any_shape(case: LayerCase) -> None:
 
 def _check_nothing_to_learn(case: LayerCase) -> None:
     """No rows, or none that counts: "mean" is nan as in `F.cross_entropy`, else 0; gradients are 0."""
-    for dtype, rows, reduction in product(
-        (torch.float64, torch.bfloat16, torch.float16), (0, 3), ("mean", "sum", "none")
-    ):
+    for dtype, rows, reduction in product((torch.float64, torch.bfloat16, torch.float16), (0, 3), REDUCTIONS):
         layer = case.build(dtype, reduction=reduction)
         hidden, targets = rows_for(layer, rows)
         hidden.requires_grad_()

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from lastlayer.layers.base import OutputLayer
-from lastlayer.testing.cases import LayerCase
-from lastlayer.testing.rows import ROWS, assert_equal, rows_for
+from lastlayer.layers.base import OutputLayer, TopK
+from lastlayer.testing.cases import ROWS, LayerCase, assert_equal, gathered, rows_for, without
 
 
 def law_normalised(case: LayerCase) -> None:
@@ -20,14 +19,30 @@ def law_normalised(case: LayerCase) -> None:
 def law_target_is_gathered(case: LayerCase) -> None:
     """2. The log-probability of one class is that entry of all of them; 0 where ignored."""
     layer = case.build()
-    everything = torch.arange(layer.num_classes)
+    targets = torch.arange(layer.num_classes)
     hidden, _ = rows_for(layer, layer.num_classes)
-    expected = case.oracle(layer, hidden).diagonal().clone()
-    assert_equal(layer.target_log_prob(hidden, everything), expected)
-    ignored = everything.clone()
-    ignored[::2] = layer.ignore_index
-    expected[::2] = 0
-    assert_equal(layer.target_log_prob(hidden, ignored), expected)
+    log_prob = case.oracle(layer, hidden)
+    for _ in range(2):
+        expected = gathered(log_prob, targets[:, None], layer.ignore_index)[:, 0]
+        assert_equal(layer.target_log_prob(hidden, targets), expected)
+        targets[::2] = layer.ignore_index
+
+
+def law_score_is_gathered(case: LayerCase) -> None:
+    """2b. The scores of candidates are those entries of all log-probabilities; 0 where padded."""
+    layer = case.build()
+    generator = torch.Generator().manual_seed(11)
+    hidden, _ = rows_for(layer)
+    log_prob = case.oracle(layer, hidden)
+    for count in (0, 1, 3, 2 * layer.num_classes):
+        ids = torch.randint(layer.num_classes, (ROWS, count), generator=generator)
+        assert_equal(layer.score(hidden, ids), log_prob.gather(-1, ids))
+        ids[:, ::2] = layer.ignore_index
+        expected = gathered(log_prob, ids, layer.ignore_index)
+        assert_equal(layer.score(hidden, ids), expected)
+    assert_equal(layer.score(hidden, ids.int()), expected)
+    assert_equal(layer.score(hidden[0], ids[0]), expected[0])
+    assert layer.score(hidden[:0], ids[:0]).shape == (0, ids.shape[1])
 
 
 def law_topk_is_sorted(case: LayerCase) -> None:
@@ -37,40 +52,7 @@ def law_topk_is_sorted(case: LayerCase) -> None:
         hidden, _ = rows_for(layer, scale=scale)
         log_prob = case.oracle(layer, hidden)
         for k in {1, min(3, layer.num_classes), layer.num_classes}:
-            result = layer.topk(hidden, k)
-            assert_equal(result.log_prob, log_prob.topk(k).values)
-            found = result.log_prob > -torch.inf  # a normalizer may leave fewer than k classes of probability
-            assert torch.equal(result.indices >= 0, found)
-            picked = log_prob.gather(-1, result.indices.clamp(min=0))
-            assert_equal(picked[found], result.log_prob[found])
-            for row in result.indices.tolist():
-                ids = [index for index in row if index >= 0]
-                assert len(set(ids)) == len(ids), "topk repeats a class"
-
-
-def law_score_is_gathered(case: LayerCase) -> None:
-    """2b. The scores of candidates are those entries of all log-probabilities; 0 where padded."""
-    layer = case.build()
-    V = layer.num_classes
-    generator = torch.Generator().manual_seed(11)
-    hidden, _ = rows_for(layer)
-    log_prob = case.oracle(layer, hidden)
-    for count in (0, 1, 3, 2 * V):
-        ids = torch.randint(V, (ROWS, count), generator=generator)
-        expected = log_prob.gather(-1, ids)
-        assert_equal(layer.score(hidden, ids), expected)
-        ids[:, ::2], expected[:, ::2] = layer.ignore_index, 0
-        assert_equal(layer.score(hidden, ids), expected)
-    assert_equal(layer.score(hidden, ids.int()), expected)
-    assert_equal(layer.score(hidden[0], ids[0]), expected[0])
-    assert layer.score(hidden[:0], ids[:0]).shape == (0, ids.shape[1])
-    weights = torch.linspace(-1, 2, ids.numel(), dtype=torch.float64).reshape(ids.shape)
-    leaf = hidden.clone().requires_grad_()
-    slopes = []
-    for values in (layer.score(leaf, ids), case.oracle(layer, leaf).gather(-1, ids.clamp(min=0))):
-        total = (values * weights)[:, 1::2].sum() + 0 * leaf.sum()  # one class: no logit depends on hidden
-        slopes.append(torch.autograd.grad(total, leaf)[0])
-    assert_equal(slopes[0], slopes[1])
+            _check_topk(layer.topk(hidden, k), log_prob)
 
 
 def law_topk_of_a_selection(case: LayerCase) -> None:
@@ -88,26 +70,26 @@ def law_topk_of_a_selection(case: LayerCase) -> None:
         some[:, ::2] = log_prob.argsort(-1, descending=True)[:, : some.shape[1]][:, ::2]  # the very best
         some[1] = layer.ignore_index
         for exclude in (None, some, some[:, :0], everything):
+            left = log_prob if exclude is None else without(log_prob, exclude)
             for allowed in (None, mask, mask.nonzero()[:, 0]):
-                expected = log_prob.detach().clone()
-                if exclude is not None:
-                    for row, ids in zip(expected, exclude, strict=True):
-                        row[ids[ids != layer.ignore_index]] = -torch.inf
-                if allowed is not None:
-                    expected[:, ~mask] = -torch.inf
+                expected = left if allowed is None else left.masked_fill(~mask, -torch.inf)
                 for k in {1, min(3, V), V}:
-                    best = layer.topk(hidden, k, exclude=exclude, allowed=allowed)
-                    values = expected.topk(k).values
-                    assert_equal(best.log_prob, values)
-                    assert torch.equal(best.indices == -1, values == -torch.inf)
-                    assert_equal(
-                        expected.gather(-1, best.indices.clamp(min=0))[values > -torch.inf],
-                        best.log_prob[values > -torch.inf],
-                    )
+                    _check_topk(layer.topk(hidden, k, exclude=exclude, allowed=allowed), expected)
     shaped = layer.topk(hidden.reshape(1, ROWS, -1), 1, exclude=some[None], allowed=mask)
     assert_equal(shaped.log_prob[0], layer.topk(hidden, 1, exclude=some, allowed=mask).log_prob)
     assert layer.topk(hidden[0], 1, exclude=some[0]).indices.shape == (1,)
     assert layer.topk(hidden[:0], 1, exclude=some[:0]).indices.shape == (0, 1)
+
+
+def _check_topk(best: TopK, log_prob: Tensor) -> None:
+    """The largest of `log_prob (N, V)`, each with its class; -1 where no class with probability is left."""
+    values = log_prob.topk(best.indices.shape[-1]).values
+    assert_equal(best.log_prob, values)
+    found = values > -torch.inf
+    assert torch.equal(best.indices >= 0, found)
+    assert_equal(log_prob.gather(-1, best.indices.clamp(min=0))[found], values[found])
+    repeated = best.indices.sort(-1).values.diff() == 0
+    assert int(repeated.sum()) == int((~found).sum(-1).sub(1).clamp(min=0).sum()), "topk repeats a class"
 
 
 def law_a_bias_of_minus_infinity_bars(case: LayerCase) -> None:
@@ -134,8 +116,7 @@ def law_a_bias_of_minus_infinity_bars(case: LayerCase) -> None:
     for ids in (everything, everything[:, :2]):
         assert_equal(layer.score(hidden, ids), log_prob.gather(1, ids))
     best = layer.topk(hidden, V)
-    assert_equal(best.log_prob, log_prob.topk(V).values)
-    assert bool(((best.indices == -1) == (best.log_prob == -torch.inf)).all())
+    _check_topk(best, log_prob)
     assert not bool(barred[layer.sample(hidden, 50)].any()), "a barred class was drawn"
 
     losses = [layer.target_log_prob(hidden, targets).sum(), log_prob.exp()[:, ::2].sum()]
