@@ -21,8 +21,8 @@ from lastlayer.reproduce.large_sparse_targets.speed import (
 )
 from lastlayer.reproduce.large_sparse_targets.words import METHODS, examples, train_words
 from lastlayer.study.errors import StudyError
-from lastlayer.study.text.corpus import make_corpus
 from lastlayer.study.training.trainer import Budget
+from texts import corpus_of
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +85,7 @@ def test_exactness_tells_what_the_repairs_are_for():
 @pytest.fixture(scope="module")
 def corpus():
     lines = [f"the {a} {b} sees the {c} of {a}" for a in "abcdef" for b in "ghij" for c in "klmn"]
-    return make_corpus("toy", lines, min_count=1)
+    return corpus_of(lines, min_count=1)
 
 
 def test_words_learn(corpus):
@@ -112,14 +112,14 @@ def test_misspellings_are_never_shared():
 
 
 def test_classifiers_learn():
-    text = make_corpus("toy", [f"{a} before {b} and after" for a in WORDS for b in WORDS for _ in range(3)])
+    text = corpus_of([f"{a} before {b} and after" for a in WORDS for b in WORDS for _ in range(3)])
     records = measure_classifiers(text, steps=40, sizes=(4,))
     assert [record["name"] for record in records] == list(CLASSIFIER_LOSSES)
     for record in records:
         assert record["num_classes"] == 4
         assert record["error"] < 0.5, record
     with pytest.raises(StudyError, match="too few words"):
-        measure_classifiers(make_corpus("short", ["a b c d"] * 100), steps=1)
+        measure_classifiers(corpus_of(["a b c d"] * 100), steps=1)
 
 
 def test_contexts():

@@ -22,8 +22,6 @@ from lastlayer.study.report.figures import counted, duration
 from lastlayer.study.report.page import render
 from lastlayer.study.text.batches import NO_TARGET
 from lastlayer.study.text.corpus import Corpus
-from lastlayer.study.text.items import ItemCorpus
-from lastlayer.study.text.vocabulary import as_lines
 from lastlayer.study.training.checkpoint import load_checkpoint
 from lastlayer.study.training.evaluation import evaluate, rank_held_out, windows_for
 from lastlayer.study.training.language_model import LanguageModel
@@ -126,7 +124,7 @@ class Comparison:
             raise UsageError(f"{sides} need {shortage}; fewer --layers or a smaller --width would fit")
 
     def _write_vocabulary(self) -> None:
-        write_text(self.out / "vocabulary.tsv", as_lines(self.corpus.words, self.corpus.counts.tolist()))
+        write_text(self.out / "vocabulary.tsv", self.corpus.vocabulary())
 
     def _trainer(self, name: str, path: Path | None) -> Trainer:
         """The run of one layer from its start; the seed is the same for each."""
@@ -232,8 +230,8 @@ class Comparison:
             "num_classes": self.corpus.num_classes,
             "fingerprint": self.corpus.fingerprint(),
         }
-        if isinstance(self.corpus, ItemCorpus):
-            text["sequences"] = self.corpus.sequences
+        if self.corpus.lengths is not None:
+            text["sequences"] = len(self.corpus.lengths[0])
         return {
             "environment": environment(),
             "text": text,

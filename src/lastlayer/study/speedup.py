@@ -17,9 +17,8 @@ from lastlayer.study.heads import LoadedHead, load_hidden
 from lastlayer.study.report.frontier_page import render_frontier, report
 from lastlayer.study.report.tables import Steps, say
 from lastlayer.study.report.verdict import show, verdict
-from lastlayer.study.text.embedded import library_lines
-from lastlayer.study.text.lines import read_lines
-from lastlayer.study.text.sources import STANDARD_INPUT, find_files
+from lastlayer.study.text.lines import STANDARD_INPUT, read_lines
+from lastlayer.study.text.sources import LIBRARY, find_files, library_lines
 
 WINDOW, BATCH = 256, 4  # tokens in a row, rows at a time
 SECONDS = 120.0  # about how long all of it may take, loading left out
@@ -101,7 +100,7 @@ def collect_hidden(
         raise UsageError("a bare head needs hidden states that it meets: --calibration HIDDEN.npy, shape (n, d)")
     if head.tokenizer is None:
         raise UsageError(f"{head.name} has no tokenizer to read text with: --calibration HIDDEN.npy, shape (n, d)")
-    lines, source = library_lines(), "Python's standard library"
+    lines, source = library_lines(), LIBRARY
     if calibration is not None:
         files = find_files([calibration])
         lines, source = chain.from_iterable(map(read_lines, files.training)), files.name

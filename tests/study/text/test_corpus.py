@@ -9,9 +9,10 @@ import torch
 
 from lastlayer.study.errors import StudyError, UsageError
 from lastlayer.study.text.batches import Streams
-from lastlayer.study.text.corpus import MIN_TOKENS, load_corpus, make_corpus
-from lastlayer.study.text.embedded import library_lines
-from lastlayer.study.text.sources import find_files
+from lastlayer.study.text.corpus import MIN_TOKENS, load_corpus
+from lastlayer.study.text.reading import Reading
+from lastlayer.study.text.sources import find_files, library_lines
+from texts import corpus_of
 
 STORY = ["the cat saw the dog", "", "the dog ran , and the cat sat"] * 60
 
@@ -25,7 +26,7 @@ def decode(corpus, ids):
 
 
 def test_ids_say_the_text_by_decreasing_frequency():
-    corpus = make_corpus("story", STORY, STORY[:3], min_count=1)
+    corpus = corpus_of(STORY, STORY[:3], min_count=1)
     assert decode(corpus, corpus.train) == tokens(STORY)
     assert decode(corpus, corpus.held_out) == tokens(STORY[:3])
     assert corpus.counts.tolist() == sorted(corpus.counts.tolist(), reverse=True)
@@ -37,7 +38,7 @@ def test_ids_say_the_text_by_decreasing_frequency():
 
 def test_rare_and_held_out_words_are_unknown():
     rare = [*STORY, "a hapax here", "a hapax there"]
-    corpus = make_corpus("story", rare, ["the newcomer sat"], min_count=3)
+    corpus = corpus_of(rare, ["the newcomer sat"], min_count=3)
     assert decode(corpus, corpus.held_out) == ["the", "<unk>", "sat", "<eos>"]
     assert not {"newcomer", "hapax", "here"} & set(corpus.words)
     assert corpus.counts[corpus.words.index("<unk>")] == 6
@@ -46,21 +47,21 @@ def test_rare_and_held_out_words_are_unknown():
 
 def test_min_count_is_one_where_the_text_knows_unknown():
     once = [*STORY, "a hapax here"]
-    assert "hapax" not in make_corpus("story", once).words
-    assert "hapax" in make_corpus("story", [*once, "<unk>"], STORY).words
+    assert "hapax" not in corpus_of(once).words
+    assert "hapax" in corpus_of([*once, "<unk>"], STORY).words
 
 
 def test_signs_are_split_when_asked():
     lines = ["The cat's ear, again: <unk>."] * 60
-    assert "ear," in make_corpus("t", lines).words
-    split = make_corpus("t", lines, split_signs=True).words
+    assert "ear," in corpus_of(lines).words
+    split = corpus_of(lines, reading=Reading(split_signs=True)).words
     assert {"ear", ",", "'", "<unk>"} <= set(split)
     assert "ear," not in split
 
 
 def test_held_out_parts_are_apart_and_everywhere():
     lines = [f"line{i} word{i % 7}" for i in range(20_000)]
-    corpus = make_corpus("long", lines, min_count=1)
+    corpus = corpus_of(lines, min_count=1)
     assert len(corpus.train) + len(corpus.held_out) == 3 * len(lines)
     assert 0.04 < len(corpus.held_out) / (3 * len(lines)) < 0.06
     kept = {int(w[4:]) for w in corpus.words if w.startswith("line")}
@@ -69,15 +70,14 @@ def test_held_out_parts_are_apart_and_everywhere():
 
 
 def test_one_long_line_is_split_between_words():
-    corpus = make_corpus("line", [" ".join(["to be or not"] * 5000)])
+    corpus = corpus_of([" ".join(["to be or not"] * 5000)])
     assert 0.04 < len(corpus.held_out) / 20_000 < 0.06
 
 
 def test_embedded_text_is_real():
     lines = [line for line, _ in zip(library_lines(), range(3000), strict=False)]
-    corpus = make_corpus("library", lines, split_signs=True)
+    corpus = corpus_of(lines, reading=Reading(split_signs=True))
     assert {"def", "self", "(", "import"} <= set(corpus.words)
-    assert next(iter(library_lines())) == lines[0]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_files_plain_and_compressed_are_read_in_order(tmp_path):
     first.write_text("\n".join(STORY) + "\n", encoding="utf-8-sig")
     second.write_bytes(lzma.compress("\n".join(STORY).encode()))
     both = load_corpus([first, second], min_count=1)
-    assert both.fingerprint() == make_corpus("x", STORY * 2, min_count=1).fingerprint()
+    assert both.fingerprint() == corpus_of(STORY * 2, min_count=1).fingerprint()
     assert both.fingerprint() != load_corpus([first]).fingerprint()
     assert both.name == "a.txt and 1 more"
 

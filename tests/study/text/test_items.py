@@ -81,19 +81,19 @@ def test_held_out_perplexity_and_ranks_are_those_of_each_sequence_alone():
 
 def test_vocabulary_and_what_is_held_out(tmp_path):
     corpus = load_items([write(tmp_path / "sessions.txt", [*lines(), ["alone"], ["rare", "item1", "item2"]])])
-    assert (corpus.name, corpus.unit, corpus.sequences) == ("sessions.txt", "items", 115)
-    assert len(corpus.held_out_lengths) == 6
+    assert (corpus.name, corpus.unit, len(corpus.lengths[0])) == ("sessions.txt", "items", 115)
+    assert len(corpus.lengths[1]) == 6
     assert set(corpus.words) == {f"item{i}" for i in range(10)} | {"rare"}  # no <unk>, no <eos>
     assert corpus.counts.tolist() == sorted(corpus.counts.tolist(), reverse=True)
     assert torch.equal(corpus.counts, torch.bincount(corpus.train, minlength=11))
-    first = [corpus.words[i] for i in corpus.train[: corpus.train_lengths[0]].tolist()]
+    first = [corpus.words[i] for i in corpus.train[: corpus.lengths[0][0]].tolist()]
     assert first == lines()[0]
-    held_out = [corpus.words[i] for i in corpus.held_out[: corpus.held_out_lengths[0]].tolist()]
+    held_out = [corpus.words[i] for i in corpus.held_out[: corpus.lengths[1][0]].tolist()]
     assert held_out == lines()[19]
     assert corpus.words[corpus.train[-3]] == "rare"
     fewer = load_items([tmp_path / "sessions.txt"], min_count=2)
     assert "rare" not in fewer.words
-    assert fewer.train_lengths[-1] == 2
+    assert fewer.lengths[0][-1] == 2
     assert fewer.fingerprint() != corpus.fingerprint()
 
 

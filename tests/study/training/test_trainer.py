@@ -9,14 +9,14 @@ import torch
 from lastlayer.study.choices import CHOICES, build_layer, choose, installed
 from lastlayer.study.errors import StudyError, UsageError
 from lastlayer.study.text.batches import Streams
-from lastlayer.study.text.corpus import make_corpus
 from lastlayer.study.training import trainer as training
 from lastlayer.study.training.checkpoint import load_checkpoint, save_checkpoint
 from lastlayer.study.training.evaluation import Quality, evaluate, rank_held_out
 from lastlayer.study.training.language_model import LanguageModel
 from lastlayer.study.training.trainer import Budget, Trainer
+from texts import corpus_of
 
-CORPUS = make_corpus("story", ["the cat saw the dog and", "the dog ran ; the cat sat"] * 150, min_count=1)
+CORPUS = corpus_of(["the cat saw the dog and", "the dog ran ; the cat sat"] * 150, min_count=1)
 CPU = torch.device("cpu")
 
 

@@ -12,6 +12,7 @@ SHUFFLED_BY = 0  # the seed of the order of sequences, the same for every layer
 class Batches(ABC):
     """Windows of inputs and targets, `(batch, length)` each; a target that is `NO_TARGET` does not count."""
 
+    ids: Tensor  # (tokens,)
     batch: int  # rows of a window, at most
     window: int  # tokens of a row, at most
     device: torch.device
@@ -28,17 +29,21 @@ class Batches(ABC):
         """Whether window `number` does not go on where the window before it ended."""
 
     @abstractmethod
+    def _places(self, number: int) -> tuple[Tensor, Tensor]:  # (batch, length + 1) each
+        """Where the tokens of a window are among all ids, 0 after the end of a row, and which are inside."""
+
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:  # (batch, length) each
         """Inputs and targets of window `number` of a pass; each target is the token after its input."""
+        if not 0 <= number < self.windows:
+            raise IndexError(f"number must be between 0 and {self.windows - 1}, got {number}")
+        places, inside = self._places(number)
+        tokens = self.ids[places].masked_fill(~inside, NO_TARGET)
+        return tokens[:, :-1].clamp(min=0).to(self.device), tokens[:, 1:].to(self.device)
 
-    @abstractmethod
     def examples(self, number: int) -> Tensor:  # (batch, length)
         """Where each target of window `number` stands among all ids, which tells training examples apart; 0, the
         place of no target, where there is none."""
-
-    def _check(self, number: int) -> None:
-        if not 0 <= number < self.windows:
-            raise IndexError(f"number must be between 0 and {self.windows - 1}, got {number}")
+        return self._places(number)[0][:, 1:].to(self.device)
 
 
 class Streams(Batches):
@@ -58,32 +63,15 @@ class Streams(Batches):
         self.windows = -(-self.length // window)  # the last may be shorter
         self.tokens = self.batch * self.length
 
-    @property
-    def tokens_a_window(self) -> float:
-        """Targets of a window; the last may have fewer."""
-        return self.batch * self.window
-
     def starts_anew(self, number: int) -> bool:
         """Only the first."""
         return number == 0
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        start, stop = self._span(number)
-        used = self.tokens
-        inputs = self.ids[:used].view(self.batch, -1)[:, start:stop]
-        targets = self.ids[1 : used + 1].view(self.batch, -1)[:, start:stop]
-        return inputs.to(self.device), targets.to(self.device)
-
-    def examples(self, number: int) -> Tensor:
-        """The place of each target in the text."""
-        start, stop = self._span(number)
-        return (1 + self.length * torch.arange(self.batch)[:, None] + torch.arange(start, stop)).to(self.device)
-
-    def _span(self, number: int) -> tuple[int, int]:
-        """The first and the last target of a window, in each stream."""
-        self._check(number)
+    def _places(self, number: int) -> tuple[Tensor, Tensor]:
         start = number * self.window
-        return start, min(start + self.window, self.length)
+        stop = min(start + self.window, self.length)
+        places = self.length * torch.arange(self.batch)[:, None] + torch.arange(start, stop + 1)
+        return places, torch.ones_like(places, dtype=torch.bool)
 
 
 class Sequences(Batches):
@@ -119,19 +107,7 @@ class Sequences(Batches):
         """All of them."""
         return True
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        places, inside = self._places(number)
-        items = self.ids[places].masked_fill(~inside, NO_TARGET)
-        inputs, targets = items[:, :-1].clamp(min=0), items[:, 1:]
-        return inputs.to(self.device), targets.to(self.device)
-
-    def examples(self, number: int) -> Tensor:
-        """The place of each target among the items of all sequences."""
-        return self._places(number)[0][:, 1:].to(self.device)
-
-    def _places(self, number: int) -> tuple[Tensor, Tensor]:  # (batch, length + 1) each
-        """Where the items of each piece are, 0 after its end, and which of them are inside."""
-        self._check(number)
+    def _places(self, number: int) -> tuple[Tensor, Tensor]:
         begins, ends = self.pieces[number * self.batch : (number + 1) * self.batch].unbind(1)
         places = begins[:, None] + torch.arange(int((ends - begins).max()))
         inside = places < ends[:, None]

@@ -1,13 +1,13 @@
 """Token ids from files of nothing else: `.npy` arrays, `.bin` as nanoGPT writes it."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from lastlayer.study.errors import StudyError, UsageError
+from lastlayer.study.errors import StudyError
 from lastlayer.study.files import mapped_array
 
+IDS_SUFFIXES = {".npy", ".bin"}
 BIN_DTYPES = ("uint16", "uint32")
 MAX_IDS = 50_000_000  # tokens read of a file at most: more than a comparison of hours trains on
 
@@ -22,8 +22,6 @@ def read_ids(path: Path, bin_dtype: str = BIN_DTYPES[0]) -> tuple[np.ndarray, in
     Raises:
         StudyError: it cannot be read, or holds something else.
     """
-    if bin_dtype not in BIN_DTYPES:
-        raise UsageError(f"--ids-dtype must be one of {', '.join(BIN_DTYPES)}; got {bin_dtype!r}")
     try:
         array = _npy(path) if path.suffix.lower() == ".npy" else _raw(path, np.dtype(bin_dtype))
         ids = np.array(array[:MAX_IDS], dtype=np.int64)
@@ -51,9 +49,3 @@ def _raw(path: Path, dtype: np.dtype) -> np.ndarray:
     if dtype.itemsize == 2 and len(array) >= 8 and not array[: 2 * (len(array[:MAX_IDS]) // 2)][1::2].any():
         raise ValueError("every second uint16 is zero, as in a file of uint32: give --ids-dtype uint32")
     return array
-
-
-def compact(parts: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """`(the ids that occur in any part, sorted; each part with ids replaced by their places among them)`."""
-    present = np.unique(np.concatenate([np.unique(part) for part in parts]))
-    return present, [np.searchsorted(present, part) for part in parts]

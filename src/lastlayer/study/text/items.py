@@ -3,8 +3,6 @@
 from array import array
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
-from dataclasses import field as with_default
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +10,7 @@ import torch
 from torch import Tensor
 
 from lastlayer.study.errors import StudyError
-from lastlayer.study.text.batches import Batches, Sequences
-from lastlayer.study.text.corpus import Corpus, notes_of
+from lastlayer.study.text.corpus import Corpus
 from lastlayer.study.text.lines import read_item_lines
 from lastlayer.study.text.sources import find_files
 
@@ -21,32 +18,7 @@ HELD_OUT_EVERY = 20  # of sequences in one piece, every twentieth is held out
 MIN_SEQUENCES = 20
 
 
-@dataclass(frozen=True)
-class ItemCorpus(Corpus):
-    """Sequences as class ids, one after another, sorted by decreasing frequency in the training part."""
-
-    unit: str = "items"
-    train_lengths: Tensor = with_default(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    held_out_lengths: Tensor = with_default(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-
-    @property
-    def sequences(self) -> int:
-        """How many sequences there are to train on."""
-        return len(self.train_lengths)
-
-    def training_batches(self, batch: int, window: int, device: torch.device) -> Batches:
-        """Whole sequences, shuffled."""
-        return Sequences(self.train, self.train_lengths, batch, window, device)
-
-    def held_out_batches(self, batch: int, window: int, device: torch.device) -> Batches:
-        """The same of the held-out part."""
-        return Sequences(self.held_out, self.held_out_lengths, batch, window, device)
-
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return *super()._tensors(), self.train_lengths, self.held_out_lengths
-
-
-def load_items(paths: list[Path], *, min_count: int | None = None, field: str | None = None) -> ItemCorpus:
+def load_items(paths: list[Path], *, min_count: int | None = None, field: str | None = None) -> Corpus:
     """Reads sequences, one a line: ids or names between blanks.
 
     Items seen fewer than `min_count` times in training (1 if None) are left out of the sequences, and so are
@@ -66,15 +38,10 @@ def load_items(paths: list[Path], *, min_count: int | None = None, field: str | 
     train = [items for path in files.training for items in read_item_lines(path, field)]
     held_out = [items for path in files.held_out for items in read_item_lines(path, field)]
     if not files.held_out:
-        train, held_out = hold_out_sequences(train)
-    return make_items(files.name, train, held_out, min_count=min_count or 1, notes=notes_of(files))
-
-
-def hold_out_sequences(sequences: list[list[str]]) -> tuple[list[list[str]], list[list[str]]]:
-    """Every twentieth of the sequences that have anything to predict."""
-    usable = [sequence for sequence in sequences if len(sequence) > 1]
-    held_out = usable[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
-    return [s for place, s in enumerate(usable) if place % HELD_OUT_EVERY != HELD_OUT_EVERY - 1], held_out
+        train = [sequence for sequence in train if len(sequence) > 1]  # which have something to predict
+        held_out = train[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+        del train[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+    return make_items(files.name, train, held_out, min_count=min_count or 1, notes=files.notes())
 
 
 def make_items(
@@ -84,7 +51,7 @@ def make_items(
     *,
     min_count: int = 1,
     notes: Iterable[str] = (),
-) -> ItemCorpus:
+) -> Corpus:
     """The corpus of sequences of names.
 
     Raises:
@@ -110,15 +77,15 @@ def make_items(
     seen = torch.bincount(train_ids, minlength=len(kept))  # after what was left out
     order = seen.argsort(descending=True, stable=True)
     ranks = order.argsort()
-    return ItemCorpus(
+    return Corpus(
         name,
         [kept[place] for place in order.tolist()],
         seen[order],
         ranks[train_ids],
         ranks[held_out_ids],
+        unit="items",
         notes=(*notes, "; ".join(said)),
-        train_lengths=train_lengths,
-        held_out_lengths=held_out_lengths,
+        lengths=(train_lengths, held_out_lengths),
     )
 
 

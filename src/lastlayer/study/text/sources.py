@@ -1,14 +1,20 @@
 """Which files a text is: one or several, a folder, standard input; which to train on and which to hold out."""
 
+import os
+import random
 import re
+import sysconfig
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from lastlayer.study.errors import StudyError, UsageError
-from lastlayer.study.text.kinds import IDS_SUFFIXES, is_binary
+from lastlayer.study.text.ids import IDS_SUFFIXES
+from lastlayer.study.text.lines import STANDARD_INPUT, is_binary
 
-STANDARD_INPUT = Path("-")
+LIBRARY = "Python's standard library"  # the text that every machine has
+MOST_NAMES = 3  # of several files, how many are named
 ROLES = {  # the words of a file's name that say what it is for
     "train": {"train", "training"},
     "held out": {"valid", "validation", "val", "dev"},
@@ -24,6 +30,21 @@ class TextFiles:
     training: tuple[Path, ...]
     held_out: tuple[Path, ...] = ()
     skipped: tuple[Path, ...] = ()  # of a folder, what is neither text nor ids
+
+    def notes(self) -> list[str]:
+        """What was decided by the names and the contents of files."""
+        notes = []
+        if self.held_out:
+            notes.append(f"to train on: {_names_of(self.training)}; held out: {_names_of(self.held_out)}")
+        if self.skipped:
+            notes.append(f"left out, not being text: {_names_of(self.skipped)}")
+        return notes
+
+
+def _names_of(paths: tuple[Path, ...]) -> str:
+    """The first few, and how many more."""
+    more = f" and {len(paths) - MOST_NAMES} more" if len(paths) > MOST_NAMES else ""
+    return ", ".join(path.name for path in paths[:MOST_NAMES]) + more
 
 
 def find_files(paths: list[Path]) -> TextFiles:
@@ -77,20 +98,36 @@ def _name(paths: list[Path], found: list[Path]) -> str:
 
 
 def _files_of(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The text files in a folder and its subfolders, and what is there besides."""
+    """The text files in a folder and its subfolders, and what is there besides; hidden ones are left out."""
+    texts, others = [], []
     try:
-        files = sorted(_visible_files(folder))
-        texts = [path for path in files if path.suffix.lower() in IDS_SUFFIXES or not is_binary(path)]
+        for path in sorted(folder.rglob("*")):
+            hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+            if not hidden and path.is_file():
+                is_text = path.suffix.lower() in IDS_SUFFIXES or not is_binary(path)
+                (texts if is_text else others).append(path)
     except OSError as problem:
         raise StudyError(f"cannot read {folder}: {problem.strerror or problem}") from None
     if not texts:
-        held = f"only {len(files)} that are not text" if files else "no file"
+        held = f"only {len(others)} that are not text" if others else "no file"
         raise UsageError(f"the folder {folder} holds no text: {held}")
-    return texts, [path for path in files if path not in set(texts)]
+    return texts, others
 
 
-def _visible_files(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not hidden and path.is_file():
-            yield path
+def library_lines() -> Iterator[str]:
+    """The lines that are not blank of every module of Python's standard library, in a fixed shuffled order.
+
+    About 7 million tokens of 120,000 kinds where the library's own tests are installed, else fewer.
+    """
+    root = sysconfig.get_paths()["stdlib"]
+    paths = []
+    for folder, inside, files in os.walk(root):
+        inside[:] = [name for name in inside if name not in ("site-packages", "dist-packages")]
+        paths += [Path(folder, name) for name in files if name.endswith(".py")]
+    if not paths:
+        raise StudyError(f"there is no Python source in {root}; give a text of your own with --text")
+    paths.sort()
+    random.Random(0).shuffle(paths)
+    for path in paths:
+        with suppress(UnicodeDecodeError, OSError):  # a few tests are in other encodings on purpose
+            yield from (line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
