@@ -123,17 +123,6 @@ def test_users_map():
         layer.logit_map.inverse(x)
 
 
-def test_soft_cap():
-    x = torch.linspace(-8, 8, 33, dtype=torch.float64, requires_grad=True)
-    cap = SoftCap(3.0)
-    assert torch.autograd.gradcheck(cap, x)
-    torch.testing.assert_close(cap.derivative(x), torch.autograd.grad(cap(x).sum(), x)[0])
-    torch.testing.assert_close(cap.inverse(cap(x)), x)
-    for wrong in (0.0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match="cap"):
-            SoftCap(wrong)
-
-
 @pytest.mark.parametrize(
     ("error", "match", "options"),
     [

@@ -193,6 +193,9 @@ def test_network_by_blocks(monkeypatch):
         (lambda: PLIF(10, float("nan")), "bound"),
         (lambda: PLIF(10, init_std=-1.0), "init_std"),
         (lambda: MonotoneNetwork(0), "hidden_units"),
+        (lambda: SoftCap(0.0), "cap"),
+        (lambda: SoftCap(float("inf")), "cap"),
+        (lambda: SoftCap(float("nan")), "cap"),
     ],
 )
 def test_bad_sizes(make, argument):

@@ -127,7 +127,7 @@ class ShardedSampledSoftmax(ShardedSoftmaxHead, SampledSoftmax):
         if self.remove_hits:
             unused = unused | accidental_hits(ids, weights, drawn.ids)
         batch = Batch(
-            rows, ids, weights, drawn.ids, drawn.log_counts.to(of_targets.dtype), of_targets,
+            rows, ids, weights, drawn.log_counts.to(of_targets.dtype), of_targets,
             of_candidates.masked_fill(unused.expand_as(of_candidates), -torch.inf), own_weights, 1.0,
         )  # fmt: skip
         return batch, here & (weights != 0)

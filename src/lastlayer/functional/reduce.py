@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from lastlayer.functional.ordinary import eager_on_cpu
@@ -32,6 +33,13 @@ def kept_rows(hidden: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tenso
     if eager_on_cpu(targets) and bool(kept.all()):  # the common case, in few operations
         return None, hidden, targets
     return kept, hidden, targets.masked_fill(~kept, 0)
+
+
+def row_shares(kept: Tensor, reduction: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (N,) bool to (N,), ()
+    """What each row counts in a reduced loss, and what that sum lacks: nan where a mean is over nothing."""
+    counted = kept.to(dtype)
+    whole = counted.sum() if reduction == "mean" else counted.new_ones(())
+    return (counted / whole).nan_to_num(0.0), whole / whole - 1
 
 
 def reduce_loss(

@@ -13,6 +13,7 @@ from lastlayer.functional.linear_twin import mapped_logits
 from lastlayer.functional.logit_map import LogitMap
 from lastlayer.functional.mixture_cross_entropy import mixture_cross_entropy
 from lastlayer.functional.precision import as_exact
+from lastlayer.functional.reduce import row_shares
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.parts import draw, map_beside, tied_or_new
 
@@ -137,12 +138,8 @@ class MixtureOfSoftmaxes(OutputLayer):
             at = kept.nonzero().squeeze(1)
             hidden, targets, kept = (part.index_select(0, at) for part in (hidden, targets, kept))
         log_prior = self.log_prior(hidden)
-        shares = kept.to(log_prior.dtype)
-        count = shares.sum()
-        if self.reduction == "sum":
-            return self._nll(hidden, log_prior, targets.masked_fill(~kept, 0), shares)
-        loss = self._nll(hidden, log_prior, targets.masked_fill(~kept, 0), shares / count.clamp(min=1))
-        return loss + (count / count - 1)  # nan over nothing
+        shares, lacking = row_shares(kept, self.reduction, log_prior.dtype)
+        return self._nll(hidden, log_prior, targets.masked_fill(~kept, 0), shares) + lacking
 
     def _nll(self, hidden: Tensor, log_prior: Tensor, targets: Tensor, shares: Tensor | None = None) -> Tensor:
         return mixture_cross_entropy(

@@ -11,7 +11,7 @@ from lastlayer.functional.checks import eager_on_cpu
 from lastlayer.functional.linear_twin import mapped_logits
 from lastlayer.functional.one_vs_all import RowTargets, one_vs_all_loss
 from lastlayer.functional.precision import exact_dtype
-from lastlayer.functional.reduce import at_kept, reduce_loss
+from lastlayer.functional.reduce import at_kept, reduce_loss, row_shares
 from lastlayer.functional.results import ScoreTopK
 from lastlayer.functional.sampled_logits import sampled_logits
 from lastlayer.functional.sampled_losses import accidental_hits
@@ -188,10 +188,9 @@ class OneVsAll(DrawingLayer):
         if kept is not None and eager_on_cpu(kept):  # ignored rows cost nothing
             at = kept.nonzero().squeeze(1)
             rows, ids, values, kept = rows.index_select(0, at), ids[at], values[at], None
-        counted = values.new_ones(len(rows)) if kept is None else kept.to(values.dtype)
-        whole = counted.sum() if self.reduction == "mean" else counted.new_ones(())
-        total = self._all_losses(rows, ids, values, (counted / whole).nan_to_num(0.0))
-        return total + (whole / whole - 1)  # nan where a mean is over nothing
+        kept = torch.ones_like(ids[:, 0], dtype=torch.bool) if kept is None else kept
+        shares, lacking = row_shares(kept, self.reduction, values.dtype)
+        return self._all_losses(rows, ids, values, shares) + lacking
 
     def _all_losses(
         self, rows: Tensor, ids: Tensor, values: Tensor, row_weights: Tensor | None = None

