@@ -10,7 +10,6 @@
 #include <cmath>
 
 #include "engine.h"
-#include "lookups.h"
 #include "vector_math.h"
 
 namespace lastlayer {
@@ -96,6 +95,23 @@ struct SoftCap {
     }
 };
 
+struct Line {
+    float slope, offset;
+};
+
+struct PairSums {
+    double first, second;
+};
+
+// Adds two numbers to the two sums of each segment.
+inline void add_pairs(PairSums* sums, const int32_t* segments, const float* first, const float* second, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) {
+        PairSums& own = sums[segments[j]];
+        own.first += first[j];
+        own.second += second[j];
+    }
+}
+
 // f(x) = slope_k x + offset_k on segment k, of `width`, the first of which begins at `-bound`.
 struct Plif {
     static constexpr bool HAS_SLOPES = true;
@@ -114,7 +130,11 @@ struct Plif {
         alignas(64) int32_t segments[BLOCK];
         alignas(64) float inside[BLOCK];
         find_segments(logits, segments, inside, count);
-        look_up(lines, segments, logits, slopes, count);
+        for (int64_t j = 0; j < count; ++j) {
+            const Line line = lines[segments[j]];
+            slopes[j] = line.slope;
+            logits[j] = line.slope * logits[j] + line.offset;
+        }
         return exponentiate(logits, count, value(peak));
     }
 

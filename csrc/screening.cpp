@@ -9,14 +9,8 @@ LASTLAYER_KERNEL(screen)(const void* screen_address, const void* query_address) 
     const Query& query = *static_cast<const Query*>(query_address);
     const auto size = static_cast<size_t>(query.count * num_blocks(screen));
     Summaries summaries{std::vector<float>(size), std::vector<float>(size)};
-    if (screen.preview == GIVEN_SCORES) {
-        check_given(screen, query);
-        summarise(screen, query, summaries);
-        select(screen, query, query.of_rows, summaries);
-        return 0;
-    }
     const Prepared prepared = prepare_hidden(screen, query);
     scan(screen, query, prepared, summaries);
-    if (!query.only_scores) select(screen, query, prepared.of_rows.data(), summaries);
+    if (!query.only_scores) select(screen, query, prepared, summaries);
     return 0;
 }

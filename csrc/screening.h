@@ -18,7 +18,7 @@ constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
 constexpr double MODERATE = 1e30;  // up to here nothing overflows float32, with 10^8 to spare
 
 enum Status : uint8_t { DONE = 0, DENSE = 1, OVERFLOWS = 2 };  // DENSE: too much is in play; the full layer has to run
-enum PreviewKind : int64_t { GIVEN_SCORES = 0, INT8_ROWS = 1, INT4_ROWS = 2, FLOAT_COLUMNS = 3 };
+enum PreviewKind : int64_t { INT8_ROWS = 0, INT4_ROWS = 1, FLOAT_COLUMNS = 2 };
 enum NumberType : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 struct Screen {  // all that stays the same between queries
@@ -54,7 +54,6 @@ struct Query {
     double* log_normalizer;   // (count,) out
     uint8_t* status;          // (count,) out
     float* scores;            // (count, classes) out: the scores, exact logits where these were computed
-    const float* of_rows;     // (count, terms), of GIVEN_SCORES alone; null: `scores` are exact logits
     int64_t num_excluded;
     const int64_t* excluded;  // (count, num_excluded) class ids that a row may not return; `classes` in unused places
     const uint8_t* barred;    // (classes,), whether no row may return the class; null: none
@@ -76,9 +75,18 @@ struct Prepared {
     std::vector<float> of_rows;  // (count, terms): the rows' part of the error bound
 };
 
-struct Summaries {
-    std::vector<float> block_max, block_sum;  // (count, blocks)
+struct Summaries {  // (count, blocks): the largest score of a block of classes, and the sum of exponentials relative to it
+    std::vector<float> block_max, block_sum;
 };
+
+// Of at most BLOCK scores; a block of which nothing is left (all -inf) has the sum 0.
+inline void summarise_block(const float* scores, int64_t count, float& most, float& sum) {
+    most = largest(scores, count, MINUS_INFINITY);
+    float total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < count; ++i) total += exp_of_negative(scores[i] - most);
+    sum = most > MINUS_INFINITY ? total : 0.0f;
+}
 
 inline int64_t num_blocks(const Screen& screen) { return (screen.classes + BLOCK - 1) / BLOCK; }
 
@@ -88,13 +96,7 @@ Prepared prepare_hidden(const Screen& screen, const Query& query);
 // The scores of all classes, and their summaries, in one pass over the stored rows.
 void scan(const Screen& screen, const Query& query, const Prepared& prepared, Summaries& summaries);
 
-// Marks rows of scores made elsewhere, or of their bounds, as OVERFLOWS where a number is NaN or +inf.
-void check_given(const Screen& screen, const Query& query);
-
-// The summaries of scores made elsewhere.
-void summarise(const Screen& screen, const Query& query, Summaries& summaries);
-
 // Best classes, certificate and normaliser of every row, from summarised scores.
-void select(const Screen& screen, const Query& query, const float* of_rows, Summaries& summaries);
+void select(const Screen& screen, const Query& query, const Prepared& prepared, Summaries& summaries);
 
 }  // namespace lastlayer

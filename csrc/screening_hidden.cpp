@@ -137,27 +137,7 @@ bool finish(const Screen& screen, const float* hidden, const float* rotated, Vec
     return moderate(screen, found, terms);
 }
 
-bool is_finite(const Screen& screen, const Query& query, int64_t row) {
-    const float* scores = query.scores + row * screen.classes;
-    constexpr float INFINITE = std::numeric_limits<float>::infinity();
-    int bad = 0;
-#pragma omp simd reduction(| : bad)
-    for (int64_t i = 0; i < screen.classes; ++i) bad |= !(scores[i] < INFINITE);
-    if (query.of_rows == nullptr) return !bad;
-    double most = norm_of(query.hidden + row * screen.width, screen.width) * screen.limits[screen.terms] +
-                  screen.limits[screen.terms + 1];
-    for (int64_t m = 0; m < screen.terms; ++m) most += query.of_rows[row * screen.terms + m] * screen.limits[m];
-    return !bad && most < MODERATE;
-}
-
 }  // namespace
-
-void check_given(const Screen& screen, const Query& query) {
-    parallel_for(query.count, query.grain(query.count, 1), [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row)
-            query.status[row] = is_finite(screen, query, row) ? DONE : OVERFLOWS;
-    });
-}
 
 Prepared prepare_hidden(const Screen& screen, const Query& query) {
     Prepared prepared;

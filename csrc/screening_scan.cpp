@@ -3,7 +3,6 @@
 #include "parallel.h"
 #include "screening.h"
 #include "screening_tiles.h"
-#include "summaries.h"
 
 namespace lastlayer {
 namespace {
@@ -154,17 +153,6 @@ void scan(const Screen& screen, const Query& query, const Prepared& prepared, Su
                 else if (screen.preview != FLOAT_COLUMNS) integer_block(block, prepared.vectors);
                 for (int64_t row = 0; row < query.count; ++row) block.summarise(row);
             }
-        }
-    });
-}
-
-void summarise(const Screen& screen, const Query& query, Summaries& summaries) {
-    const int64_t blocks = num_blocks(screen);
-    parallel_for(query.count * blocks, query.grain(query.count * blocks, 256), [&](int64_t begin, int64_t end) {
-        for (int64_t at = begin; at < end; ++at) {
-            const int64_t first = at % blocks * BLOCK;
-            const Place block{screen, query, summaries, first, std::min(BLOCK, screen.classes - first)};
-            block.summarise(at / blocks);
         }
     });
 }

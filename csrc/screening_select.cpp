@@ -7,17 +7,14 @@
 #include "cache_hints.h"
 #include "parallel.h"
 #include "screening.h"
-#include "summaries.h"
 
 namespace lastlayer {
 namespace {
 
-constexpr int64_t BLOCK_BYTES = BLOCK * sizeof(float);
-constexpr int64_t EIGHTH = BLOCK / 8;      // scores that a finer maximum is of
-constexpr int64_t AHEAD = 4;               // rows of the weight, or blocks, that are fetched before they are used
-constexpr int64_t SHARED = 1 << 17;        // numbers of the weight that one thread reads before others help
-constexpr int64_t MOST_WIDENED = 4;        // the full layer runs where more than one class in so many is in play
-constexpr float CANCELLED = 0.05f;         // of a block's sum: less than this is left with too few digits
+constexpr int64_t EIGHTH = BLOCK / 8;  // scores that a finer maximum is of
+constexpr int64_t AHEAD = 4;           // rows of the weight that are fetched before they are used
+constexpr int64_t SHARED = 1 << 17;    // numbers of the weight that one thread reads before others help
+constexpr int64_t MOST_WIDENED = 4;    // the full layer runs where more than one class in so many is in play
 
 struct Scored {
     float value;
@@ -35,17 +32,11 @@ struct Row {  // the scores of one hidden state
     float* scores;     // -inf where a class was set aside
     float* block_max;  // the largest score of each block, -inf where all were set aside
     float* block_sum;
-    const float* of_row;  // (terms,); null: the scores are exact logits
-    int64_t parallel;     // whether other threads may help
+    const float* of_row;  // (terms,)
+    bool parallel;        // whether other threads may help
 
     int64_t end_of(int64_t block) const { return std::min((block + 1) * BLOCK, screen.classes); }
 };
-
-float count_th_largest(std::vector<float>& values, int64_t count) {
-    const auto place = values.begin() + (count - 1);
-    std::nth_element(values.begin(), place, values.end(), [](float a, float b) { return a > b; });
-    return *place;
-}
 
 // A score that at least `count` classes reach (-inf where there are fewer), and not many more.
 //
@@ -53,19 +44,17 @@ float count_th_largest(std::vector<float>& values, int64_t count) {
 float threshold(const Row& row, int64_t count) {
     const int64_t classes = row.screen.classes, blocks = num_blocks(row.screen);
     if (count >= classes) return MINUS_INFINITY;
+    std::vector<float> maxima;
     if (2 * count <= blocks) {
-        std::vector<float> maxima(row.block_max, row.block_max + blocks);
-        return count_th_largest(maxima, count);
+        maxima.assign(row.block_max, row.block_max + blocks);
+    } else {
+        const int64_t size = 2 * count * EIGHTH <= classes ? EIGHTH : 1;
+        for (int64_t first = 0; first < classes; first += size)
+            maxima.push_back(largest(row.scores + first, std::min(size, classes - first), MINUS_INFINITY));
     }
-    if (2 * count * EIGHTH <= classes) {
-        std::vector<float> maxima;
-        maxima.reserve(static_cast<size_t>(classes / EIGHTH + 1));
-        for (int64_t first = 0; first < classes; first += EIGHTH)
-            maxima.push_back(largest(row.scores + first, std::min(EIGHTH, classes - first)));
-        return count_th_largest(maxima, count);
-    }
-    std::vector<float> all(row.scores, row.scores + classes);
-    return count_th_largest(all, count);
+    const auto place = maxima.begin() + (count - 1);
+    std::nth_element(maxima.begin(), place, maxima.end(), [](float a, float b) { return a > b; });
+    return *place;
 }
 
 // The blocks whose bound reaches `least`.
@@ -74,14 +63,6 @@ std::vector<int32_t> blocks_reaching(const float* bounds, int64_t blocks, float 
     for (int64_t block = 0; block < blocks; ++block)
         if (bounds[block] >= least) found.push_back(static_cast<int32_t>(block));
     return found;
-}
-
-// They lie anywhere, so the processor does not foresee the next one.
-void fetch_scores(const Row& row, int64_t block) { prefetch(row.scores + block * BLOCK, BLOCK_BYTES); }
-
-void fetch_row(const Row& row, int64_t id) {
-    const int64_t bytes = row.screen.width * (row.screen.weight_type == FLOAT32 ? 4 : 2);
-    prefetch(static_cast<const char*>(row.screen.weight) + id * bytes, bytes);
 }
 
 // Of the `count` classes from `first` on those whose `bounds` reach `least`, with their scores, unless these are -inf.
@@ -97,23 +78,18 @@ void collect_reaching(const Row& row, int64_t first, int64_t count, const float*
     }
 }
 
-void keep_best(std::vector<Scored>& classes, int64_t count) {
-    if (static_cast<int64_t>(classes.size()) <= count) return;
-    std::nth_element(classes.begin(), classes.begin() + (count - 1), classes.end(), is_better);
-    classes.resize(static_cast<size_t>(count));
-}
-
 // The `count` best scores that are above -inf, in no order.
 std::vector<Scored> choose(const Row& row, int64_t count) {
     const float least = threshold(row, count);
     std::vector<Scored> found;
-    const std::vector<int32_t> blocks = blocks_reaching(row.block_max, num_blocks(row.screen), least);
-    for (size_t n = 0; n < blocks.size(); ++n) {
-        if (n + AHEAD < blocks.size()) fetch_scores(row, blocks[n + AHEAD]);
-        const int64_t first = blocks[n] * BLOCK;
-        collect_reaching(row, first, row.end_of(blocks[n]) - first, row.scores + first, least, found);
+    for (const int64_t block : blocks_reaching(row.block_max, num_blocks(row.screen), least)) {
+        const int64_t first = block * BLOCK;
+        collect_reaching(row, first, row.end_of(block) - first, row.scores + first, least, found);
     }
-    keep_best(found, count);
+    if (static_cast<int64_t>(found.size()) > count) {
+        std::nth_element(found.begin(), found.begin() + (count - 1), found.end(), is_better);
+        found.resize(static_cast<size_t>(count));
+    }
     return found;
 }
 
@@ -145,10 +121,12 @@ float exact_logit(const Row& row, int64_t id) {
 std::vector<Scored> rescored(const Row& row, const std::vector<Scored>& classes) {
     std::vector<Scored> exact(classes);
     const auto count = static_cast<int64_t>(exact.size());
+    const int64_t bytes = row.screen.width * (row.screen.weight_type == FLOAT32 ? 4 : 2);
     const int64_t grain = row.parallel ? std::max<int64_t>(1, SHARED / 2 / row.screen.width) : std::max<int64_t>(count, 1);
     parallel_for(count, grain, [&](int64_t begin, int64_t end) {
         for (int64_t n = begin; n < end; ++n) {
-            if (n + AHEAD < end) fetch_row(row, exact[static_cast<size_t>(n + AHEAD)].id);
+            if (n + AHEAD < end)
+                prefetch(static_cast<const char*>(row.screen.weight) + exact[static_cast<size_t>(n + AHEAD)].id * bytes, bytes);
             Scored& one = exact[static_cast<size_t>(n)];
             one.value = exact_logit(row, one.id);
         }
@@ -156,34 +134,18 @@ std::vector<Scored> rescored(const Row& row, const std::vector<Scored>& classes)
     return exact;
 }
 
-// The summary of a block from which classes were taken; of the old sum (relative to the old maximum) `left` is left.
-void summarise_again(const Row& row, int64_t block, float left) {
-    const int64_t first = block * BLOCK, count = row.end_of(block) - first;
-    float &most = row.block_max[block], &sum = row.block_sum[block];
-    if (left < CANCELLED * sum) return summarise_block(row.scores + first, count, most, sum);
-    const float before = most;
-    most = largest(row.scores + first, count);
-    sum = left * exp(before - most);
-}
-
-// Takes classes, with their scores, out of the scores and out of the summaries of their blocks.
+// Takes classes out of the scores and out of the summaries of their blocks.
 void set_aside(const Row& row, const std::vector<Scored>& classes) {
-    enum : uint8_t { UNTOUCHED, SUM, MAXIMUM };  // of a block's summary, what changes
     const int64_t blocks = num_blocks(row.screen);
-    const bool many = static_cast<int64_t>(classes.size()) > blocks;  // then whole blocks are summed sooner
-    std::vector<float> left(row.block_sum, row.block_sum + blocks);
     std::vector<uint8_t> changed(static_cast<size_t>(blocks));
     for (const Scored& one : classes) {
-        const auto block = static_cast<size_t>(one.id / BLOCK);
-        const float below = one.value - row.block_max[block];
         row.scores[one.id] = MINUS_INFINITY;
-        left[block] = many ? 0 : left[block] - exp(below);
-        changed[block] = std::max<uint8_t>(changed[block], below < 0 ? SUM : MAXIMUM);
+        changed[static_cast<size_t>(one.id / BLOCK)] = 1;
     }
     for (int64_t block = 0; block < blocks; ++block) {
-        const auto n = static_cast<size_t>(block);
-        if (changed[n] == MAXIMUM || left[n] < CANCELLED * row.block_sum[n]) summarise_again(row, block, left[n]);
-        else row.block_sum[n] = left[n];
+        const int64_t first = block * BLOCK;
+        if (changed[static_cast<size_t>(block)])
+            summarise_block(row.scores + first, row.end_of(block) - first, row.block_max[block], row.block_sum[block]);
     }
 }
 
@@ -200,19 +162,11 @@ std::vector<int32_t> blocks_in_play(const Row& row, float kth) {
     return blocks_reaching(upper.data(), blocks, kth);
 }
 
-void fetch_block(const Row& row, int64_t block) {  // its scores, and its classes' part of the bound
-    fetch_scores(row, block);
-    for (int64_t m = 0; m < row.screen.terms; ++m)
-        prefetch(row.screen.of_classes + m * row.screen.classes + block * BLOCK, BLOCK_BYTES);
-}
-
 // The classes, not set aside, whose logit could reach `kth`; false where they are more than `limit`.
 bool find_in_play(const Row& row, float kth, int64_t limit, std::vector<Scored>& found) {
     const Screen& screen = row.screen;
-    const std::vector<int32_t> blocks = blocks_in_play(row, kth);
-    for (size_t n = 0; n < blocks.size(); ++n) {
-        if (n + AHEAD < blocks.size()) fetch_block(row, blocks[n + AHEAD]);
-        const int64_t first = blocks[n] * BLOCK, count = row.end_of(blocks[n]) - first;
+    for (const int64_t block : blocks_in_play(row, kth)) {
+        const int64_t first = block * BLOCK, count = row.end_of(block) - first;
         float upper[BLOCK];
         std::copy(row.scores + first, row.scores + first + count, upper);
         for (int64_t m = 0; m < screen.terms; ++m) {
@@ -229,18 +183,16 @@ bool find_in_play(const Row& row, float kth, int64_t limit, std::vector<Scored>&
 // Of the classes that were not set aside and of those that were.
 double log_sum_exp(const Row& row, const std::vector<Scored>& exact, const std::vector<Scored>& barred) {
     const int64_t blocks = num_blocks(row.screen);
-    float most = largest(row.block_max, blocks);
+    float most = largest(row.block_max, blocks, MINUS_INFINITY);
     for (const auto* part : {&exact, &barred})
         for (const Scored& one : *part) most = std::max(most, one.value);
     if (most == MINUS_INFINITY) return most;
     double total = 0;
 #pragma omp simd reduction(+ : total)
     for (int64_t block = 0; block < blocks; ++block)
-        total += static_cast<double>(row.block_sum[block] * exp(row.block_max[block] - most));
+        total += static_cast<double>(row.block_sum[block] * exp_of_negative(row.block_max[block] - most));
     for (const auto* part : {&exact, &barred}) {
-        const auto count = static_cast<int64_t>(part->size());
-#pragma omp simd reduction(+ : total)
-        for (int64_t n = 0; n < count; ++n) total += static_cast<double>(exp((*part)[static_cast<size_t>(n)].value - most));
+        for (const Scored& one : *part) total += static_cast<double>(exp_of_negative(one.value - most));
     }
     return most + std::log(total);  // in float64, as the logits may be large
 }
@@ -252,14 +204,11 @@ std::vector<Scored> bar_classes(const Row& row, int64_t number) {
     const auto bar = [&](int64_t id) {
         float& score = row.scores[id];
         if (score > MINUS_INFINITY) barred.push_back({score, static_cast<int32_t>(id)});
-        if (score >= row.block_max[id / BLOCK]) fetch_scores(row, id / BLOCK);  // they will be summarised again
         score = MINUS_INFINITY;
     };
     if (row.query.barred != nullptr)
         for (int64_t i = 0; i < classes; ++i)
             if (row.query.barred[i]) bar(i);
-    for (int64_t n = 0; n < count; ++n)
-        if (ids[n] >= 0 && ids[n] < classes) prefetch(row.scores + ids[n], 1);
     for (int64_t n = 0; n < count; ++n)
         if (ids[n] >= 0 && ids[n] < classes) bar(ids[n]);
     if (!barred.empty()) set_aside(row, barred);
@@ -324,14 +273,6 @@ void put_back(const Row& row, const std::vector<Scored>& classes) {
 
 Status select_row(const Row& row, int64_t number) {
     const Query& query = row.query;
-    if (row.of_row == nullptr) {  // exact logits: their best
-        const std::vector<Scored> barred = bar_classes(row, number);
-        std::vector<Scored> best = choose(row, query.k);
-        write_best(query, number, best, log_sum_exp(row, {}, barred));
-        query.certified[number] = 1;
-        put_back(row, barred);
-        return DONE;
-    }
     auto [exact, barred] = candidates_of(row, number);
     std::vector<Scored> in_play;
     const int64_t limit = query.exact ? row.screen.classes / MOST_WIDENED : 0;
@@ -351,15 +292,15 @@ Status select_row(const Row& row, int64_t number) {
 
 }  // namespace
 
-void select(const Screen& screen, const Query& query, const float* of_rows, Summaries& summaries) {
+void select(const Screen& screen, const Query& query, const Prepared& prepared, Summaries& summaries) {
     const int64_t blocks = num_blocks(screen);
-    const int64_t alone = query.count == 1 && !query.serial;
+    const bool alone = query.count == 1 && !query.serial;
     parallel_for(query.count, query.grain(query.count, 1), [&](int64_t begin, int64_t end) {
         for (int64_t n = begin; n < end; ++n) {
             if (query.status[n] != DONE) continue;
             const Row row{screen, query, query.hidden + n * screen.width, query.scores + n * screen.classes,
                           summaries.block_max.data() + n * blocks, summaries.block_sum.data() + n * blocks,
-                          of_rows == nullptr ? nullptr : of_rows + n * screen.terms, alone};
+                          prepared.of_rows.data() + n * screen.terms, alone};
             query.status[n] = select_row(row, n);
         }
     });

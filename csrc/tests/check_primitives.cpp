@@ -8,7 +8,6 @@
 
 #include "../cache_hints.h"
 #include "../integer_products.h"
-#include "../lookups.h"
 #include "../products.h"
 #include "../screening_tiles.h"
 #include "../vector_math.h"
@@ -129,30 +128,12 @@ void check_tiles(int64_t width, int64_t count) {
 #endif
 
 void check_exponential() {
-    for (double x = -86; x < 88; x += 1e-3) {
-        const double exact = std::exp(static_cast<double>(static_cast<float>(x)));
-        expect(std::abs(lastlayer::exp(static_cast<float>(x)) - exact) <= 2e-7 * exact, "exp", std::lround(1e3 * x));
-    }
     for (double x = -87; x <= 0; x += 1e-3) {
         const double exact = std::exp(static_cast<double>(static_cast<float>(x)));
         const float found = exp_of_negative(static_cast<float>(x));
         expect(std::abs(found - exact) <= 2e-7 * exact, "exp_of_negative", std::lround(1e3 * x));
     }
     expect(exp_of_negative(-INFINITY) == 0 && std::isnan(exp_of_negative(NAN)), "exp_of_negative of infinity", 0);
-    expect(lastlayer::exp(-INFINITY) == 0 && std::isinf(lastlayer::exp(INFINITY)), "exp of infinity", 0);
-    expect(std::isnan(lastlayer::exp(NAN)), "exp of NaN", 0);
-}
-
-void check_lookups(int64_t count) {
-    std::vector<Line> lines(300);
-    for (Line& line : lines) line = {static_cast<float>(drawn(-9, 9)), static_cast<float>(drawn(-9, 9))};
-    std::vector<int32_t> segments(count);
-    for (int32_t& segment : segments) segment = static_cast<int32_t>(drawn(0, 299));
-    std::vector<float> values(count, 2.0f), expected(values), slopes(count), their_slopes(count);
-    look_up(lines.data(), segments.data(), values.data(), slopes.data(), count);
-    look_up_portable(lines.data(), segments.data(), expected.data(), their_slopes.data(), count);
-    for (int64_t j = 0; j < count; ++j)
-        expect(values[j] == expected[j] && slopes[j] == their_slopes[j], "look_up", j);
 }
 
 void check_products(int64_t width) {  // whole numbers, so that sums in any order are exact
@@ -208,7 +189,6 @@ int main() {
     check_exponential();
     check_stream();
     for (const int64_t count : {1, 15, 16, 47, 1024}) {
-        check_lookups(count);
         check_products(count);
     }
     std::puts(failures ? "primitives: FAILED" : "primitives: all equal");

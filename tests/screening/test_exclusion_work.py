@@ -65,23 +65,6 @@ def test_rows_that_are_read(way, preview, exact):
         assert certified.all() or not exact
 
 
-@every_preview
-def test_the_plain_twin_gathers_no_row_twice(preview, monkeypatch):
-    weight, hidden = head()
-    gathered = []
-
-    def counted(hidden, weight, bias, classes):
-        gathered.append(classes.shape[1])
-        return exact_logits(hidden, weight, bias, classes)
-
-    exact_logits = plain.logits_at
-    monkeypatch.setattr(plain, "logits_at", counted)
-    with engine.forced(None):
-        layer = ScreenedSoftmax(weight, preview=preview, candidates=CANDIDATES, use="screen")
-        layer.topk(hidden, K, exclude=(hidden @ weight.T).topk(EXCLUDED).indices)
-    assert sum(gathered) == CANDIDATES + EXCLUDED
-
-
 @both_ways
 @pytest.mark.parametrize("scale", [1.0, 10.0, 60.0])
 def test_summaries_after_exclusions(way, scale):

@@ -8,11 +8,9 @@ import torch
 
 from lastlayer import Int8Preview, ScreenedSoftmax, SVDPreview
 from lastlayer.screening import screen_rows
-from lastlayer.screening.backend import backend_for
-from lastlayer.screening.plan import BATCHES, Plan, Planned, Tally, measure_plan
+from lastlayer.screening.plan import BATCHES, Plan, Planned, Tally, backend_for, measure_plan
 
-LAYER = {"num_classes": 1000, "candidates": 10, "width": 64, "dtype": torch.float32, "contiguous": True}
-LAYER |= {"device": torch.device("cpu"), "compiled": True, "full_is_faster": False, "rows": 1}
+WEIGHT = torch.zeros(1000, 64)
 
 
 def plan(screen_ms, full_ms):
@@ -31,17 +29,18 @@ def head(num_classes=3000, width=12):
     [
         ({}, "compiled"),
         ({"compiled": False}, "plain"),
-        ({"dtype": torch.float64}, "plain"),
-        ({"device": torch.device("meta")}, "plain"),
-        ({"contiguous": False}, "plain"),
-        ({"width": 10_000}, "plain"),
+        ({"weight": WEIGHT.double()}, "plain"),
+        ({"weight": WEIGHT.to("meta")}, "plain"),
+        ({"weight": torch.zeros(64, 1000).T}, "plain"),
+        ({"weight": torch.zeros(1000, 10_000)}, "plain"),
         ({"rows": 100}, "full"),
         ({"full_is_faster": True}, "full"),
         ({"full_is_faster": True, "compiled": False}, "full"),
     ],
 )
 def test_backend_for(change, backend):
-    assert backend_for(**LAYER | change) == backend
+    query = {"weight": WEIGHT, "rows": 1, "candidates": 10, "compiled": True, "full_is_faster": False}
+    assert backend_for(**query | change) == backend
 
 
 @pytest.mark.parametrize("faster", ["screen", "full"])

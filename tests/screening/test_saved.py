@@ -34,7 +34,7 @@ def previews():
         Int4Preview(),
         Int4Preview(calibration=hidden),
         SVDPreview(3),
-        SVDPreview(4, calibration=hidden, storage="bfloat16", tail_correction=1.0),
+        SVDPreview(4, calibration=hidden, storage="bfloat16"),
     ]
 
 
@@ -136,7 +136,7 @@ def test_a_save_that_fails_leaves_no_part(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-SVD = {"kind": "SVDPreview", "window": 4, "storage": None, "tail_correction": 0, "calibration_rows": 40}
+SVD = {"kind": "SVDPreview", "window": 4, "storage": None, "calibration_rows": 40}
 
 
 @pytest.mark.parametrize(
@@ -151,6 +151,7 @@ SVD = {"kind": "SVDPreview", "window": 4, "storage": None, "tail_correction": 0,
         ("does not describe a preview", {"preview": {"kind": "SVDPreview"}}),
         ("window must be between 1 and the weight's width 12", {"preview": SVD | {"window": 99}}),
         ("storage must be one of", {"preview": SVD | {"storage": "x"}}),
+        ("tail_correction, which SVDPreview no longer takes", {"preview": SVD | {"tail_correction": 1.0}}),
         ("fingerprint differs", {"weight_sha256": "0" * 64}),
         ("logit_map must be a dict or null", {"logit_map": "SoftCap"}),
         ("logit_map must be one of MonotoneNetwork, PLIF,.* Sigsoftmax, SoftCap", {"logit_map": {"kind": "eval"}}),

@@ -1,15 +1,15 @@
 """to_onnx: `topk` of a screen or of a layer as a file for ONNX Runtime, which needs nothing of this library."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import onnx
 import torch
-from onnx import helper
+from onnx import external_data_helper, helper, numpy_helper
 from torch import Tensor, nn
 
-from lastlayer.export.files import save
 from lastlayer.export.graph import TYPES, Graph
-from lastlayer.export.head import HeadGraph
-from lastlayer.export.screen import screen_graph
+from lastlayer.export.screen import HeadGraph, ScreenGraph
 from lastlayer.functional.checks import check_count
 from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.precision import exact_dtype
@@ -19,6 +19,8 @@ from lastlayer.screening.screened import ScreenedSoftmax
 from lastlayer.version import __version__
 
 INPUT = "hidden"
+EMBEDDED = 1 << 30  # bytes of constants in the model itself; a protocol buffer ends at 2 GiB
+SMALL = 1 << 10  # bytes of a constant that is always in the model: shapes depend on such
 
 
 def to_onnx(screen_or_layer: nn.Module, path: str | Path, *, k: int = 10) -> None:
@@ -96,14 +98,14 @@ def to_onnx(screen_or_layer: nn.Module, path: str | Path, *, k: int = 10) -> Non
     model = graph.model([hidden], results)
     model.producer_name, model.producer_version = "lastlayer", __version__
     model.doc_string = f"topk(hidden, {k}) of {screen_or_layer}"
-    save(model, graph.constants, path)
+    _save(model, graph.constants, path)
 
 
 def _of_screen(screen: ScreenedSoftmax, k: int) -> tuple[Graph, dict[str, str]]:
     check_count("k", k, 1, screen.candidates)
     screen._check_fresh()
     graph = _graph_of(screen.weight)
-    results = screen_graph(graph, screen, INPUT, k)
+    results = ScreenGraph(graph, screen).topk(INPUT, k)
     return graph, dict(zip(ScreenedTopK._fields, results, strict=True))
 
 
@@ -118,3 +120,20 @@ def _graph_of(weight: Tensor) -> Graph:
     if not ordinary(weight.detach()):  # on "meta", or a DTensor
         raise ValueError("screen_or_layer must have its whole weight in the memory of this process")
     return Graph(exact_dtype(weight.dtype))
+
+
+def _save(model: onnx.ModelProto, constants: dict[str, Tensor], path: Path) -> None:
+    """Writes `path`, and `path` with ".data" appended where the constants take more than EMBEDDED bytes.
+
+    Both are written in a folder beside their place and then moved: on failure there is nothing new.
+    """
+    are_large = sum(tensor.nbytes for tensor in constants.values()) > EMBEDDED
+    for name, tensor in constants.items():
+        proto = numpy_helper.from_array(tensor.numpy(), name)
+        if are_large and tensor.nbytes > SMALL:
+            external_data_helper.set_external_data(proto, path.name + ".data")
+        model.graph.initializer.append(proto)
+    with TemporaryDirectory(".partial", f".{path.name}.", path.parent) as folder:
+        onnx.save_model(model, Path(folder) / path.name, format="protobuf")
+        for written in sorted(Path(folder).iterdir(), reverse=True):  # the constants first
+            written.replace(path.with_name(written.name))

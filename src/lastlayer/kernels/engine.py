@@ -12,10 +12,10 @@ import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,23 +38,11 @@ FOREIGN = ("avx", "amx") if platform.machine().lower() in ("aarch64", "arm64") e
 _TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "x": ctypes.c_double, "f": ctypes.c_float}
 
 
-@dataclass(frozen=True)
-class Library:
+class Library(NamedTuple):
     """The kernels of one instruction set."""
 
     isa: str
     handle: ctypes.CDLL
-    functions: dict[str, Any] = field(default_factory=dict)
-
-    def function(self, kernel: "Kernel") -> Any:
-        """The C function of a kernel, its arguments declared."""
-        found = self.functions.get(kernel.name)
-        if found is None:
-            found = getattr(self.handle, f"lastlayer_{kernel.name}")
-            found.argtypes = [_TYPES[letter] for letter in kernel.arguments]
-            found.restype = ctypes.c_int64
-            self.functions[kernel.name] = found
-        return found
 
 
 _names: set[str] = set()  # of all kernels that were declared: what a library must have
@@ -83,7 +71,15 @@ class Kernel:
         if library is None:
             raise RuntimeError(f"the kernel {self.name} cannot run: {_state.why}")
         addresses = [self._address(part) if isinstance(part, Tensor) else part for part in arguments]
-        return library.function(self)(*addresses)
+        return self.function_of(library)(*addresses)
+
+    def function_of(self, library: Library) -> Any:
+        """The C function, its arguments declared."""
+        function = getattr(library.handle, f"lastlayer_{self.name}")  # which the handle keeps
+        if function.argtypes is None:
+            function.restype = ctypes.c_int64
+            function.argtypes = [_TYPES[letter] for letter in self.arguments]
+        return function
 
     def _address(self, array: Tensor) -> int:
         if not array.is_cpu:  # an address that is no memory of this process
@@ -132,8 +128,7 @@ def supported() -> list[str]:
     probe = _load("portable")
     if not isinstance(probe, Library):
         return []
-    features = Kernel("cpu_features", "")
-    bits = probe.function(features)()
+    bits = Kernel("cpu_features", "").function_of(probe)()
     there = [isa for isa, place in ISAS.items() if place is None or bits >> place & 1]
     return [isa for isa in there if _file(isa) is not None]
 
@@ -219,7 +214,7 @@ def _threads() -> tuple[int, int]:
 
 
 def _hand_threads(library: Library, addresses: tuple[int, int]) -> None:
-    library.function(Kernel("use_threads", "pp"))(*addresses)
+    Kernel("use_threads", "pp").function_of(library)(*addresses)
 
 
 def _run_alone() -> None:

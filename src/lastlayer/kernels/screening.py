@@ -17,57 +17,31 @@ BLOCK = 64  # classes that one summary is of
 GROUP, CHUNK = 16, 8  # classes whose 4-bit rows are interleaved; coordinates in the four bytes of a class
 WHOLE = 8128  # the largest whole number of a quantised hidden state
 NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SMALL = 1 << 18  # bytes of a preview that one thread reads before others help
 
 _screen = Kernel("screen", "pp")
-_NOTHING = torch.empty(0, device="cpu")
 
 
 class Kind(IntEnum):
     """How the rows of a preview are stored."""
 
-    GIVEN_SCORES = 0
-    INT8_ROWS = 1
-    INT4_ROWS = 2
-    FLOAT_COLUMNS = 3
-
-
-class Rotation(NamedTuple):
-    """How a hidden state becomes the vector that the rows are multiplied with."""
-
-    matrix: Tensor  # (rotated, d): float64; of INT4_ROWS float32 or bfloat16
-    rounding: Tensor  # float64: shares that rounding adds to the rows' part of the bound
-    tail: Tensor | None = None  # (d - rotated, d) float32: coordinates that the preview leaves out
-    fine: int = 0  # of INT4_ROWS: coordinates with 8 bits
-    unbalance: Tensor | None = None  # of INT4_ROWS: (rotated,) float32
+    INT8_ROWS = 0
+    INT4_ROWS = 1
+    FLOAT_COLUMNS = 2
 
 
 class Rows(NamedTuple):
-    """A preview's rows as the engine reads them."""
+    """A preview's rows as the engine reads them, and how a hidden state becomes what they are multiplied with."""
 
     kind: Kind
-    rows: Tensor | None = None
+    rows: Tensor
+    width: int  # padded
     scale: Tensor | None = None  # (V,) float32, of integer rows
-    width: int = 0  # padded
-    rotation: Rotation | None = None
-
-
-class Outputs(NamedTuple):
-    """What a query fills."""
-
-    log_prob: Tensor  # (N, k) float32
-    indices: Tensor  # (N, k) int64, -1 where fewer than k classes are left
-    certified: Tensor  # (N,) bool
-    log_normalizer: Tensor  # (N, 1) float64
-    status: Tensor  # (N,) uint8: 0, or why the full layer has to run, as `Status` in csrc/screening.h
-    logits: Tensor  # (N, V) float32: the preview's scores, exact where rescored
-
-    @classmethod
-    def empty(cls, count: int, k: int, classes: int) -> "Outputs":
-        """Buffers for some rows."""
-        shapes = (count, k), (count, k), (count,), (count, 1), (count,), (count, classes)
-        dtypes = torch.float32, torch.int64, torch.bool, torch.float64, torch.uint8, torch.float32
-        pairs = zip(shapes, dtypes, strict=True)
-        return cls(*(torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype in pairs))
+    rotation: Tensor | None = None  # (rotated, d): float64; of INT4_ROWS float32 or bfloat16
+    rounding: Tensor | None = None  # float64: shares that rounding a rotation adds to the rows' part of the bound
+    tail: Tensor | None = None  # (d - rotated, d) float32: coordinates that the preview leaves out
+    fine: int = 0  # of INT4_ROWS: coordinates with 8 bits
+    unbalance: Tensor | None = None  # of INT4_ROWS: (rotated,) float32
 
 
 class Query(NamedTuple):
@@ -82,6 +56,17 @@ class Query(NamedTuple):
     def rows(self, rows: Tensor | slice) -> "Query":
         """The query of some of the hidden states."""
         return self if self.exclude is None else self._replace(exclude=self.exclude[rows])
+
+
+class Screened(NamedTuple):
+    """What a query finds, logit maps aside."""
+
+    log_prob: Tensor  # (N, k), best first; -inf where fewer than k classes are left
+    indices: Tensor  # (N, k); -1 there
+    certified: Tensor  # (N,), bool
+    log_normalizer: Tensor  # (N, 1) float64
+    logits: Tensor  # (N, V): the preview's scores, exact where rescored
+    rescored: Tensor | None = None  # (N, V), bool; the engine does not say
 
 
 class CompiledScreen:
@@ -101,44 +86,52 @@ class CompiledScreen:
         self.classes, self.width = weight.shape
         padding = -self.classes % BLOCK
         of_blocks = F.pad(of_classes, (0, padding)).unflatten(-1, (-1, BLOCK)).amax(-1).contiguous()
-        rotation = rows.rotation or Rotation(_NOTHING, _NOTHING)
-        parts = (weight, bias, of_classes, of_blocks, limits, rows.rows, rows.scale, rotation.matrix)
-        self._kept = (*parts, rotation.tail, rotation.unbalance, rotation.rounding)
-        columns = NUMBER_TYPES.get(rows.rows.dtype, 0) if rows.rows is not None else 0
         numbers = (
             *(self.classes, self.width, NUMBER_TYPES[weight.dtype], weight, bias),
             *(len(of_classes), of_classes, of_blocks, limits),
-            *(rows.kind, rows.rows, columns, rows.scale, rows.width),
-            *(len(rotation.matrix), rotation.matrix, NUMBER_TYPES.get(rotation.matrix.dtype, 0)),
-            *(0 if rotation.tail is None else len(rotation.tail), rotation.tail),
-            *(rotation.fine, rotation.unbalance, rotation.rounding),
+            *(rows.kind, rows.rows, _number_type(rows.rows), rows.scale, rows.width),
+            *(_length(rows.rotation), rows.rotation, _number_type(rows.rotation)),
+            *(_length(rows.tail), rows.tail, rows.fine, rows.unbalance, rows.rounding),
         )
-        self._packed = _packed(numbers)
+        self._kept, self._packed = numbers, _packed(numbers)
+        self._serial = rows.rows.nbytes <= SMALL
 
-    def __call__(
+    def screened(
         self,
         hidden: Tensor,  # (N, d), contiguous float32
         query: Query,
-        outputs: Outputs,
         *,
-        of_rows: Tensor | None = None,  # (N, m) float32
         only_scores: bool = False,
-        serial: bool = False,
-    ) -> None:
-        """Fills `outputs`; a row whose status is not 0 is still open.
-
-        Args:
-            of_rows: of a screen of `Kind.GIVEN_SCORES`, whose scores are in `outputs` already, the rows' part of
-                the error bound; None: the scores are exact logits.
-            only_scores: whether the preview's scores of all classes are all that is wanted.
-            serial: whether to stay on one thread.
-        """
+    ) -> tuple[Screened, Tensor]:
+        """The result; and of each row 0, or why the full layer has to run, as `Status` in csrc/screening.h."""
+        count, k = len(hidden), query.k
+        found = Screened(
+            torch.empty(count, k, dtype=torch.float32, device="cpu"),
+            torch.empty(count, k, dtype=torch.int64, device="cpu"),
+            torch.empty(count, dtype=torch.bool, device="cpu"),
+            torch.empty(count, 1, dtype=torch.float64, device="cpu"),
+            torch.empty(count, self.classes, dtype=torch.float32, device="cpu"),
+        )
+        status = torch.empty(count, dtype=torch.uint8, device="cpu")
         exclude = None if query.exclude is None else query.exclude.contiguous()
         numbers = (
-            *(len(hidden), query.k, query.candidates, query.exact, hidden, *outputs, of_rows),
-            *(0 if exclude is None else exclude.shape[1], exclude, query.barred, only_scores, serial),
+            *(count, k, query.candidates, query.exact, hidden, *found[:4], status, found.logits),
+            *(0 if exclude is None else exclude.shape[1], exclude, query.barred, only_scores, self._serial),
         )
         _screen(self._packed, _packed(numbers))
+        return found, status
+
+    def scores(self, hidden: Tensor) -> Tensor:  # (N, d) to (N, V)
+        """The preview's scores of all classes."""
+        return self.screened(hidden.float(), Query(0, 0), only_scores=True)[0].logits
+
+
+def _length(rows: Tensor | None) -> int:
+    return 0 if rows is None else len(rows)
+
+
+def _number_type(rows: Tensor | None) -> int:
+    return 0 if rows is None else NUMBER_TYPES.get(rows.dtype, 0)
 
 
 def _packed(numbers: tuple[Tensor | int | None, ...]) -> bytes:

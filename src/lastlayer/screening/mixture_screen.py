@@ -117,6 +117,9 @@ class ScreenedMixture(Screen):
         super()._adopt()
         self.in_features = self.layer.in_features
 
+    def _head_of(self, source: Any) -> tuple[Tensor, Tensor | None]:
+        return source.weight, source.bias
+
     def _measured_plan(self, states: Tensor) -> Plan:
         return (
             super()._measured_plan(states) if hasattr(self, "layer") else Plan(())
@@ -255,10 +258,7 @@ class ScreenedMixture(Screen):
         return Normalizers(self._used_normalizers(mixed), low, high)
 
     def _used_normalizers(self, mixed: Mixed) -> Tensor:  # (N, K)
-        logits, shift = mixed.logits, self._prepared.normalizer_shift
-        if shift is not None:
-            logits = torch.where(mixed.rescored[:, None], logits, logits + shift)
-        return self._below_peak(mixed, logits).logsumexp(-1)
+        return self._below_peak(mixed, mixed.logits).logsumexp(-1)
 
     def _log_prob(self, mixed: Mixed) -> Tensor:  # (N, V)
         shares = mixed.log_prior - self._used_normalizers(mixed)

@@ -8,8 +8,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lastlayer.kernels.screening import NUMBER_TYPES
 from lastlayer.screening.calibration import SecondMoment
 
+Backend = Literal["full", "compiled", "plain"]
 Use = Literal["fastest", "screen", "full"]
 USES = ("fastest", "screen", "full")
 
@@ -19,6 +21,7 @@ ROUNDS = 3
 LONG = 0.05  # seconds; what takes longer is measured twice: the first call also fills caches and starts threads
 REMEMBERED = 32  # rows over which the share of rows that needed the full layer is averaged
 FORGOTTEN = 0.98  # of that share, with every row that the full layer computed instead
+MOST_WIDTH = 8192  # up to which no 32-bit sum of products of a hidden state's whole numbers overflows
 
 
 class Planned(NamedTuple):
@@ -118,3 +121,38 @@ class Tally:
     def full_is_faster(self, planned: Planned) -> bool:
         """Whether the screen, and the full layer after it for that share of rows, take longer than it alone."""
         return planned.screen_ms + self._share * planned.full_ms > planned.full_ms
+
+
+def backend_for(
+    weight: Tensor,  # (V, d)
+    *,
+    rows: int,
+    candidates: int,
+    compiled: bool,
+    full_is_faster: bool,
+) -> Backend:
+    """What computes the results: the full layer, the screen by the compiled engine, or it in plain PyTorch.
+
+    Args:
+        weight: of the layer that is screened.
+        rows: hidden states in the query.
+        candidates: of the screen.
+        compiled: whether the compiled engine is there, and knows the preview.
+        full_is_faster: what the screen's plan says for so many rows.
+
+    >>> import torch
+    >>> screen = {"candidates": 32, "compiled": True, "full_is_faster": False}
+    >>> backend_for(torch.zeros(50_000, 64), rows=1, **screen)
+    'compiled'
+    >>> backend_for(torch.zeros(50_000, 64), rows=2000, **screen)  # the candidates' rows are more than all rows
+    'full'
+    """
+    if full_is_faster or rows * candidates >= len(weight):
+        return "full"
+    return "compiled" if compiled and engine_takes(weight) else "plain"
+
+
+def engine_takes(weight: Tensor) -> bool:
+    """Whether the compiled engine takes a weight: float32 or shorter, on a CPU, rows one after another."""
+    as_it_is = weight.is_cpu and weight.is_contiguous() and not weight.is_neg()
+    return as_it_is and weight.dtype in NUMBER_TYPES and weight.shape[1] <= MOST_WIDTH

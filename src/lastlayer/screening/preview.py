@@ -28,7 +28,6 @@ class PreparedPreview(ABC):
 
     bytes_read: int  # of the preview, by one query
     of_classes: Tensor  # (m, V), the classes' part of the error bound
-    normalizer_shift: Tensor | None = None  # (V,), added to scores in the normaliser only
 
     @abstractmethod
     def scores(

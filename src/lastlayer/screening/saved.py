@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from lastlayer.functional.logit_map import LogitMap, check_logit_map
-from lastlayer.kernels.arrays import array_of
 from lastlayer.screening.calibration import SecondMoment
 from lastlayer.screening.int4_preview import Int4Preview
 from lastlayer.screening.int8_preview import Int8Preview
@@ -34,7 +33,8 @@ def fingerprint(weight: Tensor, bias: Tensor | None) -> str:
     for tensor in (weight, bias):
         digest.update(b"none" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         for block in () if tensor is None else tensor.detach().split(HASHED_ROWS):
-            digest.update(array_of(block.contiguous().cpu().view(torch.uint8)).tobytes())
+            # of a copy: `numpy()` fixes the size of a storage for good, and FSDP frees that of a parameter
+            digest.update(block.cpu().clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -48,7 +48,6 @@ def save_screen(screen: ScreenRows, folder: Path, include_weight: bool, format_n
     settings: dict[str, Any] = {"kind": type(preview).__name__}
     if isinstance(preview, SVDPreview):
         settings |= {"window": preview.window, "storage": preview.storage}
-        settings |= {"tail_correction": preview.tail_correction}
     elif not isinstance(preview, Int4Preview | Int8Preview):
         raise TypeError(f"a {type(preview).__name__} of your own cannot be saved; save its settings yourself")
     calibration = None if isinstance(preview, Int8Preview) else preview.calibration
@@ -174,16 +173,13 @@ def _preview(settings: dict[str, Any], moment: Tensor | None, folder: Path) -> P
     if kind not in ("SVDPreview", "Int4Preview"):
         known = "an SVDPreview, Int4Preview or Int8Preview"
         raise ValueError(f"{folder / SETTINGS}: preview must be {known}, got {kind!r}")
+    if settings.get("tail_correction"):
+        raise ValueError(f"{folder} has a tail_correction, which SVDPreview no longer takes")
     try:
         calibration = None if moment is None else SecondMoment(moment, int(settings["calibration_rows"]))
         if kind == "Int4Preview":
             return Int4Preview(calibration=calibration)
-        return SVDPreview(
-            settings["window"],
-            calibration=calibration,
-            storage=settings["storage"],
-            tail_correction=settings["tail_correction"],
-        )
+        return SVDPreview(settings["window"], calibration=calibration, storage=settings["storage"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / SETTINGS} does not describe a preview: {error!r}") from None
 

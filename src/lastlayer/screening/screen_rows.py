@@ -12,13 +12,22 @@ from lastlayer.functional.precision import no_autocast
 from lastlayer.functional.results import ScreenedTopK
 from lastlayer.functional.selection import Selection
 from lastlayer.kernels import engine
-from lastlayer.kernels.screening import Outputs, Query
-from lastlayer.screening.backend import Backend, backend_for, engine_takes
-from lastlayer.screening.compiled import EngineScreen
+from lastlayer.kernels.screening import Query, Screened
+from lastlayer.screening.compiled import EngineScreen, PreparedByLibrary
 from lastlayer.screening.exact import full_logits, logits_at
-from lastlayer.screening.plan import USES, Plan, Tally, Use, likely_states, measure_plan
+from lastlayer.screening.plan import (
+    USES,
+    Backend,
+    Plan,
+    Tally,
+    Use,
+    backend_for,
+    engine_takes,
+    likely_states,
+    measure_plan,
+)
 from lastlayer.screening.preview import Preview
-from lastlayer.screening.screen import Head, Limits, Screened, class_parts, screen
+from lastlayer.screening.screen import Head, Limits, full_layer, log_sum_exp, screen
 from lastlayer.screening.watched_head import WatchedHead
 
 NO_GAIN = (
@@ -83,8 +92,7 @@ class ScreenRows(WatchedHead):
     def _prepare(self, gram: Tensor | None) -> None:
         known = {"gram": gram} if gram is not None and self.preview.uses_gram else {}
         self._prepared = self.preview.prepare(self.weight, self.bias, **known)
-        head = self._fixed_head()
-        self._limits = Limits.of(head, self._prepared)
+        self._limits = Limits.of(self._fixed_head(), self._prepared)
         self._compiled: EngineScreen | None = None
         self._mark_fresh()
         self._bars = self.bias is not None and bool(self.bias.isinf().any())
@@ -118,84 +126,71 @@ class ScreenRows(WatchedHead):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_compiled": None}  # it holds addresses
 
+    def _fixed_head(self) -> Head:
+        return Head(self.weight.detach(), None if self.bias is None else self.bias.detach())
+
     def _query(self, k: int, exact: bool, selection: Selection | None) -> Query:
         return Query(k, self.candidates, exact, *(selection or (None, None)))
 
+    def _is_compiled(self) -> bool:
+        return isinstance(self._prepared, PreparedByLibrary) and engine.available()
+
     def _backend(self, rows: int, use: Use) -> Backend:
         """What computes the results of so many rows, as `backend_for` says."""
-        weight, full = self.weight, use == "full"
+        full = use == "full"
         if use == "fastest":
             plan = self._current_plan()
             full = self._tally.full_is_faster(plan.of(rows))
             if full and not plan.gains and not self._warned:
                 self._warned = True
                 warnings.warn(NO_GAIN, RuntimeWarning, stacklevel=2)
-        return backend_for(
-            rows=rows,
-            num_classes=self.out_features,
-            candidates=self.candidates,
-            width=weight.shape[1],
-            dtype=weight.dtype,
-            device=weight.device,
-            contiguous=weight.is_contiguous() and not weight.is_neg(),
-            compiled=self._prepared.normalizer_shift is None and engine.available(),
-            full_is_faster=full,
-        )
+        sizes = {"rows": rows, "candidates": self.candidates}
+        return backend_for(self.weight, **sizes, compiled=self._is_compiled(), full_is_faster=full)
 
     def _engine(self) -> EngineScreen | None:
         """The screen as the compiled engine takes it; None where the engine does not."""
-        weight = self.weight
-        as_it_is = weight.is_contiguous() and not weight.is_neg()
-        if self._prepared.normalizer_shift is not None or not engine.available():
-            return None
-        if not engine_takes(weight.shape[1], weight.dtype, weight.device, as_it_is):
+        if not (self._is_compiled() and engine_takes(self.weight)):
             return None
         if self._compiled is None:
             self._compiled = EngineScreen(self._fixed_head(), self._prepared, self._limits)
         return self._compiled
 
-    def _fixed_head(self) -> Head:
-        return Head(self.weight.detach(), None if self.bias is None else self.bias.detach())
+    def _found(self, rows: Tensor, query: Query, use: Use, *, plain: bool = False) -> Screened:
+        """What the screen, or the full layer in its place, finds, without a gradient.
 
-    def _found(self, rows: Tensor, query: Query, use: Use) -> Outputs | Screened:
-        """What the screen, or the full layer in its place, finds, without a gradient; `Outputs` of the engine."""
-        rows, compiled, backend = rows.detach(), self._engine(), self._backend(len(rows), use)
+        The plain code also tells which classes were rescored.
+        """
+        rows, backend = rows.detach(), self._backend(len(rows), use)
+        if backend == "full":
+            self._tally.forget()
+            with no_autocast(rows.device.type):
+                return full_layer(self._fixed_head(), rows, query)
+        compiled = None if plain else self._engine()
         if compiled is not None and len(rows):
-            if backend == "full":
-                self._tally.forget()
-                return compiled.full(rows, query)
-            result, unsettled = compiled.query(rows, query)
+            found, unsettled = compiled.query(rows, query)
             self._tally.add(len(rows), unsettled)
-            return result
+            return found
         with no_autocast(rows.device.type):
-            if backend == "full":
-                return self._fixed_head().full(rows, query)
             return screen(self._fixed_head(), self._prepared, self._limits, rows, query)
 
     def _topk(self, rows: Tensor, query: Query, use: Use | None = None) -> ScreenedTopK:
         with torch.no_grad():
             found = self._found(rows, query, use or self.use)
-            if isinstance(found, Outputs):
-                if self.logit_map is None:
-                    return ScreenedTopK(found.log_prob, found.indices, found.certified)
-                values = found.logits.gather(-1, found.indices.clamp(min=0))
-            else:
-                values = found.values
-            log_prob = self._normalised(self._mapped(values), found)
-            return ScreenedTopK(
-                log_prob.masked_fill(found.indices < 0, -torch.inf), found.indices, found.certified
-            )
+            log_prob = found.log_prob
+            if self.logit_map is not None:
+                logits = found.logits.gather(-1, found.indices.clamp(min=0))
+                log_prob = self._normalised(self._mapped(logits), found)
+                log_prob = log_prob.masked_fill(found.indices < 0, -torch.inf)
+            return ScreenedTopK(log_prob, found.indices, found.certified)
 
     def _logits(self, rows: Tensor, normalised: bool) -> Tensor:
         """Logits, or log-probabilities, of one chunk of rows."""
-        query = self._query(1, self.exact, None)
-        found = self._following(rows, query) if self._followed(rows) else self._found(rows, query, self.use)
+        found = self._whole(rows)
         logits = self._mapped(found.logits)
         return self._normalised(logits, found) if normalised else logits
 
     def _score(self, rows: Tensor, ids: Tensor) -> Tensor:  # (N, d), (N, C) to (N, C)
-        query = self._query(1, self.exact, None)
-        found = self._following(rows, query) if self._followed(rows) else self._found(rows, query, self.use)
+        found = self._whole(rows)
         with no_autocast(rows.device.type):
             exact = logits_at(rows, self.weight, self.bias, ids)
         return self._normalised(self._mapped(exact), found)
@@ -207,59 +202,40 @@ class ScreenRows(WatchedHead):
 
     def _normalizer_error(self, rows: Tensor) -> Tensor:  # (N,)
         query, use = self._query(1, self.exact, None), "full" if self.use == "full" else "screen"
-        with no_autocast(rows.device.type):
-            screened = screen(self._fixed_head(), self._prepared, self._limits, rows, query)
-            error = self._prepared.error(rows).all().masked_fill(screened.rescored, 0.0)
+        found = self._found(rows, query, use, plain=True)
+        logits, error = found.logits, torch.zeros_like(found.logits)
+        if found.rescored is not None:
+            with no_autocast(rows.device.type):
+                error = self._prepared.error(rows).all().masked_fill(found.rescored, 0.0)
         # the engine's scores are rounded in another way, so where they tie other classes may be candidates
-        peak, used = self._normalizer(self._found(rows, query, use))
-        above = (self._mapped(screened.logits + error) - peak).logsumexp(-1, keepdim=True) - used
-        below = used - (self._mapped(screened.logits - error) - peak).logsumexp(-1, keepdim=True)
-        return torch.maximum(above, below).clamp(min=0.0).nan_to_num(nan=torch.inf, posinf=torch.inf).squeeze(-1)
+        used = self._log_normalizer(self._found(rows, query, use))
+        above = log_sum_exp(self._mapped(logits + error)) - used
+        below = used - log_sum_exp(self._mapped(logits - error))
+        most = torch.maximum(above, below).clamp(min=0.0).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        return most.squeeze(-1).to(logits.dtype)
 
-    def _followed(self, rows: Tensor) -> bool:
-        """Whether autograd is to follow."""
-        tensors = (rows, self.weight, self.bias)
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-    def _following(self, rows: Tensor, query: Query) -> Screened:
-        """The result as a differentiable function, the choice of classes held fixed."""
-        fixed = self._fixed_head()
+    def _whole(self, rows: Tensor) -> Screened:
+        """The result for all classes; where autograd is to follow, differentiable for the choice of classes."""
+        query, tensors = self._query(1, self.exact, None), (rows, self.weight, self.bias)
+        if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+            return self._found(rows, query, self.use)
+        with torch.no_grad():
+            found = self._found(rows, query, self.use, plain=True)
         with no_autocast(rows.device.type):
-            with torch.no_grad():
-                if self._backend(len(rows), self.use) == "full":
-                    screened = fixed.full(rows, query)
-                else:
-                    screened = screen(fixed, self._prepared, self._limits, rows, query)
-            full = full_logits(rows, self.weight, self.bias)
-            if bool(screened.rescored.all()):
-                return screened._replace(logits=full)
-            approximate = self._prepared.follow(rows, self.weight, self.bias)
-            return screened._replace(logits=torch.where(screened.rescored, full, approximate))
+            logits = full_logits(rows, self.weight, self.bias)
+            if found.rescored is not None and not bool(found.rescored.all()):
+                approximate = self._prepared.follow(rows, self.weight, self.bias)
+                logits = torch.where(found.rescored, logits, approximate)
+        return found._replace(logits=logits, log_normalizer=log_sum_exp(logits))
 
-    def _normalised(self, logits: Tensor, found: Outputs | Screened) -> Tensor:
-        peak, log_mass = self._normalizer(found)
-        return logits - peak - log_mass
+    def _normalised(self, logits: Tensor, found: Screened) -> Tensor:
+        """In two subtractions, as a large log-normaliser has no digits left for the rest in float32."""
+        log_normalizer = self._log_normalizer(found)
+        near = log_normalizer.to(logits.dtype)
+        return logits - near - (log_normalizer - near).to(logits.dtype)
 
-    def _normalizer(self, found: Outputs | Screened) -> tuple[Tensor, Tensor]:  # (N, 1) each
-        """The log-normaliser as two terms: one near the largest logit, and the rest, which a sum could lose."""
-        if isinstance(found, Outputs):
-            if self.logit_map is None:
-                peak = found.log_normalizer.float()
-                return peak, (found.log_normalizer - peak).float()
-            logits = self._mapped(found.logits)  # the engine does not know the map
-            peak = logits.amax(-1, keepdim=True)
-            return peak, (logits - peak).logsumexp(-1, keepdim=True)
-        shift, of_parts = self._prepared.normalizer_shift, []
-        peak = torch.stack(
-            [self._mapped(found.logits[:, at]).amax(-1) for at in class_parts(self.out_features)], -1
-        )
-        peak = peak.amax(-1, keepdim=True).detach()
-        for at in class_parts(self.out_features):
-            logits = found.logits[:, at]
-            if shift is not None:
-                logits = torch.where(found.rescored[:, at], logits, logits + shift[at])
-            of_parts.append((self._mapped(logits) - peak).logsumexp(-1, keepdim=True))
-        return peak, torch.cat(of_parts, dim=-1).logsumexp(-1, keepdim=True)
+    def _log_normalizer(self, found: Screened) -> Tensor:  # (N, 1), float64
+        return found.log_normalizer if self.logit_map is None else log_sum_exp(self._mapped(found.logits))
 
     def _mapped(self, logits: Tensor) -> Tensor:
         if self.logit_map is None:

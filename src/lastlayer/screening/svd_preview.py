@@ -5,13 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lastlayer.functional.checks import check_choice, check_not_negative, check_positive
+from lastlayer.functional.checks import check_choice, check_positive
 from lastlayer.functional.gram import Rotation
 from lastlayer.functional.precision import exact_dtype
 from lastlayer.screening.calibration import Calibration, SecondMoment, rotation_of, second_moment, shares_of
 from lastlayer.screening.exact import CAST_ROWS, full_logits, rounding_share, row_norms, size_of
 from lastlayer.screening.preview import ErrorBound, PreparedPreview, Preview
-from lastlayer.screening.stored_rows import STORAGES, store_rows
+from lastlayer.screening.quantised import Int8Rows
+
+STORAGES = ("float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True, init=False)
@@ -29,10 +31,6 @@ class SVDPreview(Preview):
         window: coordinates kept, at most d; at d the scores are the logits. The paper recommends d/8.
         calibration: hidden states `(..., d)`, or an iterable of such batches, which is read once and not kept.
         storage: "float32" (None; "float64" under a float64 weight), "bfloat16" or "int8" numbers.
-        tail_correction: adds this times half the variance of the dropped coordinates to the scores of the classes
-            that were not rescored, in the normaliser only. The normaliser is otherwise biased low. 0 is the paper;
-            1 is right for calibrated coordinates and Gaussian hidden states. Unless it is 0, probabilities do not
-            sum to one.
 
     Cost: preparing takes `V d^2` multiply-adds for the Gram matrix, as much for the rotated rows, and `O(d^3)`; a
     query reads `V * window` numbers. When NOT to use it: where proof is wanted; its bound is loose, and
@@ -53,7 +51,6 @@ class SVDPreview(Preview):
     window: int
     calibration: SecondMoment | None
     storage: str | None
-    tail_correction: float
 
     def __init__(
         self,
@@ -61,14 +58,12 @@ class SVDPreview(Preview):
         *,
         calibration: Calibration | None = None,
         storage: str | None = None,
-        tail_correction: float = 0.0,
     ) -> None:
         moment = None if calibration is None else second_moment(calibration)
         settings = {
             "window": check_positive("window", window),
             "calibration": moment,
             "storage": storage if storage is None else check_choice("storage", storage, STORAGES),
-            "tail_correction": check_not_negative("tail_correction", float(tail_correction)),
         }
         for name, value in settings.items():
             object.__setattr__(self, name, value)  # frozen: set once, here
@@ -94,15 +89,17 @@ class PreparedSVD(PreparedPreview):
         self.dtype, self.rotation, self.window = dtype, rotation, window
         head = torch.empty(len(weight), window, dtype=torch.float64, device=weight.device)
         balance = self._balance(settings.calibration)
-        tail, squares = torch.empty(2, len(weight), dtype=dtype, device=weight.device)
+        tail = torch.empty(len(weight), dtype=dtype, device=weight.device)
         for start in range(0, len(weight), CAST_ROWS):
             at = slice(start, start + CAST_ROWS)
             kept, dropped = (weight[at].double() @ rotation.weight_side).tensor_split([window], dim=1)
             head[at] = kept
             # from the tail itself: the difference of two squared norms would cancel
             tail[at] = torch.linalg.vector_norm(dropped / balance, dim=-1)
-            squares[at] = dropped.square().sum(-1)
-        self.rows = store_rows(head, settings.storage, dtype)
+        if settings.storage == "int8":
+            self.rows: FloatRows | Int8Rows = Int8Rows(head, dtype)
+        else:
+            self.rows = FloatRows(head, torch.bfloat16 if settings.storage == "bfloat16" else dtype, dtype)
         self.bias = tail.new_zeros(len(weight)) if bias is None else bias.to(dtype)
         size = row_norms(weight) + size_of(bias, tail)
         self.of_classes = torch.cat([self.rows.of_classes, torch.stack([tail, size])])
@@ -111,10 +108,6 @@ class PreparedSVD(PreparedPreview):
         to_tail = (rotation.hidden_side[:, window:] * balance).T
         self.to_tail = to_tail.to(dtype).contiguous()  # for a norm, whose rounding `tail_rounding` bounds
         self.tail_rounding = 2 * rounding_share(len(rotation.hidden_side), dtype) * float(self.to_tail.norm())
-        if settings.tail_correction:
-            moment = settings.calibration
-            of_coordinate = 1.0 if moment is None else float(moment.moment.trace()) / len(moment.moment)
-            self.normalizer_shift = 0.5 * settings.tail_correction * of_coordinate * squares
 
     def _balance(self, calibration: SecondMoment | None) -> Tensor:  # (d - window,), float64
         """What divides the rows' dropped coordinates and multiplies the hidden state's.
@@ -143,3 +136,40 @@ class PreparedSVD(PreparedPreview):
         # (h A) (W B)^T with both rotations held fixed is h (A B^T) W^T: linear in h and in W
         both = self.to_head.T @ self.rotation.weight_side[:, : self.window].T
         return full_logits(hidden.to(self.dtype) @ both.to(self.dtype), weight, bias)
+
+
+class FloatRows:
+    """Rows in a floating-point dtype; products are summed in the working dtype."""
+
+    def __init__(
+        self,
+        rows: Tensor,  # (V, w), float64
+        storage: torch.dtype,
+        dtype: torch.dtype,
+    ) -> None:
+        stored = rows.to(storage)
+        self.columns = stored.T.contiguous()  # (w, V): sums over the width then run beside each other
+        self.dtype = dtype
+        self.bytes_read = self.columns.nbytes
+        rounded = torch.linalg.vector_norm(rows - stored.double(), dim=-1)
+        share = rounding_share(rows.shape[-1], dtype)
+        self.of_classes = (rounded + share * torch.linalg.vector_norm(rows, dim=-1)).to(dtype)[None]  # (1, V)
+
+    def of_rows(self, hidden: Tensor) -> Tensor:  # (N, w) -> (N, 1)
+        """What `of_classes` is multiplied by to bound the error of `scores`."""
+        return torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+
+    def scores(
+        self,
+        hidden: Tensor,  # (N, w)
+        bias: Tensor,  # (V,)
+    ) -> Tensor:  # (N, V)
+        """`hidden @ rows.T + bias`, summed in the working dtype."""
+        hidden = hidden.to(self.dtype)
+        if self.columns.dtype == self.dtype:
+            return torch.addmm(bias, hidden, self.columns)
+        scores = hidden.new_empty(len(hidden), self.columns.shape[-1])
+        for start in range(0, scores.shape[-1], CAST_ROWS):
+            block = self.columns[:, start : start + CAST_ROWS].to(self.dtype)
+            torch.matmul(hidden, block, out=scores[:, start : start + CAST_ROWS])
+        return scores.add_(bias)

@@ -1,8 +1,7 @@
 """A weight and a bias that are kept by reference: checked once, and noticed when they are not what they were."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,31 +10,6 @@ from lastlayer.functional.changes import count_of_changes
 from lastlayer.functional.ordinary import exporting
 
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
-
-
-class Watched(NamedTuple):
-    """Where a module that the weight or bias came from keeps it."""
-
-    module: nn.Module
-    name: str
-    own: str  # "weight" or "bias"
-
-    def current(self) -> Tensor | None:
-        """What the module has there now."""
-        return getattr(self.module, self.name)
-
-
-@runtime_checkable
-class ComputedHead(Protocol):
-    """A module whose weight and bias are not kept but computed, as of a `FactoredOutput`."""
-
-    def linear_head(self) -> tuple[Tensor, Tensor | None, nn.Module | None]:
-        """Copies of weight and bias, and the logit map."""
-        ...
-
-    def head_version(self) -> Any:
-        """Differs after every change of what `linear_head` computes."""
-        ...
 
 
 class WatchedHead(nn.Module, ABC):
@@ -50,8 +24,7 @@ class WatchedHead(nn.Module, ABC):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self._watched: tuple[Watched, ...] = ()  # of a tuple, so that the module is no submodule
-        self._computed: tuple[ComputedHead, ...] = ()  # none or one
+        self._source: tuple[Any, ...] = ()  # none or one; of a tuple, so that the module is no submodule
         self._set_head(weight, bias)
 
     @abstractmethod
@@ -69,24 +42,26 @@ class WatchedHead(nn.Module, ABC):
             else:
                 self.register_buffer(name, tensor)
 
-    def watch(self, module: object) -> None:
-        """Has the module that the weight and bias came from watched: it may replace them, or compute others."""
-        if isinstance(module, ComputedHead):
-            self._computed = (module,)
-            self._mark_fresh()
-        elif isinstance(module, nn.Module):
-            self._watched = tuple(_places(module, self.weight, self.bias))
+    def watch(self, source: Any) -> None:
+        """Has the module that the weight and bias came from watched: it may replace them, or compute others.
+
+        A module that computes them is watched where it has `head_version()`, which differs after every change.
+        """
+        if hasattr(source, "head_version") or self._is_head_of(source):
+            self._source = (source,)
             self._mark_fresh()
 
     def _adopt(self) -> None:
-        """Takes the weight and the bias that the watched module has now, or computes."""
-        for module in self._computed:
-            weight, bias, _ = module.linear_head()
-            self._set_head(weight, bias)
-            return
-        found = {"weight": self.weight, "bias": self.bias} | {w.own: w.current() for w in self._watched}
-        assert found["weight"] is not None
-        self._set_head(found["weight"], found["bias"])
+        """Takes the weight and the bias that the watched module has now."""
+        self._set_head(*(self._head_of(self._source[0]) if self._source else (self.weight, self.bias)))
+
+    def _head_of(self, source: Any) -> tuple[Tensor, Tensor | None]:
+        """What a layer with `linear_head()` returns, or the `weight` and `bias` of another."""
+        return source.linear_head()[:2] if hasattr(source, "linear_head") else (source.weight, source.bias)
+
+    def _is_head_of(self, source: Any) -> bool:
+        weight, bias = self._head_of(source)
+        return weight is self.weight and bias is self.bias
 
     def _mark_fresh(self) -> None:
         self._prepared_for: tuple[Any, ...] | None = self._stamp()
@@ -107,14 +82,12 @@ class WatchedHead(nn.Module, ABC):
 
     def _stamp(self) -> tuple[Any, ...]:
         """Changes whenever the weight or bias is written, moved or replaced (except through `.data`)."""
-        weight, bias = self.weight, self.bias
-        stamp = (weight.data_ptr(), count_of_changes(weight))
-        if bias is not None:
-            stamp = (*stamp, bias.data_ptr(), count_of_changes(bias))
-        if self._watched:
-            own = {"weight": weight, "bias": bias}
-            stamp = (*stamp, *(place.current() is own[place.own] for place in self._watched))
-        return (*stamp, *(module.head_version() for module in self._computed))
+        tensors = [tensor for tensor in (self.weight, self.bias) if tensor is not None]
+        stamp = [(tensor.data_ptr(), count_of_changes(tensor)) for tensor in tensors]
+        for source in self._source:
+            current = source.head_version() if hasattr(source, "head_version") else self._is_head_of(source)
+            return (*stamp, current)
+        return tuple(stamp)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_prepared_for": self._is_fresh()}
@@ -122,22 +95,6 @@ class WatchedHead(nn.Module, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # a copy has memory of its own, and is as fresh or stale as its original
         self._prepared_for = self._stamp() if state["_prepared_for"] else None
-
-
-def _places(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Iterator[Watched]:
-    for own, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            if getattr(module, own, 0) is None:
-                yield Watched(module, own, own)
-            continue
-        for part in module.modules():
-            names = [name for name, there in _own_tensors(part) if there is tensor]
-            yield from (Watched(part, name, own) for name in names[:1])
-
-
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(recurse=False)
-    yield from module.named_buffers(recurse=False)
 
 
 def check_head(weight: Tensor, bias: Tensor | None) -> None:

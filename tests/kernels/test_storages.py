@@ -1,29 +1,17 @@
-"""Views of tensors for kernels: the same numbers, and a storage that can still be resized."""
+"""Kernels and files leave the storage of parameters free to be resized, which `Tensor.numpy()` would not."""
 
-import numpy as np
 import pytest
 import torch
 
-from lastlayer import AdaptiveSoftmax, FullSoftmax, HierarchicalSoftmax, MixtureOfSoftmaxes, TreeSoftmax
-from lastlayer.kernels.arrays import array_of
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.uint8])
-@pytest.mark.parametrize("cut", [torch.clone, torch.t, lambda t: t[1:, ::2], lambda t: t[:0], lambda t: t[0, 0]])
-def test_a_view_is_what_numpy_makes(dtype, cut):
-    tensor = cut(torch.arange(24).reshape(4, 6).to(dtype))
-    view, expected = array_of(tensor), tensor.clone().numpy()
-    assert view.dtype == expected.dtype
-    assert np.array_equal(view, expected)
-    if tensor.numel():
-        view[...] = 7
-        assert (tensor == 7).all(), "a copy"
-
-
-def test_a_view_keeps_the_memory_alive():
-    view = array_of(torch.full((1 << 16,), 3.0))
-    torch.full((1 << 16,), 5.0)
-    assert (view == 3).all()
+from lastlayer import (
+    AdaptiveSoftmax,
+    FullSoftmax,
+    HierarchicalSoftmax,
+    Int8Preview,
+    MixtureOfSoftmaxes,
+    ScreenedSoftmax,
+    TreeSoftmax,
+)
 
 
 @pytest.mark.parametrize(
@@ -47,3 +35,10 @@ def test_training_leaves_the_storage_of_parameters_free(make):
         layer.sample(torch.randn(rows, 16), 3)
     for name, parameter in layer.named_parameters():
         assert parameter.untyped_storage().resizable(), f"the storage of {name} is fixed"
+
+
+def test_saving_a_screen_leaves_the_storage_of_its_weight_free(tmp_path):
+    layer = FullSoftmax(16, 300)
+    screen = ScreenedSoftmax.from_layer(layer, preview=Int8Preview(), candidates=9, use="screen")
+    screen.save(tmp_path, include_weight=False)
+    assert layer.weight.untyped_storage().resizable()
