@@ -23,16 +23,16 @@ def engine_rows(prepared: PreparedPreview) -> Rows:
         return Rows(Kind.INT8_ROWS, rows.stored, rows.width, rows.scale)
     if isinstance(prepared, PreparedInt4):
         rows = prepared.rows
-        rotation = {"rotation": prepared.rotation, "rounding": prepared.rounding, "unbalance": prepared.unbalance}
-        return Rows(Kind.INT4_ROWS, rows.packed, rows.width, rows.scale, fine=rows.fine, **rotation)
+        rotation = (prepared.rotation, prepared.rounding, None, rows.fine, prepared.unbalance)
+        return Rows(Kind.INT4_ROWS, rows.packed, rows.width, rows.scale, *rotation)
     assert isinstance(prepared, PreparedSVD)
-    rows, width = prepared.rows, prepared.to_head.shape[-1]
-    shares = [prepared.tail_rounding, rounding_share(width, prepared.dtype)]
+    shares = [prepared.tail_rounding, rounding_share(prepared.to_head.shape[-1], prepared.dtype)]
     rounding = torch.tensor(shares, dtype=torch.float64, device="cpu")
-    rotation = {"rotation": prepared.to_head, "rounding": rounding, "tail": prepared.to_tail}
-    if isinstance(rows, Int8Rows):
-        return Rows(Kind.INT8_ROWS, rows.stored, rows.width, rows.scale, **rotation)
-    return Rows(Kind.FLOAT_COLUMNS, rows.columns, prepared.window, **rotation)
+    rotation = (prepared.to_head, rounding, prepared.to_tail)
+    if isinstance(prepared.rows, Int8Rows):
+        rows = prepared.rows
+        return Rows(Kind.INT8_ROWS, rows.stored, rows.width, rows.scale, *rotation)
+    return Rows(Kind.FLOAT_COLUMNS, prepared.rows.columns, prepared.window, None, *rotation)
 
 
 class EngineScreen(CompiledScreen):

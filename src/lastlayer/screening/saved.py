@@ -34,7 +34,7 @@ def fingerprint(weight: Tensor, bias: Tensor | None) -> str:
         digest.update(b"none" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         for block in () if tensor is None else tensor.detach().split(HASHED_ROWS):
             # of a copy: `numpy()` fixes the size of a storage for good, and FSDP frees that of a parameter
-            digest.update(block.cpu().clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy())
+            digest.update(block.cpu().clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
