@@ -105,7 +105,7 @@ def test_stopped_and_resumed_equals_uninterrupted(compared, tmp_path, story, mon
         (["--steps", 5, "--seconds", 5], 2, "not both"),
         (["--characters", "--ids"], 2, "one of --characters and --ids, not both"),
         (["--ids-dtype", "float"], 2, "--ids-dtype must be one of uint16, uint32; got 'float'"),
-        (["--width", 10**8], 2, "at --width 100,000,000 need about"),
+        (["--width", 10**8], 2, "at --width 100,000,000 needs about"),
         (["--seconds", "inf"], 2, "--seconds must be a finite number of seconds, got inf"),
         (["--text", "missing.txt"], 2, "no text file missing.txt"),
         (["--min-count", 100_000], 1, "lower --min-count"),

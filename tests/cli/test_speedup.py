@@ -243,7 +243,7 @@ def bad_transformers(folder):
     (folder / "no-json" / "config.json").write_text("{")
     return {
         "architecture.gguf": (1, "architecture nosucharch is not supported"),
-        "type.gguf": (1, "a tensor of a GGUF type that cannot be read here"),
+        "type.gguf": (1, "is not a valid GGMLQuantizationType"),
         "headless": (1, "a vit model, which has no output layer over a vocabulary"),
         "no-weights": (1, "no file named model.safetensors"),
         "executes": (1, "nothing else is ever unpickled"),

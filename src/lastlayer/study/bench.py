@@ -12,7 +12,7 @@ from lastlayer.functional.sampling import sample_classes
 from lastlayer.study.choices import CHOICES
 from lastlayer.study.errors import UsageError
 from lastlayer.study.measuring.measure import interleaved, peak_bytes, seconds_of
-from lastlayer.study.measuring.memory import check_memory
+from lastlayer.study.measuring.memory import require_memory
 from lastlayer.study.measuring.peers import (
     QUERY_BASELINE,
     TRAINING_BASELINE,
@@ -95,11 +95,8 @@ def _check_memory(sizes: Sizes, layers: list[str], device: torch.device) -> None
     held = max(3, *(CHOICES[name].logits for name in layers))  # logits, their softmax and gradient at the least
     logits = held * 4 * sizes.batch * sizes.num_classes
     needed = round(weights * weight + screens + logits + 40 * sizes.num_classes)  # counts, targets, orders
-    shortage = check_memory(needed, device)
-    if shortage is not None:
-        sides = f"V={sizes.num_classes:,} d={sizes.in_features:,} N={sizes.batch:,}"
-        most = float(f"{sizes.num_classes * shortage.share:.1e}")
-        raise UsageError(f"{sides} needs {shortage}; fewer --layers or --num-classes {most:,.0f} would fit")
+    sides = f"V={sizes.num_classes:,} d={sizes.in_features:,} N={sizes.batch:,}"
+    require_memory(needed, device, sides, "fewer --layers or --num-classes")
 
 
 def _cases(sizes: Sizes, layers: list[str], device: torch.device) -> Iterator[Case]:

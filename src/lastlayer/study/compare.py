@@ -1,6 +1,6 @@
 """The same small language model once per output layer, each for the same budget, and what each costs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lastlayer.study.choices import CHOICES, build_layer
 from lastlayer.study.errors import UsageError
 from lastlayer.study.files import Record, Records, make_folder, write_json, write_text
-from lastlayer.study.measuring.cost import Sample, count_parameters, measure_costs
+from lastlayer.study.measuring.cost import Sample, measure_costs
 from lastlayer.study.measuring.measure import environment, seconds_of
-from lastlayer.study.measuring.memory import check_memory
+from lastlayer.study.measuring.memory import require_memory
 from lastlayer.study.processes import is_first, sharded
 from lastlayer.study.report.comparison import best_first, in_a_line, show
 from lastlayer.study.report.figures import counted, duration
@@ -30,8 +30,6 @@ from lastlayer.study.training.trainer import CURVE_AT, CURVE_TOKENS, Budget, Tra
 TOP = 10
 TOP_TOKENS = 2_000  # held-out tokens whose top-10 is computed
 HELD_OUT_BATCH, HELD_OUT_WINDOW = 10, 50
-STEPS_OF_BAR = 1000
-WIDE = 80  # columns, below which progress is a percentage without a bar
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False}  # a name may hold brackets
 
 
@@ -83,7 +81,7 @@ class Comparison:
         make_folder(self.out)
         if not resume:
             self._refuse_to_overwrite()
-        self._write_vocabulary()
+        write_text(self.out / "vocabulary.tsv", self.corpus.vocabulary())
         self._announce()
         try:
             trainers = {name: self._train(name, resume) for name in self.plan.layers}
@@ -118,13 +116,8 @@ class Comparison:
         rows = self.plan.batch * self.plan.window
         logits = 4 * rows * self.corpus.num_classes * max(CHOICES[name].logits for name in self.plan.layers)
         needed = len(self.plan.layers) * (4 * table + 4 * lstm) + 2 * table + logits
-        shortage = check_memory(needed, self.plan.device)
-        if shortage is not None:
-            sides = f"{self.corpus.num_classes:,} {self.corpus.unit} at --width {self.plan.width:,}"
-            raise UsageError(f"{sides} need {shortage}; fewer --layers or a smaller --width would fit")
-
-    def _write_vocabulary(self) -> None:
-        write_text(self.out / "vocabulary.tsv", self.corpus.vocabulary())
+        sides = f"a model of {self.corpus.num_classes:,} {self.corpus.unit} at --width {self.plan.width:,}"
+        require_memory(needed, self.plan.device, sides, "fewer --layers or a smaller --width")
 
     def _trainer(self, name: str, path: Path | None) -> Trainer:
         """The run of one layer from its start; the seed is the same for each."""
@@ -198,11 +191,10 @@ class Comparison:
         """The content of results.json, from which the page is made; records are sorted, the best first."""
         layers = {name: trainer.model.output for name, trainer in trainers.items()}
         samples = {name: self._sample(trainer.model) for name, trainer in trainers.items()}
-        costs = measure_costs(layers, samples, self._query_k())
+        costs = measure_costs(layers, samples, min(TOP, self.corpus.num_classes))
         records: list[Record] = []
         for name, trainer in trainers.items():
             assert trainer.result is not None  # set when its training ended
-            cost = costs[name]
             records.append(
                 {
                     "layer": name,
@@ -211,15 +203,10 @@ class Comparison:
                     "steps": trainer.steps,
                     "tokens": trainer.tokens,
                     "tokens_per_second": trainer.tokens / trainer.seconds,
-                    "output_layer_ms": cost.step_ms,
-                    "peak_bytes": cost.step_bytes,
-                    "parameters": count_parameters(layers[name]),
-                    "query_ms": cost.query_ms,
-                    "screened_query_ms": cost.screened_ms,
-                    "screened_agreement": cost.screened_agreement,
+                    **costs[name],
                     "num_classes": self.corpus.num_classes,
                     "in_features": self.plan.width,
-                    "batch": len(samples[name].targets),
+                    "batch": len(samples[name][1]),
                 }
             )
         text = {
@@ -241,9 +228,6 @@ class Comparison:
             "curves": {name: [asdict(point) for point in trainer.curve] for name, trainer in trainers.items()},
         }
 
-    def _query_k(self) -> int:
-        return min(TOP, self.corpus.num_classes)
-
     @torch.no_grad()
     def _sample(self, model: LanguageModel) -> Sample:
         """Hidden states of one training batch's size, from held-out text."""
@@ -251,42 +235,22 @@ class Comparison:
         inputs, targets = self.corpus.held_out_batches(self.plan.batch, self.plan.window, self.plan.device)[0]
         hidden, _ = model.encode(inputs, None)
         kept = targets != NO_TARGET
-        return Sample(hidden[kept], targets[kept])
+        return hidden[kept], targets[kept]
 
 
 @contextmanager
-def _progress(name: str, trainer: Trainer, console: Console) -> Iterator[Any]:
-    """A bar of the budget used, with the speed and the last held-out perplexity."""
-    bar = (BarColumn(), TextColumn("{task.fields[speed]:>7,.0f} tokens/s"))
-    columns = (
-        TextColumn("{task.description}"),
-        *(bar if console.width >= WIDE else (TaskProgressColumn(),)),
-        TextColumn("perplexity {task.fields[perplexity]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(
-            name,
-            total=STEPS_OF_BAR,
-            completed=round(STEPS_OF_BAR * trainer.share_used),
-            speed=0.0,
-            perplexity="...",
-        )
+def _progress(name: str, trainer: Trainer, console: Console) -> Iterator[Callable[[Trainer], None]]:
+    """A bar of the budget used, with the last held-out perplexity and the speed, in a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TimeRemainingColumn())
+    with Progress(
+        *columns, console=console, transient=True, expand=True, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task(name, total=1.0)
 
         def on_step(at: Trainer) -> None:
-            progress.update(
-                task,
-                completed=STEPS_OF_BAR * at.share_used,
-                speed=at.tokens / at.seconds,
-                perplexity=_last_perplexity(at),
-            )
+            last = at.curve[-1].perplexity if at.curve else None
+            perplexity = "" if last is None else f"perplexity {last:,.0f}, "
+            said = f"{name}: {perplexity}{at.tokens / at.seconds:,.0f} tokens/s"
+            progress.update(task, completed=at.share_used, description=said)
 
         yield on_step
-
-
-def _last_perplexity(trainer: Trainer) -> str:
-    """Of the learning curve; `-` where it has none, `...` before its first point."""
-    if not trainer.curve:
-        return "..."
-    last = trainer.curve[-1].perplexity
-    return "-" if last is None else f"{last:,.0f}"

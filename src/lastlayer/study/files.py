@@ -56,15 +56,12 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
     def whole() -> None:
         _remove_abandoned(goal.parent, prefix, suffix)
-        folder = Path(tempfile.mkdtemp(suffix, prefix, goal.parent))
-        try:
-            temporary = folder / goal.name
+        with tempfile.TemporaryDirectory(suffix, prefix, goal.parent) as folder:
+            temporary = Path(folder) / goal.name
             write(temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(goal)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     _or_study_error(path, whole)
 

@@ -66,10 +66,6 @@ def load_head(path: Path, tensor: str | None = None) -> LoadedHead:
             ) from problem
         if "trust_remote_code" in str(problem):
             raise StudyError(f"{path} brings code of its own, which is never run") from problem
-        if "GGMLQuantizationType" in str(problem):
-            raise StudyError(
-                f"{path} holds a tensor of a GGUF type that cannot be read here: {problem}"
-            ) from problem
         raise StudyError(f"cannot read {path}: {_first_line(problem)}") from problem
     return LoadedHead(path.name, *_checked(path, weight, bias))
 

@@ -6,7 +6,7 @@ import torch
 
 from lastlayer import AugmentReduce, FactoredOutput, FullSoftmax, HierarchicalSoftmax, Uniform
 from lastlayer.study.measuring import cost
-from lastlayer.study.measuring.cost import Sample, count_parameters, measure_costs, one_by_one, screen_of
+from lastlayer.study.measuring.cost import measure_costs, one_by_one, screen_of
 
 
 def test_costs_of_layers(monkeypatch):
@@ -16,17 +16,15 @@ def test_costs_of_layers(monkeypatch):
     layers["factored"] = FactoredOutput(16, 5000)
     layers["augment-reduce"] = AugmentReduce(16, 5000, Uniform(5000), 10, num_examples=100, sparse=True)
     before = {name: copy.deepcopy(layer.state_dict()) for name, layer in layers.items()}
-    samples = {name: Sample(torch.randn(64, 16), torch.randint(5000, (64,))) for name in layers}
+    samples = {name: (torch.randn(64, 16), torch.randint(5000, (64,))) for name in layers}
     costs = measure_costs(layers, samples, 10)
     assert list(costs) == list(layers)
+    assert all(record[field] > 0 for record in costs.values() for field in ("output_layer_ms", "query_ms"))
+    assert costs["factored"]["parameters"] == 16 * 5000
     full, hierarchical = costs["full"], costs["hierarchical"]
-    assert costs["factored"].step_ms > 0
-    assert count_parameters(layers["factored"]) == 16 * 5000
-    assert min(full.step_ms, full.query_ms, hierarchical.step_ms, hierarchical.query_ms) > 0
-    assert full.screened_ms is not None
-    assert full.screened_agreement is not None
-    assert full.screened_agreement == 1  # proved
-    assert (hierarchical.screened_ms, hierarchical.screened_agreement) == (None, None)
+    assert full["screened_query_ms"] > 0
+    assert full["screened_agreement"] == 1  # proved
+    assert (hierarchical["screened_query_ms"], hierarchical["screened_agreement"]) == (None, None)
     for name, layer in layers.items():
         assert all(torch.equal(value, before[name][key]) for key, value in layer.state_dict().items())
         assert all(p.grad is None for p in layer.parameters())

@@ -13,10 +13,9 @@ from lastlayer.functional.spherical import SphericalLoss, SphericalSoftmax, Squa
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.factored import FactoredOutput
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
-from lastlayer.study.errors import UsageError
 from lastlayer.study.files import Record, Records
 from lastlayer.study.measuring.measure import Timing, seconds_of
-from lastlayer.study.measuring.memory import check_memory
+from lastlayer.study.measuring.memory import require_memory
 
 Call = Callable[[], object]
 
@@ -74,11 +73,8 @@ def measure_speed(
 def _check_memory(num_classes: int, in_features: int, batch: int) -> None:
     """Refuses sizes that do not fit: the peers, each with a weight of its own, are held at once."""
     weights = 3 + len(LOSSES)  # plain, its gradient, two levels, factored
-    shortage = check_memory(4 * num_classes * (weights * in_features + 4 * batch), torch.device("cpu"))
-    if shortage is not None:
-        most = float(f"{num_classes * shortage.share:.1e}")
-        sides = f"V={num_classes:,} d={in_features:,}"
-        raise UsageError(f"{sides} needs {shortage}; --num-classes {most:,.0f} would fit")
+    needed = 4 * num_classes * (weights * in_features + 4 * batch)
+    require_memory(needed, torch.device("cpu"), f"V={num_classes:,} d={in_features:,}", "fewer --num-classes")
 
 
 def measure_whole_model(num_classes: int, in_features: int, batch: int, rounds: int, seed: int = 0) -> Records:

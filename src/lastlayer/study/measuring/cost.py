@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import cycle
 
 import torch
@@ -12,6 +11,7 @@ from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.factored import FactoredOutput
 from lastlayer.screening import Int8Preview, ScreenedSoftmax
 from lastlayer.screening.base import Screen
+from lastlayer.study.files import Record
 from lastlayer.study.measuring.measure import interleaved, peak_bytes
 from lastlayer.study.training.language_model import adagrad, kept_examples
 
@@ -20,27 +20,17 @@ CANDIDATES = 64  # rescored at first; an exact screen widens them where it must
 SCREEN_FROM = 4096  # classes; below, a query of all of them is as quick
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Hidden states of one model, with the words that came next."""
-
-    hidden: Tensor  # (N, d)
-    targets: Tensor  # (N,)
+Sample = tuple[Tensor, Tensor]  # hidden states (N, d) of one model, and the words (N,) that came next
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Medians, in milliseconds and bytes."""
+def measure_costs(layers: dict[str, OutputLayer], samples: dict[str, Sample], k: int) -> dict[str, Record]:
+    """Measures every layer on its own sample, interleaved; the layers stay as they are.
 
-    step_ms: float  # forward, backward and the optimizer's update, of the output layer alone
-    step_bytes: int  # the most that such a step holds beyond parameters and optimizer state
-    query_ms: float  # the top-k of one hidden state
-    screened_ms: float | None  # the same through a screen, where the layer ends in one matrix
-    screened_agreement: float | None  # share of hidden states whose top-k is the layer's own
-
-
-def measure_costs(layers: dict[str, OutputLayer], samples: dict[str, Sample], k: int) -> dict[str, Cost]:
-    """Measures every layer on its own sample, interleaved; the layers stay as they are."""
+    A record has medians in milliseconds, and bytes: `output_layer_ms` of forward, backward and update of the
+    output layer alone; the `peak_bytes` that it holds beyond parameters and optimizer state; `query_ms` of the
+    top-k of one hidden state; where the layer ends in one matrix `screened_query_ms` of the same through a screen,
+    and `screened_agreement`, the share of hidden states whose top-k is the layer's own; `parameters`, how many.
+    """
     steps = {name: _harmless_step(layer, samples[name]) for name, layer in layers.items()}
     step_times = interleaved(steps, rounds=ROUNDS, warmup=1)
     peaks = {name: peak_bytes(step) for name, step in steps.items()}
@@ -49,19 +39,23 @@ def measure_costs(layers: dict[str, OutputLayer], samples: dict[str, Sample], k:
         layer.eval()
 
     screens = {name: screen for name, layer in layers.items() if (screen := screen_of(layer)) is not None}
-    queries = {name: one_by_one(layer.topk, samples[name].hidden, k) for name, layer in layers.items()}
+    queries = {name: one_by_one(layer.topk, samples[name][0], k) for name, layer in layers.items()}
     for name, screen in screens.items():
-        queries[f"{name}, screened"] = one_by_one(screen.topk, samples[name].hidden, k)
+        queries[f"{name}, screened"] = one_by_one(screen.topk, samples[name][0], k)
     query_times = interleaved(queries, rounds=QUERY_ROUNDS, repeats=QUERY_REPEATS)
-
-    costs = {}
-    for name, layer in layers.items():
-        screened, agreement = None, None
-        if name in screens:
-            screened = query_times[f"{name}, screened"].ms
-            agreement = _agreement(layer, screens[name], samples[name].hidden, k)
-        costs[name] = Cost(step_times[name].ms, peaks[name], query_times[name].ms, screened, agreement)
-    return costs
+    return {
+        name: {
+            "output_layer_ms": step_times[name].ms,
+            "peak_bytes": peaks[name],
+            "parameters": count_parameters(layer),
+            "query_ms": query_times[name].ms,
+            "screened_query_ms": query_times[f"{name}, screened"].ms if name in screens else None,
+            "screened_agreement": _agreement(layer, screens[name], samples[name][0], k)
+            if name in screens
+            else None,
+        }
+        for name, layer in layers.items()
+    }
 
 
 def _harmless_step(layer: OutputLayer, sample: Sample) -> Callable[[], None]:
@@ -70,7 +64,7 @@ def _harmless_step(layer: OutputLayer, sample: Sample) -> Callable[[], None]:
         layer = copy.deepcopy(layer)
     optimizer = layer.own_optimizer(1e-20) or adagrad(layer.parameters(), 0.0)
     layer.train()
-    return training_step(loss_of(layer, len(sample.hidden)), optimizer, sample.hidden, sample.targets)
+    return training_step(loss_of(layer, len(sample[0])), optimizer, *sample)
 
 
 def loss_of(layer: OutputLayer, rows: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -102,7 +102,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
     (0 where the system does not tell). Memory that the call finds already mapped and free is given back to the
     system first, so that it counts.
     """
-    gc.collect()
+    gc.collect(1)  # such as the graph of the call before
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -43,7 +43,8 @@ def chart(draw: Callable[["Axes"], object], label: str, width: int, height: int,
     from matplotlib.figure import Figure
 
     written = io.StringIO()
-    with matplotlib.rc_context(SETTINGS | {"svg.hashsalt": label + css}):
+    settings: Any = SETTINGS | {"svg.hashsalt": label + css}
+    with matplotlib.rc_context(settings):
         picture = Figure(figsize=(width / 72, height / 72), layout="constrained")
         draw(picture.subplots())
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -108,7 +109,7 @@ def line_chart(
         wanted = [math.log(line.end / low) / math.log(high / low) for line in lines]
         for line, place in zip(lines, spread(wanted, LABEL_GAP / (height - 60)), strict=True):
             said = f"{line.name} {figure(line.end)}" if width >= WIDE else line.name
-            style = {"color": colour(line.colour), "weight": "bold", "va": "center"}
+            style: dict[str, Any] = {"color": colour(line.colour), "weight": "bold", "va": "center"}
             axes.annotate(said, (1.01, place), xycoords="axes fraction", annotation_clip=False, **style)
 
     return chart(draw, label, width, height, css)
@@ -159,7 +160,7 @@ def bar_chart(
         axes.set_yticks(rows, names, color=LIGHT["text"])
         axes.set_ylim(len(names) - 0.5, -0.5)
         for row, said in zip(rows, shown, strict=True):
-            weight = {"weight": "bold", "color": LIGHT["best"]} if said in best else {}
+            weight: dict[str, Any] = {"weight": "bold", "color": LIGHT["best"]} if said in best else {}
             axes.annotate(said, (1.02, row), xycoords=("axes fraction", "data"), va="center", **weight)
 
     return chart(draw, label, BARS_WIDTH, BAR_HEIGHT * len(names) + 10)

@@ -1,7 +1,6 @@
 """Training within a budget of time or steps; killed at any moment, it goes on where it was."""
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lastlayer.study.errors import StudyError, UsageError
-from lastlayer.study.measuring.measure import synchronise
+from lastlayer.study.measuring.measure import seconds_of
 from lastlayer.study.processes import of_first, parts_of_state
 from lastlayer.study.text.batches import Batches, num_targets
 from lastlayer.study.training.checkpoint import load_checkpoint, save_checkpoint
@@ -99,28 +98,21 @@ class Trainer:
             StudyError: the loss is not a number any more; the checkpoint stays at what was good.
             KeyboardInterrupt: with a note of where the checkpoint is.
         """
+        saved = self.seconds
         try:
-            self._run(on_step)
+            while self.passed < len(CURVE_AT):
+                self.seconds += of_first(seconds_of(self.step))
+                on_step(self)
+                at_point = self.share_used >= CURVE_AT[self.passed]
+                if at_point:
+                    self._add_point()
+                if at_point or self.seconds - saved > SAVE_EVERY:
+                    self.save()
+                    saved = self.seconds
         except KeyboardInterrupt as stop:
             if self.path is not None and self.path.exists():
                 stop.add_note(f"the checkpoint is {self.path}; the same command with --resume goes on from it")
             raise
-
-    def _run(self, on_step: Callable[["Trainer"], object]) -> None:
-        saved = self.seconds
-        while self.passed < len(CURVE_AT):
-            synchronise()
-            start = time.perf_counter()
-            self.step()
-            synchronise()
-            self.seconds += of_first(time.perf_counter() - start)
-            on_step(self)
-            at_point = self.share_used >= CURVE_AT[self.passed]
-            if at_point:
-                self._add_point()
-            if at_point or self.seconds - saved > SAVE_EVERY:
-                self.save()
-                saved = self.seconds
 
     def step(self) -> None:
         """Trains on the next window."""
