@@ -17,12 +17,11 @@ from lastlayer.layers.mixture import MixtureOfSoftmaxes
 from lastlayer.layers.monotone_network import MonotoneNetwork
 from lastlayer.layers.one_vs_all import OneVsAll
 from lastlayer.layers.plif import PLIF
-from lastlayer.layers.sampled.augment_reduce import AugmentReduce
 from lastlayer.layers.sampled.black_out import BlackOut
 from lastlayer.layers.sampled.negative_sampling import NegativeSampling
 from lastlayer.layers.sampled.noise_contrastive import NoiseContrastive
 from lastlayer.layers.sampled.sampled_softmax import SampledSoftmax
-from lastlayer.layers.sampled.u_max import UMax
+from lastlayer.layers.sampled.unbiased import AugmentReduce, UMax
 from lastlayer.layers.samplers.base import Candidates, Sampler
 from lastlayer.layers.samplers.in_batch import InBatch
 from lastlayer.layers.samplers.independent import Uniform

@@ -50,7 +50,7 @@ def logits_of_rank(
     places: Tensor,  # (N, K), rows of this rank's weight
     here: Tensor,  # (N, K), bool: whether this rank has the target
     drawn: DrawnClasses,
-) -> tuple[Tensor, Tensor]:  # (N, K), (N, S)
+) -> tuple[Tensor, ...]:  # (N, K), (N, S)
     """The logits of targets and candidates; any number where another rank has the class.
 
     With row-sparse gradients those places take a row that is touched all the same, so that no other row is.

@@ -26,7 +26,7 @@ def sampled_logits(
     candidates: Tensor,  # (S,) shared by the rows, or (N, S)
     *,
     sparse: bool = False,
-) -> tuple[Tensor, Tensor]:  # (N, K), (N, S)
+) -> tuple[Tensor, ...]:  # (N, K), (N, S)
     """`logits.gather(1, targets)` and `logits[:, candidates]` of `logits = hidden @ weight.T + bias`.
 
     Only the rows of these classes are read, and of the gradients only these are written; `sparse` ones hold no
@@ -34,95 +34,80 @@ def sampled_logits(
     sets for each row are gathered. Products run in autocast's dtype where it is on; logits are in float32 at
     least. Second derivatives are dense.
     """
-    dtype = product_dtype(hidden)
     with no_autocast(hidden.device.type):
-        if not ordinary(hidden, weight, bias, targets, candidates):
-            return _plain(hidden, weight, bias, targets, candidates, dtype)
+        rows = hidden.to(product_dtype(hidden))
+        if not ordinary(rows, weight, bias, targets, candidates):
+            return _plain(rows, weight, bias, targets, candidates)
         if torch.compiler.is_compiling():
-            return _OPERATOR(hidden.to(dtype), weight, bias, targets, candidates)
-        return _SampledLogits.run(hidden, weight, bias, targets, candidates, dtype, sparse)
+            return _OPERATOR(rows, weight, bias, targets, candidates)
+        return _SampledLogits.run(rows, weight, bias, targets, candidates, sparse)
 
 
-def _plain(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, candidates: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _plain(rows: Tensor, weight: Tensor, bias: Tensor | None, *sets: Tensor) -> tuple[Tensor, ...]:
     """The same by PyTorch's own operations."""
-    rows, exact = hidden.to(dtype), exact_dtype(dtype)
 
     def logits(ids: Tensor) -> Tensor:
-        classes = weight[ids].to(dtype)  # (S, d), or (N, K, d)
-        products = rows @ classes.T if ids.dim() == 1 else (classes @ rows[:, :, None])[..., 0]
-        return products.to(exact) if bias is None else products.to(exact) + bias[ids]
+        classes = weight[ids].to(rows.dtype)  # (S, d), or (N, K, d)
+        products = as_exact(rows @ classes.T if ids.dim() == 1 else (classes @ rows[:, :, None])[..., 0])
+        return products if bias is None else products + bias[ids]
 
-    return logits(targets), logits(candidates)
+    return tuple(logits(ids) for ids in sets)
 
 
 class _SampledLogits(HandWritten):
     @staticmethod
     def forward(
-        hidden: Tensor,
+        rows: Tensor,  # (N, d), in the dtype of the products
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
         candidates: Tensor,
-        dtype: torch.dtype,
-        sparse: bool,
-    ) -> tuple[Tensor, Tensor]:
-        rows = hidden.detach().to(dtype)
-        of_targets = _own_products(rows, weight, targets)
-        if candidates.dim() == 1:
-            of_candidates = as_exact(rows @ weight.detach().index_select(0, candidates).to(dtype).T)
-        else:
-            of_candidates = _own_products(rows, weight, candidates)
+        sparse: bool = False,
+    ) -> tuple[Tensor, ...]:
+        found = tuple(_products(rows.detach(), weight, ids) for ids in (targets, candidates))
         if bias is not None:
-            of_targets += bias.detach()[targets]
-            of_candidates += bias.detach()[candidates]
-        return of_targets, of_candidates
+            for logits, ids in zip(found, (targets, candidates), strict=True):
+                logits += bias.detach()[ids]
+        return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, dtype, sparse = inputs
+        *tensors, ctx.sparse = inputs
         ctx.save_for_backward(*tensors)
-        ctx.settings = dtype, sparse
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         """With g the upstream gradients: of h the sum of `g_c w_c` over classes, of w_c that of `g_c h`."""
-        hidden, weight, bias, targets, candidates = ctx.saved_tensors
-        (dtype, sparse), wanted = ctx.settings, ctx.needs_input_grad[:3]
+        *leaves, targets, candidates = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
 
         def form() -> tuple[Tensor | None, ...]:
-            of_rows, *others = _form(
-                upstream, wanted, hidden.to(dtype), weight, bias, targets, candidates, sparse=sparse
-            )
-            return None if of_rows is None else of_rows.to(hidden.dtype), *others
+            return _form(upstream, wanted, *leaves, targets, candidates, sparse=ctx.sparse)
 
-        def twin(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-            return _plain(hidden, weight, bias, targets, candidates, dtype)
+        def twin(*leaves: Any) -> tuple[Tensor, ...]:
+            return _plain(*leaves, targets, candidates)
 
-        return *gradients(form, twin, (hidden, weight, bias), upstream), None, None, None, None
+        return *gradients(form, twin, tuple(leaves), upstream), None, None, None
 
 
 def _form(
     upstream: Sequence[Tensor],
     wanted: Sequence[bool],
-    rows: Tensor,  # (N, d), in the dtype of the products
+    rows: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    targets: Tensor,
-    candidates: Tensor,
-    *,
+    *sets: Tensor,
     sparse: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of rows, weight and bias."""
     of_rows = of_weight = of_bias = None
     wants_rows, wants_weight, wants_bias = wanted
-    parts = [(part.to(rows.dtype), ids) for part, ids in zip(upstream, (targets, candidates), strict=True)]
+    parts = [(part.to(rows.dtype), ids) for part, ids in zip(upstream, sets, strict=True)]
     if wants_rows:
         of_targets, of_candidates = (_times_classes(part, weight, ids) for part, ids in parts)
         of_rows = of_candidates.add_(of_targets)
-    touched, places = torch.unique(torch.cat([targets.reshape(-1), candidates.reshape(-1)]), return_inverse=True)
-    ends = places.split([targets.numel(), candidates.numel()])
+    touched, places = torch.unique(torch.cat([ids.reshape(-1) for ids in sets]), return_inverse=True)
+    ends = places.split([ids.numel() for ids in sets])
     placed = [(part, at.view_as(ids)) for (part, ids), at in zip(parts, ends, strict=True)]
     if wants_weight:
         sums = upstream[0].new_zeros(len(touched), weight.shape[1])
@@ -138,9 +123,11 @@ def _form(
     return of_rows, of_weight, of_bias
 
 
-def _own_products(rows: Tensor, weight: Tensor, ids: Tensor) -> Tensor:  # (N, d), (V, d), (N, C) to (N, C)
-    """The product of every row with its own classes."""
-    products = rows.new_empty(ids.shape, dtype=torch.float64 if rows.dtype == torch.float64 else torch.float32)
+def _products(rows: Tensor, weight: Tensor, ids: Tensor) -> Tensor:  # (N, C), float32 at least
+    """The products of rows with the classes `ids (C,)`, or of every row with its own, `ids (N, C)`."""
+    if ids.dim() == 1:
+        return as_exact(rows @ weight.detach().index_select(0, ids).to(rows.dtype).T)
+    products = rows.new_empty(ids.shape, dtype=exact_dtype(rows.dtype))
     for part in _blocks(ids, rows.shape[1]):
         classes = _gathered(weight, ids[part], rows.dtype)
         products[part] = torch.bmm(classes, rows[part, :, None])[..., 0]
@@ -188,23 +175,15 @@ def _scattered(rows: Tensor, values: Tensor, num_rows: int, sparse: bool) -> Ten
     return values.new_zeros(num_rows, *values.shape[1:]).index_copy_(0, rows, values)
 
 
-def _forward(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, candidates: Tensor
-) -> tuple[Tensor, Tensor]:
-    return _SampledLogits.forward(rows, weight, bias, targets, candidates, rows.dtype, False)
-
-
-def _empty(rows: Tensor, weight: Tensor, bias: Tensor | None, *sets: Tensor) -> tuple[Tensor, Tensor]:
-    targets, candidates = (
-        rows.new_empty(rows.shape[0], ids.shape[-1], dtype=exact_dtype(rows.dtype)) for ids in sets
-    )
-    return targets, candidates
+def _empty(rows: Tensor, weight: Tensor, bias: Tensor | None, *sets: Tensor) -> tuple[Tensor, ...]:
+    dtype = exact_dtype(rows.dtype)
+    return tuple(rows.new_empty(rows.shape[0], ids.shape[-1], dtype=dtype) for ids in sets)
 
 
 _OPERATOR = make_operator(
     "sampled_logits",
     "Tensor rows, Tensor weight, Tensor? bias, Tensor targets, Tensor candidates",
-    _forward,
+    _SampledLogits.forward,
     leaves=3,
     empty=_empty,
     results=2,
