@@ -17,10 +17,9 @@ from lastlayer.reproduce.large_sparse_targets.speed import (
     multiply_adds,
 )
 from lastlayer.reproduce.large_sparse_targets.words import EMBEDDING_METHODS, MODEL_METHODS, train_words
-from lastlayer.reproduce.tables import show
 from lastlayer.study.errors import UsageError
 from lastlayer.study.report.figures import figure
-from lastlayer.study.report.tables import say
+from lastlayer.study.report.tables import say, show
 from lastlayer.study.text.corpus import load_corpus
 from lastlayer.study.training.trainer import Budget
 

@@ -22,17 +22,10 @@ from lastlayer.study.measuring.peers import (
     training_peers,
     zipf_counts,
 )
-from lastlayer.study.report.figures import figure
-from lastlayer.study.report.tables import Column, print_table, table_of
+from lastlayer.study.report.tables import show
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
-COLUMNS: tuple[Column, ...] = (
-    ("", lambda r: r["name"]),
-    ("ms", lambda r: figure(r["ms"])),
-    ("middle half", lambda r: f"{figure(r['low_ms'])} - {figure(r['high_ms'])}"),
-    ("of full", lambda r: f"{r['ratio_to_full']:.3f}"),
-    ("peak MB", lambda r: figure(r["peak_bytes"] / 1e6)),
-)
+FIELDS = ("name", "ms", "low_ms", "high_ms", "ratio_to_full", "peak_bytes", "num_classes", "in_features", "batch")
 
 
 @dataclass(frozen=True)
@@ -81,8 +74,7 @@ def run_bench(
     for case in _cases(sizes, layers, device):
         with console.status(f"{case.name}: {case.meaning}"):
             rows = _measure(case, sizes, seconds)
-        title = f"{case.meaning}: V={sizes.num_classes:,} d={sizes.in_features} N={case.batch}"
-        print_table(console, table_of(title, COLUMNS, rows))
+        show(console, case.meaning, rows, FIELDS)
         records += rows
     return records
 

@@ -20,6 +20,7 @@ from lastlayer.study.processes import is_first, sharded
 from lastlayer.study.report.comparison import best_first, in_a_line, show
 from lastlayer.study.report.figures import counted, duration
 from lastlayer.study.report.page import render
+from lastlayer.study.report.tables import say
 from lastlayer.study.text.batches import NO_TARGET
 from lastlayer.study.text.corpus import Corpus
 from lastlayer.study.training.checkpoint import load_checkpoint
@@ -30,7 +31,6 @@ from lastlayer.study.training.trainer import CURVE_AT, CURVE_TOKENS, Budget, Tra
 TOP = 10
 TOP_TOKENS = 2_000  # held-out tokens whose top-10 is computed
 HELD_OUT_BATCH, HELD_OUT_WINDOW = 10, 50
-PLAIN: dict[str, Any] = {"highlight": False, "markup": False}  # a name may hold brackets
 
 
 @dataclass(frozen=True)
@@ -137,21 +137,18 @@ class Comparison:
     def _announce(self) -> None:
         """Says what is about to be done and about how long it will take."""
         corpus, budget = self.corpus, self.plan.budget
-        self.console.print(
+        say(
+            self.console,
             f"{corpus.name}: {len(corpus.train):,} {corpus.unit} to train on, {len(corpus.held_out):,} "
             f"held out, {corpus.num_classes:,} different ones",
-            **PLAIN,
         )
         for note in corpus.notes:
-            self.console.print(note, **PLAIN)
+            say(self.console, note)
         with self.console.status("trying each layer for a step, to tell how long this will take"):
             seconds = sum(map(self._forecast, self.plan.layers))
         length = f"{budget.steps:,} steps" if budget.steps is not None else f"{budget.seconds:g} s of training"
-        self.console.print(
-            f"{counted(len(self.plan.layers), 'layer')}, {length} each: about {duration(seconds)} of training and "
-            "evaluation from now",
-            **PLAIN,
-        )
+        trained = f"{counted(len(self.plan.layers), 'layer')}, {length} each"
+        say(self.console, f"{trained}: about {duration(seconds)} of training and evaluation from now")
 
     def _forecast(self, name: str) -> float:
         """Seconds of one layer's training, and of reading the held-out text for its curve and at its end."""
@@ -166,7 +163,7 @@ class Comparison:
         """Trains and evaluates one layer, or takes it from its checkpoint."""
         trainer = self._trainer(name, self.checkpoint(name))
         if resume and trainer.resume() and trainer.result is not None:
-            self.console.print(f"{name}: already trained", **PLAIN)
+            say(self.console, f"{name}: already trained")
             return trainer
         with _progress(name, trainer, self.console) as on_step:
             trainer.run(on_step)
@@ -184,7 +181,7 @@ class Comparison:
         }
         trainer.save()
         said = in_a_line(trainer.result, self.corpus.unit)
-        self.console.print(f"{name}: {said} after {trainer.tokens:,} tokens", highlight=False)
+        say(self.console, f"{name}: {said} after {trainer.tokens:,} tokens")
         return trainer
 
     def _measure(self, trainers: dict[str, Trainer]) -> dict[str, Any]:

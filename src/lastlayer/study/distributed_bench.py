@@ -13,17 +13,10 @@ from lastlayer.study.choices import build_layer
 from lastlayer.study.measuring.cost import training_step
 from lastlayer.study.measuring.measure import interleaved, peak_bytes
 from lastlayer.study.measuring.peers import zipf_counts
-from lastlayer.study.report.figures import figure
-from lastlayer.study.report.tables import Column, print_table, table_of
+from lastlayer.study.report.tables import show
 
 ROUNDS = 5
-COLUMNS: tuple[Column, ...] = (
-    ("", lambda r: r["name"]),
-    ("ms", lambda r: figure(r["ms"])),
-    ("sent kB", lambda r: figure(r["sent_bytes"] / 1e3)),
-    ("parameters MB", lambda r: figure(r["parameter_bytes"] / 1e6)),
-    ("peak MB", lambda r: figure(r["peak_bytes"] / 1e6)),
-)
+FIELDS = ("name", "ms", "sent_bytes", "parameter_bytes", "peak_bytes", "num_classes", "in_features", "batch")
 SHARDABLE = (
     "full",
     "hierarchical",
@@ -86,9 +79,7 @@ def run_distributed_bench(
         )
         del layer, step
     if processes.is_first():
-        sides = f"V={sizes.num_classes:,} d={sizes.in_features} N={sizes.batch}"
-        title = f"training step over {processes.count()} processes: {sides}"
-        print_table(Console(), table_of(title, COLUMNS, records))
+        show(Console(), f"training step over {processes.count()} processes", records, FIELDS)
     return records
 
 

@@ -8,7 +8,6 @@ from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
 
-from lastlayer.reproduce.tables import show
 from lastlayer.study.choices import build_layer
 from lastlayer.study.compare import Comparison
 from lastlayer.study.compare import Plan as ComparePlan
@@ -16,6 +15,7 @@ from lastlayer.study.errors import UsageError
 from lastlayer.study.files import Records, make_folder, write_json
 from lastlayer.study.measuring.measure import environment, interleaved
 from lastlayer.study.measuring.peers import TRAINING_BASELINE, sgd_step
+from lastlayer.study.report.tables import show
 from lastlayer.study.text.corpus import Corpus
 from lastlayer.study.training.trainer import Budget
 

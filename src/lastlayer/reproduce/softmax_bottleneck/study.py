@@ -13,10 +13,11 @@ from lastlayer.reproduce.cells import Cells
 from lastlayer.reproduce.softmax_bottleneck.language import PUBLISHED, time_steps, train
 from lastlayer.reproduce.softmax_bottleneck.layers import build
 from lastlayer.reproduce.softmax_bottleneck.synthetic import MODELS, STEPS, fit
-from lastlayer.reproduce.tables import over_seeds, show
+from lastlayer.reproduce.tables import over_seeds
 from lastlayer.study.files import Record, Records
 from lastlayer.study.measuring.measure import interleaved, peak_bytes
 from lastlayer.study.report.figures import duration
+from lastlayer.study.report.tables import show
 from lastlayer.study.text.corpus import Corpus
 
 # A reference run of the same recipe, %: mean of five seeds at 300 contexts, one seed at 1,000.

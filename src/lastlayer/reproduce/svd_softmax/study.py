@@ -13,14 +13,13 @@ from torch import Tensor
 from lastlayer.functional.gram import gram_matrix
 from lastlayer.layers.full import FullSoftmax
 from lastlayer.reproduce.cells import Cells
-from lastlayer.reproduce.tables import show
 from lastlayer.screening import Int8Preview, ScreenedSoftmax, SVDPreview, SVDSoftmax
 from lastlayer.screening.exact import full_logits
 from lastlayer.study.errors import UsageError
 from lastlayer.study.files import Record, Records
 from lastlayer.study.measuring.measure import interleaved
 from lastlayer.study.report.figures import figure
-from lastlayer.study.report.tables import say
+from lastlayer.study.report.tables import say, show
 from lastlayer.study.text.batches import Streams
 from lastlayer.study.text.corpus import Corpus
 from lastlayer.study.training.evaluation import encoded

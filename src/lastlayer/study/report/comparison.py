@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from lastlayer.study.files import Record
 from lastlayer.study.report.figures import figure, percent
 from lastlayer.study.report.measures import Measure
-from lastlayer.study.report.tables import print_table, say
+from lastlayer.study.report.tables import say, show_measures
 
 
 def of_items(text: dict[str, Any]) -> bool:
@@ -107,35 +106,27 @@ def in_a_line(record: Record, unit: str) -> str:
     return f"top-10 accuracy {record['top10_accuracy']:.1%} (no perplexity: {why_no_perplexity(record, unit)})"
 
 
-def screen_remark(record: Record) -> str:
-    """A word on a screen that is slower than the layer that it is to speed up."""
-    screened, plain = record["screened_query_ms"], record["query_ms"]
-    if screened is None or screened <= plain:
-        return ""
-    return f"{screened / plain:.1f} times as slow as the layer itself: no screen is needed here"
-
-
 def remarks(records: list[Record], unit: str) -> list[str]:
-    """What is said of single layers."""
-    named = [(record["layer"], why_no_perplexity(record, unit), screen_remark(record)) for record in records]
-    return [f"{name} has no perplexity: {reason}" for name, reason, _ in named if reason] + [
-        f"{name}, screened: {remark}" for name, _, remark in named if remark
-    ]
+    """What is said of single layers: why one has no perplexity, and where a screen slows it down."""
+    said = []
+    for record in records:
+        screened, plain = record["screened_query_ms"], record["query_ms"]
+        if reason := why_no_perplexity(record, unit):
+            said.append(f"{record['layer']} has no perplexity: {reason}")
+        if screened is not None and screened > plain:
+            times = f"{screened / plain:.1f} times as slow as the layer itself"
+            said.append(f"{record['layer']}, screened: {times}: no screen is needed here")
+    return said
 
 
 def show(results: dict[str, Any], out: Path, console: Console) -> None:
     """Prints the table, and where the page is."""
     text, records = results["text"], results["records"]
     title = f"{text['name']}, {text['num_classes']:,} different {unit_of(text)}"
-    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 1, 0, 0))
-    table.add_column("layer", no_wrap=True)
+    best, *others = (record["layer"] for record in records)
+    names = [Text(best, style="bold" if others else ""), *map(Text, others)]
     columns = [measure for measure in measures(text, records) if measure.brief]
-    for measure in columns:
-        table.add_column(measure.title.replace(" ", "\n"), justify="right", no_wrap=True)
-    for record in records:
-        style = "bold" if record is records[0] and len(records) > 1 else None  # the best
-        table.add_row(record["layer"], *(measure.text(record) for measure in columns), style=style)
-    print_table(console, table)
+    show_measures(console, title, "layer", names, records, columns)
     for remark in remarks(records, unit_of(text)):
         say(console, remark)
     say(console, f"The page: {out / 'index.html'}")

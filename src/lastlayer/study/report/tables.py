@@ -1,8 +1,8 @@
 """How tables and progress reach a terminal."""
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Self
+from collections.abc import Sequence
+from typing import Any, Self
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -10,29 +10,54 @@ from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
-from lastlayer.study.files import Record
-from lastlayer.study.report.figures import duration
-
-Column = tuple[str, Callable[[Record], str]]  # heading, and what it shows of a record
+from lastlayer.study.files import Records
+from lastlayer.study.report.figures import duration, figure
+from lastlayer.study.report.measures import Measure
 
 LEAST_COLUMNS = 80  # what every table is laid out for
 EVERY = 10.0  # seconds between lines about the same thing, where the output is no terminal
 
 
-def plain_table(title: str, headings: tuple[str, ...]) -> Table:
-    """An empty table of figures without lines; the first column is for names."""
-    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for heading in headings:
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    return table
-
-
-def table_of(title: str, columns: Sequence[Column], records: Sequence[Record]) -> Table:
-    """A plain table with a row for each record; of each column its heading, and how it shows a record."""
-    table = plain_table(title, tuple(heading for heading, _ in columns))
+def show(console: Console, title: str, records: Records, fields: Sequence[str]) -> None:
+    """Prints those fields of the records, a column each; what is the same in every row is said in the title."""
+    first, *others = records
+    shown = [name for name in fields if any(record.get(name) is not None for record in records)]
+    same = [name for name in shown if others and all(record.get(name) == first.get(name) for record in others)]
+    title += "".join(f", {_heading(name)} {_cell(first[name])}" for name in same)
+    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for name in (name for name in shown if name not in same):
+        cells = [_cell(record.get(name)) for record in records]
+        text = any(isinstance(record.get(name), str) for record in records)
+        widest = None if text else max(map(len, cells))  # a figure is never cut
+        table.add_column(_heading(name), justify="left" if text else "right", min_width=widest)
     for record in records:
-        table.add_row(*(shown(record) for _, shown in columns))
-    return table
+        table.add_row(*(Text(_cell(record.get(name))) for name in shown if name not in same))
+    print_table(console, table)
+
+
+def _heading(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.1e}" if 0 < abs(value) < 1e-3 else figure(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def show_measures(
+    console: Console, title: str, heading: str, names: Sequence[Text], records: Records, columns: Sequence[Measure]
+) -> None:
+    """Prints a row for each record: its name, then its measures."""
+    table = Table(title=Text(title) if title else None, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column(heading)  # the only one that gives way on a narrow terminal
+    for measure in columns:
+        table.add_column(measure.title.replace(" ", "\n"), justify="right", no_wrap=True)
+    for name, record in zip(names, records, strict=True):
+        table.add_row(name, *(measure.text(record) for measure in columns))
+    print_table(console, table)
 
 
 def say(console: Console, line: str) -> None:

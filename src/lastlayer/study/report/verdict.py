@@ -1,13 +1,13 @@
 """What trying screens came to: a table in the terminal, which is chosen, and where none gains, why."""
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from lastlayer.kernels.config import config
 from lastlayer.study.files import Record
 from lastlayer.study.report.figures import figure
 from lastlayer.study.report.measures import Measure
-from lastlayer.study.report.tables import print_table, say
+from lastlayer.study.report.tables import say, show_measures
 
 WORTH_IT = 1.2  # a smaller gain is not worth a second copy of the weight
 SMALL = 1 << 22  # bytes of a weight that stays in the caches, where the full layer is hard to beat
@@ -67,15 +67,12 @@ def measures(k: int) -> list[Measure]:
 
 def show(records: list[Record], k: int, console: Console) -> None:
     """The table of all that were tried, `*` marks the chosen one; below it those whose turn did not come."""
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    table.add_column("screen")  # the only one that gives way on a narrow terminal
-    for measure in measures(k):
-        table.add_column(measure.title.replace(" ", "\n", 1), justify="right", no_wrap=True)
-    for record in (record for record in records if record["ms"] is not None):
+    tried = [record for record in records if record["ms"] is not None]
+    names = []
+    for record in tried:
         dropped = f": {record['dropped']}" if record["dropped"] else ""
-        name = ("* " if record["chosen"] else "") + screen_name(record) + dropped
-        table.add_row(name, *(measure.text(record) for measure in measures(k)))
-    print_table(console, table)
+        names.append(Text(("* " if record["chosen"] else "") + screen_name(record) + dropped))
+    show_measures(console, "", "screen", names, tried, measures(k))
     untried = [screen_name(record) for record in records if record["ms"] is None]
     if untried:
         say(console, f"Not tried, for --seconds were over: {'; '.join(untried)}")
