@@ -6,9 +6,7 @@
 #include <random>
 #include <vector>
 
-#include "../cache_hints.h"
 #include "../integer_products.h"
-#include "../products.h"
 #include "../screening_tiles.h"
 #include "../vector_math.h"
 
@@ -136,36 +134,6 @@ void check_exponential() {
     expect(exp_of_negative(-INFINITY) == 0 && std::isnan(exp_of_negative(NAN)), "exp_of_negative of infinity", 0);
 }
 
-void check_products(int64_t width) {  // whole numbers, so that sums in any order are exact
-    std::vector<float> rows(2 * width), others(4 * width), into(2 * width, 1.0f), out(8);
-    for (float& number : rows) number = static_cast<float>(drawn(-9, 9));
-    for (float& number : others) number = static_cast<float>(drawn(-9, 9));
-    dot_2x4(rows.data(), others.data(), width, out.data(), out.data() + 4);
-    const float f[] = {1, -2, 3, 4}, g[] = {5, 0, -7, 8};
-    add_2x4(into.data(), f, g, others.data(), width);
-    for (int r = 0; r < 2; ++r)
-        for (int i = 0; i < 4; ++i) {
-            float exact = 0;
-            for (int64_t k = 0; k < width; ++k) exact += rows[r * width + k] * others[i * width + k];
-            expect(out[4 * r + i] == exact, "dot_2x4", width);
-        }
-    for (int64_t k = 0; k < 2 * width; ++k) {
-        float exact = 1;
-        for (int i = 0; i < 4; ++i) exact += (k < width ? f : g)[i] * others[i * width + k % width];
-        expect(into[k] == exact, "add_2x4", k);
-    }
-}
-
-void check_stream() {
-    std::vector<char> from(4096 + STREAM_BYTES), to(4096 + STREAM_BYTES, 7);
-    for (char& byte : from) byte = static_cast<char>(drawn(-128, 127));
-    const auto address = reinterpret_cast<uintptr_t>(to.data());
-    char* aligned = to.data() + (STREAM_BYTES - address % STREAM_BYTES) % STREAM_BYTES;
-    stream(aligned, from.data() + 1, 4096);
-    stream_fence();
-    for (int64_t k = 0; k < 4096; ++k) expect(aligned[k] == from[k + 1], "stream", k);
-}
-
 }  // namespace
 
 int main() {
@@ -187,10 +155,6 @@ int main() {
     }
 #endif
     check_exponential();
-    check_stream();
-    for (const int64_t count : {1, 15, 16, 47, 1024}) {
-        check_products(count);
-    }
     std::puts(failures ? "primitives: FAILED" : "primitives: all equal");
     return failures != 0;
 }

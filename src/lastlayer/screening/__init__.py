@@ -4,9 +4,8 @@ from lastlayer.screening.choose import choose_screen
 from lastlayer.screening.int4_preview import Int4Preview
 from lastlayer.screening.int8_preview import Int8Preview
 from lastlayer.screening.mixture_screen import ScreenedMixture
-from lastlayer.screening.screened import ScreenedSoftmax
+from lastlayer.screening.screened import ScreenedSoftmax, SVDSoftmax
 from lastlayer.screening.svd_preview import SVDPreview
-from lastlayer.screening.svd_softmax import SVDSoftmax
 
 __all__ = [
     "choose_screen",

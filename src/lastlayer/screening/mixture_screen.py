@@ -1,10 +1,10 @@
 """A mixture of softmaxes over one weight, screened: one preview of the weight serves every component."""
 
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lastlayer.functional.precision import exact_dtype, no_autocast
 from lastlayer.functional.results import ScreenedTopK
@@ -14,26 +14,7 @@ from lastlayer.screening.exact import full_logits
 from lastlayer.screening.plan import BATCHES, Plan, Use
 from lastlayer.screening.preview import Preview
 from lastlayer.screening.saved import MIXTURE, load_screen, save_screen
-from lastlayer.screening.screen import permitted
-
-HEAVY_SHARE = 8  # one in so many classes is rescored where the order depends on the normalisers
-
-
-class MixtureLayer(Protocol):
-    """What is screened: `P(c | h) = Σ_k exp(log_prior_k) softmax(f(weight @ latents_k + bias))_c`."""
-
-    in_features: int
-    weight: Tensor  # (V, d)
-    bias: Tensor | None  # (V,)
-    logit_map: nn.Module | None
-
-    def latents(self, hidden: Tensor) -> Tensor:  # (N, D) to (N, K, d)
-        """The hidden state of each component."""
-        ...
-
-    def log_prior(self, hidden: Tensor) -> Tensor:  # (N, D) to (N, K)
-        """The log of each component's share."""
-        ...
+from lastlayer.screening.screen import MOST_WIDENED, permitted
 
 
 class Mixed(NamedTuple):
@@ -79,8 +60,8 @@ class ScreenedMixture(Screen):
         P(a) - P(b) = Σ_k π_k exp(-Z_k) (exp f(z_ka) - exp f(z_kb))              at its least for each pair of best
 
     where the last takes the low end of `exp(-Z_k)` for the components that prefer a, the high one for the others:
-    normalisers matter only where components disagree. `exact=True` rescores the classes in play; where that proves
-    too little, those on whose error the normalisers depend most; and where that does, computes the full mixture.
+    normalisers matter only where components disagree. `exact=True` rescores the classes in play, and where that
+    proves too little computes the full mixture.
 
     `forward` gives log-probabilities, which are logits. `log_normalizer_error` bounds the error of any component's
     normaliser, and with it that of a rescored class's log-probability. While a query runs, it holds some
@@ -92,7 +73,7 @@ class ScreenedMixture(Screen):
             raise TypeError(f"layer must be a mixture with latents() and log_prior(), got {type(layer).__name__}")
         settings = {"logit_map": layer.logit_map, **settings}
         super().__init__(layer.weight, layer.bias, preview=preview, candidates=candidates, **settings)
-        self.layer: MixtureLayer = layer
+        self.layer = layer
         self.in_features = layer.in_features
         self.watch(layer)
         self._plan = self._measured_plan(self._likely_states())
@@ -223,32 +204,17 @@ class ScreenedMixture(Screen):
         mixed.rescored.scatter_(1, classes, True)
 
     def _widen(self, latents: Tensor, mixed: Mixed, ranked: Ranked, query: Query) -> None:
-        """Rescores, in open rows, what is in play; then what the normalisers depend on; then everything."""
+        """Rescores, in open rows, what is in play; and where that proves too little, everything."""
         for row in (~ranked.certified).nonzero().squeeze(1).tolist():
             own = slice(row, row + 1)
-            one_query = query.rows(own)
-            one, found = Mixed(*(part[own] for part in mixed)), Ranked(*(part[own] for part in ranked))
-            for heaviest in (0, self.out_features // HEAVY_SHARE):
-                wanted = found.in_play.scatter(1, self._heaviest(one, heaviest), True)
-                more = (wanted & ~one.rescored)[0].nonzero().T
-                if more.shape[1] > self.out_features // 4:
-                    break
+            one = Mixed(*(part[own] for part in mixed))
+            more = (ranked.in_play[own] & ~one.rescored)[0].nonzero().T
+            if more.shape[1] <= self.out_features // MOST_WIDENED:
                 self._rescore(latents[own], one, more)
-                found = self._rank(one, one_query)
-                if bool(found.certified):
-                    break
-            if not bool(found.certified):
-                for part, exact in zip(one, self._full(latents[own], one.log_prior), strict=True):
-                    part.copy_(exact)
-
-    def _heaviest(self, mixed: Mixed, count: int) -> Tensor:  # (N, count)
-        """The classes on whose error the normalisers depend most."""
-        most = self._below_peak(mixed, mixed.logits + mixed.error)
-        least = self._below_peak(mixed, mixed.logits - mixed.error)
-        doubt = (most.softmax(-1) - (least - most.logsumexp(-1, keepdim=True)).exp()) * mixed.log_prior.exp()[
-            ..., None
-        ]
-        return doubt.sum(1).topk(count).indices
+                if bool(self._rank(one, query.rows(own)).certified):
+                    continue
+            for part, exact in zip(one, self._full(latents[own], one.log_prior), strict=True):
+                part.copy_(exact)
 
     def _normalizers(self, mixed: Mixed) -> Normalizers:
         logits, error = mixed.logits, mixed.error
@@ -293,7 +259,10 @@ class ScreenedMixture(Screen):
 
 
 def is_mixture(layer: object) -> bool:
-    """Whether a layer is a mixture over one weight."""
+    """Whether a layer is a mixture over one weight: `Σ_k exp(log_prior_k) softmax(f(weight @ latents_k + bias))`.
+
+    `latents(hidden (N, D))` are `(N, K, d)`, `log_prior(hidden)` is `(N, K)`.
+    """
     return hasattr(layer, "latents") and hasattr(layer, "log_prior")
 
 

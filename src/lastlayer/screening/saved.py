@@ -11,9 +11,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lastlayer.functional.logit_map import LogitMap, check_logit_map
+from lastlayer.functional.checks import check_choice, check_count
+from lastlayer.functional.logit_map import LogitMap
 from lastlayer.screening.calibration import SecondMoment
 from lastlayer.screening.int4_preview import Int4Preview
 from lastlayer.screening.int8_preview import Int8Preview
@@ -24,6 +25,7 @@ from lastlayer.screening.svd_preview import SVDPreview
 SETTINGS, TENSORS, VERSION = "screen.json", "screen.safetensors", 2
 SCREEN, MIXTURE = "lastlayer screen", "lastlayer screened mixture"  # formats
 HASHED_ROWS = 8192
+PREVIEWS: dict[str, type[Preview]] = {kind.__name__: kind for kind in (SVDPreview, Int8Preview, Int4Preview)}
 MAP = "logit_map."  # before the names of a map's parameters
 
 
@@ -42,20 +44,26 @@ def save_screen(screen: ScreenRows, folder: Path, include_weight: bool, format_n
     """Writes both files; the JSON names the fingerprints of the weight and of the tensors' file."""
     from safetensors.torch import save
 
-    preview, tensors = screen.preview, {}
+    preview, logit_map, tensors = screen.preview, screen.logit_map, {}
+    if type(preview) not in PREVIEWS.values():
+        raise TypeError(f"a {type(preview).__name__} of your own cannot be saved; save its settings yourself")
+    if logit_map is not None and type(logit_map) not in _map_kinds().values():
+        raise TypeError(
+            f"a screen with a {type(logit_map).__name__} of your own as logit_map cannot be saved: save it "
+            "without, and pass the map to the constructor again"
+        )
     if include_weight:
         tensors |= {"weight": screen.weight} | ({} if screen.bias is None else {"bias": screen.bias})
     settings: dict[str, Any] = {"kind": type(preview).__name__}
     if isinstance(preview, SVDPreview):
         settings |= {"window": preview.window, "storage": preview.storage}
-    elif not isinstance(preview, Int4Preview | Int8Preview):
-        raise TypeError(f"a {type(preview).__name__} of your own cannot be saved; save its settings yourself")
-    calibration = None if isinstance(preview, Int8Preview) else preview.calibration
-    if calibration is not None:
-        settings["calibration_rows"] = calibration.rows
-        tensors["calibration"] = calibration.moment
-    logit_map, parameters = _described_map(screen.logit_map)
-    tensors |= parameters
+    if isinstance(preview, SVDPreview | Int4Preview) and preview.calibration is not None:
+        settings["calibration_rows"] = preview.calibration.rows
+        tensors["calibration"] = preview.calibration.moment
+    described_map = None
+    if isinstance(logit_map, LogitMap):
+        described_map = {"kind": type(logit_map).__name__, "settings": logit_map.settings()}
+        tensors |= {MAP + key: tensor for key, tensor in logit_map.state_dict().items()}
     content = save({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()})
     described = {
         "format": format_name,
@@ -64,7 +72,7 @@ def save_screen(screen: ScreenRows, folder: Path, include_weight: bool, format_n
         "candidates": screen.candidates,
         "exact": screen.exact,
         "use": screen.use,
-        "logit_map": logit_map,
+        "logit_map": described_map,
         "num_classes": screen.out_features,
         "in_features": screen.in_features,
         "weight_sha256": fingerprint(screen.weight, screen.bias),
@@ -92,20 +100,6 @@ def _map_kinds() -> dict[str, type[LogitMap]]:
     return {kind.__name__: kind for kind in LogitMap.__subclasses__() if kind.__module__.startswith("lastlayer.")}
 
 
-def _described_map(logit_map: nn.Module | None) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-    """A map's name and settings, and its parameters."""
-    if logit_map is None:
-        return None, {}
-    name = type(logit_map).__name__
-    if not isinstance(logit_map, LogitMap) or _map_kinds().get(name) is not type(logit_map):
-        raise TypeError(
-            f"a screen with a {name} of your own as logit_map cannot be saved: save the screen without it, "
-            "and pass the map to the constructor again"
-        )
-    parameters = {MAP + key: tensor for key, tensor in logit_map.state_dict().items()}
-    return {"kind": name, "settings": logit_map.settings()}, parameters
-
-
 def load_screen(
     folder: Path, weight: Tensor | None, bias: Tensor | None, format_name: str = SCREEN
 ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
@@ -121,15 +115,15 @@ def load_screen(
         if bias is not None:
             raise ValueError("bias was given without the weight that it belongs to: give both, or none")
         weight, bias = saved, tensors.get("bias")
-    if fingerprint(weight, bias) != described["weight_sha256"]:
+    if fingerprint(weight, bias) != described.get("weight_sha256"):
         raise ValueError(
             f"weight and bias are not those that {folder} was saved for, dtype and every number: "
             "their fingerprint differs"
         )
-    preview = _preview(described["preview"], tensors.get("calibration"), folder)
-    settings = {"preview": preview, "candidates": described["candidates"], "exact": described["exact"]}
-    settings["use"] = described.get("use", "fastest")  # screens of 0.1 had no choice
-    return weight, bias, settings | {"logit_map": _map(described["logit_map"], tensors, folder)}
+    try:
+        return weight, bias, _settings(described, tensors)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder / SETTINGS} does not describe a screen: {error!r}") from None
 
 
 def _read(folder: Path, format_name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -141,7 +135,6 @@ def _read(folder: Path, format_name: str) -> tuple[dict[str, Any], dict[str, Ten
         content = (folder / TENSORS).read_bytes()
     except (OSError, ValueError, RecursionError) as error:  # of both decoders, too
         raise ValueError(f"{folder} does not hold a saved screen: {error}") from None
-    wanted = {"preview": dict, "candidates": int, "exact": bool, "weight_sha256": str, "tensors_sha256": str}
     if not isinstance(described, dict) or described.get("format") not in (SCREEN, MIXTURE):
         raise ValueError(f"{folder / SETTINGS} does not describe a saved screen")
     if described["format"] != format_name:
@@ -153,12 +146,7 @@ def _read(folder: Path, format_name: str) -> tuple[dict[str, Any], dict[str, Ten
         )
     if sealed(described) != described:
         raise ValueError(f"{folder / SETTINGS} was changed after the screen was saved")
-    for name, kind in wanted.items():
-        if not isinstance(described.get(name), kind):
-            raise ValueError(f"{folder / SETTINGS}: {name} must be a {kind.__name__}, got {described.get(name)!r}")
-    if not isinstance(described.get("logit_map"), dict | None):
-        raise ValueError(f"{folder / SETTINGS}: logit_map must be a dict or null, got {described['logit_map']!r}")
-    if hashlib.sha256(content).hexdigest() != described["tensors_sha256"]:
+    if hashlib.sha256(content).hexdigest() != described.get("tensors_sha256"):
         raise ValueError(f"{folder / TENSORS} is truncated or was changed after it was saved")
     try:
         return described, load(content)
@@ -166,35 +154,30 @@ def _read(folder: Path, format_name: str) -> tuple[dict[str, Any], dict[str, Ten
         raise ValueError(f"{folder / TENSORS} does not hold tensors: {error}") from None
 
 
-def _preview(settings: dict[str, Any], moment: Tensor | None, folder: Path) -> Preview:
-    kind = settings.get("kind")
-    if kind == "Int8Preview":
-        return Int8Preview()
-    if kind not in ("SVDPreview", "Int4Preview"):
-        known = "an SVDPreview, Int4Preview or Int8Preview"
-        raise ValueError(f"{folder / SETTINGS}: preview must be {known}, got {kind!r}")
-    if settings.get("tail_correction"):
-        raise ValueError(f"{folder} has a tail_correction, which SVDPreview no longer takes")
-    try:
-        calibration = None if moment is None else SecondMoment(moment, int(settings["calibration_rows"]))
-        if kind == "Int4Preview":
-            return Int4Preview(calibration=calibration)
-        return SVDPreview(settings["window"], calibration=calibration, storage=settings["storage"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / SETTINGS} does not describe a preview: {error!r}") from None
+def _settings(described: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The arguments of a screen; errors of any kind where they are not what `save_screen` writes."""
+    if not isinstance(described["exact"], bool):
+        raise ValueError(f"exact must be true or false, got {described['exact']!r}")
+    preview = dict(described["preview"])
+    kind = PREVIEWS[check_choice("preview", preview.pop("kind"), PREVIEWS)]
+    if "calibration" in tensors:
+        preview["calibration"] = SecondMoment(tensors["calibration"], preview.pop("calibration_rows"))
+    if preview.get("tail_correction") == 0:  # of an earlier version, whose other values are not taken any more
+        del preview["tail_correction"]
+    return {
+        "preview": kind(**preview),
+        "candidates": check_count("candidates", described["candidates"], 1),
+        "exact": described["exact"],
+        "use": described.get("use", "fastest"),  # screens of 0.1 had no choice
+        "logit_map": None if described["logit_map"] is None else _map(described["logit_map"], tensors),
+    }
 
 
-def _map(described: dict[str, Any] | None, tensors: dict[str, Tensor], folder: Path) -> LogitMap | None:
-    if described is None:
-        return None
-    kinds, kind = _map_kinds(), described.get("kind")
-    if kind not in kinds:
-        raise ValueError(f"{folder / SETTINGS}: logit_map must be one of {', '.join(sorted(kinds))}, got {kind!r}")
+def _map(described: dict[str, Any], tensors: dict[str, Tensor]) -> LogitMap:
+    kinds = _map_kinds()
+    kind = kinds[check_choice("logit_map", described["kind"], sorted(kinds))]
     parameters = {name.removeprefix(MAP): t for name, t in tensors.items() if name.startswith(MAP)}
-    try:
-        with torch.device("meta"):  # no memory until the parameters are known to fit
-            logit_map = kinds[kind](**described["settings"])
-        logit_map.load_state_dict(parameters, assign=True)
-        return check_logit_map(logit_map)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder} does not hold the {kind} that it describes: {error}") from None
+    with torch.device("meta"):  # no memory until the parameters are known to fit
+        logit_map = kind(**described["settings"])
+    logit_map.load_state_dict(parameters, assign=True)
+    return logit_map
