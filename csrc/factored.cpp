@@ -1,6 +1,6 @@
 // A training pass of FactoredOutput, and its step by rows where that is far from singular.
 //
-// The plain twins, and the mathematics, are in lastlayer/layers/factored/step.py and record.py, whose names these are:
+// The plain twins, and the mathematics, are in lastlayer/layers/factored: step.py, state.py, record.py. Their names:
 // N rows, d features, K targets a row, V classes; `reading` is Q over U, offset and total, (2 d + 2, d); `products` are
 // those of the hidden states with its rows.
 #include <algorithm>
@@ -23,10 +23,9 @@ void fetch_targets(const Real* factor, const int64_t* ids, int64_t count, int64_
 }
 
 template <class Real>
-void read(const Real* hidden, const Real* reading, const Real* factor, const int64_t* ids, Real* copy, Real* products,
+void read(const Real* hidden, const Real* reading, const Real* factor, const int64_t* ids, Real* products,
           double* squared_norm, double* scores, double* total, int64_t num_rows, int64_t width, int64_t d) {
     const int64_t columns = 2 * d + 2;
-    std::copy_n(hidden, num_rows * d, copy);
     fetch_targets(factor, ids, num_rows * width, d);
     multiply<Real>(num_rows, columns, d, 1, rows_of(hidden, d), rows_of(reading, d).transposed(), 0, products, columns);
     for (int64_t n = 0; n < num_rows; ++n) {
@@ -43,7 +42,7 @@ void read(const Real* hidden, const Real* reading, const Real* factor, const int
 template <class Real>
 void hidden_gradient(const Real* products, const Real* reading, const Real* factor, const int64_t* ids,
                      const Real* by_score, const Real* by_norm, const Real* by_total, Real* by_hidden, Real* sparse,
-                     Real* copy, int64_t num_rows, int64_t width, int64_t d) {
+                     int64_t num_rows, int64_t width, int64_t d) {
     const int64_t columns = 2 * d + 2;
     const Real *map = reading + d * d, *offset = reading + 2 * d * d, *total = offset + d;
     const Scratch<Real> sums(num_rows * d);  // Y F
@@ -61,7 +60,6 @@ void hidden_gradient(const Real* products, const Real* reading, const Real* fact
         set_1x1(into, 2 * by_norm[n], products + n * columns, d);
         add_1x1(into, Real{1}, rest, d);
     }
-    std::copy_n(by_hidden, num_rows * d, copy);
 }
 
 // F -= rate Y^T X
@@ -107,31 +105,22 @@ void sum_of_powers(Real* power, Real* sum, double size, int64_t count) {
     }
 }
 
-// (A + A^T) / 2, in square blocks, as a column reads a line of memory for each of its numbers.
+// (A + A^T) / 2
 template <class Real>
 void make_symmetric(Real* square, int64_t d) {
-    constexpr int64_t BLOCK = 16;
-    for (int64_t top = 0; top < d; top += BLOCK) {
-        for (int64_t left = 0; left <= top; left += BLOCK) {
-            for (int64_t i = top; i < std::min(top + BLOCK, d); ++i) {
-                for (int64_t j = left; j < std::min(left + BLOCK, i); ++j) {
-                    Real &lower = square[i * d + j], &upper = square[j * d + i];
-                    lower = upper = (lower + upper) / 2;
-                }
-            }
+    for (int64_t i = 0; i < d; ++i) {
+        for (int64_t j = 0; j < i; ++j) {
+            Real &lower = square[i * d + j], &upper = square[j * d + i];
+            lower = upper = (lower + upper) / 2;
         }
     }
 }
 
-struct Found {
-    double shrinking, growing, size, drift;
-};
-
-// The new reading and inverse and X of an easy step; false where the norm of S is above `easy` or R has drifted.
+// The new reading and inverse, X and the norm of S of an easy step; false where that is above `easy` or R has drifted.
 template <class Real>
 bool plan(const Real* hidden, const Real* products, const Real* by_hidden, const Real* sparse, const int64_t* ids,
           const Real* by_score, const Real* by_norm, const Real* by_total, const Real* reading, const Real* inverse,
-          Real* new_reading, Real* new_inverse, Real* solution, Found* found, Real rate, double easy, double drift_limit,
+          Real* new_reading, Real* new_inverse, Real* solution, double* size, Real rate, double easy, double drift_limit,
           int64_t num_rows, int64_t width, int64_t d, int64_t num_classes) {
     const int64_t n2 = num_rows * num_rows, nd = num_rows * d, columns = 2 * d + 2;
     const Matrix<Real> h = rows_of(hidden, d);
@@ -143,7 +132,6 @@ bool plan(const Real* hidden, const Real* products, const Real* by_hidden, const
     double square = 0;
     for (int64_t n = 0; n < num_rows; ++n) {
         Real* row = overlap + n * num_rows;
-        (row[n] * pull[n] > 0 ? found->shrinking : found->growing) += std::fabs(row[n] * pull[n]);
         Real own = 0;
         for (int64_t m = 0; m < num_rows; ++m) {
             own += row[m] * row[m] * std::fabs(pull[m]);
@@ -151,8 +139,8 @@ bool plan(const Real* hidden, const Real* products, const Real* by_hidden, const
         }
         square += std::fabs(pull[n]) * own;
     }
-    found->size = std::sqrt(square);
-    if (!(found->size <= easy)) return false;
+    *size = std::sqrt(square);
+    if (!(*size <= easy)) return false;
 
     // the update of Q, U, offset and total
     for (int64_t k = 0; k < nd; ++k) rest[k] = by_hidden[k] + sparse[k];
@@ -179,7 +167,7 @@ bool plan(const Real* hidden, const Real* products, const Real* by_hidden, const
     make_symmetric(new_reading, d);
 
     // X, refined against the new U
-    sum_of_powers<Real>(overlap.memory, response.memory, found->size, num_rows);
+    sum_of_powers<Real>(overlap.memory, response.memory, *size, num_rows);
     multiply<Real>(num_rows, d, d, 1, h, rows_of(inverse, d).transposed(), 0, right, d);
     std::copy_n(right.memory, nd, solution);
     multiply<Real>(num_rows, d, num_rows, 1, rows_of<Real>(response, num_rows), rows_of<Real>(right, d), 1, solution, d);
@@ -187,7 +175,6 @@ bool plan(const Real* hidden, const Real* products, const Real* by_hidden, const
     multiply<Real>(num_rows, d, d, -1, rows_of<Real>(solution, d), rows_of<Real>(new_reading + d * d, d), 1, rest, d);
     for (int64_t n = 0; n < num_rows; ++n) {
         const double length = dot(hidden + n * d, hidden + n * d, d), missing = dot(rest + n * d, rest + n * d, d);
-        found->drift = std::max(found->drift, std::sqrt(missing / (length > 0 ? length : 1)));
         if (!(missing <= length * drift_limit * drift_limit)) return false;
     }
     multiply<Real>(num_rows, num_rows, d, 1, rows_of<Real>(rest, d), h.transposed(), 0, overlap, num_rows);
@@ -209,10 +196,10 @@ bool plan(const Real* hidden, const Real* products, const Real* by_hidden, const
 }  // namespace lastlayer
 
 LASTLAYER_KERNEL(factored_read)
-(const void* hidden, const void* reading, const void* factor, const int64_t* ids, void* copy, void* products,
- double* squared_norm, double* scores, double* total, int64_t num_rows, int64_t width, int64_t d, int64_t in_float64) {
+(const void* hidden, const void* reading, const void* factor, const int64_t* ids, void* products, double* squared_norm,
+ double* scores, double* total, int64_t num_rows, int64_t width, int64_t d, int64_t in_float64) {
     lastlayer::by_type(in_float64, [&](auto as) {
-        lastlayer::read(as(hidden), as(reading), as(factor), ids, as(copy), as(products), squared_norm, scores, total,
+        lastlayer::read(as(hidden), as(reading), as(factor), ids, as(products), squared_norm, scores, total,
                         num_rows, width, d);
     });
     return 0;
@@ -220,11 +207,11 @@ LASTLAYER_KERNEL(factored_read)
 
 LASTLAYER_KERNEL(factored_hidden_gradient)
 (const void* products, const void* reading, const void* factor, const int64_t* ids, const void* by_score,
- const void* by_norm, const void* by_total, void* by_hidden, void* sparse, void* copy, int64_t num_rows, int64_t width,
+ const void* by_norm, const void* by_total, void* by_hidden, void* sparse, int64_t num_rows, int64_t width,
  int64_t d, int64_t in_float64) {
     lastlayer::by_type(in_float64, [&](auto as) {
         lastlayer::hidden_gradient(as(products), as(reading), as(factor), ids, as(by_score), as(by_norm), as(by_total),
-                                   as(by_hidden), as(sparse), as(copy), num_rows, width, d);
+                                   as(by_hidden), as(sparse), num_rows, width, d);
     });
     return 0;
 }
@@ -240,19 +227,17 @@ LASTLAYER_KERNEL(factored_move_targets)
     return 0;
 }
 
-// 1 where the step is easy and planned; `found` gets shrinking, growing, size, drift.
+// 1 where the step is easy and planned.
 LASTLAYER_KERNEL(factored_plan)
 (const void* hidden, const void* products, const void* by_hidden, const void* sparse, const int64_t* ids,
  const void* by_score, const void* by_norm, const void* by_total, const void* reading, const void* inverse,
- void* new_reading, void* new_inverse, void* solution, void* found, double rate, double easy, double drift_limit,
+ void* new_reading, void* new_inverse, void* solution, double* size, double rate, double easy, double drift_limit,
  int64_t num_rows, int64_t width, int64_t d, int64_t num_classes, int64_t in_float64) {
-    auto* result = static_cast<lastlayer::Found*>(found);
-    *result = {0, 0, 0, 0};
     return lastlayer::by_type(in_float64, [&](auto as) {
         using Real = typename decltype(as)::Real;
         return lastlayer::plan<Real>(as(hidden), as(products), as(by_hidden), as(sparse), ids, as(by_score), as(by_norm),
                                      as(by_total), as(reading), as(inverse), as(new_reading), as(new_inverse),
-                                     as(solution), result, static_cast<Real>(rate), easy, drift_limit, num_rows, width, d,
+                                     as(solution), size, static_cast<Real>(rate), easy, drift_limit, num_rows, width, d,
                                      num_classes);
     });
 }

@@ -189,7 +189,7 @@ def refusals(group):
     wrong = before.clone()
     wrong[-1, 0] = torch.nan  # of one rank's rows
     with pytest.raises(ValueError, match="finite"):
-        layer.set_weight(layer._divided(layer._own_rows(wrong)))  # a DTensor
+        layer.set_weight(layer._divided(layer.state.own_rows(wrong)))  # a DTensor
     with pytest.raises(ValueError, match="shape"):
         layer.set_weight(wrong[1:])
     assert torch.equal(layer.weight.full_tensor(), before)
@@ -238,7 +238,7 @@ def stays_exact(group, dtype, cyclic, steps):
     drift = sharded.consistency()
     assert max(drift.gram, drift.total) < tolerance
     for part in (sharded.state.reading, sharded.state.inverse):
-        assert torch.equal(sharded.state.rows.first(part), part), "the ranks' small states differ"
+        assert torch.equal(sharded.state.first(part), part), "the ranks' small states differ"
     sharded.stabilize()
     rebuilt = torch.cat([sharded.weight.full_tensor(), sharded.bias.full_tensor()[:, None]], 1)
     assert (rebuilt - weight).norm() < tolerance * weight.norm()
@@ -262,8 +262,6 @@ def decisions_are_the_first_ranks(group):
     V, last = 2500, group.rank() == group.size() - 1
     layer = make(V=V)
     sharded = make_sharded(layer, group)
-    some, of_all = sharded.state.rows.some(512), layer.state.rows.some(512)
-    assert torch.equal(some, of_all), "other rows are judged than in one process"
     weight, measured, state = sharded.weight.full_tensor(), [], sharded.state
     state.map[1] += 0.999 * (state.map[2] - state.map[1])  # two rows of U that are nearly the same
     state.refresh_inverse()
@@ -283,7 +281,7 @@ def decisions_are_the_first_ranks(group):
         conditioning.independent_rows, optimizers.plan_step = found, plan
     assert len(measured) == 2, "all measure, and repair"
     check_equal(sharded.weight.full_tensor(), weight, "the weight", times=1e4)
-    assert torch.equal(state.rows.first(state.map), state.map)
+    assert torch.equal(state.first(state.map), state.map)
     assert not torch.equal(state.map, torch.eye(D, dtype=torch.float64)), "the first rank did not multiply it out"
 
 

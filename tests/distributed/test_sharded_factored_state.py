@@ -54,7 +54,7 @@ def load(group, folder, V=11):
     assert optimizer.param_groups[0]["lr"] == 0.1
     expected, own = trained()
     check_equal(layer.weight, expected.weight, "the weight")
-    check_equal(layer.state.rows.saved(), expected.state.factor, "the factor: U is not I", times=10)
+    check_equal(layer.state.tensors()["factor"], expected.state.factor, "the factor: U is not I", times=10)
     assert layer._stabilizer.counters()["gram_rows"] == expected._stabilizer.counters()["gram_rows"]
     train(expected, own, 2)
     train(layer, optimizer, 2)
@@ -89,7 +89,7 @@ def state_of_one_process_loads(group):
     own.load_state_dict(optimizer.state_dict())
     divided = shard(layer, group)
     for each in (loaded, divided, copy.deepcopy(divided)):
-        assert torch.equal(each.state.rows.saved().full_tensor(), layer.state.factor)
+        assert torch.equal(each.state.tensors()["factor"].full_tensor(), layer.state.factor)
         assert torch.equal(each.state.reading, layer.state.reading)
         check_equal(each.weight, layer.weight, "the weight")
     train(layer, optimizer, 2)

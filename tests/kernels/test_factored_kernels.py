@@ -4,12 +4,15 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 
 from engines import isa  # noqa: F401 (a fixture)
-from lastlayer import FactoredOutput, FactoredSGD, SphericalSoftmax, TaylorSoftmax, ZLoss
+from lastlayer import FactoredOutput, FactoredSGD, SphericalSoftmax, SquaredError, TaylorSoftmax, ZLoss
+from lastlayer.functional.spherical import RowDerivatives
 from lastlayer.kernels import engine
 from lastlayer.kernels import factored as kernel
-from lastlayer.layers.factored import record, step
+from lastlayer.layers.factored import step
+from lastlayer.layers.factored.record import Ledger, Pass
 from lastlayer.layers.factored.state import FactoredState
 
 V, RATE = 50, 0.01
@@ -39,11 +42,12 @@ def a_gradient(state, rows, width, with_total):
     hidden, ids = normal(rows, d) / d**0.5, torch.randint(V, (rows, width), generator=generator)
     ids[:2] = ids[0, 0]
     by_score, by_norm, by_total = normal(rows, width), normal(rows), normal(rows) if with_total else None
-    with engine.forced(None):
-        products, *_ = state.read(hidden, ids)
-        found = type("Found", (), {"by_score": by_score, "by_norm": by_norm, "by_total": by_total})
-        kept = record._Kept(hidden, products, ids, found)
-        return record._gradient(state, kept, torch.ones((), dtype=dtype))[0]
+    with engine.forced(None), torch.no_grad():
+        own = Pass(state, Ledger(), nn.Parameter(torch.zeros(())), SquaredError(), hidden, ids, by_score.double())
+        own.loss = RowDerivatives(own.loss.row_loss, by_score, by_norm, by_total)
+        own.backward(torch.ones(rows, dtype=dtype))
+    assert own.gradient is not None
+    return own.gradient
 
 
 def same(ours, theirs, dtype):
@@ -59,9 +63,9 @@ def test_pass_and_step(rows, width, d, with_total, dtype):
     state = a_state(d, dtype)
     g = a_gradient(state, rows, width, with_total)
     given = state.reading, state.factor, g.ids
-    same(kernel.read(g.hidden, *given), (g.hidden, *state.read(g.hidden, g.ids)), dtype)
+    same(kernel.read(g.hidden, *given), state.read(g.hidden, g.ids), dtype)
     ours = kernel.hidden_gradient(g.products, *given, g.by_score, g.by_norm, g.by_total)
-    same(ours, (g.by_hidden, g.sparse, g.by_hidden), dtype)
+    same(ours, (g.by_hidden, g.sparse), dtype)
     ours, theirs = state.factor.clone(), state.factor.clone()
     kernel.move_targets(ours, g.ids, g.by_score, g.hidden, RATE)
     for ids, by_score in zip(g.ids.T, g.by_score.T, strict=True):
@@ -73,8 +77,7 @@ def test_pass_and_step(rows, width, d, with_total, dtype):
         by_norm = by_norm * min(1.0, 30 / rows)  # else of many rows the sum is too large for either
         own = dataclasses.replace(g, by_norm=by_norm)
         spread = 2 * RATE * by_norm * g.hidden.square().sum(1)
-        shrinking, growing = float(spread.clamp(min=0).sum()), -float(spread.clamp(max=0).sum())
-        ours, theirs = step._plan_easy(state, own, RATE), step._plan_by_rows(state, own, RATE, shrinking, growing)
+        ours, theirs = step._plan_compiled(state, own, RATE), step._plan_by_rows(state, own, RATE)
         if ours is None:
             assert float(spread.abs().sum()) > 0.9
             continue
@@ -89,16 +92,16 @@ def test_what_is_left_to_the_plain_form():
     g = a_gradient(state, 6, 2, True)
     positive = dataclasses.replace(g, by_norm=g.by_norm.abs())
     before = [part.clone() for part in state.tensors().values()]
-    assert step._plan_easy(state, positive, RATE) is not None
-    assert step._plan_easy(state, positive, 1e3 * RATE) is None
-    for name in ("hidden", "by_norm", "by_score", "by_total"):
+    assert step._plan_compiled(state, positive, RATE) is not None
+    assert step._plan_compiled(state, positive, 1e3 * RATE) is None
+    for name in ("hidden", "by_norm"):
         for value in (torch.nan, torch.inf):
             wrong = getattr(positive, name).clone()
             wrong.view(-1)[3] = value
-            assert step._plan_easy(state, dataclasses.replace(positive, **{name: wrong}), RATE) is None
+            assert step._plan_compiled(state, dataclasses.replace(positive, **{name: wrong}), RATE) is None
     assert all(torch.equal(a, b) for a, b in zip(before, state.tensors().values(), strict=True))
     state.inverse.mul_(1.01)
-    assert step._plan_easy(state, positive, RATE) is None
+    assert step._plan_compiled(state, positive, RATE) is None
 
 
 @pytest.mark.parametrize("loss", [SphericalSoftmax(), TaylorSoftmax(), ZLoss()], ids=repr)

@@ -22,7 +22,7 @@ from lastlayer.layers.factored.step import gradient_norm
 @pytest.mark.parametrize("rows", [9, 40])
 def test_equals_dense_sgd(loss, bias, rows):
     """L1, on both sides of N = d."""
-    Twins(loss, lr=RATES[loss] * 9 / rows, bias=bias).train(batches(200, rows))
+    Twins(loss, lr=RATES[loss] * 9 / rows, bias=bias).train(batches(60, rows))
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
@@ -34,7 +34,7 @@ def test_decay_clipping_and_schedules(loss, settings, rows):
     """L2."""
     twins = Twins(loss, bias=True, reduction="mean", **settings)
     schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.99) for o in (twins.optimizer, twins.dense)]
-    for batch in batches(60, rows):
+    for batch in batches(25, rows):
         twins.train([batch])
         for schedule in schedules:
             schedule.step()
@@ -44,7 +44,7 @@ def test_decay_clipping_and_schedules(loss, settings, rows):
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
 def test_one_class_a_row(loss):
     twins = Twins(loss, reduction="mean", lr=9 * RATES[loss])
-    twins.train((hidden, ids[:, 0]) for hidden, ids, _ in batches(100, k=1))
+    twins.train((hidden, ids[:, 0]) for hidden, ids, _ in batches(50, k=1))
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])

@@ -11,8 +11,8 @@ import torch
 
 from lastlayer import FactoredOutput, FactoredSGD, SquaredError
 
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-STEPS = {torch.float32: 10_000, torch.float64: 2_500}
+TOLERANCE = {torch.float32: 5e-5, torch.float64: 1e-10}
+STEPS = {torch.float32: 1000, torch.float64: 500}
 SHARES = (0.1, 0.3, 0.5, 0.8, 0.95)
 
 
@@ -77,18 +77,18 @@ def test_long_runs(kind, dtype):
     assert max(layer.consistency()[:3]) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("share", [0.3, 0.95])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rows_and_features_of_any_number(share, dtype):
     """Wider layers, batches in which a class repeats, and both forms of the step."""
     for d, rows in ((24, 3), (24, 30), (24, 60)):
         batches = make_batches("cyclic", d, 200, rows)
-        error, _ = train(batches, rates_of(batches, [share]), 150, d, 200, dtype)
+        error, _ = train(batches, rates_of(batches, [share]), 60, d, 200, dtype)
         assert error < TOLERANCE[dtype] / 10
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("steps", [20, 40, 80, 100])
+@pytest.mark.parametrize("steps", [40, 100])
 def test_one_orthogonal_batch_over_and_over(dtype, steps):
     """At a rate of 0.25 / lambda the factor of the old recursion for R was 2 a step."""
     torch.manual_seed(1)
@@ -97,28 +97,13 @@ def test_one_orthogonal_batch_over_and_over(dtype, steps):
     assert error < (2e-6 if dtype == torch.float32 else 1e-12)
 
 
-@pytest.mark.parametrize("share", [0.3, 0.9])
-def test_random_batches_of_16(share):
+@pytest.mark.parametrize(("rows", "steps"), [(16, 150), (1, 400)])
+def test_one_batch_of_a_wide_layer(rows, steps):
     generator = torch.Generator().manual_seed(2)
-    hidden = torch.randn(16, 64, generator=generator, dtype=torch.float64)
-    error, _ = train([(hidden, torch.arange(16))], [share * largest_rate(hidden)], 300, 64, 1000, torch.float32)
+    hidden = torch.randn(rows, 64, generator=generator, dtype=torch.float64)
+    rates = [0.9 * largest_rate(hidden)]
+    error, _ = train([(hidden, torch.arange(rows))], rates, steps, 64, 1000, torch.float32)
     assert error < 1e-5
-
-
-@pytest.mark.parametrize("share", [0.3, 0.9])
-def test_one_row_for_1500_steps(share):
-    generator = torch.Generator().manual_seed(2)
-    hidden = torch.randn(1, 64, generator=generator, dtype=torch.float64)
-    error, _ = train([(hidden, torch.arange(1))], [share * largest_rate(hidden)], 1500, 64, 1000, torch.float32)
-    assert error < 1e-5
-
-
-def test_four_rows_for_17000_steps():
-    generator = torch.Generator().manual_seed(2)
-    hidden = torch.randn(4, 8, generator=generator, dtype=torch.float64)
-    assert 2 * largest_rate(hidden) > 0.02
-    error, _ = train([(hidden, torch.arange(4))], [0.02], 17_000, 8, 30, torch.float32)
-    assert error < 1e-4
 
 
 def test_what_drifted_is_seen_and_renewed():

@@ -59,16 +59,16 @@ def test_many_bad_directions_are_multiplied_out():
 
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
 def test_long_run_in_single_precision(loss):
-    """L5 at the sizes and steps of a test; benchmarks/factored_exactness.py has 10,000 steps."""
+    """L5 at the sizes and steps of a test; `benchmarks/factored_output.py --part exactness` has 10,000 steps."""
     lr = 2e-4 if loss == SquaredError() else 1.0
     torch.manual_seed(0)
-    d, v, rows = 32, 2000, 16
+    d, v, rows = 32, 500, 16
     layer = FactoredOutput(d, v, loss=loss, reduction="sum")
     optimizer = FactoredSGD(layer, lr)
     exact = FactoredOutput(d, v, loss=loss, reduction="sum", dtype=torch.float64)
     exact.set_weight(layer.weight.double())
     exact_optimizer = FactoredSGD(exact, lr)
-    for step in range(600):
+    for step in range(200):
         hidden = favoured(rows, d, step)
         targets = torch.randint(v, (rows,), generator=torch.Generator().manual_seed(step))
         for one, its_optimizer, h in ((layer, optimizer, hidden.float()), (exact, exact_optimizer, hidden)):
@@ -120,7 +120,7 @@ def test_a_refused_state_goes_on_after_its_repair():
     assert worst(layer.weight.double(), weight[:, :8]) < 1e-2
 
 
-@pytest.mark.parametrize("rows", [1, 7, 12, 13, 17, 18, 19, 60])
+@pytest.mark.parametrize("rows", [1, 12, 18, 19, 60])
 def test_any_batch_size_near_the_limit_of_the_rate(rows):
     """Both forms of the step, near the rate at which a step is singular: below, and overshooting."""
     for share in (0.5, 0.9, 0.99, 1.3):

@@ -7,7 +7,7 @@ import torch
 from factored_twins import Twins, batches, worst
 
 from lastlayer import SquaredError, TaylorSoftmax, ZLoss
-from lastlayer.layers.factored.conditioning import DEPENDENT, RANGE, Stabilizer, growth_limit, independent_rows
+from lastlayer.layers.factored.conditioning import RANGE, Stabilizer, growth_limit, independent_rows
 from lastlayer.layers.factored.state import FactoredState
 
 D, V = 10, 400
@@ -36,7 +36,7 @@ def dependence(state):
 def test_repair_leaves_the_weight(dtype, shrunk, v):
     state, stabilizer = ill_conditioned(dtype, shrunk, v=v), Stabilizer()
     before = state.weight()
-    assert dependence(state).max() > DEPENDENT
+    assert dependence(state).max() > 3
     assert stabilizer.repair(state) > 0
     assert dependence(state).norm() < math.exp(growth_limit(state)) / 2
     assert stabilizer.growth == pytest.approx(math.log(dependence(state).norm()), abs=1e-3)
@@ -49,13 +49,11 @@ def test_repair_leaves_the_weight(dtype, shrunk, v):
 
 def test_what_independent_rows_promises():
     rows = torch.nn.functional.normalize(ill_conditioned().map, dim=1)
-    everything = torch.zeros(D, dtype=torch.bool)
-    found = independent_rows(rows, torch.ones(D, dtype=torch.float64), everything, 100.0)
+    found = independent_rows(rows, torch.ones(D, dtype=torch.float64), 100.0)
     assert found is not None
-    new, transform = found
-    assert worst(transform @ new, rows) < 1e-14
-    assert (new.norm(dim=1) * torch.linalg.inv(new).T.norm(dim=1)).max() < DEPENDENT
-    assert independent_rows(rows, torch.ones(D, dtype=torch.float64), everything, 1.0) is None  # below sqrt(d)
+    assert (found.norm(dim=1) * torch.linalg.inv(found).T.norm(dim=1)).max() < 3
+    assert 0 < int((found != rows).any(1).sum()) < D
+    assert independent_rows(rows, torch.ones(D, dtype=torch.float64), 1.0) is None  # below sqrt(d)
 
 
 def test_the_shrunken_row_is_freed_and_rows_without_it_are_left_alone():
@@ -106,7 +104,7 @@ def test_an_offset_that_cancels_moves_into_the_factor():
         assert worst(state.weight(), weight) < 1e-10  # five digits cancelled
 
 
-def test_beyond_mending_is_multiplied_out(monkeypatch):
+def test_beyond_repair_is_multiplied_out(monkeypatch):
     monkeypatch.setattr("lastlayer.layers.factored.conditioning.independent_rows", lambda *_: None)
     state = ill_conditioned()
     weight = state.weight()
@@ -115,9 +113,16 @@ def test_beyond_mending_is_multiplied_out(monkeypatch):
     assert worst(state.weight(), weight) < 1e-12
 
 
-@pytest.mark.parametrize("loss", [SquaredError(), TaylorSoftmax(), ZLoss(alpha=1.5)], ids=repr)
-@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.02}], ids=str)
-@pytest.mark.parametrize("v", [300, 7])
+@pytest.mark.parametrize(
+    ("loss", "settings", "v"),
+    [
+        (SquaredError(), {}, 300),
+        (SquaredError(), {"weight_decay": 0.02}, 7),
+        (TaylorSoftmax(), {"weight_decay": 0.02}, 7),
+        (ZLoss(alpha=1.5), {}, 300),
+    ],
+    ids=repr,
+)
 def test_directions_that_vanish(loss, settings, v):
     """Two directions shrink by far more than a float's range, while targets go on; bias, decay, V below d."""
     rates = {SquaredError(): 0.05, TaylorSoftmax(): 0.02 * v, ZLoss(alpha=1.5): 0.3}
@@ -127,7 +132,7 @@ def test_directions_that_vanish(loss, settings, v):
     twins.layer._stabilizer.repair = lambda state: repairs.append(repair(twins.layer._stabilizer, state))
     drift = torch.zeros(D, dtype=torch.float64)
     drift[:2] = torch.tensor([1.5, 1.0])
-    steps = ((h + drift, ids[:, 0].clamp(min=0)) for h, ids, _ in batches(600, k=1, d=D, v=v, scale=0.2))
+    steps = ((h + drift, ids[:, 0].clamp(min=0)) for h, ids, _ in batches(400, k=1, d=D, v=v, scale=0.2))
     tolerance = 1e-8 if v > D else 1e-6  # outputs of few classes come close to being alike
     twins.train(steps, tolerance)
     assert repairs or loss != SquaredError()

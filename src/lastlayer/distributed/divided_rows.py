@@ -1,4 +1,4 @@
-"""The rows of F of a `FactoredOutput`, divided among ranks: each reads and changes those of its own classes."""
+"""The state of a `FactoredOutput` whose rows of F are divided among ranks: each reads and changes its own."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,25 +6,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lastlayer.distributed.collectives import copied, from_first, gathered_alike, largest, summed
+from lastlayer.distributed.collectives import copied, from_first, summed
 from lastlayer.distributed.parameters import of_own_rows, own_rows
 from lastlayer.distributed.ranks import Ranks
-from lastlayer.layers.factored.rows import CHUNK_NUMBERS, Rows
+from lastlayer.layers.factored.state import CHUNK_NUMBERS, FactoredState
 
 
-class DividedRows(Rows):
-    """This rank's rows of F.
+class DividedState(FactoredState):
+    """This rank's rows of F, and all else of a state.
 
     Args:
-        factor: `(W, d)`, those of its W classes.
+        weight: `(W, d)`, the rows of its W classes.
         total: V.
         ranks: those that divide the rows.
         across: those that have the same rows, and take batches of their own; None: there are none.
     """
 
-    def __init__(self, factor: Tensor, total: int, ranks: Ranks, across: Ranks | None) -> None:
-        super().__init__(factor)
-        self.total, self.ranks, self.across = total, ranks, across
+    def __init__(self, weight: Tensor, total: int, ranks: Ranks, across: Ranks | None) -> None:
+        self._classes, self.ranks, self.across = total, ranks, across
+        super().__init__(weight)
+
+    def like(self, weight: Tensor) -> FactoredState:
+        return DividedState(weight, self._classes, self.ranks, self.across)
 
     @property
     def groups(self) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -36,18 +39,13 @@ class DividedRows(Rows):
 
     @property
     def num_classes(self) -> int:
-        return self.total
+        return self._classes
 
-    @property
-    def whole(self) -> bool:
-        return self.ranks.size == 1
+    def compiled(self) -> bool:
+        return False
 
-    def like(self, factor: Tensor) -> Rows:
-        own = own_rows(factor, self.ranks).to(self.factor.device)
-        return DividedRows(own, self.total, self.ranks, self.across)
-
-    def saved(self) -> Tensor:
-        return of_own_rows(self.factor, self.total, self.ranks)
+    def tensors(self) -> dict[str, Tensor]:
+        return {**super().tensors(), "factor": of_own_rows(self.factor, self._classes, self.ranks)}
 
     # The rows of targets: each has one owner.
 
@@ -81,7 +79,7 @@ class DividedRows(Rows):
 
     def _own_targets(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (n,) each
         """Of the n targets that this rank owns: the row and column of `ids`, in order, and the row of F."""
-        own = self.ranks.span(self.total)
+        own = self.ranks.span(self._classes)
         rows, columns = ((ids >= own.start) & (ids < own.stop)).nonzero().unbind(1)
         return rows, columns, ids[rows, columns] - own.start
 
@@ -90,26 +88,14 @@ class DividedRows(Rows):
         size = max(1, CHUNK_NUMBERS // self.factor.shape[1])
         return zip(*(part.split(size) for part in parts), strict=True)
 
-    # What is computed from the rows of all ranks; on "meta" there is nothing to send.
+    # Over all ranks; on "meta" there is nothing to send.
 
     def summed(self, tensor: Tensor) -> Tensor:
         return tensor if tensor.is_meta else summed(tensor, self.ranks)
-
-    def largest(self, tensor: Tensor) -> Tensor:
-        return largest(tensor, self.ranks)
 
     def first(self, tensor: Tensor) -> Tensor:
         tensor = from_first(tensor, self.ranks)
         return tensor if self.across is None else from_first(tensor, self.across)
 
-    def some(self, count: int) -> Tensor:
-        """Those that one process would take, in their order: sends at most `2 count d` numbers."""
-        step = max(1, self.total // count)
-        counts = [
-            len(range(-own.start % step, own.stop - own.start, step)) for own in self.ranks.spans(self.total)
-        ]
-        own = self.factor[-self.ranks.span(self.total).start % step :: step]
-        padded = own.new_zeros(max(counts), own.shape[1])
-        padded[: len(own)] = own
-        parts = zip(gathered_alike(padded, self.ranks), counts, strict=True)
-        return torch.cat([part[:length] for part, length in parts])
+    def own_rows(self, tensor: Tensor) -> Tensor:
+        return own_rows(tensor, self.ranks)

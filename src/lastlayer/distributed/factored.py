@@ -1,6 +1,5 @@
 """`FactoredOutput` with its classes divided among ranks."""
 
-import copy
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lastlayer.distributed.collectives import copied, gathered, summed
-from lastlayer.distributed.divided_rows import DividedRows
+from lastlayer.distributed.divided_rows import DividedState
 from lastlayer.distributed.parameters import of_own_rows, own_rows
 from lastlayer.distributed.ranks import Ranks
 from lastlayer.distributed.row_scores import Part, RowScoredLayer
@@ -17,7 +16,6 @@ from lastlayer.functional.spherical import NormalizedLoss
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.factored import FactoredOutput
 from lastlayer.layers.factored.record import Ledger
-from lastlayer.layers.factored.rows import Rows
 
 
 class ShardedFactoredOutput(RowScoredLayer, FactoredOutput):
@@ -29,8 +27,8 @@ class ShardedFactoredOutput(RowScoredLayer, FactoredOutput):
 
     Of N rows with K targets each, a training step sends, by the counts of results: forward N K numbers, the scores
     of the targets; backward N d, the sums of the targets' rows of F; in `FactoredSGD.step` two (float64), on which
-    the ranks agree; all by all-reduce. A repair, when one is needed, sends `2 d^2` numbers (float64) and up to
-    1,024 rows of F; Q, recomputed once in some 2 V examples, `d (d + 1)` (float64). Cost of a rank: `9 N d^2 + 5
+    the ranks agree; all by all-reduce. A repair, when one is needed, sends some `d (d + 2)` numbers (float64);
+    Q, recomputed once in some 2 V examples, `d (d + 1)` (float64). Cost of a rank: `9 N d^2 + 5
     N^2 d` multiply-adds a step, as in one process, and the targets of its own; of what costs O(V) there, its
     share; memory `V d / ranks + 3 d^2`.
 
@@ -50,11 +48,14 @@ class ShardedFactoredOutput(RowScoredLayer, FactoredOutput):
     def __init__(self, layer: OutputLayer, ranks: Ranks, copies: Ranks | None) -> None:
         super().__init__(layer, ranks, copies)
         self._ledger = Ledger()
-        whole, self.state = self.state, copy.copy(self.state)
-        factor, reading, inverse = own_rows(whole.factor, ranks), whole.reading, whole.inverse
+        whole = self.state
         device = whole.factor.device if whole.factor.is_meta else torch.device(ranks.mesh.device_type)
-        factor, reading, inverse = (part.to(device, copy=True) for part in (factor, reading, inverse))
-        self.state.rows, self.state.reading, self.state.inverse = self._rows_of(factor), reading, inverse
+        own, *parts = (
+            part.to(device, copy=True) for part in (own_rows(whole.factor, ranks), whole.reading, whole.inverse)
+        )
+        with torch.no_grad():
+            self.state = DividedState(own, self.num_classes, ranks, copies)
+        self.state.reading, self.state.inverse = parts
 
     @property
     def weight(self) -> Tensor:  # (V, d)
@@ -101,12 +102,6 @@ class ShardedFactoredOutput(RowScoredLayer, FactoredOutput):
     def _sample(self, hidden: Tensor, num_samples: int) -> Tensor:
         self._normalized()
         return super()._sample(hidden, num_samples)
-
-    def _own_rows(self, tensor: Tensor) -> Tensor:
-        return own_rows(tensor, self.ranks)
-
-    def _rows_of(self, columns: Tensor) -> Rows:
-        return DividedRows(columns, self.num_classes, self.ranks, self.copies)
 
     def _divided(self, own: Tensor) -> Tensor:
         return of_own_rows(own.to(self.anchor.dtype).contiguous(), self.num_classes, self.ranks)

@@ -13,8 +13,8 @@ Repairs, by increasing cost (that of R in the rows of a batch is part of each st
 
 - where a bound on the growth of the amplification, summed over the steps, reaches the limit, it is measured,
   O(d^2), and R checked against U as a whole, O(d^3); where the amplification did grow, the rows of U that depend
-  on others are freed of them: O(V) for each, and O(d) for each row of F that this changes by more than rounding.
-  Those are all at first; where a direction has shrunk to nothing, they are those that were targets recently;
+  on larger ones are made orthogonal to these: O(V) for each, and O(d) for each row of F that this changes by more
+  than rounding. Those are all at first; where a direction has shrunk to nothing, those that were targets recently;
 - rows of U whose scale leaves the range of the numbers are brought back, exactly, O(V) for each; an offset that
   has grown large relative to W, which `F U` then nearly cancels, moves into F, O(V d);
 - Q is computed anew from the weight, O(V d^2), once in so many steps that this costs one part in twenty of them.
@@ -23,20 +23,17 @@ Where processes divide the rows of F, each repairs its own, and all repair what 
 """
 
 import math
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from lastlayer.layers.factored.rows import Rows
-from lastlayer.layers.factored.state import FactoredState, inverse_transpose
+from lastlayer.layers.factored.state import CHUNK_NUMBERS, FactoredState, inverse_transpose
 from lastlayer.layers.factored.step import Step, drift_limit
 
 REFRESH_SHARE = 1 / 20  # of the arithmetic of the steps
-DEPENDENT = 3.0  # `||U_i|| ||R_i||` from which a repair changes row i; 1 when it is orthogonal to the others
+CHANGED = (0.03, 0.1, 0.3, math.inf)  # of a row of U, its own share below which a repair changes it; in turn
 AMPLIFIED, AMPLIFIED_DOUBLE = 8.0, 64.0  # times sqrt(d): the amplification that calls for a repair
 SLACK = 2.0  # by which a repair leaves it below its limit
-ALIKE = 8.0  # the ratio up to which two such products are treated as equal
 CANCELLING = 16.0  # norms of a row of W that the offset may have, which is more than F U loses in digits
 RANGE = 2.0**60  # of the rows' norms: far from the ends of float32
 FAR = 20  # log2 of a row's norm that is brought back together with them
@@ -59,7 +56,7 @@ class Stabilizer:
     def after(self, state: FactoredState, step: Step) -> None:
         """Called after every step."""
         self.growth += step.growth
-        self.gram_rows += step.rows
+        self.gram_rows += len(step.ids)
         if not self.automatic:
             return
         if not self.growth <= growth_limit(state):
@@ -78,21 +75,18 @@ class Stabilizer:
         self.growth, self.gram_rows = counters["growth"], int(counters["gram_rows"])
 
     def repair(self, state: FactoredState) -> int:
-        """Frees the rows of U that depend on others, and recomputes R; returns how many rows. W is unchanged."""
+        """Frees rows of U of those that they depend on, and recomputes R; returns how many. W is unchanged."""
         exact = state.map.double()
         scale = exact.norm(dim=1, keepdim=True)
-        presence = column_presence(state.rows) * scale[:, 0]
-        light = presence < state.negligible()
-        found = independent_rows(exact / scale, presence, light, math.exp(growth_limit(state)) / SLACK)
-        nothing = torch.full_like(exact, torch.nan)
-        rows, transform = state.rows.first(torch.stack((nothing, nothing) if found is None else found))
+        before = exact / scale
+        found = independent_rows(before, _presence(state, scale[:, 0]), math.exp(growth_limit(state)) / SLACK)
+        rows = state.first(torch.full_like(before, torch.nan) if found is None else found)
+        changed = (rows != before).any(1).nonzero().squeeze(1)
         if not bool(rows.isfinite().all()):
             state.rebase()
-            self._measure(state)
-            return state.features
-        changed = (transform != torch.eye(len(transform), device=exact.device)).any(1).nonzero().squeeze(1)
-        if len(changed):
-            state.change_rows(changed, rows * scale, scale * transform / scale.T)
+        elif len(changed):
+            transform = torch.linalg.solve(rows, before[changed], left=False)
+            _change_rows(state, changed, rows * scale, scale[changed] * transform / scale.T)
         state.refresh_inverse()
         self._measure(state)
         return len(changed)
@@ -100,7 +94,7 @@ class Stabilizer:
     def stabilize(self, state: FactoredState) -> int:
         """Multiplies the product out where a singular value of U is outside [1/2, 2]; how many were."""
         values = torch.linalg.svdvals(state.map.double())
-        outside = int(state.rows.first(((values < 0.5) | (values > 2)).sum()))
+        outside = int(state.first(((values < 0.5) | (values > 2)).sum()))
         if outside:
             state.rebase()
         else:
@@ -118,88 +112,105 @@ class Stabilizer:
         if not state.inverse_drift() <= drift_limit(state.factor.dtype):
             state.refresh_inverse()
         scale = state.map.double().norm(dim=1)
-        own = [
-            (scale * state.inverse.double().norm(dim=1)).norm(),
-            scale.min(),
-            scale.max(),
-            state.offset.double().norm(),
-            state.typical_norm(),
-        ]
-        measured = state.rows.first(torch.cat([torch.stack(own), scale]))
-        (amplification, least, most, offset, typical), scale = measured[:5].tolist(), measured[5:]
-        if least < 1 / RANGE or most > RANGE:
-            state.rescale(scale, FAR)
+        amplification = (scale * state.inverse.double().norm(dim=1)).norm()
+        own = torch.stack([amplification, state.offset.double().norm(), _typical_norm(state)])
+        measured = state.first(torch.cat([own, scale]))
+        (amplified, offset, typical), scale = measured[:3].tolist(), measured[3:]
+        if float(scale.min()) < 1 / RANGE or float(scale.max()) > RANGE:
+            _rescale(state, scale)
         if offset > CANCELLING * typical:
-            state.fold_offset()
-        self.growth = math.log(amplification)
+            _fold_offset(state)
+        self.growth = math.log(amplified)
 
 
 def growth_limit(state: FactoredState) -> float:
     """Log of the amplification of rounding that calls for repair."""
-    return _growth_limit(state.factor.dtype, state.features)
-
-
-@cache
-def _growth_limit(dtype: torch.dtype, features: int) -> float:
-    return math.log((AMPLIFIED if dtype == torch.float32 else AMPLIFIED_DOUBLE) * math.sqrt(features))
+    limit = AMPLIFIED if state.factor.dtype == torch.float32 else AMPLIFIED_DOUBLE
+    return math.log(limit * math.sqrt(state.features))
 
 
 def independent_rows(
     rows: Tensor,  # (d, d), float64, of norm 1
     presence: Tensor,  # (d,), their share of W
-    light: Tensor,  # (d,), bool: rows that are cheap to change
     enough: float,
-) -> tuple[Tensor, Tensor] | None:
-    """Rows of which at most `enough` dependence is left, and T with `rows = T new_rows`; None: not found.
+) -> Tensor | None:  # (d, d)
+    """Rows with the same span of which at most `enough` dependence is left; None: not found.
 
-    Row i of the inverse is orthogonal to all other rows, so what row i must lose to be so, too, is
-
-        rows_i - dual_i / ||dual_i||^2 = sum_j c_j rows_j,    c = dual (that difference),
-
-    which makes `T <- T (I + e_i c^T)` and `dual <- dual + c dual_i^T`. Of rows about as dependent as the worst the
-    least present is taken: its direction is the one that shrinks, and most rows of F need not change for it.
-    Once a row is changed that is not light, all that are DEPENDENT are: they cost little more.
+    Of a row that depends on those before it, what is orthogonal to all of these is kept. The least present and
+    most dependent rows come last: theirs are the directions that shrink, and most rows of F need not change for
+    them. As few rows as are enough are changed.
     """
-    rows, dual = rows.clone(), inverse_transpose(rows).clone()
-    if not bool(dual.isfinite().all()):
-        return None
-    transform = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-    all_of_them, last = False, -1
-    left = torch.zeros_like(light)  # rows that only smaller ones make dependent
-    known = math.inf
-    for _ in range(3 * len(rows)):
-        lengths = dual.norm(dim=1)
-        dependence = lengths * rows.norm(dim=1)
-        known = float(dependence.norm())
-        if known < enough and not all_of_them:
-            dependence = dependence * light
-        if float((dependence * ~left).max()) >= DEPENDENT:
-            dependence, strict = dependence * ~left, True
-        elif known < enough:
-            break
-        else:
-            strict = False
-        worst = float(dependence.max())
-        if worst < DEPENDENT:
-            break
-        score = torch.where(dependence >= max(DEPENDENT, worst / ALIKE), dependence / presence, 0)
-        row = int(score.argmax())
-        all_of_them |= not light[row]
-        coefficients = dual @ (rows[row] - dual[row] / lengths[row] ** 2)
-        coefficients[row] = 0
-        if strict:  # far smaller rows are made orthogonal to this one, not the reverse, so that F need not grow
-            coefficients[presence < presence[row] / ALIKE] = 0
-            left[row] = row == last
-        last = row
-        rows[row] -= (
-            coefficients @ rows
-        )  # computed from the coefficients, so that T is exact whatever the error of dual
-        transform.addr_(transform[:, row].clone(), coefficients)
-        dual.addr_(coefficients, dual[row].clone())
-    return (rows, transform) if known < enough else None
+    dependence = inverse_transpose(rows).norm(dim=1)
+    order = (presence / dependence).argsort(descending=True)
+    basis, triangle = torch.linalg.qr(rows[order].T)
+    own = triangle.diagonal()[:, None]  # the length of what each row has in no row before it
+    for least in CHANGED:
+        found = rows.index_copy(0, order, torch.where(own.abs() < least, own * basis.T, rows[order]))
+        if amplification(found) < enough:
+            return found
+    return None
 
 
-def column_presence(rows: Rows) -> Tensor:  # (d,), float64
-    """What most rows of F do not exceed, column by column, judged by some of them."""
-    some = rows.some(SAMPLED).abs().double()
-    return some.kthvalue(1 + int(MOST * (len(some) - 1)), 0).values.clamp(min=1e-200)
+def amplification(
+    rows: Tensor,  # (d, d), float64
+) -> float:
+    """The norm of all `||U_i|| ||R_i||`."""
+    return float((rows.norm(dim=1) * inverse_transpose(rows).norm(dim=1)).norm())
+
+
+def _presence(state: FactoredState, scale: Tensor) -> Tensor:  # (d,), float64
+    """The share that each row of U has of most rows of W, judged by some of them."""
+    some = state.factor[:: max(1, len(state.factor) // SAMPLED)].abs().double()
+    if not len(some):  # of a process without rows, which the first one is not
+        return scale
+    return scale * some.kthvalue(1 + int(MOST * (len(some) - 1)), 0).values.clamp(min=1e-200)
+
+
+def _typical_norm(state: FactoredState) -> Tensor:  # ()
+    """The root mean square of the norms of the rows of W."""
+    return (state.gram.double().trace().clamp(min=0) / state.num_classes).sqrt()
+
+
+def _change_rows(
+    state: FactoredState,
+    changed: Tensor,  # (m,)
+    rows: Tensor,  # (d, d), float64
+    transform: Tensor,  # (m, d), float64
+) -> None:
+    """`rows` for U, whose changed rows were `transform rows`, and F to match: W is unchanged; R is stale then.
+
+    A row of F that this changes by less than rounding of W is left alone: O(V m), and O(d m) for each other row.
+    """
+    dtype = state.factor.dtype
+    moved = (state.map[changed].double() - rows[changed]).norm(dim=1)
+    least = (torch.finfo(dtype).eps / 64 * _typical_norm(state) / len(changed) / moved).to(dtype)
+    change = transform.clone()
+    change[torch.arange(len(changed), device=change.device), changed] -= 1
+    for part in state.factor.split(max(1, CHUNK_NUMBERS // state.features)):
+        some = part[:, changed]
+        at = (some.abs() > least).any(1).nonzero().squeeze(1)
+        part.index_add_(0, at, some[at] @ change.to(dtype))
+    state.map.copy_(rows)
+
+
+def _rescale(
+    state: FactoredState,
+    scale: Tensor,  # (d,), norms of the rows of U
+) -> None:
+    """Powers of 2 moved from the rows of U to F, so exactly, where they are beyond `2^FAR`; O(V) each.
+
+    What becomes too small for a number in F adds nothing to W either.
+    """
+    exponents = scale.log2().round()
+    rows = (exponents.abs() >= FAR).nonzero().squeeze(1)
+    powers = exponents[rows].exp2()
+    state.map[rows] /= powers[:, None]
+    state.inverse[rows] *= powers[:, None]
+    state.factor[:, rows] *= powers
+
+
+def _fold_offset(state: FactoredState) -> None:
+    """`F + 1 a^T` for F with `a U = offset`, and no offset: W is unchanged, O(V d)."""
+    shared = inverse_transpose(state.map) @ state.offset.double()  # R itself may have drifted
+    state.factor.add_(shared.to(state.factor.dtype))
+    state.offset.zero_()

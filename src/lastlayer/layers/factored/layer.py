@@ -23,9 +23,8 @@ from lastlayer.functional.spherical import NormalizedLoss, SphericalLoss, Spheri
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.factored.conditioning import Stabilizer
 from lastlayer.layers.factored.optimizer import FactoredSGD
-from lastlayer.layers.factored.record import Ledger, Pass, recorded_loss
-from lastlayer.layers.factored.rows import Rows
-from lastlayer.layers.factored.state import Consistency, FactoredState
+from lastlayer.layers.factored.record import Ledger, Pass, recorded_losses
+from lastlayer.layers.factored.state import Consistency, FactoredState, in_range
 
 
 class FactoredOutput(OutputLayer):
@@ -101,7 +100,7 @@ class FactoredOutput(OutputLayer):
         self._stabilizer = Stabilizer()
         bound = 1 / math.sqrt(self.in_features)  # as nn.Linear, weight and bias alike
         shape = (self.num_classes, self.in_features + bias)
-        self._rebuild(torch.empty(shape, device=device, dtype=dtype).uniform_(-bound, bound))
+        self.state = FactoredState(torch.empty(shape, device=device, dtype=dtype).uniform_(-bound, bound))
 
     def forward(
         self,
@@ -117,12 +116,8 @@ class FactoredOutput(OutputLayer):
         """
         rows, shape = self._rows(hidden), hidden.shape[:-1]
         ids, weights, kept = sparse_targets(targets, target_weights, shape, self.num_classes, self.ignore_index)
-        if kept is None:
-            loss = self._statistics_loss(rows, ids, weights, self.reduction)
-        else:
-            row_loss = at_kept(self._statistics_loss, kept, rows, ids, weights)
-            loss = reduce_loss(row_loss, kept, self.reduction)
-        loss = loss.to(self.state.factor.dtype)
+        row_loss = at_kept(self._target_losses, kept, rows, ids, weights)
+        loss = reduce_loss(row_loss, kept, self.reduction).to(self.state.factor.dtype)
         return loss.reshape(shape) if self.reduction == "none" else loss
 
     def scores(
@@ -179,13 +174,11 @@ class FactoredOutput(OutputLayer):
             raise ValueError(f"weight must have shape (V, d) = {expected}, got {tuple(weight.shape)}")
         if bias is not None and (not self.has_bias or bias.shape != expected[:1]):
             raise ValueError(f"bias must have shape {expected[:1]}, with bias=True; got {tuple(bias.shape)}")
-        columns = self._own_rows(weight).to(self.anchor)
+        columns = self.state.own_rows(weight).to(self.anchor)
         if self.has_bias:
-            last = self.state.weight()[:, self.in_features] if bias is None else self._own_rows(bias)
+            last = self.state.weight()[:, self.in_features] if bias is None else self.state.own_rows(bias)
             columns = torch.cat([columns, last.to(self.anchor)[:, None]], 1)
-        if not columns.is_meta:
-            _check_finite(columns, self.state.rows)
-        self._rebuild(columns.clone())
+        self._replace(self.state.like(columns.clone()))
 
     def linear_head(self) -> tuple[Tensor, Tensor | None, nn.Module | None]:
         """`(weight, bias, None)`, copies; of the losses that rank classes by their score."""
@@ -236,11 +229,11 @@ class FactoredOutput(OutputLayer):
             return loss.log_prob(self.state.outputs(self._featured(hidden)))
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        loss = self._normalized()
-        with no_autocast(self.anchor.device.type):
-            scores, squared_norm, total = self.state.statistics(self._featured(hidden), targets[:, None])
-            row_loss = loss.row_loss(scores, torch.ones_like(scores), squared_norm, total, self.num_classes)
-            return -row_loss.to(self.state.factor.dtype)
+        self._normalized()
+        row_loss = self._read_losses(
+            hidden, targets[:, None], torch.ones_like(targets[:, None], dtype=torch.float64)
+        )
+        return -row_loss.to(self.state.factor.dtype)
 
     def _topk(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:
         call = self._log_prob if isinstance(self.loss, NormalizedLoss) else self.scores
@@ -254,19 +247,17 @@ class FactoredOutput(OutputLayer):
             )
         return self.loss
 
-    def _statistics_loss(
-        self, rows: Tensor, ids: Tensor, weights: Tensor, reduction: str = "none"
-    ) -> Tensor:  # (), or (N,) in float64 for "none"
-        hidden = self._featured(rows)
-        if self._trains():
-            return self._recorded_loss(hidden, ids, weights, reduction)
+    def _target_losses(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:  # (N,), float64
+        trains = self.training and torch.is_grad_enabled() and self.anchor.requires_grad
+        return (self._recorded_losses if trains else self._read_losses)(hidden, ids, weights)
+
+    def _read_losses(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         with no_autocast(self.anchor.device.type):
-            scores, squared_norm, total = self.state.statistics(hidden, ids)
-        row_loss = self.loss.row_loss(scores, weights, squared_norm, total, self.num_classes)
-        return reduce_loss(row_loss, None, reduction)
+            _, scores, squared_norm, total = self.state.read(self._featured(hidden), ids)
+        return self.loss.row_loss(scores, weights, squared_norm, total, self.num_classes)
 
     @outside_graphs
-    def _recorded_loss(self, hidden: Tensor, ids: Tensor, weights: Tensor, reduction: str) -> Tensor:
+    def _recorded_losses(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if self.anchor.dtype == torch.float16:
             raise TypeError("a float16 FactoredOutput does not train: use layer.float() or layer.bfloat16()")
         if not ordinary(hidden, self.anchor):
@@ -275,11 +266,10 @@ class FactoredOutput(OutputLayer):
                 "exported program or on 'meta'; use layer.eval(), or lastlayer.functional.spherical_loss with "
                 "layer.weight"
             )
-        own = Pass(self.state, self._ledger, self.anchor)
-        return recorded_loss(hidden, ids, weights, self.loss, own, reduction)
-
-    def _trains(self) -> bool:
-        return self.training and torch.is_grad_enabled() and self.anchor.requires_grad
+        featured = self._featured(hidden)
+        with torch.no_grad(), no_autocast(hidden.device.type):
+            own = Pass(self.state, self._ledger, self.anchor, self.loss, featured, ids, weights)
+        return recorded_losses(featured, own)
 
     def _featured(self, rows: Tensor) -> Tensor:  # (N, d), or (N, d + 1) with the constant feature of the bias
         rows = rows.to(self.state.factor.dtype)
@@ -289,16 +279,19 @@ class FactoredOutput(OutputLayer):
 
     # Copies, moves and state dicts.
 
-    def _own_rows(self, tensor: Tensor) -> Tensor:
-        """The rows of a `(V, ...)` tensor that this process has: all, unless the layer is sharded."""
-        return tensor
+    def _replace(self, state: FactoredState) -> None:
+        """Another weight; what was recorded of this one is forgotten.
 
-    def _rows_of(self, columns: Tensor) -> Rows:
-        return Rows(columns)
-
-    def _rebuild(self, columns: Tensor) -> None:
-        with torch.no_grad():
-            self.state = FactoredState(columns, self._rows_of)
+        Raises:
+            ValueError: the squares of the weight have no sum in the dtype of the state; nothing has changed then.
+        """
+        if not state.factor.is_meta and not in_range(state.gram):
+            raise ValueError(
+                f"weight and bias must be finite in {self.anchor.dtype}, and the sum of a column's squares in the "
+                f"range of {state.factor.dtype}; a bias of -inf cannot bar a class of this layer, as the norm of "
+                "all outputs would be infinite: use topk(..., exclude=, allowed=)"
+            )
+        self.state = state
         self._stabilizer = Stabilizer(automatic=self._stabilizer.automatic)
         self._ledger.forget(self.anchor)
 
@@ -309,14 +302,13 @@ class FactoredOutput(OutputLayer):
         """Moves bit for bit; a new dtype builds the state from the cast weight."""
         before = self.anchor.dtype
         super()._apply(fn, recurse)
-        if self.anchor.dtype != before:
-            with torch.no_grad():
-                columns = self.state.weight().to(self.anchor)
-            self._rebuild(columns)
-        elif self.state.factor.is_meta and not self.anchor.is_meta:  # by `to_empty`: zeros until a state is loaded
-            self._rebuild(torch.zeros_like(self.state.factor, device=self.anchor.device))
-        else:
-            self.state.to(self.anchor.device)
+        with torch.no_grad():
+            if self.anchor.dtype != before:
+                self._replace(self.state.like(self.state.weight().to(self.anchor)))
+            elif self.state.factor.is_meta and not self.anchor.is_meta:  # by `to_empty`: zeros until one is loaded
+                self._replace(self.state.like(torch.zeros_like(self.state.factor, device=self.anchor.device)))
+            else:
+                self.state.to(self.anchor.device)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -335,20 +327,3 @@ class FactoredOutput(OutputLayer):
                 self.set_weight(weight, bias if self.has_bias else None)
             except ValueError as error:
                 errors.append(f"{prefix}: {error}")
-
-
-def _check_finite(columns: Tensor, rows: Rows) -> None:
-    """An error unless all numbers of weight and bias are finite, and their squares in the range of the state."""
-    own = columns.abs().max() if columns.numel() else columns.new_zeros(())
-    largest = float(rows.largest(own.double().nan_to_num(nan=math.inf, posinf=math.inf)))
-    state_dtype = torch.promote_types(columns.dtype, torch.float32)
-    if not math.isfinite(largest):
-        raise ValueError(
-            f"weight and bias must be finite in {columns.dtype}, got NaN or infinity; a bias of -inf cannot bar a "
-            "class of this layer, as the norm of all outputs would be infinite: use topk(..., exclude=, allowed=)"
-        )
-    if largest > math.sqrt(torch.finfo(state_dtype).max / 16 / rows.num_classes):
-        raise ValueError(
-            f"weight and bias must be so small that the sum of {rows.num_classes} of their squares is in the "
-            f"range of {state_dtype}, got {largest:.3g}"
-        )

@@ -7,13 +7,14 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from lastlayer.functional.sent_bytes import count_sent
 from lastlayer.layers.factored.conditioning import Stabilizer
-from lastlayer.layers.factored.processes import agreed, of_all_processes
-from lastlayer.layers.factored.record import Ledger
+from lastlayer.layers.factored.record import Gradient, Ledger
 from lastlayer.layers.factored.state import FactoredState
-from lastlayer.layers.factored.step import Gradient, Step, plan_step
+from lastlayer.layers.factored.step import plan_step
 
 if TYPE_CHECKING:
     from lastlayer.layers.factored.layer import FactoredOutput
@@ -104,12 +105,11 @@ class FactoredSGD(torch.optim.Optimizer):
         given: list[Any] = [layers] if isinstance(layers, nn.Module) else list(layers)
         if not given:
             raise ValueError("layers must be at least one FactoredOutput, got none")
-        in_groups = bool(given) and isinstance(given[0], dict)
         super().__init__(
-            given if in_groups else [{"params": given}],
+            given if isinstance(given[0], dict) else [{"params": given}],
             {"lr": lr, "weight_decay": weight_decay, "max_norm": max_norm},
         )
-        if process_group is None and not all(layer.state.rows.groups for layer in self._layers.values()):
+        if process_group is None and not all(layer.state.groups for layer in self._layers.values()):
             _warn_of_processes()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -119,7 +119,7 @@ class FactoredSGD(torch.optim.Optimizer):
         for layer in layers:
             if not isinstance(layer, Trained):
                 raise TypeError(f"layers must be FactoredOutput layers, got {type(layer).__name__}")
-            if self._group is not None and layer.state.rows.groups:
+            if self._group is not None and layer.state.groups:
                 raise ValueError(
                     f"process_group must be None for a sharded layer, got {self._group}: pass shard a mesh of two "
                     "dimensions, of which the first takes parts of a batch"
@@ -138,27 +138,24 @@ class FactoredSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        plans, error = [], None
         gradients = self._gradients()
-        plans: dict[Tensor, Step | None] = {}
-        error = None
         try:
             if not gradients:
                 raise RuntimeError(
                     "step() without a backward since the last step or zero_grad(): there is no gradient"
                 )
-            for anchor, (gradient, group) in gradients.items():
+            for layer, gradient, group in gradients:
                 settings = {name: group[name] for name in ("weight_decay", "max_norm")}
-                state = self._layers[anchor].state
-                plans[anchor] = plan_step(state, gradient, float(group["lr"]), **settings)
+                plans.append(plan_step(layer.state, gradient, float(group["lr"]), **settings))
         except Exception as problem:  # whatever it is, no other process may step alone
             error = problem
-        growths = self._agreed(plans, error)
-        for anchor, step in plans.items():
-            layer = self._layers[anchor]
+        growths = self._agreed([0.0 if step is None else step.growth for step in plans], error)
+        for (layer, _, _), step, growth in zip(gradients, plans, growths, strict=True):
             if step is not None:
                 self._warn(step.overshoots)
                 step.apply(layer.state)
-                layer._stabilizer.after(layer.state, replace(step, growth=growths[anchor]))
+                layer._stabilizer.after(layer.state, replace(step, growth=growth))
             layer._ledger.close()
         return loss
 
@@ -199,40 +196,47 @@ class FactoredSGD(torch.optim.Optimizer):
                     stacklevel=2,
                 )
 
-    def _gradients(self) -> dict[Tensor, tuple[Gradient, dict[str, Any]]]:
-        """By anchor, of all processes that step together, with the settings."""
-        found = {}
+    def _gradients(self) -> list[tuple[Trained, Gradient, dict[str, Any]]]:
+        """Of each layer that has one, over all processes that step together, with the settings."""
+        found = []
         for group in self.param_groups:
             _check_settings(group)
-            for anchor in group["params"]:
-                layer = self._owned(anchor)
-                layer._ledger.apply_scaling(anchor)
-                gradient, processes = layer._ledger.take(), layer.state.rows.copies or self._group
+            for layer in map(self._layers.__getitem__, group["params"]):
+                if layer._ledger.owner is not self:
+                    raise RuntimeError("another FactoredSGD was made for this layer since, and owns its steps")
+                layer._ledger.apply_scaling(layer.anchor)
+                gradient, processes = layer._ledger.take(), layer.state.copies or self._group
                 if processes is not None:
-                    gradient = of_all_processes(gradient, layer.state, processes)
+                    gradient = _of_all(gradient, layer.state, processes)
                 if gradient is not None:
-                    found[anchor] = gradient, group
+                    found.append((layer, gradient, group))
         return found
 
-    def _agreed(self, plans: dict[Tensor, Step | None], error: Exception | None) -> dict[Tensor, float]:
-        """The growth of each layer's plan, the largest of its processes; an error where one of these has one."""
-        growths = {}
-        for anchor, layer in self._layers.items():
-            step, rows = plans.get(anchor), layer.state.rows
-            groups = rows.groups or (() if self._group is None else (self._group,))
-            try:
-                growths[anchor] = agreed(0.0 if step is None else step.growth, error, groups, rows.factor.device)
-            except Exception as problem:  # the processes of the other layers must hear of it
-                error = problem
-        if error is not None:
-            raise error
-        return growths
+    def _agreed(self, growths: list[float], error: Exception | None) -> list[float]:
+        """The largest of each growth over the processes that step together; an error in all where one has one.
 
-    def _owned(self, anchor: Tensor) -> Trained:
-        layer = self._layers[anchor]
-        if layer._ledger.owner is not self:
-            raise RuntimeError("another FactoredSGD was made for this layer since, and owns its steps")
-        return layer
+        So all make a step, and repair after it, or none does. Sends a number for each layer, and one.
+        """
+        layers = list(self._layers.values())
+        own = () if self._group is None else (self._group,)
+        groups = {group: dist.get_world_size(group) for layer in layers for group in layer.state.groups or own}
+        if not groups and error is None:
+            return growths
+        facts = torch.zeros(len(layers) + 1, dtype=torch.float64, device=layers[0].state.factor.device)
+        facts[0] = error is not None
+        facts[1 : len(growths) + 1] = torch.tensor(growths, dtype=torch.float64)
+        for group, size in groups.items():
+            count_sent("all_reduce", 2 * (size - 1) / size * facts.nbytes)
+            dist.all_reduce(facts, dist.ReduceOp.MAX, group=group)
+        refused, *agreed = facts.tolist()
+        if refused:
+            message = None if error is None else str(error)
+            for group, size in groups.items():
+                messages: list[Any] = [None] * size
+                dist.all_gather_object(messages, message, group=group)
+                message = message or next((other for other in messages if other), None)
+            raise error or ValueError(f"another process cannot make this step, so none makes it: {message}")
+        return agreed[: len(growths)]
 
     def _warn(self, safe_lr: float | None) -> None:
         if safe_lr is not None and not self._warned:
@@ -244,26 +248,56 @@ class FactoredSGD(torch.optim.Optimizer):
             )
 
 
+def _of_all(gradient: Gradient | None, state: FactoredState, group: Any) -> Gradient | None:
+    """The mean of the gradients of all processes, which all hold the same state; None where none has one.
+
+    A process without a gradient (None) has no rows. With N rows in the largest part and K targets each, every
+    process sends `N (5 d + 4 + 2 K)` numbers to each other.
+    """
+    facts = (0, 0, 0) if gradient is None else (*gradient.ids.shape, int(gradient.by_total is not None))
+    shapes = [part.tolist() for part in _gathered(torch.tensor(facts, device=state.factor.device), group)]
+    rows, targets, totals = (max(column) for column in zip(*shapes, strict=True))
+    if not targets:  # no process has a gradient
+        return None
+    d, parts = state.features, {}
+    widths = {"hidden": d, "products": 2 * d + 2, "ids": targets, "by_score": targets, "by_norm": 1}
+    for name, width in {**widths, "by_total": totals, "by_hidden": d, "sparse": d}.items():
+        padded = state.factor.new_zeros(rows, width, dtype=torch.int64 if name == "ids" else None)
+        if gradient is not None and width:
+            own = getattr(gradient, name).reshape(len(gradient.ids), -1)
+            padded[: len(own), : own.shape[1]] = own
+        found = zip(_gathered(padded, group), shapes, strict=True)
+        parts[name] = torch.cat([part[:count] for part, (count, *_) in found])
+    by_total = parts["by_total"].squeeze(1) if totals else None
+    parts |= {"by_norm": parts["by_norm"].squeeze(1), "by_total": by_total}
+    return Gradient(**parts).scaled(1 / len(shapes))
+
+
+def _gathered(tensor: Tensor, group: Any) -> list[Tensor]:
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    count_sent("all_gather", tensor.nbytes * (len(parts) - 1))
+    dist.all_gather(parts, tensor, group=group)
+    return parts
+
+
 def _warn_of_processes() -> None:
-    group = torch.distributed
-    if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         warnings.warn(
             "FactoredSGD steps on the rows that its own process has seen, and steps are not averaged over these "
-            f"{group.get_world_size()} processes: pass process_group=torch.distributed.group.WORLD for steps on "
+            f"{dist.get_world_size()} processes: pass process_group=torch.distributed.group.WORLD for steps on "
             "the rows of all",
             stacklevel=3,
         )
 
 
 def _check_settings(group: dict[str, Any]) -> None:
-    numbers = {name: group[name] for name in ("lr", "weight_decay", "max_norm")}
-    if numbers["max_norm"] is None:
-        del numbers["max_norm"]
-    for name, value in numbers.items():
+    for name in ("lr", "weight_decay", "max_norm"):
+        value = group[name]
+        if name == "max_norm" and value is None:
+            continue
         if not isinstance(value, Real | Tensor):
             raise TypeError(f"{name} must be a number, got {value!r}")
-    for name in ("lr", "weight_decay"):
-        if not float(group[name]) >= 0:
-            raise ValueError(f"{name} must be at least 0, got {group[name]}")
-    if group["max_norm"] is not None and not group["max_norm"] > 0:
-        raise ValueError(f"max_norm must be positive or None, got {group['max_norm']}")
+        if not float(value) >= 0 or (name == "max_norm" and not value):
+            raise ValueError(
+                f"{name} must be {'positive or None' if name == 'max_norm' else 'at least 0'}, got {value}"
+            )

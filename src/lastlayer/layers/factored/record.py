@@ -1,8 +1,8 @@
 """What a training-mode pass of `FactoredOutput` leaves for `FactoredSGD`, and how autograd carries it there.
 
-One node, `_Loss`: the loss and, backwards, the gradient of the hidden states. Its other input is a copy of the
-layer's anchor, one for each pass, whose hook autograd calls only where it goes on to the anchor, that is, when
-the gradient of the layer itself is needed: `loss.backward()` records the pass for the next step,
+One node, `_RowLosses`: the loss of each row and, backwards, the gradient of the hidden states. Its other input
+is a copy of the layer's anchor, one for each pass, whose hook autograd calls only where it goes on to the anchor,
+that is, when the gradient of the layer itself is needed: `loss.backward()` records the pass for the next step,
 `torch.autograd.grad(loss, hidden)` does not.
 
 The anchor's gradient stands for the weight's: a tiny mark. Whoever removes it (`zero_grad` of any kind) removes
@@ -11,19 +11,20 @@ weight's is not finite, so that a loss scaler leaves the step out.
 """
 
 import weakref
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lastlayer.functional.precision import no_autocast
-from lastlayer.functional.reduce import reduce_loss
 from lastlayer.functional.second_order import HandWritten, refused
-from lastlayer.functional.spherical import RowDerivatives, SphericalLoss
+from lastlayer.functional.spherical import SphericalLoss
 from lastlayer.kernels import factored as kernel
 from lastlayer.layers.factored.state import FactoredState
-from lastlayer.layers.factored.step import Gradient
 
 NO_SECOND = (
     "FactoredOutput forms its own gradients and cannot be differentiated twice; for second derivatives "
@@ -32,12 +33,50 @@ NO_SECOND = (
 MARK = 2.0**-100  # too small to change the norm of any other gradient
 
 
+@dataclass(frozen=True)
+class Gradient:
+    """One backward pass, or several at the same weight: what the step needs, N rows in all."""
+
+    hidden: Tensor  # (N, d), H
+    products: Tensor  # (N, 2 d + 2), of H with Q, U (that is T), offset (t) and total
+    ids: Tensor  # (N, K)
+    by_score: Tensor  # (N, K), dL/da
+    by_norm: Tensor  # (N,), dL/dq
+    by_total: Tensor | None  # (N,), dL/ds; None when the loss does not read the sum
+    by_hidden: Tensor  # (N, d), Z
+    sparse: Tensor  # (N, d), the part of Z that is not D H Q: Y W + g_s total^T
+
+    def scaled(self, factor: float) -> "Gradient":
+        """The gradient of `factor` times the loss."""
+        return replace(
+            self,
+            by_score=self.by_score * factor,
+            by_norm=self.by_norm * factor,
+            by_total=None if self.by_total is None else self.by_total * factor,
+            by_hidden=self.by_hidden * factor,
+            sparse=self.sparse * factor,
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence["Gradient"]) -> "Gradient":
+        """Several passes as one of all their rows."""
+        width = max(part.ids.shape[1] for part in parts)
+
+        def rows(name: str) -> Any:
+            found = [getattr(part, name) for part in parts]
+            if name in ("ids", "by_score"):
+                found = [F.pad(part, (0, width - part.shape[1])) for part in found]
+            return None if found[0] is None else torch.cat(found)
+
+        return parts[0] if len(parts) == 1 else cls(**{field.name: rows(field.name) for field in fields(cls)})
+
+
 class Ledger:
     """The gradients recorded since the last step, valid while the anchor's `.grad` exists, and their optimizer."""
 
     def __init__(self) -> None:
         self.gradients: list[Gradient] = []
-        self.mark = 0.0  # the anchor's gradient as long as it is not scaled
+        self.mark = MARK  # the anchor's gradient as long as it is not scaled
         self.spent = False  # a step used the records, and the gradient was not zeroed since
         self.version = 0  # of the weight
         self._owner: weakref.ref[Any] | None = None
@@ -85,16 +124,16 @@ class Ledger:
         """The scaled records as one."""
         return Gradient.joined(self.gradients) if self.gradients else None
 
+    def close(self) -> None:
+        """After a step: the records are used up."""
+        self.gradients, self.spent = [], True
+        self.version += 1
+
     def forget(self, anchor: Tensor) -> None:
         """After the weight was replaced: what was recorded no longer fits it."""
         anchor.grad = None
         self.close()
         self.spent = False
-
-    def close(self) -> None:
-        """After a step: the records are used up."""
-        self.gradients, self.spent = [], True
-        self.version += 1
 
 
 def _is_finite(gradient: Tensor) -> bool:
@@ -105,21 +144,56 @@ def _is_finite(gradient: Tensor) -> bool:
 
 
 class Pass:
-    """One forward pass in training: the state it read, and whether its backward was recorded."""
+    """One forward pass in training: what its backward pass needs of it, and whether that was recorded."""
 
-    def __init__(self, state: FactoredState, ledger: Ledger, anchor: nn.Parameter) -> None:
+    def __init__(
+        self,
+        state: FactoredState,
+        ledger: Ledger,
+        anchor: nn.Parameter,
+        loss: SphericalLoss,
+        hidden: Tensor,  # (N, d)
+        ids: Tensor,  # (N, K)
+        weights: Tensor,  # (N, K)
+    ) -> None:
         self.state, self.ledger, self.anchor = state, ledger, anchor
         self.version = ledger.version
-        self.gradient: Gradient | None = None  # of the backward that runs
         self.recorded = False
+        self.gradient: Gradient | None = None  # of the backward that runs
+        self.ids = ids.contiguous()
+        # The loop may refill the buffer of its hidden states before the step.
+        self.hidden = hidden.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
+        self.products, *statistics = state.read(self.hidden, self.ids)
+        scores, squared_norm, total = statistics
+        self.loss = loss.derivatives(scores, weights, squared_norm, total, state.num_classes)
 
-    def check_weight(self) -> None:
-        """An error when a step was taken between forward and backward."""
+    def backward(
+        self,
+        share: Tensor,  # (N,), float64: what each row counts
+    ) -> Tensor:  # (N, d)
+        """The gradient of the hidden states, and what the step needs:
+
+        Z = G W = D H Q + sparse,    sparse = Y W + g_s total^T,    Y W = (Y F) U + y offset^T.
+        """
         if self.version != self.ledger.version:
             raise RuntimeError(
                 "the weight was changed by a step() after this forward pass, so its gradient can no longer be "
                 "computed; run forward again"
             )
+        state, ids, products = self.state, self.ids, self.products
+        by_score = (share[:, None] * self.loss.by_score).to(products.dtype).contiguous()
+        by_norm = (share * self.loss.by_norm).to(products.dtype)
+        by_total = None if self.loss.by_total is None else (share * self.loss.by_total).to(products.dtype)
+        if state.compiled():
+            found = kernel.hidden_gradient(products, state.reading, state.factor, ids, by_score, by_norm, by_total)
+            by_hidden, sparse = found
+        else:
+            sparse = torch.addr(state.target_sums(ids, by_score) @ state.map, by_score.sum(1), state.offset)
+            if by_total is not None:
+                sparse.addr_(by_total, state.total)
+            by_hidden = torch.addcmul(sparse, by_norm[:, None], products[:, : state.features], value=2)
+        self.gradient = Gradient(self.hidden, products, ids, by_score, by_norm, by_total, by_hidden, sparse)
+        return by_hidden.clone()  # its owner may change it
 
     def record(self, _: Tensor) -> None:
         """The hook: records this backward pass, or an error where it cannot train the layer."""
@@ -134,91 +208,28 @@ class Pass:
         self.recorded = True
 
 
-def recorded_loss(
+def recorded_losses(
     hidden: Tensor,  # (N, d)
-    ids: Tensor,  # (N, K)
-    weights: Tensor,  # (N, K)
-    loss: SphericalLoss,
     own: Pass,
-    reduction: str,
-) -> Tensor:  # (), or (N,) in float64 for "none"
-    """The loss; its backward records the step."""
+) -> Tensor:  # (N,), float64
+    """The loss of each row of a pass; its backward records the step."""
     anchor = own.anchor.clone()
     anchor.register_hook(own.record)
-    found: Any = _Loss.run(anchor, hidden, ids, weights, loss, own, reduction)
-    return found[0]
+    return _RowLosses.run(anchor, hidden, own)
 
 
-class _Kept(NamedTuple):
-    """What the backward pass needs of the forward pass."""
-
-    rows: Tensor  # (N, d), of the hidden states
-    products: Tensor  # of the rows with the state
-    ids: Tensor  # (N, K)
-    found: RowDerivatives
-
-
-class _Loss(HandWritten):
-    """The loss's own derivatives are formed in the forward pass, of a few numbers a row."""
+class _RowLosses(HandWritten):
+    @staticmethod
+    def forward(anchor: Tensor, hidden: Tensor, own: Pass) -> Tensor:
+        return own.loss.row_loss
 
     @staticmethod
-    def forward(
-        anchor: Tensor,
-        hidden: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        loss: SphericalLoss,
-        own: Pass,
-        reduction: str,
-    ) -> tuple[Tensor, _Kept]:
-        state = own.state
-        ids = ids.contiguous()
-        with no_autocast(hidden.device.type):
-            rows, products, scores, squared_norm, total = state.read_copy(hidden, ids)
-        found = loss.derivatives(scores, weights, squared_norm, total, state.num_classes)
-        reduced = reduce_loss(found.row_loss, None, reduction)
-        kept = _Kept(rows, products, ids, found)
-        return reduced if reduction == "none" else reduced.to(state.factor.dtype), kept
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, _Kept]) -> None:
-        _, hidden, _, _, _, ctx.own, reduction = inputs
-        _, ctx.kept = output
-        ctx.share = max(len(hidden), 1) if reduction == "mean" else 1
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, hidden, ctx.own = inputs
         ctx.save_for_backward(hidden)
 
     @staticmethod
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, upstream: Tensor, _: None
-    ) -> tuple[Tensor | None, ...]:
-        ctx.own.check_weight()
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         with torch.no_grad(), no_autocast(upstream.device.type):
-            ctx.own.gradient, by_hidden = _gradient(ctx.own.state, ctx.kept, upstream / ctx.share)
-        by_hidden = refused(by_hidden, NO_SECOND, upstream, *ctx.saved_tensors)
-        return torch.zeros_like(ctx.own.anchor), by_hidden, *[None] * 5  # pyright: ignore[reportReturnType]
-
-
-def _gradient(
-    state: FactoredState,
-    kept: _Kept,
-    share: Tensor,  # () or (N,), float64: what each row counts
-) -> tuple[Gradient, Tensor]:  # and (N, d)
-    """What the step needs, and the gradient of the hidden states for its owner to change:
-
-    Z = G W = D H Q + sparse,    sparse = Y W + g_s total^T,    Y W = (Y F) U + y offset^T.
-    """
-    (rows, products, ids, found), d = kept, state.features
-    by_score = ((share[:, None] if share.dim() else share) * found.by_score).to(products.dtype)
-    by_norm = (share * found.by_norm).to(products.dtype)
-    by_total = None if found.by_total is None else (share * found.by_total).to(products.dtype)
-    if state.compiled():
-        given = products, state.reading, state.factor, ids, by_score.contiguous(), by_norm, by_total
-        by_hidden, sparse, copy = kernel.hidden_gradient(*given)
-    else:
-        sums = state.rows.target_sums(ids, by_score)
-        sparse = torch.addr(sums @ state.map, by_score.sum(1), state.offset)
-        if by_total is not None:
-            sparse.addr_(by_total, state.total)
-        by_hidden = torch.addcmul(sparse, by_norm[:, None], products[:, :d], value=2)
-        copy = by_hidden.clone()
-    return Gradient(rows, products, ids, by_score.contiguous(), by_norm, by_total, by_hidden, sparse), copy
+            by_hidden = ctx.own.backward(upstream)
+        return torch.zeros_like(ctx.own.anchor), refused(by_hidden, NO_SECOND, upstream, *ctx.saved_tensors), None

@@ -1,17 +1,19 @@
 """The state of `FactoredOutput`: a weight kept as a product, so that an exact SGD step need not touch its rows."""
 
 import copy
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lastlayer.functional.gram import gram_matrix
+from lastlayer.functional.ordinary import ordinary
 from lastlayer.kernels import factored as kernel
 from lastlayer.kernels.backends import factored_backend_for
-from lastlayer.layers.factored.rows import CHUNK_NUMBERS, Rows
 
+CHUNK_NUMBERS = 1 << 22  # numbers of the (V, d) factor that one pass over its rows holds at once
 SAME_WEIGHT = 1e-4  # the relative difference of two equal weights that the order of summation can cause
 
 
@@ -31,30 +33,34 @@ class FactoredState:
     `W` from the right, which `U` takes; the sparse part touches the target rows of `F`; `Q` gives `||W h||^2`.
     float64 for a float64 weight, else float32. 3 d^2 + 2 d numbers in addition to the V d of the weight.
 
-    Where several processes divide the rows (`rows_of`), all else is the same in each of them, and they call
-    together every method that reads rows: the sums over rows are over those of all.
+    A subclass may divide the rows of F among processes: all else is the same in each of them, and they call
+    together every method that reads rows. It overrides what reads or changes the rows of targets, and `summed`,
+    `first`, `own_rows` and `tensors`.
 
     Args:
         weight: `(V, d)`, the rows of this process; becomes the factor `F` itself, so pass a copy of what must not
             change.
-        rows_of: makes `Rows` of them.
     """
 
-    def __init__(self, weight: Tensor, rows_of: Callable[[Tensor], Rows] = Rows) -> None:
+    groups: tuple[Any, ...] = ()  # groups of processes that together hold this state, and make each step together
+    copies: Any = None  # the one among them whose processes take batches of their own
+
+    def __init__(self, weight: Tensor) -> None:
         d = weight.shape[1]
-        self.rows = rows_of(weight.to(torch.promote_types(weight.dtype, torch.float32)).contiguous())
+        self.factor = weight.to(torch.promote_types(weight.dtype, torch.float32)).contiguous()  # F
         self.reading = self.factor.new_zeros(2 * d + 2, d)  # Q, U, offset, total: one product reads a batch
         self.inverse = self.factor.new_zeros(d, d)  # R
         self._reset_maps()
         self.refresh_gram()
 
-    @property
-    def factor(self) -> Tensor:  # (V, d), F; where the rows are divided those of this process
-        return self.rows.factor
+    def like(self, weight: Tensor) -> "FactoredState":
+        """The state of another weight of these classes."""
+        return FactoredState(weight)
 
     @property
     def num_classes(self) -> int:
-        return self.rows.num_classes
+        """V, of all processes."""
+        return len(self.factor)
 
     @property
     def features(self) -> int:
@@ -87,54 +93,89 @@ class FactoredState:
         """`hidden @ W.T` without forming W."""
         return (hidden @ self.map.T) @ self.factor.T + (hidden @ self.offset)[:, None]
 
-    def statistics(
-        self,
-        hidden: Tensor,  # (N, d)
-        ids: Tensor,  # (N, K)
-    ) -> tuple[Tensor, Tensor, Tensor]:  # (N, K), (N,), (N,)
-        """Target scores, squared norm and sum of the outputs in float64, differentiable in `hidden`."""
-        return self.read(hidden, ids)[1:]
-
     def read(
         self,
         hidden: Tensor,  # (N, d)
         ids: Tensor,  # (N, K)
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (N, 2 d + 2), (N, K), (N,), (N,)
-        """The same, after the products of `hidden` with Q, U, offset and total."""
+        """The products of `hidden` with Q, U, offset and total; then in float64 target scores, squared norms and
+        sums of the outputs. Differentiable in `hidden`."""
+        if self.compiled() and not torch.is_grad_enabled() and ordinary(hidden, ids):
+            return kernel.read(hidden.contiguous().resolve_neg(), self.reading, self.factor, ids.contiguous())
         products, d = hidden @ self.reading.T, self.features
         squared_norm = (products[:, :d] * hidden).sum(1).double().clamp(min=0)
-        scores = self.rows.target_scores(products[:, d : 2 * d], ids) + products[:, 2 * d, None]
+        scores = self.target_scores(products[:, d : 2 * d], ids) + products[:, 2 * d, None]
         return products, scores.double(), squared_norm, products[:, 2 * d + 1].double()
 
     def compiled(self) -> bool:
-        """Whether the compiled engine reads F in a pass, which it does where this process has all rows."""
-        return self.rows.whole and factored_backend_for(self.factor.device, self.factor.dtype) == "compiled"
+        """Whether the compiled engine reads F, which it does where this process has all rows."""
+        return factored_backend_for(self.factor.device, self.factor.dtype) == "compiled"
 
-    @torch.no_grad()
-    def read_copy(
+    # The rows of targets.
+
+    def target_scores(
         self,
-        hidden: Tensor,  # (N, d)
+        mapped: Tensor,  # (N, d), hidden @ U^T
         ids: Tensor,  # (N, K)
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # (N, d), then as `read`
-        """A copy of `hidden`, whose buffer the caller may refill, and what `read` gives, without derivatives."""
-        if self.compiled():
-            return kernel.read(hidden.contiguous().resolve_neg(), self.reading, self.factor, ids)
-        rows = hidden.clone(memory_format=torch.contiguous_format)
-        return rows, *self.read(rows, ids)
+    ) -> Tensor:  # (N, K)
+        """`F_t (U h)`, differentiable; rows of F are gathered in pieces."""
+        factor, (count, d) = self.factor, (ids.shape[1], self.features)
 
-    def to(self, device: torch.device) -> None:
-        """Moves every part, bit for bit."""
-        self.rows.factor = self.factor.to(device)
-        self.reading, self.inverse = self.reading.to(device), self.inverse.to(device)
+        def of_rows(ids: Tensor, mapped: Tensor) -> Tensor:
+            return (factor.index_select(0, ids.reshape(-1)).view(-1, count, d) * mapped[:, None]).sum(2)
+
+        if not ordinary(ids, mapped):  # a split would fix the batch of an export
+            return of_rows(ids, mapped)
+        rows = max(1, CHUNK_NUMBERS // (count * d))
+        return torch.cat([of_rows(*parts) for parts in zip(ids.split(rows), mapped.split(rows), strict=True)])
+
+    def target_sums(
+        self,
+        ids: Tensor,  # (N, K)
+        by_score: Tensor,  # (N, K)
+    ) -> Tensor:  # (N, d)
+        """`Y F`."""
+        return F.embedding_bag(ids, self.factor, per_sample_weights=by_score, mode="sum")
+
+    def move(
+        self,
+        ids: Tensor,  # (N, K)
+        by_score: Tensor,  # (N, K)
+        solution: Tensor,  # (N, d), X
+        rate: float,
+    ) -> None:
+        """`F <- F - rate Y^T X`."""
+        if factored_backend_for(self.factor.device, self.factor.dtype) == "compiled":
+            kernel.move_targets(self.factor, ids, by_score, solution, rate)
+            return
+        for classes, values in zip(ids.T, by_score.T, strict=True):  # one target of every row at a time
+            self.factor.index_add_(0, classes, values[:, None] * solution, alpha=-rate)
+
+    # Over all processes that divide the rows.
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes of what each has of its own rows."""
+        return tensor
+
+    def first(self, tensor: Tensor) -> Tensor:
+        """What the first process has, for decisions that all must make alike, whatever their rounding."""
+        return tensor
+
+    def own_rows(self, tensor: Tensor) -> Tensor:
+        """Of a `(V, ...)` tensor the rows of this process."""
+        return tensor
+
+    # Drift, and the parts that are computed anew.
 
     def consistency(self) -> Consistency:
         """The drift, measured from scratch: O(V d^2)."""
         exact = self.map.double()
         gram, total = self._measured_gram()
+        most = (self.num_classes * gram.trace()).sqrt()  # that the norm of the sum of the rows can be
         return Consistency(
             self.inverse_drift(),
             float((self.gram - gram).norm() / gram.norm().clamp(min=1e-30)),
-            float((self.total - total).norm() / _scale(gram, self.num_classes)),
+            float((self.total - total).norm() / most.clamp(min=1e-30)),
             float(torch.linalg.cond(exact / exact.norm(dim=1, keepdim=True))),
         )
 
@@ -156,67 +197,21 @@ class FactoredState:
 
     def rebase(self) -> None:
         """The product multiplied out: `F` becomes W and `U` the identity; O(V d^2)."""
-        for rows in self._row_chunks():
-            rows.copy_(torch.addmm(self.offset, rows, self.map))
+        for rows, weight in self._row_chunks():
+            rows.copy_(weight)
         self._reset_maps()
 
-    def change_rows(
-        self,
-        changed: Tensor,  # (m,)
-        rows: Tensor,  # (d, d), float64
-        transform: Tensor,  # (d, d), float64, T; rows of the identity but for those that change
-    ) -> None:
-        """`rows` for U, given that `U = T rows`, and `F T` for F: W is unchanged; R is stale then.
+    # Moves and checkpoints.
 
-        A row of F that T changes by less than rounding of W is left alone: O(V m), and O(d m) for each other row.
-        """
-        moved = (self.map[changed].double() - rows[changed]).norm(dim=1)
-        least = (self.negligible() / len(changed) / moved).to(self.factor.dtype)
-        change = transform[changed]
-        change[torch.arange(len(changed), device=change.device), changed] -= 1
-        change = change.to(self.factor.dtype)
-        for part in self._row_chunks():
-            some = part[:, changed]
-            at = (some.abs() > least).any(1).nonzero().squeeze(1)
-            part.index_add_(0, at, some[at] @ change)
-        self.map.copy_(rows)
-
-    def rescale(
-        self,
-        scale: Tensor,  # (d,), norms of the rows of U
-        far: int,
-    ) -> None:
-        """Powers of 2 moved from the rows of U to F, so exactly, where they are beyond `2^far`; O(V) each.
-
-        What becomes too small for a number in F adds nothing to W either.
-        """
-        exponents = scale.log2().round()
-        exponents[exponents.abs() < far] = 0
-        for row in exponents.nonzero().squeeze(1).tolist():
-            power = 2.0 ** float(exponents[row])
-            self.map[row] /= power
-            self.inverse[row] *= power
-            self.factor[:, row] *= power
-
-    def fold_offset(self) -> None:
-        """`F + 1 a^T` for F with `a U = offset`, and no offset: W is unchanged, O(V d)."""
-        exact = self.map.double()
-        scale = exact.norm(dim=1)
-        shared = torch.linalg.solve((exact / scale[:, None]).T, self.offset.double()) / scale  # R may have drifted
-        self.factor.add_(shared.to(self.factor.dtype))
-        self.offset.zero_()
-
-    def negligible(self) -> Tensor:  # ()
-        """Of the norm of a row of W, what is less than rounding."""
-        return torch.finfo(self.factor.dtype).eps / 64 * self.typical_norm()
-
-    def typical_norm(self) -> Tensor:  # ()
-        """The root mean square of the norms of the rows of W."""
-        return (self.gram.double().trace().clamp(min=0) / self.num_classes).sqrt()
+    def to(self, device: torch.device) -> None:
+        """Moves every part, bit for bit."""
+        self.factor, self.reading, self.inverse = (
+            part.to(device) for part in (self.factor, self.reading, self.inverse)
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """All parts by name, not copied: what a checkpoint keeps so that training resumes bit for bit."""
-        return {"factor": self.rows.saved(), "reading": self.reading, "inverse": self.inverse}
+        return {"factor": self.factor, "reading": self.reading, "inverse": self.inverse}
 
     def load(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
         """Parts as `tensors` gave them, where they are those of this very weight, which may have been rounded to
@@ -233,27 +228,23 @@ class FactoredState:
         if shapes != saved_shapes:
             raise ValueError(f"the factors of a state must have shapes {shapes}, got {saved_shapes}")
         saved = copy.copy(self)
-        saved.rows = self.rows.like(tensors["factor"])
-        saved.reading, saved.inverse = (tensors[name].to(self.factor.device) for name in ("reading", "inverse"))
-        most = max(SAME_WEIGHT, torch.finfo(dtype).eps)
-        if saved.factor.dtype != self.factor.dtype or not self._difference(saved) <= most:
+        saved.factor = self.own_rows(tensors["factor"])
+        saved.reading, saved.inverse = tensors["reading"], tensors["inverse"]
+        saved.to(self.factor.device)
+        same = saved.factor.dtype == self.factor.dtype
+        if not same or not self._difference(saved) <= max(SAME_WEIGHT, torch.finfo(dtype).eps):
             return False
-        for own, part in (
-            (self.factor, saved.factor),
-            (self.reading, saved.reading),
-            (self.inverse, saved.inverse),
-        ):
-            own.copy_(part)
+        self.factor.copy_(saved.factor)
+        self.reading.copy_(saved.reading)
+        self.inverse.copy_(saved.inverse)
         return True
 
     def _difference(self, other: "FactoredState") -> float:
         """`||W - other W|| / ||W||`."""
         squares = torch.zeros(2, dtype=torch.float64, device=self.factor.device)
-        for ours, theirs in zip(self._row_chunks(), other._row_chunks(), strict=True):
-            weight = torch.addmm(self.offset, ours, self.map)
-            squares[0] += (weight - torch.addmm(other.offset, theirs, other.map)).double().square().sum()
-            squares[1] += weight.double().square().sum()
-        square, norm = self.rows.summed(squares)
+        for (_, weight), (_, theirs) in zip(self._row_chunks(), other._row_chunks(), strict=True):
+            squares += torch.stack([(weight - theirs).double().square().sum(), weight.double().square().sum()])
+        square, norm = self.summed(squares)
         return float((square / norm.clamp(min=1e-300)).sqrt())
 
     def _reset_maps(self) -> None:
@@ -265,15 +256,16 @@ class FactoredState:
     def _measured_gram(self) -> tuple[Tensor, Tensor]:
         """`W^T W` and `W^T 1` in float64, from W a piece at a time: `U^T (F^T F) U` would square the condition."""
         sums = torch.zeros(self.features + 1, self.features, dtype=torch.float64, device=self.factor.device)
-        for rows in self._row_chunks():
-            weight = torch.addmm(self.offset, rows, self.map)
+        for _, weight in self._row_chunks():
             sums[:-1] += gram_matrix(weight)
             sums[-1] += weight.sum(0, dtype=torch.float64)
-        sums = self.rows.summed(sums)
+        sums = self.summed(sums)
         return sums[:-1], sums[-1]
 
-    def _row_chunks(self) -> tuple[Tensor, ...]:
-        return self.factor.split(max(1, CHUNK_NUMBERS // self.features))
+    def _row_chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some rows of F after the other, and the same rows of W."""
+        for rows in self.factor.split(max(1, CHUNK_NUMBERS // self.features)):
+            yield rows, torch.addmm(self.offset, rows, self.map)
 
 
 def inverse_transpose(
@@ -285,6 +277,8 @@ def inverse_transpose(
     return torch.linalg.inv_ex(exact / scale).inverse.T / scale
 
 
-def _scale(gram: Tensor, num_classes: int) -> Tensor:
-    """The most that the norm of the sum of the rows can be: the scale on which its error matters."""
-    return (num_classes * gram.trace()).sqrt().clamp(min=1e-30)
+def in_range(
+    gram: Tensor,  # (d, d), Q
+) -> bool:
+    """Whether the weight is finite, and its squares far from the end of the range of their dtype."""
+    return float(gram.diagonal().max()) < torch.finfo(gram.dtype).max / 16  # False for NaN
