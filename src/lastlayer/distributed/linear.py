@@ -16,7 +16,7 @@ from torch import Tensor
 from lastlayer.distributed.collectives import gathered, largest, summed, summed_together
 from lastlayer.distributed.queries import best_of_ranks, sample_of_ranks, selection_of
 from lastlayer.distributed.ranks import Ranks, places_in
-from lastlayer.functional.linear_twin import mapped_logits
+from lastlayer.functional.linear_chunks import mapped_logits
 from lastlayer.functional.logit_map import LogitMap
 from lastlayer.functional.partial_softmax import PartialSoftmax, best_of_part, mapped, partial_softmax
 from lastlayer.functional.precision import exact_dtype

@@ -8,8 +8,8 @@ from lastlayer.distributed.linear import DividedHead, divided_score
 from lastlayer.distributed.queries import log_softmax_of_ranks
 from lastlayer.distributed.random_numbers import same_random_numbers
 from lastlayer.distributed.row_scores import Part, RowScoredLayer
-from lastlayer.functional.barred import barred_classes
-from lastlayer.functional.linear_twin import mapped_logits
+from lastlayer.functional.linear_chunks import mapped_logits
+from lastlayer.functional.logit_map import barred_classes
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.mixture import MixtureOfSoftmaxes
 

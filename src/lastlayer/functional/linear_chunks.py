@@ -1,13 +1,13 @@
-"""`logit_map(hidden @ weight.T + bias)`, a chunk of rows at a time, and its backward pass."""
+"""`logit_map(hidden @ weight.T + bias)`: chunk by chunk, with its backward pass, and of all rows at once."""
 
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from lastlayer.functional.barred import barred_classes, map_barred
-from lastlayer.functional.logit_map import LogitMap
-from lastlayer.functional.precision import exact_dtype
+from lastlayer.functional.logit_map import LogitMap, barred_classes, bound, map_barred
+from lastlayer.functional.precision import exact_dtype, no_autocast, product_dtype
 
 # Bytes that the logits of one chunk may take; half of them where these hold as many rows as here. Every chunk adds
 # to the whole gradient of the weight: with few rows that is much of its time.
@@ -184,3 +184,37 @@ def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
     """`range(start, stop)` in slices of `step`, by their number: a compiled graph fixes that, and no size."""
     for place in range(-((start - stop) // step)):
         yield slice(start + place * step, min(start + (place + 1) * step, stop))
+
+
+def linear_logits(
+    hidden: Tensor,  # (N, d)
+    weight: Tensor,  # (V, d)
+    bias: Tensor | None,  # (V,)
+    logit_map: LogitMap | None,
+    parameters: Sequence[Tensor],  # of the map
+    dtype: torch.dtype,  # of the product
+) -> tuple[Tensor, Tensor]:  # (N, V) each, float32 at least
+    """The raw logits `hidden @ weight.T + bias`, and the mapped ones, by PyTorch's own operations.
+
+    The plain twin of `LinearChunks`, for second derivatives, `torch.func`, "meta" and exported programs.
+    """
+    exact = exact_dtype(dtype)
+    with no_autocast(hidden.device.type):
+        logits = F.linear(hidden.to(dtype), weight.to(dtype)).to(exact)
+        if bias is not None:
+            logits = logits + bias.to(exact)
+        if logit_map is None:
+            return logits, logits
+        barred = barred_classes(bias)
+        return logits, bound(logit_map, parameters, lambda: map_barred(logit_map, logits, barred))
+
+
+def mapped_logits(
+    hidden: Tensor,  # (N, d)
+    weight: Tensor,  # (V, d)
+    bias: Tensor | None,  # (V,)
+    logit_map: LogitMap | None,
+) -> Tensor:  # (N, V), float32 at least
+    """`logit_map(hidden @ weight.T + bias)`, whose product runs in autocast's dtype where that is on."""
+    parameters = () if logit_map is None else tuple(logit_map.parameters())
+    return linear_logits(hidden, weight, bias, logit_map, parameters, product_dtype(hidden))[1]

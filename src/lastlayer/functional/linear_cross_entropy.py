@@ -15,8 +15,7 @@ from lastlayer.functional.checks import (
     check_vector,
     eager_on_cpu,
 )
-from lastlayer.functional.linear_chunks import LinearChunks
-from lastlayer.functional.linear_twin import linear_logits
+from lastlayer.functional.linear_chunks import LinearChunks, linear_logits
 from lastlayer.functional.logit_map import LogitMap, bound, check_logit_map
 from lastlayer.functional.one_pass import one_pass_loss
 from lastlayer.functional.precision import exact_dtype, product_dtype

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from lastlayer.functional.checks import REDUCTIONS, check_above_zero, check_choice, check_linear
-from lastlayer.functional.linear_chunks import LinearChunks
-from lastlayer.functional.linear_twin import linear_logits
+from lastlayer.functional.linear_chunks import LinearChunks, linear_logits
 from lastlayer.functional.one_pass import one_pass_loss
 from lastlayer.functional.precision import product_dtype
 from lastlayer.functional.reference_head import ReferenceChunks, ReferenceHead, reference_log_prob

@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lastlayer.functional.ordinary import ordinary
+from lastlayer.functional.ordinary import eager_on_cpu, ordinary
 from lastlayer.functional.second_order import HandWritten, gradients
 from lastlayer.kernels.softmax_rows import KernelMap
 
@@ -236,3 +236,24 @@ def check_logit_map(logit_map: LogitMap | None) -> LogitMap | None:
         raise ValueError(f"logit_map must be increasing, or top-k would be wrong; {name} is not, at {at:.3g}")
     logit_map.increases = True
     return logit_map
+
+
+def barred_classes(bias: Tensor | None) -> Tensor | None:  # (V,) to (V,) bool
+    """Which classes a bias of -inf bars: they have no probability, and nothing has a gradient through them.
+
+    None where there are none, if that can be read without a synchronisation.
+    """
+    if bias is None:
+        return None
+    barred = bias.detach() == -torch.inf
+    return barred if not eager_on_cpu(barred) or bool(barred.any()) else None
+
+
+def map_barred(logit_map: Callable[[Tensor], Tensor], logits: Tensor, barred: Tensor | None) -> Tensor:
+    """`logit_map(logits)`, but -inf at barred classes, whatever the map makes of it (a soft cap a finite number).
+
+    The map sees 0 there, and so its derivative is finite where its gradient is 0.
+    """
+    if barred is None:
+        return logit_map(logits)
+    return logit_map(logits.masked_fill(barred, 0)).masked_fill(barred, -torch.inf)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from lastlayer.functional.checks import integer_ids
-from lastlayer.functional.linear_chunks import LinearChunks
-from lastlayer.functional.linear_twin import linear_logits
+from lastlayer.functional.linear_chunks import LinearChunks, linear_logits
 from lastlayer.functional.logit_map import LogitMap, bound
 from lastlayer.functional.one_pass import one_pass_loss
 from lastlayer.functional.precision import exact_dtype, product_dtype

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lastlayer.functional.linear_twin import linear_logits
+from lastlayer.functional.linear_chunks import linear_logits
 from lastlayer.functional.one_pass import one_pass_loss
 from lastlayer.functional.operators import make_operator
 from lastlayer.functional.ordinary import exporting

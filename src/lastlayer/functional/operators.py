@@ -1,18 +1,21 @@
-"""Functions whose work depends on the data, as operators of PyTorch: a compiled graph holds them as one node each.
+"""Functions whose work depends on the data, under `torch.compile`: operators, or outside of the graph.
 
-`lastlayer::NAME` runs a differentiable function eagerly, and `lastlayer::NAME_backward` its gradient. Where that
-is left to autograd, the function runs again for it: an operator can keep nothing whose size depends on the data.
-So they serve under `torch.compile` alone.
+A compiled graph holds an operator as one node. `lastlayer::NAME` runs a differentiable function eagerly, and
+`lastlayer::NAME_backward` its gradient. Where that is left to autograd, the function runs again for it: an
+operator can keep nothing whose size depends on the data. So they serve under `torch.compile` alone.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from lastlayer.functional.precision import no_autocast
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Function = Callable[..., Any]  # of the arguments, to a tensor or a tuple of them
 Gradient = Callable[..., Sequence[Tensor | None]]  # of upstream, wanted, and the arguments
 
@@ -80,3 +83,19 @@ def make_operator(
 
 def _leaf(tensor: Tensor | None, wanted: bool) -> Tensor | None:
     return None if tensor is None else tensor.detach().requires_grad_(wanted)
+
+
+def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, run eagerly in the middle of a compiled model: the graph breaks there, and goes on after it.
+
+    `torch.compiler.disable` imports the compiler, which takes a second: not before something is compiled.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            eager: Any = torch.compiler.disable(function)
+            return eager(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call

@@ -6,10 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lastlayer.functional.barred import map_barred
-from lastlayer.functional.linear_chunks import LinearChunks
-from lastlayer.functional.linear_twin import linear_logits
-from lastlayer.functional.logit_map import LogitMap, bound
+from lastlayer.functional.linear_chunks import LinearChunks, linear_logits
+from lastlayer.functional.logit_map import LogitMap, bound, map_barred
 from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.precision import exact_dtype, no_autocast, product_dtype
 from lastlayer.functional.second_order import HandWritten, gradients

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lastlayer.functional.operators import make_operator
-from lastlayer.functional.outside_graphs import outside_graphs
+from lastlayer.functional.operators import make_operator, outside_graphs
 from lastlayer.functional.precision import as_exact, exact_dtype, no_autocast
 from lastlayer.functional.row_sparse import GradientMemory, row_sparse
 from lastlayer.functional.second_order import HandWritten, gradients

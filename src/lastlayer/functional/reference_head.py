@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from lastlayer.functional.checks import check_linear
-from lastlayer.functional.linear_chunks import LinearChunks
-from lastlayer.functional.linear_twin import linear_logits
+from lastlayer.functional.linear_chunks import LinearChunks, linear_logits
 from lastlayer.functional.logit_map import LogitMap, check_logit_map
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+SLACK = 1.0  # how far u may lie below the least that a sampled class shows it to be: delta of U-max
+
 
 def accidental_hits(
     targets: Tensor,  # (N, K)
@@ -93,3 +95,34 @@ def positive_power(num_samples: int, num_classes: int, calibration: float) -> fl
     """
     rate = min(1.0, num_samples / max(1, num_classes - 1))
     return calibration * (rate - 1) + 1
+
+
+def least_normalizers(
+    target_logits: Tensor,  # (N,)
+    candidate_logits: Tensor,  # (N, S), -inf at candidates that do not count
+) -> Tensor:  # (N,)
+    """`log(1 + exp(o_j - o_y))` of the best candidate j: `-log p_y` is at least that."""
+    return F.softplus(candidate_logits.amax(1) - target_logits)
+
+
+def normalizer_bound(
+    target_logits: Tensor,  # (N,)
+    candidate_logits: Tensor,  # (N, S), -inf at candidates that do not count
+    log_counts: Tensor,  # (S,) or (N, S), of the candidates
+    normalizers: Tensor,  # (N,), u
+) -> tuple[Tensor, Tensor]:  # (N,) each
+    """The bound on `-log p` that Augment & Reduce and U-max estimate; and the u at which it would be least.
+
+    For a row with logits o and target y, and any number u,
+
+        -log p_y  <=  u + exp(-u) (1 + sum over k != y of exp(o_k - o_y)) - 1        with equality at u = -log p_y
+
+    as `log x <= x / e^u + u - 1` at `x = 1 + sum`. A sample estimates the sum without bias, unlike its logarithm:
+    with c_j the expected count of class j in a sample, the mean of `sum over the sample of exp(o_j - o_y) / c_j` is
+    the whole sum, and so for its gradient.
+
+    Every exponent is below `SLACK` less a log count where u is at least `least_normalizers` less `SLACK`.
+    """
+    excess = candidate_logits - target_logits[:, None] - log_counts - normalizers[:, None]
+    total = (-normalizers).exp() + excess.exp().sum(1)
+    return normalizers + total - 1, (normalizers + total.detach().log())

@@ -25,7 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lastlayer.functional.checks import check_above_zero
+from lastlayer.functional.checks import REDUCTIONS, check_above_zero, check_choice, check_hidden
+from lastlayer.functional.reduce import reduce_loss
+from lastlayer.functional.sparse_targets import sparse_targets
 
 
 class RowDerivatives(NamedTuple):
@@ -126,8 +128,41 @@ class SquaredError(SphericalLoss):
         return RowDerivatives(row_loss, -2 * weights, torch.ones_like(squared_norm), None)
 
 
+class _QuadraticSoftmax(NormalizedLoss):
+    """`p_i` proportional to `n(o_i) = a o_i^2 + b o_i + c`, which is positive everywhere."""
+
+    @abstractmethod
+    def coefficients(self) -> tuple[float, float, float]:
+        """a, b and c."""
+
+    def _numerator(self, scores: Tensor) -> Tensor:
+        a, b, c = self.coefficients()
+        return (a * scores + b) * scores + c
+
+    def _normalizer(self, squared_norm: Tensor, total: Tensor, num_classes: int) -> Tensor:
+        a, b, c = self.coefficients()
+        return a * squared_norm + b * total + num_classes * c
+
+    def log_numerator(self, scores: Tensor) -> Tensor:
+        return self._numerator(scores).log()
+
+    def log_normalizer(self, squared_norm: Tensor, total: Tensor, num_classes: int) -> Tensor:
+        return self._normalizer(squared_norm, total, num_classes).log()
+
+    def derivatives(
+        self, scores: Tensor, weights: Tensor, squared_norm: Tensor, total: Tensor, num_classes: int
+    ) -> RowDerivatives:
+        a, b, _ = self.coefficients()
+        numerator, normalizer = self._numerator(scores), self._normalizer(squared_norm, total, num_classes)
+        every = weights.sum(1)
+        row_loss = every * normalizer.log() - (weights * numerator.log()).sum(1)
+        share = every / normalizer
+        by_score = -weights * (2 * a * scores + b) / numerator
+        return RowDerivatives(row_loss, by_score, a * share, b * share if self.uses_sum else None)
+
+
 @dataclass(frozen=True)
-class SphericalSoftmax(NormalizedLoss):
+class SphericalSoftmax(_QuadraticSoftmax):
     """`p_i = (o_i^2 + epsilon) / sum_j (o_j^2 + epsilon)`.
 
     Even in `o`, and invariant to its scale but for `epsilon`. The gradient reaches `1 / sqrt(epsilon)` near
@@ -145,23 +180,12 @@ class SphericalSoftmax(NormalizedLoss):
     def __post_init__(self) -> None:
         check_above_zero("epsilon", self.epsilon)
 
-    def log_numerator(self, scores: Tensor) -> Tensor:
-        return (scores.square() + self.epsilon).log()
-
-    def log_normalizer(self, squared_norm: Tensor, total: Tensor, num_classes: int) -> Tensor:
-        return (squared_norm + num_classes * self.epsilon).log()
-
-    def derivatives(
-        self, scores: Tensor, weights: Tensor, squared_norm: Tensor, total: Tensor, num_classes: int
-    ) -> RowDerivatives:
-        numerator, normalizer = scores.square() + self.epsilon, squared_norm + num_classes * self.epsilon
-        every = weights.sum(1)
-        row_loss = every * normalizer.log() - (weights * numerator.log()).sum(1)
-        return RowDerivatives(row_loss, -2 * weights * scores / numerator, every / normalizer, None)
+    def coefficients(self) -> tuple[float, float, float]:
+        return 1.0, 0.0, self.epsilon
 
 
 @dataclass(frozen=True)
-class TaylorSoftmax(NormalizedLoss):
+class TaylorSoftmax(_QuadraticSoftmax):
     """`p_i` proportional to `1 + o_i + o_i^2 / 2`, the softmax with `exp` cut after its second term.
 
     No hyperparameter, and every numerator is at least 1/2; the least probable output is `o = -1`, not minus
@@ -170,21 +194,8 @@ class TaylorSoftmax(NormalizedLoss):
 
     uses_sum = True
 
-    def log_numerator(self, scores: Tensor) -> Tensor:
-        return (1 + scores + scores.square() / 2).log()
-
-    def log_normalizer(self, squared_norm: Tensor, total: Tensor, num_classes: int) -> Tensor:
-        return (num_classes + total + squared_norm / 2).log()
-
-    def derivatives(
-        self, scores: Tensor, weights: Tensor, squared_norm: Tensor, total: Tensor, num_classes: int
-    ) -> RowDerivatives:
-        slope = 1 + scores
-        numerator, normalizer = slope + scores.square() / 2, num_classes + total + squared_norm / 2
-        every = weights.sum(1)
-        row_loss = every * normalizer.log() - (weights * numerator.log()).sum(1)
-        by_total = every / normalizer
-        return RowDerivatives(row_loss, -weights * slope / numerator, by_total / 2, by_total)
+    def coefficients(self) -> tuple[float, float, float]:
+        return 0.5, 1.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -238,3 +249,46 @@ def _moments(squared_norm: Tensor, total: Tensor, num_classes: int) -> tuple[Ten
     """Mean and variance of the outputs, and the least that the variance counts as."""
     mean, mean_square = total / num_classes, squared_norm / num_classes
     return mean, mean_square - mean.square(), 1e-6 * mean_square.detach() + 1e-30
+
+
+def spherical_loss(
+    hidden: Tensor,  # (..., d)
+    weight: Tensor,  # (V, d)
+    targets: Tensor,  # (...), (..., K), or sparse (N, V)
+    bias: Tensor | None = None,  # (V,)
+    *,
+    loss: SphericalLoss,
+    target_weights: Tensor | None = None,  # the shape of targets
+    reduction: str = "mean",
+    ignore_index: int = -100,
+) -> Tensor:  # (), or (...) for "none"
+    """`loss` of the outputs `hidden @ weight.T + bias`, by plain autograd.
+
+    What `FactoredOutput(..., loss=loss)` computes, at O(V d) an example instead of O(d^2); use it for few
+    classes, or where an optimizer other than SGD matters more than speed. Half precision is summed in float32.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `FactoredOutput` does.
+
+    Example:
+        >>> import torch
+        >>> from lastlayer import TaylorSoftmax
+        >>> from lastlayer.functional import spherical_loss
+        >>> hidden, weight = torch.ones(2, 3), torch.zeros(10, 3)
+        >>> spherical_loss(hidden, weight, torch.tensor([1, 7]), loss=TaylorSoftmax())  # log 10
+        tensor(2.3026)
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    num_classes, in_features = weight.shape
+    check_hidden(hidden, in_features, weight.dtype)
+    shape = hidden.shape[:-1]
+    ids, weights, kept = sparse_targets(targets, target_weights, shape, num_classes, ignore_index)
+    outputs = F.linear(hidden.reshape(-1, in_features), weight, bias)  # (N, V)
+    if outputs.element_size() < 4:
+        outputs = outputs.float()
+    squared_norm = outputs.square().sum(1, dtype=torch.float64)  # few numbers, and differences of them cancel
+    total = outputs.sum(1, dtype=torch.float64)
+    row_loss = loss.row_loss(outputs.gather(1, ids).double(), weights, squared_norm, total, num_classes)
+    row_loss = row_loss if kept is None else row_loss.masked_fill(~kept, 0)
+    reduced = reduce_loss(row_loss, kept, reduction).to(outputs.dtype)
+    return reduced.reshape(shape) if reduction == "none" else reduced

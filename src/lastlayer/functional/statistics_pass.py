@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lastlayer.functional.linear_chunks import LinearChunks
-from lastlayer.functional.linear_twin import linear_logits
+from lastlayer.functional.linear_chunks import LinearChunks, linear_logits
 from lastlayer.functional.logit_map import LogitMap, bound
 from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.precision import no_autocast

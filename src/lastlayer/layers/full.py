@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from lastlayer.functional.checks import check_fraction, check_not_negative
+from lastlayer.functional.linear_chunks import mapped_logits
 from lastlayer.functional.linear_cross_entropy import linear_cross_entropy
-from lastlayer.functional.linear_twin import mapped_logits
 from lastlayer.functional.logit_map import LogitMap
 from lastlayer.functional.normalizers import Normalizer
 from lastlayer.functional.selection import Selection

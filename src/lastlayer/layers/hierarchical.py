@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lastlayer.functional.barred import barred_classes
 from lastlayer.functional.best_classes import SearchCost
 from lastlayer.functional.checks import check_vector
 from lastlayer.functional.cluster_softmax import cluster_log_prob
 from lastlayer.functional.clusters import check_clusters, even
 from lastlayer.functional.linear_statistics import linear_score
+from lastlayer.functional.logit_map import barred_classes
 from lastlayer.functional.ordinary import readable
 from lastlayer.functional.precision import as_exact
 from lastlayer.functional.row_sparse import GradientMemory

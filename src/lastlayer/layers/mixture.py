@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lastlayer.functional.barred import barred_classes
 from lastlayer.functional.checks import check_fraction, check_positive, eager_on_cpu
+from lastlayer.functional.linear_chunks import mapped_logits
 from lastlayer.functional.linear_statistics import linear_score
-from lastlayer.functional.linear_twin import mapped_logits
-from lastlayer.functional.logit_map import LogitMap
+from lastlayer.functional.logit_map import LogitMap, barred_classes
 from lastlayer.functional.mixture_cross_entropy import mixture_cross_entropy
 from lastlayer.functional.precision import as_exact
 from lastlayer.functional.reduce import row_shares

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lastlayer.functional.checks import eager_on_cpu
-from lastlayer.functional.linear_twin import mapped_logits
+from lastlayer.functional.linear_chunks import mapped_logits
 from lastlayer.functional.one_vs_all import RowTargets, one_vs_all_loss
 from lastlayer.functional.precision import exact_dtype
 from lastlayer.functional.reduce import at_kept, reduce_loss, row_shares

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lastlayer.functional.linear_chunks import mapped_logits
 from lastlayer.functional.linear_cross_entropy import linear_cross_entropy
 from lastlayer.functional.linear_statistics import linear_score, linear_statistics
-from lastlayer.functional.linear_twin import mapped_logits
 from lastlayer.functional.logit_map import LogitMap
 from lastlayer.functional.selection import Selection
 from lastlayer.layers.linear_head import LinearHead

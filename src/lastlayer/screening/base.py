@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lastlayer.functional.checks import check_count, check_hidden, check_positive
-from lastlayer.functional.outside_graphs import outside_graphs
+from lastlayer.functional.operators import outside_graphs
 from lastlayer.functional.results import ScreenedTopK
 from lastlayer.functional.sampling import sample_classes
 from lastlayer.functional.selection import candidate_scores, make_selection

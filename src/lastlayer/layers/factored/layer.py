@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lastlayer.functional.operators import outside_graphs
 from lastlayer.functional.ordinary import ordinary
-from lastlayer.functional.outside_graphs import outside_graphs
 from lastlayer.functional.precision import no_autocast
 from lastlayer.functional.reduce import at_kept, reduce_loss
 from lastlayer.functional.results import ScoreTopK, TopK

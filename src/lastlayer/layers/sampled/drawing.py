@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lastlayer.functional.operators import outside_graphs
 from lastlayer.functional.ordinary import readable
-from lastlayer.functional.outside_graphs import outside_graphs
 from lastlayer.layers.linear_head import LinearHead
 from lastlayer.layers.samplers.base import Candidates, Sampler
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lastlayer.functional.checks import check_fraction, check_ids, check_not_negative, check_positive
-from lastlayer.functional.normalizer_bound import SLACK, least_normalizers, normalizer_bound
 from lastlayer.functional.precision import exact_dtype
+from lastlayer.functional.sampled_losses import SLACK, least_normalizers, normalizer_bound
 from lastlayer.functional.sparse_targets import sparse_targets
 from lastlayer.layers.sampled.base import Batch, SampledLayer
 from lastlayer.layers.samplers.base import Sampler
