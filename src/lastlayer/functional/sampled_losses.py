@@ -118,8 +118,8 @@ def normalizer_bound(
         -log p_y  <=  u + exp(-u) (1 + sum over k != y of exp(o_k - o_y)) - 1        with equality at u = -log p_y
 
     as `log x <= x / e^u + u - 1` at `x = 1 + sum`. A sample estimates the sum without bias, unlike its logarithm:
-    with c_j the expected count of class j in a sample, the mean of `sum over the sample of exp(o_j - o_y) / c_j` is
-    the whole sum, and so for its gradient.
+    with c_j the expected count of class j in a sample, the mean of `sum over the sample of exp(o_j - o_y) / c_j`
+    is the whole sum, and so for its gradient.
 
     Every exponent is below `SLACK` less a log count where u is at least `least_normalizers` less `SLACK`.
     """
