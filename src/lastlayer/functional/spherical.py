@@ -141,7 +141,8 @@ class _QuadraticSoftmax(NormalizedLoss):
 
     def _normalizer(self, squared_norm: Tensor, total: Tensor, num_classes: int) -> Tensor:
         a, b, c = self.coefficients()
-        return a * squared_norm + b * total + num_classes * c
+        normalizer = a * squared_norm + num_classes * c
+        return normalizer + b * total if self.uses_sum else normalizer
 
     def log_numerator(self, scores: Tensor) -> Tensor:
         return self._numerator(scores).log()
