@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lastlayer.functional.linear_twin import linear_logits
-from lastlayer.functional.operators import make_operator
+from lastlayer.functional.linear_chunks import linear_logits
+from lastlayer.functional.operators import make_operator, outside_graphs
 from lastlayer.functional.ordinary import ordinary
-from lastlayer.functional.outside_graphs import outside_graphs
 from lastlayer.functional.precision import exact_dtype, no_autocast, product_dtype
 from lastlayer.functional.row_sparse import GradientMemory, row_sparse
 from lastlayer.functional.second_order import HandWritten, gradients
