@@ -97,7 +97,7 @@ def descendants(kind):
 def test_every_function_has_the_form_that_transforms_take():
     assert hand_written() == [HandWritten]
     kinds = [kind for kind in descendants(HandWritten) if not kind.__subclasses__()]
-    assert len(kinds) > 9
+    assert len(kinds) > 5
     for kind in kinds:
         assert kind.setup_context is not torch.autograd.Function.setup_context, kind
 
