@@ -87,7 +87,8 @@ def hand_written():
         except ModuleNotFoundError as missing:  # an optional extra
             if (missing.name or "").startswith("lastlayer"):
                 raise
-    return [kind for kind in torch.autograd.Function.__subclasses__() if kind.__module__.startswith("lastlayer")]
+    names = {kind: kind.__module__ for kind in torch.autograd.Function.__subclasses__()}
+    return [kind for kind, name in names.items() if name.startswith("lastlayer") and ".testing." not in name]
 
 
 def descendants(kind):
@@ -104,8 +105,8 @@ def test_every_function_has_the_form_that_transforms_take():
 
 def test_every_function_is_called_by_run_alone():
     """`apply` in a compiled graph without gradients passes `forward` a context that it does not take."""
-    found = {}
-    for path in Path(lastlayer.__file__).parent.rglob("*.py"):
+    found, package = {}, Path(lastlayer.__file__).parent
+    for path in set(package.rglob("*.py")) - set(package.glob("testing/*")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
         owners = [call.value for call in calls if isinstance(call, ast.Attribute) and call.attr == "apply"]
