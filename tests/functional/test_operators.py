@@ -119,7 +119,7 @@ def test_a_function_that_is_batched_names_the_library():
     weight, ids = torch.randn(4, 3), torch.zeros(2, 1, dtype=torch.int64)
 
     def call(hidden):
-        return _SampledLogits.run(hidden, weight, None, ids, ids, torch.float32, False)
+        return _SampledLogits.run(hidden, weight, None, ids, ids, False)
 
     with pytest.raises(RuntimeError, match="lastlayer"):
         torch.func.vmap(call)(torch.randn(6, 2, 3))
