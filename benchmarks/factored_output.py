@@ -20,7 +20,6 @@ from lastlayer.reproduce.large_sparse_targets.exactness import measure_exactness
 from lastlayer.reproduce.large_sparse_targets.speed import (
     measure_scaling,
     measure_speed,
-    measure_whole_model,
     multiply_adds,
 )
 from lastlayer.reproduce.large_sparse_targets.words import EMBEDDING_METHODS, MODEL_METHODS, train_words
@@ -85,7 +84,7 @@ def main() -> None:
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "output": lambda: measure_speed(*size, given.rounds, losses=LOSSES),
         "repairs": lambda: measure_repairs(*size, given.steps),
-        "whole": lambda: measure_whole_model(*size, given.rounds),
+        "whole": lambda: measure_speed(*size, given.rounds, losses=LOSSES[:1], deep=True),
         "scaling": lambda: measure_scaling(
             [1_000, 10_000, 100_000, 1_000_000], [64, 128, 256, 300], BATCH, given.rounds
         ),

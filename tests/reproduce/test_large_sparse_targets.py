@@ -17,7 +17,6 @@ from lastlayer.reproduce.large_sparse_targets.speed import (
     fused_step,
     measure_scaling,
     measure_speed,
-    measure_whole_model,
 )
 from lastlayer.reproduce.large_sparse_targets.words import METHODS, examples, train_words
 from lastlayer.study.errors import StudyError
@@ -39,11 +38,11 @@ def test_speed_has_every_peer():
         assert record["ms"] > 0
         assert record["mean_ms"] > 0
         assert (record["times_faster_than_plain"] is None) == record["name"].startswith("Hierarchical")
-    assert {r["name"] for r in measure_whole_model(400, 6, 4, rounds=1)} == {
-        "nn.Linear",
-        "HierarchicalSoftmax",
-        "FactoredOutput",
-    }
+    deep = {r["name"]: r for r in measure_speed(400, 6, 4, 1, losses=("squared error",), deep=True)}
+    assert {"nn.Linear, squared error, SGD", "HierarchicalSoftmax, SGD", "FactoredOutput, squared error"} < set(
+        deep
+    )
+    assert {record["case"] for record in deep.values()} == {"whole model"}
     sizes = {(r["num_classes"], r["in_features"]) for r in measure_scaling([50, 100], [4, 8], 4, rounds=1)}
     assert sizes == {(50, 8), (100, 8), (50, 4)}
 
@@ -62,7 +61,7 @@ def test_peers_take_the_same_step():
     """The hand-fused update is the plain one."""
     hidden, targets = torch.randn(5, 6), torch.randint(40, (3, 5))
     weights = []
-    for make in (lambda linear: dense_step(linear, hidden, targets, SquaredError()), None):
+    for make in (lambda linear: dense_step(linear, hidden, targets, SquaredError(), torch.nn.Identity()), None):
         torch.manual_seed(0)
         linear = torch.nn.Linear(6, 40, bias=False)
         step = fused_step(linear, hidden, targets) if make is None else make(linear)

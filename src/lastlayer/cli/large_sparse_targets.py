@@ -13,7 +13,6 @@ from lastlayer.reproduce.large_sparse_targets.exactness import measure_exactness
 from lastlayer.reproduce.large_sparse_targets.speed import (
     measure_scaling,
     measure_speed,
-    measure_whole_model,
     multiply_adds,
 )
 from lastlayer.reproduce.large_sparse_targets.words import EMBEDDING_METHODS, MODEL_METHODS, train_words
@@ -63,7 +62,9 @@ def large_sparse_targets(
     widths = [*(d for d in (64, 128, 256) if d < in_features), in_features]
     budget = Budget(seconds=seconds)
     measure: dict[str, Callable[[], Records]] = {
-        "speed": lambda: measure_speed(*size, rounds, seed) + measure_whole_model(*size, rounds, seed),
+        "speed": lambda: (
+            measure_speed(*size, rounds, seed) + measure_speed(*size, rounds, seed, ("squared error",), deep=True)
+        ),
         "scaling": lambda: measure_scaling(largest, widths, BATCH, rounds, seed),
         "exactness": lambda: measure_exactness(steps, seed=seed),
     }

@@ -105,7 +105,9 @@ def _direction(hidden: Tensor) -> Tensor:
 def _by_grad(call: Function, hidden: Tensor, direction: Tensor) -> Tensor:
     leaf = hidden.clone().requires_grad_()
     (slope,) = torch.autograd.grad(call(leaf), leaf, create_graph=True)
-    return torch.autograd.grad((slope * direction).sum(), leaf, materialize_grads=True)[0]
+    product = (slope * direction).sum()
+    torch.autograd.grad(product, leaf, retain_graph=True, materialize_grads=True)  # a graph may be walked twice
+    return torch.autograd.grad(product, leaf, materialize_grads=True)[0]
 
 
 def _by_backward(call: Function, hidden: Tensor, direction: Tensor, only: bool = False) -> Tensor:
@@ -123,8 +125,8 @@ def _by_jvp(call: Function, hidden: Tensor, direction: Tensor) -> Tensor:
     return jvp(grad(call), (hidden,), (direction,))[1]
 
 
-def _by_hessian(call: Function, hidden: Tensor, direction: Tensor, vectorize: bool = False) -> Tensor:
-    return torch.tensordot(hessian(call, hidden, vectorize=vectorize), direction, hidden.dim())
+def _by_hessian(call: Function, hidden: Tensor, direction: Tensor) -> Tensor:
+    return torch.tensordot(hessian(call, hidden, vectorize=True), direction, hidden.dim())
 
 
 WAYS = {
@@ -132,8 +134,7 @@ WAYS = {
     "backward": _by_backward,
     "backward(inputs=)": partial(_by_backward, only=True),
     "functional.hvp": lambda *arguments: hvp(*arguments)[1],
-    "functional.hessian": _by_hessian,
-    "functional.hessian(vectorize=True)": partial(_by_hessian, vectorize=True),
+    "functional.hessian(vectorize=True)": _by_hessian,
 }
 
 

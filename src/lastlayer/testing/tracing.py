@@ -69,18 +69,18 @@ def law_exports(case: LayerCase) -> None:
         return _results(case, layer, hidden, targets)
 
     if case.likelihood:
-        _check_export(layer, queries)
+        check_export(layer, queries)
         return
     try:
-        _check_export(layer, lambda hidden, targets: (layer(hidden, targets), *queries(hidden, targets)))
+        check_export(layer, lambda hidden, targets: (layer(hidden, targets), *queries(hidden, targets)))
     except RuntimeError as refused:
         if "lastlayer" not in str(refused):
             raise
-        _check_export(layer, queries)
+        check_export(layer, queries)
 
 
-def _check_export(layer: OutputLayer, call: Callable[[Tensor, Tensor], Results]) -> None:
-    """The exported program is traced with another number of rows than it is then run with."""
+def check_export(layer: OutputLayer, call: Callable[[Tensor, Tensor], Results]) -> None:
+    """The exported call gives what the call gives; traced with another number of rows than it is run with."""
     dynamic = {0: torch.export.Dim("rows", min=2, max=1 << 30)}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PyTorch's own tracer

@@ -90,7 +90,7 @@ def test_embedded_text_is_real():
         (b"one line only of ten words or so it is", "too short: 10 words"),
         ("größer\n".encode("latin-1") * 500, "0xf6, as text in Latin-1"),
         ("some text\n".encode("utf-16") * 500, r"is UTF-16 text, .* iconv -f utf-16 -t"),
-        ("some text\n".encode("utf-16-le") * 500, r"is UTF-16LE text, .* iconv -f utf-16le -t"),
+        ("\nsome text\n".encode("utf-16-le") * 500, r"is UTF-16LE text, .* iconv -f utf-16le -t"),
         ("some text\n".encode("utf-16-be") * 500, r"is UTF-16BE text, .* iconv -f utf-16be -t"),
         ("some text\n".encode("utf-32") * 500, r"is UTF-32 text, .* iconv -f utf-32 -t"),
         (b"\x7fELF\x02\x00\x00" * 100, "is a binary file"),

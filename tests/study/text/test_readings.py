@@ -111,7 +111,7 @@ def test_an_array_that_promises_more_than_its_file_holds(tmp_path):
 def test_characters(tmp_path):
     path = tmp_path / "story.txt"
     short = "".join(STORY.splitlines(keepends=True)[:100])  # one piece, whose end is held out
-    path.write_text(short)
+    path.write_text(short, newline="\r\n")
     corpus = load_corpus([path], reading=Reading(characters=True))
     text = "".join(names(corpus, torch.cat([corpus.train, corpus.held_out])))
     assert text.replace("<eos>", "\n") == short

@@ -6,7 +6,7 @@ wrong. Every loss has the same encoder, an ordinary dense weight and the same op
 
 import random
 import string
-from collections.abc import Callable
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -72,29 +72,21 @@ class Classifier(nn.Module):
 
     def __init__(self, num_classes: int, loss: SphericalLoss | None) -> None:
         super().__init__()
-        self.pieces = nn.EmbeddingBag(BUCKETS, WIDTH, mode="sum", padding_idx=0)
-        self.mix = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU())
+        pieces = nn.EmbeddingBag(BUCKETS, WIDTH, mode="sum", padding_idx=0)
+        self.encoder = nn.Sequential(pieces, nn.Linear(WIDTH, WIDTH), nn.ReLU())
         self.output = nn.Linear(WIDTH, num_classes)
-        self.loss = loss
+        self.loss = loss  # None is the softmax's cross-entropy
 
     def forward(
         self,
         pieces: Tensor,  # (N, length)
         targets: Tensor,  # (N,)
     ) -> Tensor:  # ()
-        """The training loss; None is the softmax's cross-entropy."""
-        hidden = self.mix(self.pieces(pieces))
+        """The training loss."""
+        hidden = self.encoder(pieces)
         if self.loss is None:
             return F.cross_entropy(self.output(hidden), targets)
         return spherical_loss(hidden, self.output.weight, targets, self.output.bias, loss=self.loss)
-
-    def ranking(
-        self,
-        pieces: Tensor,  # (N, length)
-    ) -> Tensor:  # (N, V)
-        """What classes are ranked by: log-probabilities where the loss has them, else scores."""
-        scores = self.output(self.mix(self.pieces(pieces)))
-        return self.loss.log_prob(scores) if isinstance(self.loss, NormalizedLoss) else scores
 
 
 def _train(
@@ -116,7 +108,9 @@ def _train(
 @torch.no_grad()
 def error_rate(model: Classifier, part: Part, k: int = 1) -> float:
     """The share of words that are not among the `k` best; 1 for scores that are no numbers."""
-    ranking = model.ranking(part[0])
+    ranking = model.output(model.encoder(part[0]))
+    if isinstance(model.loss, NormalizedLoss):
+        ranking = model.loss.log_prob(ranking)
     if not bool(ranking.isfinite().all()):
         return 1.0
     return 1 - float((ranking.topk(k).indices == part[1][:, None]).any(1).double().mean())
@@ -138,24 +132,20 @@ def misspellings(words: list[str], seed: int) -> tuple[Part, Part, Part]:
 
 def misspelt(word: str, generator: random.Random) -> str:
     """Two mistakes: a letter left out, doubled, exchanged with the next, or replaced."""
-    mistakes: list[Callable[[str, int], str]] = [
-        lambda w, i: w[:i] + w[i + 1 :],
-        lambda w, i: w[:i] + w[i] + w[i:],
-        lambda w, i: w[:i] + w[i + 1 : i + 2] + w[i] + w[i + 2 :],
-        lambda w, i: w[:i] + generator.choice(string.ascii_lowercase) + w[i + 1 :],
-    ]
     for _ in range(2):
-        word = generator.choice(mistakes)(word, generator.randrange(len(word)))
+        i = generator.randrange(len(word))
+        before, letter, after = word[:i], word[i], word[i + 1 :]
+        replaced = generator.choice(string.ascii_lowercase)
+        found = (before + after, before + 2 * letter + after, before + after[:1] + letter + after[1:])
+        word = generator.choice((*found, before + replaced + after))
     return word
 
 
-def pieces_of(word: str) -> list[int]:
-    """The letters of a word by twos and threes, as numbers of buckets; 0 is padding."""
-    marked = f"<{word}>"
-    pieces = [marked[i : i + size] for size in (2, 3) for i in range(len(marked) - size + 1)]
-    return [1 + sum(ord(letter) * 131**i for i, letter in enumerate(piece)) % (BUCKETS - 1) for piece in pieces]
-
-
 def _as_tensors(pairs: list[tuple[str, int]]) -> Part:
-    rows = [torch.tensor(pieces_of(word)) for word, _ in pairs]
+    """The letters of each word by twos and threes, as numbers of buckets, 0 for padding; and the labels."""
+    rows = []
+    for word, _ in pairs:
+        marked = f"<{word}>"
+        pieces = [marked[i : i + size] for size in (2, 3) for i in range(len(marked) - size + 1)]
+        rows.append(torch.tensor([1 + crc32(piece.encode()) % (BUCKETS - 1) for piece in pieces]))
     return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([label for _, label in pairs])

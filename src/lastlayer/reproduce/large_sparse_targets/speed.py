@@ -39,34 +39,43 @@ def measure_speed(
     rounds: int,
     seed: int = 0,
     losses: tuple[str, ...] = tuple(LOSSES),
+    *,
+    deep: bool = False,
 ) -> Records:
-    """A whole step (forward, backward, update) of the output layer alone, all peers in turn.
+    """A whole step (forward, backward, update) of the output layer, all peers in turn: alone, or with `deep` below
+    two hidden layers as wide as its input.
 
     The baseline of each loss is what a PyTorch user writes today: an `nn.Linear`, the same loss, backward, `SGD`.
     """
     torch.manual_seed(seed)
     _check_memory(num_classes, in_features, batch)
     targets = torch.randint(num_classes, (BATCHES, batch))
-    hidden = torch.randn(batch, in_features)
+    inputs = torch.randn(batch, in_features)
+
+    def encoder() -> nn.Module:
+        layers = [module for _ in range(2) for module in (nn.Linear(in_features, in_features), nn.ReLU())]
+        return nn.Sequential(*layers) if deep else nn.Identity()
+
     linear = nn.Linear(in_features, num_classes, bias=False)
-    slow = {PLAIN.format(name): dense_step(linear, hidden, targets, LOSSES[name]) for name in losses}
-    slow[FUSED] = fused_step(linear, hidden, targets)
+    slow = {PLAIN.format(name): dense_step(linear, inputs, targets, LOSSES[name], encoder()) for name in losses}
+    if not deep:
+        slow[FUSED] = fused_step(linear, inputs, targets)
     hierarchical = HierarchicalSoftmax(in_features, num_classes, bias=False, sparse=True)
-    quick = {"HierarchicalSoftmax, SGD": layer_step(hierarchical, hidden, targets)}
+    quick = {"HierarchicalSoftmax, SGD": layer_step(hierarchical, inputs, targets, encoder())}
     for name in losses:
         layer = FactoredOutput(in_features, num_classes, loss=LOSSES[name])
-        quick[f"FactoredOutput, {name}"] = step = layer_step(layer, hidden, targets)
+        quick[f"FactoredOutput, {name}"] = step = layer_step(layer, inputs, targets, encoder())
         quick[f"FactoredOutput, {name}, one thread"] = on_one_thread(step)
     times = _times(slow, quick, rounds)
     records = []
-    for name, time_of in times.items():
-        plain = times.get(PLAIN.format(name.split(", ")[1]))  # of the same loss
+    for name, found in times.items():
         ratios = {
-            "times_faster_than_plain": None if plain is None else plain["ms"] / time_of["ms"],
-            "times_faster_than_fused": times[FUSED]["ms"] / time_of["ms"],
+            f"times_faster_than_{base}": times[peer]["ms"] / found["ms"] if peer in times else None
+            for base, peer in (("plain", PLAIN.format(name.split(", ")[1])), ("fused", FUSED))
         }
         sizes = {"num_classes": num_classes, "in_features": in_features, "batch": batch}
-        records.append({"case": "output layer", "name": name, **sizes, **ratios, **time_of})
+        case = "whole model" if deep else "output layer"
+        records.append({"case": case, "name": name, **sizes, **ratios, **found})
     return records
 
 
@@ -77,27 +86,6 @@ def _check_memory(num_classes: int, in_features: int, batch: int) -> None:
     require_memory(needed, torch.device("cpu"), f"V={num_classes:,} d={in_features:,}", "fewer --num-classes")
 
 
-def measure_whole_model(num_classes: int, in_features: int, batch: int, rounds: int, seed: int = 0) -> Records:
-    """The same below two hidden layers as wide as the output layer's input, all trained by SGD."""
-    torch.manual_seed(seed)
-    targets = torch.randint(num_classes, (BATCHES, batch))
-    inputs = torch.randn(batch, in_features)
-    linear = nn.Linear(in_features, num_classes, bias=False)
-    slow = {"nn.Linear": dense_step(linear, inputs, targets, SquaredError(), _encoder(in_features))}
-    layers = {
-        "HierarchicalSoftmax": HierarchicalSoftmax(in_features, num_classes, bias=False, sparse=True),
-        "FactoredOutput": FactoredOutput(in_features, num_classes, loss=SquaredError()),
-    }
-    quick = {name: layer_step(layer, inputs, targets, _encoder(in_features)) for name, layer in layers.items()}
-    times = _times(slow, quick, rounds)
-    plain = times["nn.Linear"]["ms"]
-    sizes = {"num_classes": num_classes, "in_features": in_features, "batch": batch}
-    return [
-        {"case": "whole model", "name": name, **sizes, "times_faster_than_plain": plain / found["ms"], **found}
-        for name, found in times.items()
-    ]
-
-
 def measure_scaling(classes: list[int], widths: list[int], batch: int, rounds: int, seed: int = 0) -> Records:
     """A step of the factored layer against V at the last width, and against d at the first V, interleaved."""
     torch.manual_seed(seed)
@@ -105,7 +93,9 @@ def measure_scaling(classes: list[int], widths: list[int], batch: int, rounds: i
     for num_classes, in_features in [(v, widths[-1]) for v in classes] + [(classes[0], d) for d in widths[:-1]]:
         layer = FactoredOutput(in_features, num_classes, loss=SquaredError())
         targets = torch.randint(num_classes, (BATCHES, batch))
-        calls[num_classes, in_features] = layer_step(layer, torch.randn(batch, in_features), targets)
+        calls[num_classes, in_features] = layer_step(
+            layer, torch.randn(batch, in_features), targets, nn.Identity()
+        )
     return [
         {"case": "scaling", "num_classes": v, "in_features": d, "batch": batch, **found}
         for (v, d), found in _times({}, calls, rounds).items()
@@ -121,44 +111,45 @@ def multiply_adds(num_classes: int, in_features: int, batch: int) -> dict[str, f
 
 
 def dense_step(
-    linear: nn.Linear, inputs: Tensor, targets: Tensor, loss: SphericalLoss, encoder: nn.Module | None = None
+    linear: nn.Linear, inputs: Tensor, targets: Tensor, loss: SphericalLoss, encoder: nn.Module
 ) -> Call:
     """Forward, the loss, backward and `torch.optim.SGD`."""
 
     def of_hidden(hidden: Tensor, targets: Tensor) -> Tensor:
         return spherical_loss(hidden, linear.weight, targets, loss=loss)
 
-    return _steps(of_hidden, torch.optim.SGD(linear.parameters(), lr=RATE), inputs, targets, encoder)
+    return _steps(of_hidden, [torch.optim.SGD(linear.parameters(), lr=RATE)], inputs, targets, encoder)
 
 
-def layer_step(layer: OutputLayer, inputs: Tensor, targets: Tensor, encoder: nn.Module | None = None) -> Call:
+def layer_step(layer: OutputLayer, inputs: Tensor, targets: Tensor, encoder: nn.Module) -> Call:
     """`STEPS_A_RUN` steps of a layer of this library with SGD."""
     optimizer = layer.own_optimizer(RATE) or torch.optim.SGD(layer.parameters(), lr=RATE)
-    return _steps(layer, optimizer, inputs, targets, encoder, STEPS_A_RUN)
+    return _steps(layer, [optimizer], inputs, targets, encoder, STEPS_A_RUN)
 
 
 def _steps(
     loss: Callable[[Tensor, Tensor], Tensor],  # of hidden states and targets
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     inputs: Tensor,  # (N, d)
     targets: Tensor,  # (BATCHES, N)
-    encoder: nn.Module | None,
+    encoder: nn.Module,
     count: int = 1,
 ) -> Call:
     """`count` training steps, each with the next targets."""
-    optimizers = [optimizer, *([] if encoder is None else [torch.optim.SGD(encoder.parameters(), lr=RATE)])]
+    if own := list(encoder.parameters()):
+        optimizers.append(torch.optim.SGD(own, lr=RATE))
     leaf = inputs.clone().requires_grad_()  # the rest of a network wants its gradient
     in_turn = cycle(targets)
 
     def steps() -> None:
         for _ in range(count):
-            hidden = leaf if encoder is None else encoder(leaf)
+            hidden = encoder(leaf)
             leaf.grad = None
-            for each in optimizers:
-                each.zero_grad()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             loss(hidden, next(in_turn)).backward()
-            for each in optimizers:
-                each.step()
+            for optimizer in optimizers:
+                optimizer.step()
 
     return steps
 
@@ -210,7 +201,3 @@ def times_of(seconds: list[float]) -> Record:
     runs = Timing.of(seconds)
     mean_ms = 1e3 * statistics.fmean(seconds)
     return {"ms": runs.ms, "low_ms": runs.low_ms, "high_ms": runs.high_ms, "mean_ms": mean_ms, "rounds": runs.runs}
-
-
-def _encoder(width: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,6 @@ from torch.nn import functional as F
 
 from lastlayer.functional.spherical import (
     NormalizedLoss,
-    SphericalLoss,
     SphericalSoftmax,
     SquaredError,
     TaylorSoftmax,
@@ -21,6 +19,7 @@ from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.factored import FactoredOutput, FactoredSGD
 from lastlayer.layers.sampled.negative_sampling import NegativeSampling
 from lastlayer.layers.samplers.unigram import Unigram
+from lastlayer.metrics import recall
 from lastlayer.study.choices import CHOICES
 from lastlayer.study.files import Records
 from lastlayer.study.text.corpus import Corpus
@@ -35,14 +34,6 @@ EVALUATED = 2000  # held-out positions
 QUERIES = (50, 100, 200, 400)  # ids of frequent words whose neighbours are shown
 
 
-class Method(NamedTuple):
-    """An output layer and how its rate is set."""
-
-    layer: Callable[[int, Tensor], OutputLayer]
-    rate: Callable[[Tensor], float] | None = None  # of FactoredSGD, from the hidden states of the batch
-    has_probabilities: bool = True  # which it is trained for
-
-
 def _negative_sampling(in_features: int, counts: Tensor) -> OutputLayer:
     """As word2vec has it: the words' own vectors start at zero, and each row has negatives of its own."""
     noise = Unigram(counts.clamp(min=1), NOISE_POWER, shared=False)
@@ -50,25 +41,14 @@ def _negative_sampling(in_features: int, counts: Tensor) -> OutputLayer:
     return NegativeSampling(in_features, len(counts), noise, NEGATIVES, bias=False, sparse=True, weight=weight)
 
 
-def _factored(loss: SphericalLoss, share: float) -> Method:
-    """Squared error: a share of the largest rate without overshooting; else a rate for unit hidden states."""
-    scale = 4.0 if isinstance(loss, SquaredError) else 1.0
-
-    def rate(hidden: Tensor) -> float:
-        return share / max(scale * float(hidden.square().sum(1).mean()), 1e-6)
-
-    normalized = isinstance(loss, NormalizedLoss)
-    return Method(lambda d, counts: FactoredOutput(d, len(counts), loss=loss), rate, normalized)
-
-
-METHODS: dict[str, Method] = {
-    "squared error, factored": _factored(SquaredError(), 0.5),
-    "Z-loss, factored": _factored(ZLoss(), 20.0),
-    "spherical softmax, factored": _factored(SphericalSoftmax(), 20.0),
-    "Taylor softmax, factored": _factored(TaylorSoftmax(), 20.0),
-    "negative sampling": Method(_negative_sampling, has_probabilities=False),
-    "hierarchical softmax": Method(CHOICES["hierarchical"].build),
-    "softmax": Method(CHOICES["full"].build),
+METHODS: dict[str, Callable[[int, Tensor], OutputLayer]] = {  # of the width and the words' counts
+    "squared error, factored": lambda d, counts: FactoredOutput(d, len(counts), loss=SquaredError()),
+    "Z-loss, factored": lambda d, counts: FactoredOutput(d, len(counts), loss=ZLoss()),
+    "spherical softmax, factored": lambda d, counts: FactoredOutput(d, len(counts), loss=SphericalSoftmax()),
+    "Taylor softmax, factored": lambda d, counts: FactoredOutput(d, len(counts), loss=TaylorSoftmax()),
+    "negative sampling": _negative_sampling,
+    "hierarchical softmax": CHOICES["hierarchical"].build,
+    "softmax": CHOICES["full"].build,
 }
 EMBEDDING_METHODS = ("squared error, factored", "Z-loss, factored", "negative sampling", "hierarchical softmax")
 MODEL_METHODS = ("spherical softmax, factored", "Taylor softmax, factored", "Z-loss, factored", "softmax")
@@ -98,10 +78,9 @@ def train_words(corpus: Corpus, names: tuple[str, ...], budget: Budget, *, deep:
     records = []
     for name in names:
         torch.manual_seed(seed)
-        method = METHODS[name]
         model = ContextModel(corpus.num_classes, WIDTH, deep)
-        layer = method.layer(WIDTH, corpus.counts)
-        seconds, steps = _train(model, layer, method, train, budget)
+        layer = METHODS[name](WIDTH, corpus.counts)
+        seconds, steps = _train(model, layer, train, budget)
         records.append(
             {
                 "case": "language model" if deep else "embeddings",
@@ -110,7 +89,7 @@ def train_words(corpus: Corpus, names: tuple[str, ...], budget: Budget, *, deep:
                 "seconds": seconds,
                 "steps": steps,
                 "examples": steps * BATCH,
-                **_judge(model, layer, method, held_out),
+                **_judge(model, layer, held_out),
                 "neighbours": None if deep else neighbours(model, corpus.words),
             }
         )
@@ -126,11 +105,11 @@ def examples(ids: Tensor, deep: bool) -> tuple[Tensor, Tensor]:  # (n, CONTEXT),
 
 
 def _train(
-    model: ContextModel, layer: OutputLayer, method: Method, data: tuple[Tensor, Tensor], budget: Budget
+    model: ContextModel, layer: OutputLayer, data: tuple[Tensor, Tensor], budget: Budget
 ) -> tuple[float, int]:
     """`(seconds, steps)` of training."""
-    factored = FactoredSGD(layer, 0.0) if isinstance(layer, FactoredOutput) else None
-    optimizers = [adagrad(model.parameters(), RATE), factored or adagrad(layer.parameters(), RATE)]
+    own = FactoredSGD(layer, 0.0) if isinstance(layer, FactoredOutput) else None
+    optimizers = [adagrad(model.parameters(), RATE), own or adagrad(layer.parameters(), RATE)]
     contexts, targets = data
     seconds, steps = 0.0, 0
     while budget.share_used(seconds, steps) < 1:
@@ -139,8 +118,10 @@ def _train(
         hidden = model(contexts[rows])
         for optimizer in optimizers:
             optimizer.zero_grad()
-        if factored is not None and method.rate is not None:
-            factored.param_groups[0]["lr"] = method.rate(hidden.detach())
+        if isinstance(layer, FactoredOutput):
+            # half of the largest rate that does not overshoot the squared error; else one for unit hidden states
+            share = 1 / 8 if isinstance(layer.loss, SquaredError) else 20.0
+            optimizers[1].param_groups[0]["lr"] = share / max(float(hidden.detach().square().sum(1).mean()), 1e-6)
         layer(hidden, targets[rows]).backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -150,19 +131,20 @@ def _train(
 
 
 @torch.no_grad()
-def _judge(
-    model: ContextModel, layer: OutputLayer, method: Method, data: tuple[Tensor, Tensor]
-) -> dict[str, float | None]:
+def _judge(model: ContextModel, layer: OutputLayer, data: tuple[Tensor, Tensor]) -> dict[str, float | None]:
     """Top-10 accuracy, and perplexity where the layer has probabilities, on evenly spread held-out positions."""
     layer.eval()
     contexts, targets = data
     rows = torch.linspace(0, len(targets) - 1, min(EVALUATED, len(targets))).long()
     hidden, wanted = model(contexts[rows]), targets[rows]
     best = torch.cat([layer.topk(part, 10).indices for part in hidden.split(BATCH)])
+    has_probabilities = not isinstance(layer, NegativeSampling)  # it is trained for something else
+    if isinstance(layer, FactoredOutput):
+        has_probabilities = isinstance(layer.loss, NormalizedLoss)
     perplexity = None
-    if method.has_probabilities:
+    if has_probabilities:
         perplexity = math.exp(-float(layer.target_log_prob(hidden, wanted).double().mean()))
-    return {"top10_accuracy": float((best == wanted[:, None]).any(1).double().mean()), "perplexity": perplexity}
+    return {"top10_accuracy": float(recall(best, wanted)), "perplexity": perplexity}
 
 
 def neighbours(model: ContextModel, words: list[str], k: int = 4) -> str:

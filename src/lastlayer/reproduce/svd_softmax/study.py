@@ -13,6 +13,7 @@ from torch import Tensor
 from lastlayer.functional.gram import gram_matrix
 from lastlayer.layers.full import FullSoftmax
 from lastlayer.reproduce.cells import Cells
+from lastlayer.reproduce.models import hidden_states, trained
 from lastlayer.screening import Int8Preview, ScreenedSoftmax, SVDPreview, SVDSoftmax
 from lastlayer.screening.exact import full_logits
 from lastlayer.study.errors import UsageError
@@ -20,11 +21,8 @@ from lastlayer.study.files import Record, Records
 from lastlayer.study.measuring.measure import interleaved
 from lastlayer.study.report.figures import figure
 from lastlayer.study.report.tables import say, show
-from lastlayer.study.text.batches import Streams
 from lastlayer.study.text.corpus import Corpus
-from lastlayer.study.training.evaluation import encoded
-from lastlayer.study.training.language_model import LanguageModel
-from lastlayer.study.training.trainer import Budget, Trainer
+from lastlayer.study.training.trainer import Budget
 
 WINDOW_PARTS = (16, 8, 4, 2)  # d/16 to d/2
 CANDIDATE_SHARES = (0.01, 0.03, 0.05, 0.10)
@@ -91,31 +89,20 @@ def _trained(corpus: Corpus, plan: Plan, identity: Record, out: Path, say: Calla
     """The model, trained or taken from its checkpoint, and what its output layer is given."""
     torch.manual_seed(plan.seed)
     layer = FullSoftmax(plan.width, corpus.num_classes)
-    held_out = Streams(corpus.held_out, 10, 50, plan.device)
-    trainer = Trainer(
-        LanguageModel(corpus.num_classes, layer).to(plan.device),
-        Streams(corpus.train, 20, 35, plan.device),
-        held_out,
+    trainer = trained(
+        layer,
+        corpus,
+        plan.device,
         Budget(seconds=plan.seconds),
-        learning_rate=0.2,
-        path=out / "model.safetensors",
-        identity=identity | {"text": corpus.fingerprint()},
+        out / "model.safetensors",
+        identity,
+        plan.positions,
+        lambda t: say(f"training the language model: {t.seconds:.0f} of {plan.seconds:g} s"),
     )
-    trainer.resume()
-    if trainer.result is None:
-        trainer.run(lambda t: say(f"training the language model: {t.seconds:.0f} of {plan.seconds:g} s"))
-        trainer.result = {"steps": trainer.steps}
-        trainer.save()
     say("collecting hidden states")
-
-    def states(batches: Streams, tokens: int) -> tuple[Tensor, Tensor]:  # (n, d), (n,)
-        parts = zip(*encoded(trainer.model, batches, tokens), strict=True)
-        hidden, targets = (torch.cat([part.flatten(0, 1) for part in column]) for column in parts)
-        return hidden, targets
-
+    calibration, _ = hidden_states(trainer.model, trainer.train, 8 * plan.positions)
+    hidden, targets = hidden_states(trainer.model, trainer.held_out, plan.positions)
     with torch.no_grad():
-        calibration, _ = states(Streams(corpus.train, 10, 50, plan.device), 8 * plan.positions)
-        hidden, targets = states(held_out, plan.positions)
         log_prob = layer.log_prob(hidden)
     bias = None if layer.bias is None else layer.bias.detach()
     return Trained(layer.weight.detach(), bias, calibration, hidden, targets, log_prob)
@@ -125,16 +112,16 @@ def quality(cells: Cells, corpus: Corpus, plan: Plan, out: Path) -> Records:
     """Perplexity, divergence and coverage of the true top 10 for each window and number of candidates."""
     settings = {name: value for name, value in asdict(plan).items() if name not in ("device", "largest")}
     identity = {"text": corpus.name, **settings}
-    trained = functools.cache(lambda: _trained(corpus, plan, identity, out, cells.status.update))
-    gram = functools.cache(lambda: gram_matrix(trained().weight))
+    model_of = functools.cache(lambda: _trained(corpus, plan, identity, out, cells.status.update))
+    gram = functools.cache(lambda: gram_matrix(model_of().weight))
 
     @functools.cache
     def preview(window: str, kind: str) -> SVDPreview:
-        data = trained().calibration if kind == "calibrated" else None
+        data = model_of().calibration if kind == "calibrated" else None
         return SVDPreview(max(1, plan.width // int(window.removeprefix("d/"))), calibration=data)
 
     def measured(key: Record) -> Record:
-        model, chosen = trained(), preview(key["window"], key["kind"])
+        model, chosen = model_of(), preview(key["window"], key["kind"])
         classes = len(model.weight)
         candidates = max(TOP, round(key["candidates_share"] * classes))
         screen = ScreenedSoftmax(
