@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 from lastlayer.cli.app import app
 from lastlayer.reproduce.cells import Cells
 from lastlayer.reproduce.softmax_bottleneck import study as bottleneck
-from lastlayer.reproduce.softmax_bottleneck.language import PUBLISHED
-from lastlayer.reproduce.softmax_bottleneck.layers import wide
+from lastlayer.reproduce.softmax_bottleneck.language import PUBLISHED, wide
 from lastlayer.reproduce.softmax_bottleneck.synthetic import MODELS, dirichlet, fit
 from lastlayer.study.errors import StudyError, UsageError
 from lastlayer.study.training.trainer import Trainer

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lastlayer.layers.base import OutputLayer
+from lastlayer.study.files import Record
 from lastlayer.study.text.batches import Batches
 from lastlayer.study.text.corpus import Corpus
 from lastlayer.study.training.evaluation import encoded, evaluate
@@ -19,31 +19,20 @@ from lastlayer.study.training.trainer import Budget, Trainer
 def trainer_of(
     layer: OutputLayer, corpus: Corpus, device: torch.device, budget: Budget, **options: Any
 ) -> Trainer:
-    """The run of a model under that layer; the batches are those of AWD-LSTM's training and of `compare`."""
+    """The run of a model under that layer, from its start."""
     model = LanguageModel(corpus.num_classes, layer).to(device)
     train, held_out = corpus.training_batches(20, 35, device), corpus.held_out_batches(10, 50, device)
     return Trainer(model, train, held_out, budget, learning_rate=0.2, **options)
 
 
-def trained(
-    layer: OutputLayer,
-    corpus: Corpus,
-    device: torch.device,
-    budget: Budget,
-    path: Path,
-    identity: dict[str, Any],
-    held_out_tokens: int,
-    on_step: Callable[[Trainer], object] = lambda trainer: None,
-) -> Trainer:
-    """A run at its end, with the quality of its model as result; goes on from the checkpoint at `path`, if any."""
-    identity = identity | {"text": corpus.fingerprint()}
-    trainer = trainer_of(layer, corpus, device, budget, path=path, identity=identity)
+def finish(trainer: Trainer, tokens: int, on_step: Callable[[Trainer], object] = lambda trainer: None) -> Record:
+    """Trains to the end, from the checkpoint if there is one; the quality on about so many held-out tokens."""
     trainer.resume()
     if trainer.result is None:
         trainer.run(on_step)
-        trainer.result = asdict(evaluate(trainer.model, trainer.held_out, held_out_tokens))
+        trainer.result = asdict(evaluate(trainer.model, trainer.held_out, tokens))
         trainer.save()
-    return trainer
+    return trainer.result
 
 
 @torch.no_grad()

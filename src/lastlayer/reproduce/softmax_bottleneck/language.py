@@ -1,11 +1,17 @@
 """Language modelling with one LSTM under softmaxes and their remedies: equal steps, several seeds."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from lastlayer.reproduce.models import hidden_states, trained, trainer_of
-from lastlayer.reproduce.softmax_bottleneck.layers import build
+from lastlayer.functional.logit_map import LogitMap
+from lastlayer.layers.full import FullSoftmax
+from lastlayer.layers.mixture import MixtureOfSoftmaxes
+from lastlayer.layers.monotone_network import MonotoneNetwork
+from lastlayer.layers.plif import PLIF
+from lastlayer.layers.sigsoftmax import Sigsoftmax
+from lastlayer.reproduce.models import finish, hidden_states, trainer_of
 from lastlayer.study.files import Record
 from lastlayer.study.measuring.measure import interleaved, peak_bytes
 from lastlayer.study.measuring.rank import rank
@@ -23,6 +29,36 @@ PUBLISHED = {
     "mixture": 61.96,
     "wide softmax": None,
 }
+MAPS: dict[str, Callable[[int], LogitMap | None]] = {  # of the number of knots
+    "softmax": lambda knots: None,
+    "sigsoftmax": lambda knots: Sigsoftmax(),
+    "PLIF": PLIF,
+    "frozen PLIF": lambda knots: PLIF(knots, init_std=1.0, frozen=True),
+    "monotone network": lambda knots: MonotoneNetwork(10),
+}
+
+
+def build(
+    name: str, width: int, num_classes: int, components: int, knots: int = 100_000
+) -> FullSoftmax | MixtureOfSoftmaxes:
+    """A mixture of so many components; or a softmax, of the logits through one of `MAPS` or of more features."""
+    if name.startswith("mixture"):
+        return MixtureOfSoftmaxes(width, num_classes, components)
+    if name == "wide softmax":
+        return FullSoftmax(wide(width, num_classes, components), num_classes)
+    return FullSoftmax(width, num_classes, logit_map=MAPS[name](knots))
+
+
+def wide(width: int, num_classes: int, components: int) -> int:
+    """The width at which a language model with a plain softmax has the parameters of the one with the mixture."""
+
+    def plain(w: int) -> int:  # embedding, output layer, LSTM
+        return num_classes * (2 * w + 1) + 8 * w * w + 8 * w
+
+    wanted = plain(width) + (width + 1) * components * width + width * components
+    while plain(width) < wanted:
+        width += 1
+    return width
 
 
 def train(
@@ -33,14 +69,15 @@ def train(
     torch.manual_seed(seed)
     layer = build(name, key["width"], corpus.num_classes, components)
     path = folder / f"{name.replace(' ', '-')}-{seed}.safetensors"
-    trainer = trained(layer, corpus, device, Budget(steps=key["steps"]), path, key, held_out_tokens)
-    assert trainer.result is not None
+    identity = {**key, "text": corpus.fingerprint()}
+    trainer = trainer_of(layer, corpus, device, Budget(steps=key["steps"]), path=path, identity=identity)
+    quality = finish(trainer, held_out_tokens)
     contexts, _ = hidden_states(trainer.model, trainer.held_out, 2 * RANK_CONTEXTS)
     hidden, targets = hidden_states(trainer.model, trainer.train, 1)  # a window
     ranks = rank(layer, contexts[:RANK_CONTEXTS])
     return {
-        "perplexity": trainer.result["perplexity"],
-        "held_out_tokens": trainer.result["tokens"],
+        "perplexity": quality["perplexity"],
+        "held_out_tokens": quality["tokens"],
         "peak_bytes": peak_bytes(lambda: layer(hidden, targets).backward()),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "rank": ranks.numerical,

@@ -10,8 +10,7 @@ import torch
 from rich.console import Console
 
 from lastlayer.reproduce.cells import Cells
-from lastlayer.reproduce.softmax_bottleneck.language import PUBLISHED, time_steps, train
-from lastlayer.reproduce.softmax_bottleneck.layers import build
+from lastlayer.reproduce.softmax_bottleneck.language import PUBLISHED, build, time_steps, train
 from lastlayer.reproduce.softmax_bottleneck.synthetic import MODELS, STEPS, fit
 from lastlayer.reproduce.tables import over_seeds
 from lastlayer.study.files import Record, Records

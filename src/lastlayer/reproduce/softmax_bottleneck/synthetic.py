@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lastlayer.layers.full import FullSoftmax
 from lastlayer.layers.mixture import MixtureOfSoftmaxes
-from lastlayer.reproduce.softmax_bottleneck.layers import MAPS, build
+from lastlayer.reproduce.softmax_bottleneck.language import MAPS, build
 
 STEPS, RATE = 2500, 0.02
 CONCENTRATION = 0.01

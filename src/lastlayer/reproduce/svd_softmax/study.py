@@ -13,7 +13,7 @@ from torch import Tensor
 from lastlayer.functional.gram import gram_matrix
 from lastlayer.layers.full import FullSoftmax
 from lastlayer.reproduce.cells import Cells
-from lastlayer.reproduce.models import hidden_states, trained
+from lastlayer.reproduce.models import finish, hidden_states, trainer_of
 from lastlayer.screening import Int8Preview, ScreenedSoftmax, SVDPreview, SVDSoftmax
 from lastlayer.screening.exact import full_logits
 from lastlayer.study.errors import UsageError
@@ -89,16 +89,11 @@ def _trained(corpus: Corpus, plan: Plan, identity: Record, out: Path, say: Calla
     """The model, trained or taken from its checkpoint, and what its output layer is given."""
     torch.manual_seed(plan.seed)
     layer = FullSoftmax(plan.width, corpus.num_classes)
-    trainer = trained(
-        layer,
-        corpus,
-        plan.device,
-        Budget(seconds=plan.seconds),
-        out / "model.safetensors",
-        identity,
-        plan.positions,
-        lambda t: say(f"training the language model: {t.seconds:.0f} of {plan.seconds:g} s"),
-    )
+    identity = identity | {"text": corpus.fingerprint()}
+    path, budget = out / "model.safetensors", Budget(seconds=plan.seconds)
+    trainer = trainer_of(layer, corpus, plan.device, budget, path=path, identity=identity)
+    of_all = f"of {plan.seconds:g} s"
+    finish(trainer, plan.positions, lambda t: say(f"training the language model: {t.seconds:.0f} {of_all}"))
     say("collecting hidden states")
     calibration, _ = hidden_states(trainer.model, trainer.train, 8 * plan.positions)
     hidden, targets = hidden_states(trainer.model, trainer.held_out, plan.positions)
