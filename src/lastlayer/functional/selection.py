@@ -25,7 +25,8 @@ class Selection(NamedTuple):
         if self.exclude is None:
             assert self.barred is not None  # one of the two is not None
             return self.barred[None]
-        places = torch.zeros(len(self.exclude), num_classes + 1, dtype=torch.bool, device=self.exclude.device)
+        rows = self.exclude.shape[0]  # not len(), which would fix the batch of an exported program
+        places = torch.zeros(rows, num_classes + 1, dtype=torch.bool, device=self.exclude.device)
         excluded = places.scatter_(1, self.exclude, True)[:, :num_classes]
         return excluded if self.barred is None else excluded | self.barred
 

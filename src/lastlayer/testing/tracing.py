@@ -53,8 +53,7 @@ def _kinds(case: LayerCase, layer: OutputLayer, hidden: Tensor, targets: Tensor)
 
 def _results(case: LayerCase, layer: OutputLayer, hidden: Tensor, targets: Tensor) -> Results:
     """The loss of a likelihood layer, and what every query gives."""
-    calls = case.calls(layer, targets)
-    values = (call(hidden) for name, (call, _) in calls.items() if name != "topk with exclude")
+    values = (call(hidden) for call, _ in case.calls(layer, targets).values())
     return *values, layer.topk(hidden, 1).indices
 
 
