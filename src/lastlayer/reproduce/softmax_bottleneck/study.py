@@ -1,10 +1,11 @@
 """`reproduce softmax-bottleneck`: three studies at three sizes, resumable, figures beside the published ones."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,10 +13,9 @@ from rich.console import Console
 from lastlayer.reproduce.cells import Cells
 from lastlayer.reproduce.softmax_bottleneck.language import PUBLISHED, build, time_steps, train
 from lastlayer.reproduce.softmax_bottleneck.synthetic import MODELS, STEPS, fit
-from lastlayer.reproduce.tables import over_seeds
 from lastlayer.study.files import Record, Records
 from lastlayer.study.measuring.measure import interleaved, peak_bytes
-from lastlayer.study.report.figures import duration
+from lastlayer.study.report.figures import duration, figure
 from lastlayer.study.report.tables import show
 from lastlayer.study.text.corpus import Corpus
 
@@ -167,6 +167,20 @@ def cost(cells: Cells, size: Size, device: torch.device) -> Records:
         return {"ms": own, "ratio_to_full": own / base, "peak_bytes": peak_bytes(peers["own"])}
 
     return cells.measure(keys, work)
+
+
+def over_seeds(records: Records, by: Sequence[str]) -> Records:
+    """One record for each setting of the fields `by`: the mean of every figure that differs, with its spread."""
+    groups: dict[tuple[Any, ...], Records] = {}
+    for record in records:
+        groups.setdefault(tuple(record[name] for name in by), []).append(record)
+    return [{name: _combined([run[name] for run in runs]) for name in runs[0]} for runs in groups.values()]
+
+
+def _combined(values: list[Any]) -> Any:
+    if all(value == values[0] for value in values):
+        return values[0]
+    return f"{figure(mean(values))} ± {figure(stdev(values))}"
 
 
 def _plot(records: Records, path: Path) -> None:
