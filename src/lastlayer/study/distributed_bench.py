@@ -5,12 +5,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lastlayer.layers.base import OutputLayer
-from lastlayer.layers.factored import FactoredOutput
 from lastlayer.study import processes
 from lastlayer.study.bench import Sizes
 from lastlayer.study.choices import build_layer
-from lastlayer.study.measuring.cost import training_step
+from lastlayer.study.measuring.cost import trained_parts, training_step
 from lastlayer.study.measuring.measure import interleaved, peak_bytes
 from lastlayer.study.measuring.peers import zipf_counts
 from lastlayer.study.report.tables import show
@@ -43,6 +41,8 @@ def run_distributed_bench(
     Raises:
         UsageError: a layer that cannot be divided.
     """
+    from torch.distributed.tensor import DTensor
+
     from lastlayer.distributed import count_bytes
 
     counts = zipf_counts(sizes.num_classes)
@@ -52,14 +52,13 @@ def run_distributed_bench(
     records = []
     for name in layers:
         torch.manual_seed(seed)
-        whole = build_layer(name, sizes.in_features, counts).to(device)
-        layer = processes.sharded(name, whole)
-        del whole
+        layer = processes.sharded(name, build_layer(name, sizes.in_features, counts).to(device))
         optimizer = layer.own_optimizer(1e-3) or torch.optim.SGD(layer.parameters(), lr=1e-3)
         step = training_step(layer, optimizer, hidden, targets)
         step()
         with count_bytes() as sent:
             step()
+        own = [part.to_local() if isinstance(part, DTensor) else part for part in trained_parts(layer)]
         timing = interleaved({name: step}, rounds=ROUNDS, warmup=1)[name]
         records.append(
             {
@@ -73,19 +72,11 @@ def run_distributed_bench(
                 "low_ms": timing.low_ms,
                 "high_ms": timing.high_ms,
                 "sent_bytes": sent.total(),
-                "parameter_bytes": _own_bytes(layer),
+                "parameter_bytes": sum(part.nbytes for part in own),
                 "peak_bytes": peak_bytes(step),
             }
         )
-        del layer, step
+        del layer, step, own
     if processes.is_first():
         show(Console(), f"training step over {processes.count()} processes", records, FIELDS)
     return records
-
-
-def _own_bytes(layer: OutputLayer) -> int:
-    """The bytes of this process's parts of the parameters; the weight of a `FactoredOutput` is state, not one."""
-    parts: list[Any] = list(
-        layer.state_dict().values() if isinstance(layer, FactoredOutput) else layer.parameters()
-    )
-    return sum((part.to_local() if hasattr(part, "to_local") else part).nbytes for part in parts)

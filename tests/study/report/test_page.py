@@ -20,8 +20,7 @@ from lastlayer.study.report.charts import (
     useful_top,
 )
 from lastlayer.study.report.comparison import best_first
-from lastlayer.study.report.figures import duration, figure
-from lastlayer.study.report.measures import Measure
+from lastlayer.study.report.figures import Measure, duration, figure
 from lastlayer.study.report.page import render
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "compare_wikitext2.json"

@@ -47,7 +47,7 @@ def measure_costs(layers: dict[str, OutputLayer], samples: dict[str, Sample], k:
         name: {
             "output_layer_ms": step_times[name].ms,
             "peak_bytes": peaks[name],
-            "parameters": count_parameters(layer),
+            "parameters": sum(part.numel() for part in trained_parts(layer)),
             "query_ms": query_times[name].ms,
             "screened_query_ms": query_times[f"{name}, screened"].ms if name in screens else None,
             "screened_agreement": _agreement(layer, screens[name], samples[name][0], k)
@@ -95,11 +95,9 @@ def training_step(
     return step
 
 
-def count_parameters(layer: OutputLayer) -> int:
-    """The trained numbers of a layer; the weight of a `FactoredOutput` is state, not a parameter."""
-    if isinstance(layer, FactoredOutput):
-        return sum(part.numel() for part in layer.state_dict().values())
-    return sum(parameter.numel() for parameter in layer.parameters())
+def trained_parts(layer: OutputLayer) -> list[Tensor]:
+    """The trained tensors of a layer; the weight of a `FactoredOutput` is state, not a parameter."""
+    return list(layer.state_dict().values() if isinstance(layer, FactoredOutput) else layer.parameters())
 
 
 def screen_of(layer: OutputLayer) -> Screen | None:

@@ -7,8 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lastlayer.study.files import Record
-from lastlayer.study.report.figures import figure, percent
-from lastlayer.study.report.measures import Measure
+from lastlayer.study.report.figures import Measure, figure, percent
 from lastlayer.study.report.tables import say, show_measures
 
 

@@ -5,8 +5,7 @@ from html import escape
 from typing import Any
 
 from lastlayer.study.files import Record
-from lastlayer.study.report.figures import counted
-from lastlayer.study.report.measures import Measure
+from lastlayer.study.report.figures import Measure, counted
 from lastlayer.study.report.page_style import STYLE
 
 SCRIPT = """

@@ -1,6 +1,10 @@
-"""How numbers are written for a reader."""
+"""How numbers are written for a reader, and what a table or chart shows of every record."""
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lastlayer.study.files import Record
 
 
 def figure(value: float) -> str:
@@ -31,3 +35,28 @@ def duration(seconds: float) -> str:
         minutes = round(seconds / 30) / 2 if seconds < 600 else round(seconds / 60)
         return f"{minutes:g} minutes"
     return f"{seconds / 3600:.1f} hours" if seconds < 2 * 86_400 else counted(round(seconds / 86_400), "day")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure that every record has: how it is called, found and written; of some the best is marked."""
+
+    title: str
+    value: Callable[[Record], float | None]
+    shown: Callable[[float], str]
+    better: str = "lower"  # or "higher"; "" where none is the best
+    note: str = ""  # said of its chart; without one it has none
+    brief: bool = True  # whether the table in the terminal has it
+
+    def text(self, record: Record) -> str:
+        """The figure as it is written; `-` where there is none."""
+        value = self.value(record)
+        return "-" if value is None else self.shown(value)
+
+    def best(self, records: Sequence[Record]) -> set[str]:
+        """How the best value is written; none where most are written so, or there is one only."""
+        known = [(value, self.shown(value)) for record in records if (value := self.value(record)) is not None]
+        if not self.better or len(known) < 2:
+            return set()
+        best = (min if self.better == "lower" else max)(known)[1]
+        return {best} if sum(shown == best for _, shown in known) <= len(known) / 2 else set()

@@ -13,8 +13,7 @@ from lastlayer.study.report.comparison import (
     unit_of,
 )
 from lastlayer.study.report.document import document, machine, sorted_table, versions
-from lastlayer.study.report.figures import figure
-from lastlayer.study.report.measures import Measure
+from lastlayer.study.report.figures import Measure, figure
 from lastlayer.study.report.page_style import COLOURS
 from lastlayer.study.training.trainer import CURVE_TOKENS
 

@@ -11,8 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lastlayer.study.files import Records
-from lastlayer.study.report.figures import duration, figure
-from lastlayer.study.report.measures import Measure
+from lastlayer.study.report.figures import Measure, duration, figure
 
 LEAST_COLUMNS = 80  # what every table is laid out for
 EVERY = 10.0  # seconds between lines about the same thing, where the output is no terminal

@@ -5,8 +5,7 @@ from rich.text import Text
 
 from lastlayer.kernels.config import config
 from lastlayer.study.files import Record
-from lastlayer.study.report.figures import figure
-from lastlayer.study.report.measures import Measure
+from lastlayer.study.report.figures import Measure, figure
 from lastlayer.study.report.tables import say, show_measures
 
 WORTH_IT = 1.2  # a smaller gain is not worth a second copy of the weight

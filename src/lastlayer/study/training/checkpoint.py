@@ -34,14 +34,14 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 
 
-def load_checkpoint(path: Path, device: str = "cpu") -> dict[str, Any]:
+def load_checkpoint(path: Path) -> dict[str, Any]:
     """What `save_checkpoint` wrote.
 
     Raises:
         StudyError: the file is truncated, its contents are not what was written, or it is no checkpoint.
     """
     try:
-        with safe_open(path, framework="pt", device=device) as file:
+        with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if _checksum(header[HEADER], tensors) != header[CHECKSUM]:

@@ -22,6 +22,7 @@ CURVE_TOKENS = 4_000
 DECAY_FROM, FINAL_RATE = 0.5, 0.05  # the learning rate falls linearly over the second half
 CLIP = 0.5
 SAVE_EVERY = 20.0  # seconds of training
+PROGRESS = ("steps", "seconds", "tokens", "passed", "result")  # what a checkpoint holds beside tensors
 
 
 @dataclass(frozen=True)
@@ -167,12 +168,8 @@ class Trainer:
     def _contents(self) -> dict[str, Any]:
         progress = {
             "identity": self.identity,
-            "steps": self.steps,
-            "seconds": self.seconds,
-            "tokens": self.tokens,
+            **{name: getattr(self, name) for name in PROGRESS},
             "curve": [asdict(point) for point in self.curve],
-            "passed": self.passed,
-            "result": self.result,
             "model": self.model.state_dict(),
         }
         if self.result is not None:  # done: what only training needs is dropped
@@ -192,11 +189,16 @@ class Trainer:
         if self.path is None or not self.path.exists():
             return False
         saved = load_checkpoint(self.path)
-        check_same_run(self.path, saved["identity"], self.identity)
+        for name, value in self.identity.items():
+            if saved["identity"].get(name) != value:
+                raise StudyError(
+                    f"{self.path} is of another run ({name} was {saved['identity'].get(name)}, now {value}); "
+                    "resume with the same options, or choose another --out"
+                )
         self.model.load_state_dict(saved["model"])
-        self.steps, self.seconds, self.tokens = saved["steps"], saved["seconds"], saved["tokens"]
+        for name in PROGRESS:
+            setattr(self, name, saved[name])
         self.curve = [Point(**point) for point in saved["curve"]]
-        self.passed, self.result = saved["passed"], saved["result"]
         if self.result is None:
             for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(parts_of_state(optimizer, state))
@@ -204,16 +206,6 @@ class Trainer:
             self.state = None if saved["state"] is None else tuple(part.to(device) for part in saved["state"])
             _set_random_state(saved["random"])
         return True
-
-
-def check_same_run(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """A StudyError that names what differs between a checkpoint's run and this one."""
-    for name, value in wanted.items():
-        if saved.get(name) != value:
-            raise StudyError(
-                f"{path} is of another run ({name} was {saved.get(name)}, now {value}); "
-                "resume with the same options, or choose another --out"
-            )
 
 
 def _random_state() -> dict[str, Tensor]:
