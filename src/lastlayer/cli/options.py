@@ -75,8 +75,9 @@ def verb(run: Callable[..., Records]) -> Callable[..., None]:
         except (Exception, KeyboardInterrupt) as problem:
             if options["debug"]:
                 traceback.print_exc()
-            print(f"lastlayer: {_one_line(problem)}", file=sys.stderr)
-            raise typer.Exit(_exit_code(problem)) from None
+            code, said = _ending(problem)
+            print(f"lastlayer: {said}", file=sys.stderr)
+            raise typer.Exit(code) from None
 
     command.__name__, command.__doc__ = run.__name__, run.__doc__
     command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
@@ -138,17 +139,16 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _exit_code(problem: BaseException) -> int:
-    if isinstance(problem, KeyboardInterrupt):
-        return TERMINATED if isinstance(problem, Terminated) else INTERRUPTED
-    return BAD_USAGE if isinstance(problem, UsageError) else FAILED
-
-
-def _one_line(problem: BaseException) -> str:
-    if isinstance(problem, StudyError):
-        return str(problem)
-    if isinstance(problem, KeyboardInterrupt):
-        said = "terminated" if isinstance(problem, Terminated) else "interrupted"
-        return "; ".join([said, *getattr(problem, "__notes__", [])[:1]])
+def _ending(problem: BaseException) -> tuple[int, str]:
+    """The exit code, and what is said of it in one line."""
+    match problem:
+        case UsageError():
+            return BAD_USAGE, str(problem)
+        case StudyError():
+            return FAILED, str(problem)
+        case KeyboardInterrupt():
+            sigterm = isinstance(problem, Terminated)
+            code, said = (TERMINATED, "terminated") if sigterm else (INTERRUPTED, "interrupted")
+            return code, "; ".join([said, *getattr(problem, "__notes__", [])[:1]])
     first = next(iter(str(problem).strip().splitlines()), "no message")
-    return f"{type(problem).__name__}: {first} (--debug shows where)"
+    return FAILED, f"{type(problem).__name__}: {first} (--debug shows where)"

@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import nn
 
 from lastlayer.functional.sampling import sample_classes
-from lastlayer.study.choices import CHOICES
+from lastlayer.study.choices import CHOICES, build_layer
 from lastlayer.study.errors import UsageError
 from lastlayer.study.measuring.measure import interleaved, peak_bytes, seconds_of
 from lastlayer.study.measuring.memory import require_memory
@@ -17,7 +17,6 @@ from lastlayer.study.measuring.peers import (
     QUERY_BASELINE,
     TRAINING_BASELINE,
     Call,
-    make_layers,
     query_peers,
     training_peers,
     zipf_counts,
@@ -94,10 +93,10 @@ def _check_memory(sizes: Sizes, layers: list[str], device: torch.device) -> None
 def _cases(sizes: Sizes, layers: list[str], device: torch.device) -> Iterator[Case]:
     """Each made when it is its turn, so that what one case holds is free before the next."""
     hidden = torch.randn(sizes.batch, sizes.in_features, device=device)
-    counts = zipf_counts(sizes.num_classes).double()
-    targets = sample_classes(counts.log()[None], sizes.batch)[0].to(device)
+    counts = zipf_counts(sizes.num_classes)
+    targets = sample_classes(counts.double().log()[None], sizes.batch)[0].to(device)
     linear = nn.Linear(sizes.in_features, sizes.num_classes, device=device)
-    made = make_layers(layers, sizes.in_features, sizes.num_classes, sizes.batch, device)
+    made = {name: build_layer(name, sizes.in_features, counts, sizes.batch).to(device) for name in layers}
     yield Case(
         "training",
         "forward, backward and SGD step",

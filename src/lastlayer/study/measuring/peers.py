@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from lastlayer.layers.base import OutputLayer
 from lastlayer.screening import Int8Preview, ScreenedSoftmax, SVDPreview
-from lastlayer.study.choices import build_layer
 from lastlayer.study.measuring.cost import loss_of, training_step
 
 Call = Callable[[], object]
@@ -22,14 +21,6 @@ QUERY_BASELINE = "F.linear + topk"
 def zipf_counts(num_classes: int) -> Tensor:  # (V,)
     """Counts that fall as those of words do: class `i` as `1 / (i + 1)`."""
     return (1e9 / torch.arange(1, num_classes + 1, dtype=torch.float64)).ceil().long()
-
-
-def make_layers(
-    names: list[str], in_features: int, num_classes: int, num_examples: int, device: torch.device
-) -> dict[str, OutputLayer]:
-    """The chosen layers, for classes with Zipf counts and so many training examples."""
-    counts = zipf_counts(num_classes)
-    return {name: build_layer(name, in_features, counts, num_examples).to(device) for name in names}
 
 
 def training_peers(

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.one_vs_all import OneVsAll
 from lastlayer.metrics import ndcg, recall, reciprocal_rank
 from lastlayer.study.text.batches import NO_TARGET, Batches, num_targets
@@ -41,7 +40,7 @@ class Ranking(NamedTuple):
 def evaluate(model: LanguageModel, batches: Batches, tokens: int) -> Quality:
     """Perplexity on about the first `tokens`; a state is carried from window to window where the text goes on."""
     seen = sum(num_targets(batches[number][1]) for number in range(windows_for(batches, tokens)))
-    if not has_probabilities(model.output):
+    if isinstance(model.output, OneVsAll):  # its scores are no distribution over the classes
         return Quality(None, None, seen)
     total, zeros = 0.0, 0
     for hidden, targets in encoded(model, batches, tokens):
@@ -52,11 +51,6 @@ def evaluate(model: LanguageModel, batches: Batches, tokens: int) -> Quality:
     if not math.isfinite(total):
         return Quality(math.nan, zeros / seen, seen)
     return Quality(None if zeros else math.exp(min(total / seen, 700.0)), zeros / seen, seen)
-
-
-def has_probabilities(layer: OutputLayer) -> bool:
-    """Whether the layer is a distribution over its classes; the scores of a `OneVsAll` are not."""
-    return not isinstance(layer, OneVsAll)
 
 
 @torch.no_grad()
