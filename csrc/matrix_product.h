@@ -15,6 +15,12 @@
 #include "engine.h"
 #include "parallel.h"
 
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define LASTLAYER_SHUFFLES
+#endif
+#endif
+
 namespace lastlayer {
 
 #if defined(__AVX512F__)
@@ -67,16 +73,64 @@ class Scratch {
     Real* memory;
 };
 
-// `count` lines of `depth` numbers, of which number k of line i is from[i * line + k * step], as panels of `width` lines:
-// number k of all lines of a panel together. Lines that are missing in the last panel are zeros.
+// Four lines of four numbers each, transposed: number k of line i is from[i * line + k], and goes to to[k * width + i].
+template <class Real>
+inline void transpose_4x4(Real* to, const Real* from, int64_t line, int64_t width, Real factor) {
+#if defined(LASTLAYER_SHUFFLES)
+    typedef Real Four __attribute__((vector_size(4 * sizeof(Real))));
+    Four rows[4], columns[4];
+    for (int64_t i = 0; i < 4; ++i) std::memcpy(&rows[i], from + i * line, sizeof(Four));
+    const Four low = __builtin_shufflevector(rows[0], rows[1], 0, 4, 1, 5);
+    const Four high = __builtin_shufflevector(rows[0], rows[1], 2, 6, 3, 7);
+    const Four other_low = __builtin_shufflevector(rows[2], rows[3], 0, 4, 1, 5);
+    const Four other_high = __builtin_shufflevector(rows[2], rows[3], 2, 6, 3, 7);
+    columns[0] = __builtin_shufflevector(low, other_low, 0, 1, 4, 5);
+    columns[1] = __builtin_shufflevector(low, other_low, 2, 3, 6, 7);
+    columns[2] = __builtin_shufflevector(high, other_high, 0, 1, 4, 5);
+    columns[3] = __builtin_shufflevector(high, other_high, 2, 3, 6, 7);
+    for (int64_t k = 0; k < 4; ++k) {
+        columns[k] *= factor;
+        std::memcpy(to + k * width, &columns[k], sizeof(Four));
+    }
+#else
+    for (int64_t k = 0; k < 4; ++k) {
+        for (int64_t i = 0; i < 4; ++i) to[k * width + i] = factor * from[i * line + k];
+    }
+#endif
+}
+
+// `lines` (at most `width`) lines of `depth` numbers, number k of all of them together: to[k * width + i].
+template <class Real>
+void pack_panel(Real* to, const Real* from, int64_t lines, int64_t depth, int64_t line, int64_t step, int64_t width,
+                Real factor) {
+    if (line == 1) {
+        for (int64_t k = 0; k < depth; ++k) {
+            for (int64_t i = 0; i < lines; ++i) to[k * width + i] = factor * from[k * step + i];
+        }
+        return;
+    }
+    const bool contiguous = step == 1;
+    const int64_t whole_lines = contiguous ? lines / 4 * 4 : 0, whole_depth = contiguous ? depth / 4 * 4 : 0;
+    for (int64_t i = 0; i < whole_lines; i += 4) {
+        for (int64_t k = 0; k < whole_depth; k += 4) {
+            transpose_4x4(to + k * width + i, from + i * line + k, line, width, factor);
+        }
+    }
+    for (int64_t i = 0; i < lines; ++i) {
+        for (int64_t k = i < whole_lines ? whole_depth : 0; k < depth; ++k) {
+            to[k * width + i] = factor * from[i * line + k * step];
+        }
+    }
+}
+
+// `count` lines of `depth` numbers, of which number k of line i is from[i * line + k * step], as panels of `width`
+// lines; lines that are missing in the last panel are zeros.
 template <class Real>
 void pack(Real* to, const Real* from, int64_t count, int64_t depth, int64_t line, int64_t step, int64_t width, Real factor) {
     for (int64_t begin = 0; begin < count; begin += width, to += width * depth) {
         const int64_t lines = std::min(width, count - begin);
-        const Real* panel = from + begin * line;
         if (lines < width) std::memset(to, 0, sizeof(Real) * width * depth);
-        for (int64_t k = 0; k < depth; ++k)
-            for (int64_t i = 0; i < lines; ++i) to[k * width + i] = factor * panel[i * line + k * step];
+        pack_panel(to, from + begin * line, lines, depth, line, step, width, factor);
     }
 }
 

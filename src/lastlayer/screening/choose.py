@@ -19,10 +19,10 @@ from lastlayer.screening.preview import Preview
 from lastlayer.screening.screened import ScreenedSoftmax
 from lastlayer.screening.svd_preview import SVDPreview
 from lastlayer.screening.trials import (
+    CERTIFIED_CANDIDATES,
     Make,
     Query,
     Truth,
-    certified_screen,
     described,
     preview_name,
     quality,
@@ -191,7 +191,8 @@ def _try(
     if isinstance(preview, SVDPreview):
         screen = tuned_screen(make, preview, tuning, agreement, k)
     else:
-        screen = certified_screen(make, preview, num_classes, k)
+        candidates = min(num_classes, max(CERTIFIED_CANDIDATES[type(preview)], 2 * k))
+        screen = make(preview=preview, candidates=candidates, exact=True)
     record = described(preview, screen)
     ms, full_ms = query_times([_query(screen, k), _full_query(screen, k)], measuring.hidden, FEW, 1)
     record |= {"ms": ms, "full_ms": full_ms, "ratio": full_ms / ms}

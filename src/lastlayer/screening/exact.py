@@ -54,6 +54,16 @@ def size_of(
     return torch.where(bias.isinf(), 0.0, bias.abs()).to(norms.dtype)
 
 
+def bias_and_size(
+    weight: Tensor,  # (V, d)
+    bias: Tensor | None,  # (V,)
+) -> tuple[Tensor, Tensor]:  # (V,), (V,)
+    """The bias in the working dtype, 0 for none; and each class's `||w|| + |b|`, of which rounding is a share."""
+    norms = row_norms(weight)
+    own = torch.zeros_like(norms) if bias is None else bias.detach().to(norms.dtype)
+    return own, norms + size_of(bias, norms)
+
+
 def rounding_share(width: int, dtype: torch.dtype) -> float:
     """What rounding adds to a dot product of `width` terms, as a share of the two norms' product (or less)."""
     return (width + 4) * torch.finfo(exact_dtype(dtype)).eps

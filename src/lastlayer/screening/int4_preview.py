@@ -8,7 +8,7 @@ from torch import Tensor
 from lastlayer.functional.gram import Rotation
 from lastlayer.functional.precision import exact_dtype
 from lastlayer.screening.calibration import Calibration, SecondMoment, rotation_of, second_moment, shares_of
-from lastlayer.screening.exact import rounding_share, row_norms, size_of
+from lastlayer.screening.exact import bias_and_size, rounding_share
 from lastlayer.screening.int4_rows import FINER, Int4Rows
 from lastlayer.screening.preview import ErrorBound, PreparedPreview, Preview
 from lastlayer.screening.quantised import whole_numbers
@@ -68,7 +68,7 @@ class Int4Preview(Preview):
         gram: Tensor | None = None,  # (d, d), weight.T @ weight where it is at hand
     ) -> "PreparedInt4":
         rotation = rotation_of(weight, self.calibration, gram)
-        return PreparedInt4(weight.detach(), bias if bias is None else bias.detach(), rotation)
+        return PreparedInt4(weight.detach(), bias, rotation)
 
 
 class PreparedInt4(PreparedPreview):
@@ -85,15 +85,11 @@ class PreparedInt4(PreparedPreview):
         balance[:fine] *= FINER**0.5
         self.rows = Int4Rows(weight, inverse.T, balance, fine, self.dtype)
         self.unbalance = (1 / balance).float()
-        self.bias = torch.zeros(len(weight), dtype=self.dtype, device=weight.device)
-        if bias is not None:
-            self.bias = bias.to(self.dtype)
-        norms = row_norms(weight)
-        norms = norms + size_of(bias, norms)
+        self.bias, size = bias_and_size(weight, bias)
         both = float(inverse.norm() * exact.norm()) * rounding_share(width, torch.float64)
         inverted = float(_from_identity(inverse @ exact)) + both
         self.of_classes = torch.cat(
-            [self.rows.of_classes, (rounding_share(width, self.dtype) + inverted) * norms[None]]
+            [self.rows.of_classes, (rounding_share(width, self.dtype) + inverted) * size[None]]
         )
         self.bytes_read = self.rows.bytes_read + self.rotation.nbytes
         # of B^T h in float32, as shares of ||h||: in the balanced norm, and in that of what is multiplied

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lastlayer.functional.precision import exact_dtype
-from lastlayer.screening.exact import rounding_share, row_norms, size_of
+from lastlayer.screening.exact import bias_and_size, rounding_share
 from lastlayer.screening.preview import ErrorBound, PreparedPreview, Preview
 from lastlayer.screening.quantised import Int8Rows
 
@@ -36,7 +36,7 @@ class Int8Preview(Preview):
         weight: Tensor,  # (V, d)
         bias: Tensor | None,  # (V,)
     ) -> "PreparedInt8":
-        return PreparedInt8(weight.detach(), bias if bias is None else bias.detach())
+        return PreparedInt8(weight.detach(), bias)
 
 
 class PreparedInt8(PreparedPreview):
@@ -45,12 +45,9 @@ class PreparedInt8(PreparedPreview):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.dtype = exact_dtype(weight.dtype)
         self.rows = Int8Rows(weight, self.dtype)
-        self.bias = torch.zeros(len(weight), dtype=self.dtype, device=weight.device)
-        norms = row_norms(weight)
-        if bias is not None:
-            self.bias = bias.to(self.dtype)
+        self.bias, size = bias_and_size(weight, bias)
         # the full layer's rounding is a share of ||w|| ||h|| + |b| + ||w|| + |b| ||h||
-        rounding = rounding_share(weight.shape[-1], self.dtype) * (norms + size_of(bias, norms))
+        rounding = rounding_share(weight.shape[-1], self.dtype) * size
         integers, leftovers = self.rows.of_classes
         self.of_classes = torch.stack([integers + rounding, leftovers, rounding])
         self.bytes_read = self.rows.bytes_read

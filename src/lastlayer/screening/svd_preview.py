@@ -9,7 +9,7 @@ from lastlayer.functional.checks import check_choice, check_positive
 from lastlayer.functional.gram import Rotation
 from lastlayer.functional.precision import exact_dtype
 from lastlayer.screening.calibration import Calibration, SecondMoment, rotation_of, second_moment, shares_of
-from lastlayer.screening.exact import CAST_ROWS, full_logits, rounding_share, row_norms, size_of
+from lastlayer.screening.exact import CAST_ROWS, bias_and_size, full_logits, rounding_share
 from lastlayer.screening.preview import ErrorBound, PreparedPreview, Preview
 from lastlayer.screening.quantised import Int8Rows
 
@@ -77,7 +77,6 @@ class SVDPreview(Preview):
         width = weight.shape[-1]
         if self.window > width:
             raise ValueError(f"window must be between 1 and the weight's width {width}, got {self.window}")
-        bias = bias if bias is None else bias.detach()
         return PreparedSVD(self, weight.detach(), bias, rotation_of(weight, self.calibration, gram))
 
 
@@ -100,8 +99,7 @@ class PreparedSVD(PreparedPreview):
             self.rows: FloatRows | Int8Rows = Int8Rows(head, dtype)
         else:
             self.rows = FloatRows(head, torch.bfloat16 if settings.storage == "bfloat16" else dtype, dtype)
-        self.bias = tail.new_zeros(len(weight)) if bias is None else bias.to(dtype)
-        size = row_norms(weight) + size_of(bias, tail)
+        self.bias, size = bias_and_size(weight, bias)
         self.of_classes = torch.cat([self.rows.of_classes, torch.stack([tail, size])])
         self.bytes_read = self.rows.bytes_read
         self.to_head = rotation.hidden_side[:, :window].T.contiguous()  # (window, d), float64

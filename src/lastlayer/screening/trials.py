@@ -38,12 +38,6 @@ class Truth(NamedTuple):
         return cls(hidden, torch.cat(best))
 
 
-def certified_screen(make: Make, preview: Preview, num_classes: int, k: int) -> ScreenedSoftmax:
-    """A screen whose every result is proved."""
-    candidates = min(num_classes, max(CERTIFIED_CANDIDATES[type(preview)], 2 * k))
-    return make(preview=preview, candidates=candidates, exact=True)
-
-
 def tuned_screen(make: Make, preview: Preview, tuning: Truth, agreement: float, k: int) -> ScreenedSoftmax:
     """A screen with the candidates that the tuning rows needed, and some to spare."""
     screen = make(preview=preview, candidates=1)
