@@ -20,28 +20,43 @@ int64_t items_a_chunk(int64_t num_items, int64_t num_pairs, int64_t width) {
 }
 
 template <class Real>
-void forward(const int64_t* starts, const int64_t* nodes, const int8_t* signs, const Real* hidden, const Real* weight,
-             Real* log_prob, Real* factors, Real* slope, int64_t num_rows, int64_t width) {
-    const int64_t num_pairs = starts[num_rows];
-    parallel_for(num_rows, items_a_chunk(num_rows, num_pairs, width), [&](int64_t begin, int64_t end) {
-        for (int64_t n = begin; n < end; ++n) {
-            const Real* row = hidden + n * width;
-            if (slope != nullptr) std::fill_n(slope + n * width, width, Real{0});
-            Real total = 0;
-            for (int64_t p = starts[n]; p < starts[n + 1]; ++p) {
-                if (p + NODES_AHEAD < num_pairs)
-                    prefetch(weight + nodes[p + NODES_AHEAD] * width, width * static_cast<int64_t>(sizeof(Real)));
-                const Real* node = weight + nodes[p] * width;
-                const Real sign = signs[p], score = sign * dot(row, node, width);
-                const Real decay = std::exp(-std::fabs(score));
-                total += std::min<Real>(score, 0) - std::log1p(decay);
-                factors[p] = sign * (score > 0 ? decay : 1) / (1 + decay);  // sign * sigmoid(-score)
-                if (slope != nullptr) add_1x1(slope + n * width, factors[p], node, width);
-            }
-            log_prob[n] = total;
+struct Forward {
+    const int64_t *classes, *starts;  // (N,), and where the path of each begins, (N + 1,)
+    const int64_t* parents;           // (2V - 1,), the inner node above each id; -1 above the root
+    const int8_t* sides;              // (2V - 1,), 1 for a first child, -1 for a second
+    int64_t num_classes, width;
+    const Real *hidden, *weight;
+    int64_t* nodes;  // (P,), the inner nodes on the way from each class to the root; out, as all that follow
+    int8_t* signs;   // (P,), on which side each was left
+    Real* log_prob;  // (N,)
+    Real* factors;   // (P,)
+    Real* slope;     // (N, d), or null
+
+    void run(int64_t n) const {
+        const int64_t begin = starts[n], end = starts[n + 1];
+        for (int64_t p = begin, current = classes[n]; p < end; ++p) {
+            nodes[p] = parents[current];
+            signs[p] = sides[current];
+            current = num_classes + parents[current];
+            if (p < begin + NODES_AHEAD) fetch(p);
         }
-    });
-}
+        const Real* row = hidden + n * width;
+        if (slope != nullptr) std::fill_n(slope + n * width, width, Real{0});
+        Real total = 0;
+        for (int64_t p = begin; p < end; ++p) {
+            if (p + NODES_AHEAD < end) fetch(p + NODES_AHEAD);
+            const Real* node = weight + nodes[p] * width;
+            const Real sign = signs[p], score = sign * dot(row, node, width);
+            const Real decay = std::exp(-std::fabs(score));
+            total += std::min<Real>(score, 0) - std::log1p(decay);
+            factors[p] = sign * (score > 0 ? decay : 1) / (1 + decay);  // sign * sigmoid(-score)
+            if (slope != nullptr) add_1x1(slope + n * width, factors[p], node, width);
+        }
+        log_prob[n] = total;
+    }
+
+    void fetch(int64_t p) const { prefetch(weight + nodes[p] * width, width * static_cast<int64_t>(sizeof(Real))); }
+};
 
 template <class Real>
 void backward(const int64_t* starts, const int64_t* pairs, const int64_t* rows, const Real* factors, const Real* scale,
@@ -66,11 +81,17 @@ void backward(const int64_t* starts, const int64_t* pairs, const int64_t* rows, 
 }  // namespace lastlayer
 
 LASTLAYER_KERNEL(paths_forward)
-(const int64_t* starts, const int64_t* nodes, const int8_t* signs, const void* hidden, const void* weight, void* log_prob,
- void* factors, void* slope, int64_t num_rows, int64_t width, int64_t in_float64) {
-    lastlayer::by_type(in_float64, [&](auto as) {
-        lastlayer::forward(starts, nodes, signs, as(hidden), as(weight), as(log_prob), as(factors), as(slope), num_rows,
-                           width);
+(const int64_t* classes, const int64_t* starts, const int64_t* parents, const int8_t* sides, int64_t num_classes,
+ const void* hidden, const void* weight, int64_t* nodes, int8_t* signs, void* log_prob, void* factors, void* slope,
+ int64_t num_rows, int64_t width, int64_t in_float64) {
+    using namespace lastlayer;
+    by_type(in_float64, [&](auto as) {
+        using Real = typename decltype(as)::Real;
+        const Forward<Real> pass{classes,    starts, parents, sides,        num_classes, width,    as(hidden),
+                                 as(weight), nodes,  signs,   as(log_prob), as(factors), as(slope)};
+        parallel_for(num_rows, items_a_chunk(num_rows, starts[num_rows], width), [&](int64_t begin, int64_t end) {
+            for (int64_t n = begin; n < end; ++n) pass.run(n);
+        });
     });
     return 0;
 }
@@ -81,20 +102,5 @@ LASTLAYER_KERNEL(paths_backward)
     lastlayer::by_type(in_float64, [&](auto as) {
         lastlayer::backward(starts, pairs, rows, as(factors), as(scale), as(hidden), as(of_weight), num_nodes, width);
     });
-    return 0;
-}
-
-// The inner nodes on the way from each class to the root, and on which side each was left: 1 first child, -1 second.
-LASTLAYER_KERNEL(walk_to_root)
-(const int64_t* classes, const int64_t* starts, const int64_t* parents, const int8_t* sides, int64_t num_rows,
- int64_t num_classes, int64_t* nodes, int8_t* signs) {
-    for (int64_t n = 0; n < num_rows; ++n) {
-        int64_t current = classes[n];
-        for (int64_t p = starts[n]; p < starts[n + 1]; ++p) {
-            nodes[p] = parents[current];
-            signs[p] = sides[current];
-            current = num_classes + parents[current];
-        }
-    }
     return 0;
 }

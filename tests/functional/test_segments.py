@@ -1,10 +1,10 @@
-"""Log-sum-exps of all clusters at once, by padding and by scattering."""
+"""Log-sum-exps of all clusters at once."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from lastlayer.functional.segments import cluster_sums, padded_columns, row_clusters
+from lastlayer.functional.segments import cluster_sums, row_clusters
 
 SIZES = {
     "even": [3, 3, 2, 3, 3],
@@ -15,8 +15,8 @@ SIZES = {
 }
 
 
-def log_sum_exp(logits, offsets, columns):
-    peak, log_sum = cluster_sums(logits, offsets, columns)
+def log_sum_exp(logits, offsets):
+    peak, log_sum = cluster_sums(logits, offsets)
     return peak + log_sum
 
 
@@ -25,45 +25,35 @@ def by_hand(logits, sizes):
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("rows", [0, 1, 5])
-def test_it_is_the_loop_and_has_its_gradient(sizes, padded, rows, monkeypatch):
-    monkeypatch.setattr("lastlayer.functional.segments.MOST_PADDING", 1000)
-    monkeypatch.setattr("lastlayer.functional.segments.BLOCK_NUMBERS", 40)
+def test_it_is_the_loop_and_has_its_gradient(sizes, rows):
     offsets = F.pad(torch.tensor(sizes).cumsum(0), (1, 0))
-    columns = padded_columns(offsets) if padded else None
     generator = torch.Generator().manual_seed(0)
     logits = 50 * torch.randn(rows, sum(sizes), generator=generator, dtype=torch.float64)
     upstream = torch.randn(rows, len(sizes), generator=generator, dtype=torch.float64)
     found = []
-    for call in (lambda x: log_sum_exp(x, offsets, columns), lambda x: by_hand(x, sizes)):
+    for call in (lambda x: log_sum_exp(x, offsets), lambda x: by_hand(x, sizes)):
         leaf = logits.clone().requires_grad_()
         sums = call(leaf)
         found.append((sums.detach(), *torch.autograd.grad((sums * upstream).sum(), leaf)))
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("padded", [True, False])
-def test_a_cluster_without_mass_is_minus_infinity(padded):
+def test_a_cluster_without_mass_is_minus_infinity():
     offsets = torch.tensor([0, 2, 4])
     logits = torch.tensor([[-torch.inf, -torch.inf, 1.0, -torch.inf]], requires_grad=True)
-    sums = log_sum_exp(logits, offsets, padded_columns(offsets) if padded else None)
+    sums = log_sum_exp(logits, offsets)
     assert sums.tolist() == [[-torch.inf, 1.0]]
     (slope,) = torch.autograd.grad(sums[0, 1], logits)
     assert slope.tolist() == [[0.0, 0.0, 1.0, 0.0]]
 
 
-@pytest.mark.parametrize("padded", [True, False])
-def test_what_is_small_beside_a_large_logit_is_kept(padded):
+def test_what_is_small_beside_a_large_logit_is_kept():
     offsets = torch.tensor([0, 2, 5])
-    peak, log_sum = cluster_sums(torch.full((1, 5), 2.0**24), offsets, padded_columns(offsets) if padded else None)
+    peak, log_sum = cluster_sums(torch.full((1, 5), 2.0**24), offsets)
     assert peak.tolist() == [[2.0**24, 2.0**24]]
     torch.testing.assert_close(log_sum, torch.tensor([[2.0, 3.0]]).log())
 
 
-def test_the_table_is_bounded():
-    offsets = F.pad(torch.tensor(SIZES["giant"]).cumsum(0), (1, 0))
-    assert padded_columns(offsets) is None
-    even = padded_columns(torch.tensor([0, 3, 5]))
-    assert even.tolist() == [[0, 1, 2], [3, 4, 5]]
+def test_the_cluster_of_each_row():
     assert row_clusters(torch.tensor([0, 3, 5]), 5).tolist() == [0, 0, 0, 1, 1]

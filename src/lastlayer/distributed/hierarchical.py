@@ -14,7 +14,7 @@ from lastlayer.functional.cluster_softmax import cluster_log_prob
 from lastlayer.functional.partial_softmax import LEAST
 from lastlayer.functional.precision import as_exact
 from lastlayer.functional.sampled_logits import sampled_logits
-from lastlayer.functional.segments import cluster_sums, padded_columns, row_clusters
+from lastlayer.functional.segments import cluster_sums, row_clusters
 from lastlayer.layers.base import OutputLayer
 from lastlayer.layers.hierarchical import HierarchicalSoftmax
 
@@ -171,7 +171,7 @@ class ShardedHierarchicalSoftmax(RowScoredLayer, HierarchicalSoftmax):
         if not num_pieces:  # no class: the collectives of the others
             peak = log_sum = logits.sum(1, keepdim=True)[:, :0]
         else:
-            peak, log_sum = cluster_sums(logits, pieces.offsets, padded_columns(pieces.offsets))
+            peak, log_sum = cluster_sums(logits, pieces.offsets)
         log_sum = self._joined(pieces, peak, log_sum)
         shift = head[:, pieces.clusters] - log_sum.masked_fill(log_sum == -torch.inf, 0)
         if not num_pieces:

@@ -12,7 +12,7 @@ from lastlayer.functional.operators import make_operator, outside_graphs
 from lastlayer.functional.precision import as_exact, exact_dtype, no_autocast
 from lastlayer.functional.row_sparse import GradientMemory, row_sparse
 from lastlayer.functional.second_order import HandWritten, gradients
-from lastlayer.functional.trees import Tree, paths_of
+from lastlayer.functional.trees import Tree
 from lastlayer.kernels import paths as kernels
 from lastlayer.kernels.backends import paths_backend_for
 from lastlayer.kernels.grouped import scaled_rows
@@ -50,13 +50,29 @@ def _along_paths(
     sparse: bool = False,
     memory: GradientMemory | None = None,
 ) -> Tensor:
-    paths = paths_of(classes.cpu(), parents, sides, depths)
+    classes = classes.cpu().contiguous()
+    starts = F.pad(depths.index_select(0, classes).cumsum(0), (1, 0))
     backend = paths_backend_for(hidden.device, hidden.dtype, weight.dtype)
-    if backend == "compiled" and hidden.dtype == weight.dtype and weight.is_contiguous():
+    if backend == "compiled" and weight.is_contiguous():
         wants_slope = torch.is_grad_enabled() and hidden.requires_grad
-        found: Any = _PathLogProb.run(hidden, weight, paths, sparse, memory, wants_slope)
+        tables = classes, starts, parents, sides
+        found: Any = _PathLogProb.run(hidden, weight, tables, sparse, memory, wants_slope)
         return found[0]
-    return _plain(paths, hidden, weight, sparse)
+    return _plain((starts, *_walk_to_root(starts, classes, parents, sides)), hidden, weight, sparse)
+
+
+def _walk_to_root(starts: Tensor, classes: Tensor, parents: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
+    """`nodes, signs` of the paths from some classes to the root, one after the other."""
+    num_classes, num_pairs = (len(parents) + 1) // 2, int(starts[-1])
+    nodes, signs = starts.new_empty(num_pairs), sides.new_empty(num_pairs)
+    place, current = starts[:-1], classes
+    while len(current):
+        above = parents[current]
+        on_the_way = above >= 0
+        place, current, above = place[on_the_way], current[on_the_way], above[on_the_way]
+        nodes[place], signs[place] = above, sides[current]
+        place, current = place + 1, above + num_classes
+    return nodes, signs
 
 
 def _plain(paths: Any, hidden: Tensor, weight: Tensor, sparse: bool = False) -> Tensor:
@@ -75,19 +91,22 @@ class _PathLogProb(HandWritten):
 
     @staticmethod
     def forward(
-        hidden: Tensor, weight: Tensor, paths: Any, sparse: bool, memory: GradientMemory | None, wants_slope: bool
-    ) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
-        starts, nodes, signs = paths
-        hidden = hidden.contiguous()
-        log_prob, factors = hidden.new_empty(len(hidden)), hidden.new_empty(len(nodes))
+        hidden: Tensor, weight: Tensor, tables: Any, sparse: bool, memory: GradientMemory | None, wants_slope: bool
+    ) -> tuple[Tensor, Any]:
+        classes, starts, parents, sides = tables
+        hidden = hidden.contiguous().resolve_neg()
+        num_pairs = int(starts[-1])
+        nodes, signs = starts.new_empty(num_pairs), sides.new_empty(num_pairs)
+        log_prob, factors = hidden.new_empty(len(hidden)), hidden.new_empty(num_pairs)
         slope = torch.empty_like(hidden) if wants_slope else None
-        kernels.forward(starts, nodes, signs, hidden, weight, log_prob, factors, slope)
-        return log_prob, (factors, slope)
+        outputs = nodes, signs, log_prob, factors, slope
+        kernels.forward(classes, starts, parents, sides, hidden, weight, *outputs)
+        return log_prob, ((starts, nodes, signs), factors, slope)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        hidden, weight, ctx.paths, ctx.sparse, ctx.memory, _ = inputs
-        _, ctx.formed = output
+        hidden, weight, _, ctx.sparse, ctx.memory, _ = inputs
+        ctx.paths, *ctx.formed = output[1]
         ctx.save_for_backward(hidden, weight)
 
     @staticmethod
@@ -100,7 +119,7 @@ class _PathLogProb(HandWritten):
 def _form(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of hidden and weight."""
     (hidden, weight), (factors, slope), (starts, nodes, _) = ctx.saved_tensors, ctx.formed, ctx.paths
-    hidden, scale = hidden.contiguous(), upstream.contiguous()
+    hidden, scale = hidden.contiguous().resolve_neg(), upstream.contiguous()
     of_hidden = scaled_rows(slope, scale) if ctx.needs_input_grad[0] else None
     if not ctx.needs_input_grad[1]:
         return of_hidden, None

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lastlayer.functional.best_classes import LARGEST_SHARE, gathered_scores, merge
-from lastlayer.functional.precision import as_exact, exact_dtype
+from lastlayer.functional.precision import exact_dtype
 from lastlayer.functional.selection import Selection
 
 # Numbers of a gathered (pairs, d) that are held at once.
@@ -98,21 +98,6 @@ def _descend(
     return best, left, looked
 
 
-def node_scores(
-    hidden: Tensor,  # (N, d)
-    weight: Tensor,  # (V - 1, d)
-    rows: Tensor,  # (P,)
-    nodes: Tensor,  # (P,)
-) -> Tensor:  # (P,)
-    """`hidden[rows] . weight[nodes]`, a chunk of pairs at a time."""
-    step = max(1, CHUNK_NUMBERS // hidden.shape[1])
-    parts = [
-        (as_exact(hidden.index_select(0, r)) * as_exact(weight.index_select(0, n))).sum(1)
-        for r, n in zip(rows.split(step), nodes.split(step), strict=True)
-    ]
-    return torch.cat(parts)
-
-
 def sample_tree(
     hidden: Tensor,  # (N, d)
     weight: Tensor,  # (V - 1, d)
@@ -126,10 +111,12 @@ def sample_tree(
     ids = torch.full_like(rows, root)
     active = torch.arange(len(rows), device=rows.device)[ids >= num_classes]
     while len(active):
-        nodes = ids[active] - num_classes
-        # in float32 no branch would have a probability between 0 and 6e-8
-        first = node_scores(hidden, weight, rows[active], nodes).double().sigmoid()
-        second = (torch.rand_like(first) >= first).long()
-        ids[active] = children[nodes, second]
+        for some in active.split(max(1, CHUNK_NUMBERS // hidden.shape[1])):
+            nodes = ids[some] - num_classes
+            scores = gathered_scores(hidden[rows[some]], weight, nodes[:, None])[:, 0]
+            # in float32 no branch would have a probability between 0 and 6e-8
+            first = scores.double().sigmoid()
+            second = (torch.rand_like(first) >= first).long()
+            ids[some] = children[nodes, second]
         active = active[ids[active] >= num_classes]
     return ids.reshape(len(hidden), num_samples)

@@ -7,11 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from lastlayer.functional.clusters import positive_counts
-from lastlayer.kernels import engine
-from lastlayer.kernels.paths import walk_to_root
 
 
 def huffman(
@@ -82,28 +79,6 @@ class Tree(NamedTuple):
             raise ValueError("tree must be one binary tree: some classes cannot be reached from the root")
         found = [torch.from_numpy(part) for part in (parents, sides, depths, order.argsort())]
         return cls(root, found[0], found[1], found[2], levels, found[3])
-
-
-def paths_of(
-    classes: Tensor,  # (N,) int64, on the CPU
-    parents: Tensor,  # (2V - 1,), as of a `Tree`
-    sides: Tensor,  # (2V - 1,)
-    depths: Tensor,  # (V,)
-) -> tuple[Tensor, Tensor, Tensor]:  # (N + 1,), (P,), (P,)
-    """`starts, nodes, signs` of the paths of some classes, leaf to root, one after the other."""
-    starts = F.pad(depths.index_select(0, classes).cumsum(0), (1, 0))
-    if engine.available():
-        return starts, *walk_to_root(classes.contiguous(), starts, parents, sides)
-    num_pairs = int(starts[-1])
-    nodes, signs = starts.new_empty(num_pairs), sides.new_empty(num_pairs)
-    place, current = starts[:-1], classes
-    while len(current):
-        above = parents[current]
-        on_the_way = above >= 0
-        place, current, above = place[on_the_way], current[on_the_way], above[on_the_way]
-        nodes[place], signs[place] = above, sides[current]
-        place, current = place + 1, above + len(depths)
-    return starts, nodes, signs
 
 
 def _check_children(children: Tensor) -> NDArray[np.int64]:

@@ -5,41 +5,29 @@ from torch import Tensor
 
 from lastlayer.kernels.engine import Kernel
 
-# starts, nodes, signs, hidden, weight, log_prob, factors, slope, N, d, in float64
-_FORWARD = Kernel("paths_forward", "ppppppppnnn")
+# classes, starts, parents, sides, V, hidden, weight, nodes, signs, log_prob, factors, slope, N, d, in float64
+_FORWARD = Kernel("paths_forward", "ppppnpppppppnnn")
 # starts, pairs, rows, factors, scale, hidden, of_weight, U, d, in float64
 _BACKWARD = Kernel("paths_backward", "pppppppnnn")
-# classes, starts, parents, sides, N, V, nodes, signs
-_WALK = Kernel("walk_to_root", "ppppnnpp")
 
 
-def walk_to_root(
+def forward(
     classes: Tensor,  # (N,) int64
     starts: Tensor,  # (N + 1,) int64, where each path is to begin
     parents: Tensor,  # (2V - 1,) int64, the inner node above each id; -1 above the root
     sides: Tensor,  # (2V - 1,) int8, 1 for a first child, -1 for a second
-) -> tuple[Tensor, Tensor]:  # (P,) int64, (P,) int8
-    """The inner nodes on the way from each class to the root, and the side on which each was left."""
-    num_pairs = int(starts[-1])
-    nodes, signs = starts.new_empty(num_pairs), sides.new_empty(num_pairs)
-    _WALK(classes, starts, parents, sides, len(classes), (len(parents) + 1) // 2, nodes, signs)
-    return nodes, signs
-
-
-def forward(
-    starts: Tensor,  # (N + 1,) int64, where each row's path begins
-    nodes: Tensor,  # (P,) int64
-    signs: Tensor,  # (P,) int8
     hidden: Tensor,  # (N, d) float32 or float64
-    weight: Tensor,  # (V - 1, d), of the same dtype, as all that follow
-    log_prob: Tensor,  # (N,); becomes the sum of log sigmoid(sign * score)
-    factors: Tensor,  # (P,); becomes sign * sigmoid(-sign * score)
+    weight: Tensor,  # (V - 1, d), of the same dtype
+    nodes: Tensor,  # (P,) int64; become the inner nodes on the way from each class to the root
+    signs: Tensor,  # (P,) int8; become the sides on which each was left
+    log_prob: Tensor,  # (N,), of the dtype of the weight, as all that follow; sum of log sigmoid(sign * score)
+    factors: Tensor,  # (P,); become sign * sigmoid(-sign * score)
     slope: Tensor | None,  # (N, d); becomes factors @ weight
 ) -> None:
     """Log-probabilities of paths, and what their gradient needs."""
     _FORWARD(
-        starts, nodes, signs, hidden, weight, log_prob, factors, slope,
-        *hidden.shape, hidden.dtype == torch.float64,
+        classes, starts, parents, sides, weight.shape[0] + 1, hidden, weight,
+        nodes, signs, log_prob, factors, slope, *hidden.shape, hidden.dtype == torch.float64,
     )  # fmt: skip
 
 

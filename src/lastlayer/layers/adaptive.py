@@ -15,7 +15,7 @@ from lastlayer.functional.cutoffs import best_cutoffs, check_cutoffs, default_cu
 from lastlayer.functional.linear_cross_entropy import linear_cross_entropy, linear_nll
 from lastlayer.functional.linear_statistics import linear_score
 from lastlayer.functional.ordinary import readable
-from lastlayer.functional.precision import as_exact
+from lastlayer.functional.precision import as_exact, exact_dtype
 from lastlayer.functional.sampling import sample_classes
 from lastlayer.functional.selection import Selection
 from lastlayer.layers.base import OutputLayer
@@ -26,12 +26,12 @@ from lastlayer.layers.search import searched_topk
 class _Part(NamedTuple):
     """The head or a tail: some rows of the batch, its matrix, and its classes among the candidates."""
 
-    at: Tensor | None  # (n,), which rows; None: all
+    at: Tensor  # (n,), which rows
     rows: Tensor  # (n, w)
     weight: Tensor  # (k, w)
     ids: Tensor  # (n, M), from 0 to k - 1
     bias: Tensor | None  # (k,)
-    absent: Tensor | None  # (n, M), which candidates are none of its classes; None: none
+    absent: Tensor  # (n, M), which candidates are none of its classes
 
 
 class AdaptiveSoftmax(OutputLayer):
@@ -208,16 +208,17 @@ class AdaptiveSoftmax(OutputLayer):
         if not readable(hidden, ids, *self.parameters()):  # no shape may depend on the candidates
             return super()._score(hidden, ids)
         score = linear_score if ids.shape[1] > 1 else _target_score
-        head, *tails = self._parts(hidden, ids)
-        total = score(head.rows, head.weight, head.ids, bias=head.bias)
-        for at, rows, weight, own, _, absent in tails:
-            total = total.index_add(0, at, score(rows, weight, own).masked_fill(absent, 0))
+        total = hidden.new_zeros(ids.shape, dtype=exact_dtype(hidden.dtype))
+        for at, rows, weight, own, bias, absent in self._parts(hidden, ids):
+            found = score(rows, weight, own, bias=bias).masked_fill(absent, 0)
+            total = total.index_add(0, at, found)
         return total
 
     def _parts(self, hidden: Tensor, ids: Tensor) -> Iterator[_Part]:
         """The head, and every tail that a candidate `(N, M)` is in."""
         ranks, tails, head_ids = self._places(ids)
-        yield _Part(None, hidden, self._head_weight(), head_ids, self.head.bias, None)
+        all_rows = torch.arange(len(hidden), device=hidden.device)
+        yield _Part(all_rows, hidden, self._head_weight(), head_ids, self.head.bias, tails < 0)
         for i, start in enumerate(self.cutoffs):
             at = (tails == i + 1).any(1).nonzero().squeeze(1)
             if len(at):

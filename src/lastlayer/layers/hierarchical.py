@@ -16,7 +16,7 @@ from lastlayer.functional.logit_map import barred_classes
 from lastlayer.functional.ordinary import readable
 from lastlayer.functional.precision import as_exact
 from lastlayer.functional.row_sparse import GradientMemory
-from lastlayer.functional.segments import cluster_sums, padded_columns, row_clusters
+from lastlayer.functional.segments import cluster_sums, row_clusters
 from lastlayer.functional.selection import Selection
 from lastlayer.functional.two_level_parameters import (
     TheanoParameters,
@@ -95,7 +95,6 @@ class HierarchicalSoftmax(OutputLayer):
     offsets: Tensor
     _slots: Tensor  # (V,), the row of each class
     _clusters: Tensor  # (V,), the cluster of each class
-    _columns: Tensor | None  # (C, S), the rows of each cluster, padded
 
     def __init__(
         self,
@@ -126,7 +125,6 @@ class HierarchicalSoftmax(OutputLayer):
         self._planned = clustering if self.weight.is_meta else None
         self.register_buffer("_slots", None, persistent=False)
         self.register_buffer("_clusters", None, persistent=False)
-        self.register_buffer("_columns", None, persistent=False)
         self._derive()
         self._memory = GradientMemory()
         self.reset_parameters()
@@ -264,7 +262,7 @@ class HierarchicalSoftmax(OutputLayer):
 
     def _log_prob(self, hidden: Tensor) -> Tensor:
         logits = as_exact(F.linear(hidden, self.weight, self.bias))
-        peak, log_sum = cluster_sums(logits, self.offsets, self._columns)
+        peak, log_sum = cluster_sums(logits, self.offsets)
         shift = self._head_log_prob(hidden) - log_sum.masked_fill(log_sum == -torch.inf, 0)
         shifted = logits.index_select(1, self._slots).sub_(peak.index_select(1, self._clusters))
         return shifted.add_(shift.index_select(1, self._clusters))
@@ -339,10 +337,9 @@ class HierarchicalSoftmax(OutputLayer):
         return state_dict
 
     def _derive(self) -> None:
-        """Sets what follows from `order` and `offsets`: row and cluster of each class, rows of each cluster."""
+        """Sets what follows from `order` and `offsets`: row and cluster of each class."""
         self._slots = self.order.argsort()
         self._clusters = row_clusters(self.offsets, self.num_classes).index_select(0, self._slots)
-        self._columns = padded_columns(self.offsets)
 
 
 def _is_partition(offsets: Tensor, num_classes: int) -> bool:
