@@ -21,7 +21,7 @@ def cluster_sums(
     """
     clusters = row_clusters(offsets, logits.shape[1])
     columns = clusters.expand_as(logits)
-    nothing = logits.new_full((len(logits), len(offsets) - 1), -torch.inf)
+    nothing = logits.new_full((logits.shape[0], len(offsets) - 1), -torch.inf)
     peak = nothing.scatter_reduce(1, columns, logits.detach(), "amax")
     peak = peak.masked_fill(peak == -torch.inf, 0)  # -inf - -inf would be NaN
     shifted = logits - peak.index_select(1, clusters)
