@@ -189,6 +189,14 @@ def compare(eager, compiled, rows, call=None):
 SAME_QUERIES = {"soft-cap", "monotone-network", "one-vs-all-sampled", "one-vs-all-sparse"}
 
 
+# Where the backward pass is compiled too: one for each way of forming gradients. It takes most of the time.
+WITH_BACKWARD = {"full", "plif", "adaptive", "hierarchical", "tree", "SampledSoftmax", "one-vs-all"}
+
+
+def backend_of(name):
+    return "aot_eager" if name in WITH_BACKWARD else "eager"
+
+
 def own_queries(name):
     """Whole calls but the loss, of layers whose queries are no other's."""
     kind = type(MAKE[name]())
@@ -203,11 +211,9 @@ def own_queries(name):
 def test_compiles_whole_with_its_gradients(name):
     torch.compiler.reset()
     eager = Calls(layer_of(name), own_queries(name))
-    compare(eager, torch.compile(eager, fullgraph=True, backend="aot_eager"), 6)
+    compare(eager, torch.compile(eager, fullgraph=True, backend=backend_of(name)), 6)
 
 
-# Where the backward pass is compiled too: one for each way of forming gradients. It takes most of the time.
-WITH_BACKWARD = {"full", "plif", "adaptive", "hierarchical", "SampledSoftmax", "one-vs-all"}
 # `AugmentReduce` has the loss of `UMax`; with its examples it is below. "soft-cap" is compiled by Inductor.
 WHOLE_LOSSES = [name for name in MAKE if loss in calls_that(name, "whole")]
 
@@ -216,7 +222,7 @@ WHOLE_LOSSES = [name for name in MAKE if loss in calls_that(name, "whole")]
 def test_one_graph_is_the_loss_of_any_batch(name):
     torch.compiler.reset()
     layer = layer_of(name)
-    graphs = CompileCounterWithBackend("aot_eager" if name in WITH_BACKWARD else "eager")
+    graphs = CompileCounterWithBackend(backend_of(name))
     if isinstance(layer, SampledLayer):  # the class that stands for what is ignored is barred
         layer.bias.data[0] = -torch.inf
     eager = Calls(layer, [loss])
@@ -257,22 +263,23 @@ def test_a_loss_without_gradients(name):
 
 @pytest.mark.parametrize("name", [name for name in MAKE if calls_that(name, "breaks")])
 def test_where_the_graph_breaks_the_layer_runs_eagerly(name):
-    hidden, targets = batch(6)
-    for call in calls_that(name, "breaks"):
-        torch.compiler.reset()
-        model, values = Calls(layer_of(name), [call]), []
-        owner = FactoredSGD(model.layer, 0.1) if isinstance(model.layer, FactoredOutput) else model
+    torch.compiler.reset()
+    (hidden, targets), layer, values = batch(6), layer_of(name), []
+    calls = calls_that(name, "breaks")
+    for call in calls:
         with pytest.raises(torch._dynamo.exc.Unsupported):
-            torch.compile(model, fullgraph=True, backend="eager")(hidden, targets)
-        for run in (model, torch.compile(model, backend="eager")):
-            torch.manual_seed(1)  # a sampled loss draws
-            found = run(hidden, targets)
-            sum(value.sum() for value in found).backward()
-            gradients = [p.grad.to_dense() for p in (hidden, *model.parameters()) if p.grad is not None]
-            values.append((found, gradients))
-            hidden.grad = None
-            owner.zero_grad()
-        torch.testing.assert_close(*values)
+            torch.compile(Calls(layer, [call]), fullgraph=True, backend="eager")(hidden, targets)
+    model = Calls(layer, calls)
+    owner = FactoredSGD(layer, 0.1) if isinstance(layer, FactoredOutput) else model
+    for run in (model, torch.compile(model, backend="eager")):
+        torch.manual_seed(1)  # a sampled loss draws
+        found = run(hidden, targets)
+        sum(value.sum() for value in found).backward()
+        gradients = [p.grad.to_dense() for p in (hidden, *model.parameters()) if p.grad is not None]
+        values.append((found, gradients))
+        hidden.grad = None
+        owner.zero_grad()
+    torch.testing.assert_close(*values)
 
 
 class Fixed(Uniform):

@@ -189,6 +189,7 @@ def test_it_learns_and_is_copied(layer_class):
     other = layer_class(8, 50, Uniform(50), 20, num_examples=100)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other.normalizers, layer.normalizers)
+    assert torch.equal(other.bfloat16().normalizers, layer.normalizers), "a cast of the layer rounded its state"
 
 
 @pytest.mark.parametrize(
