@@ -10,7 +10,8 @@ from lastlayer.cli.app import app
 COMMAND = ["reproduce", "hierarchical-softmax"]
 
 
-def test_claims_stand_beside_figures(tmp_path):
+def test_claims_stand_beside_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr("lastlayer.study.compare.render", lambda results: "")  # four pages, tested elsewhere
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"the {n % 7} and a {n % 13} of {n % 29}" for n in range(800)) + "\n")
     small = ["--steps", "2", "--seconds", "0.2", "--width", "16", "--largest", "1000", "--rounds", "1"]
