@@ -43,6 +43,7 @@ def test_speed_has_every_peer():
         deep
     )
     assert {record["case"] for record in deep.values()} == {"whole model"}
+    assert all(record["times_faster_than_plain"] > 0 for record in deep.values())
     sizes = {(r["num_classes"], r["in_features"]) for r in measure_scaling([50, 100], [4, 8], 4, rounds=1)}
     assert sizes == {(50, 8), (100, 8), (50, 4)}
 
