@@ -82,7 +82,7 @@ def least_peak(step: Callable[[], None]) -> int:
 def numbers_sent(name: str, layer: Any, targets: Tensor, d: int) -> int:
     """The numbers of results that a step reduces over the ranks, by the docstrings of the sharded layers.
 
-    The few targets in clusters that two ranks share, and the state of random numbers, are left out.
+    The state of random numbers is left out.
     """
     N = len(targets)
     if name == "mixture":
@@ -92,7 +92,7 @@ def numbers_sent(name: str, layer: Any, targets: Tensor, d: int) -> int:
     if name in ("full", "sampled"):
         return N * (d + 3)
     if name == "hierarchical":
-        return N * (d + 4) + layer.num_clusters
+        return N * (d + 6) + layer.num_clusters
     in_tails = [((targets >= start) & (targets < stop)).sum() for start, stop in _tails(layer)]
     widths = [layer.tail[i][0].weight.shape[0] for i in range(len(in_tails))]
     return N * (d + 3) + sum(int(n) * (w + 3) for n, w in zip(in_tails, widths, strict=True))

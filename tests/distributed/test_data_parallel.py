@@ -47,7 +47,9 @@ def averages_are_equal(group, name):
         each(hidden[part], targets[part]).backward()
     torch.manual_seed(0)
     layer(hidden[parts[rank]], targets[parts[rank]]).backward()
-    GradientAverager(layer, group)()
+    with count_bytes() as sent:
+        GradientAverager(layer, group)()
+    assert (sent.total() > 0) == (size > 1)
     for key, parameter in layer.named_parameters():
         found = [each.get_parameter(key).grad for each in alone]
         if all(part is None for part in found):

@@ -33,16 +33,6 @@ def of_tails(layer, targets):
     return total
 
 
-def of_split_clusters(layer, targets):
-    """The numbers sent for the rows whose clusters are on several of `ranks` ranks."""
-    edges = torch.tensor([span.start for span in layer.ranks.spans(layer.num_classes)[1:]])
-    slots = layer._slots[targets]
-    starts = layer.offsets[layer._clusters[targets]]
-    stops = layer.offsets[layer._clusters[targets] + 1]
-    assert ((slots >= starts) & (slots < stops)).all()
-    return 3 * int(((starts[:, None] < edges) & (edges < stops[:, None])).any(1).sum())
-
-
 # A layer, how many collectives a step has, and the numbers of results that it reduces.
 STEPS = {
     "full": (lambda: FullSoftmax(D, V), 3, lambda layer, targets: N * (D + 3)),
@@ -58,8 +48,8 @@ STEPS = {
     ),
     "hierarchical": (
         lambda: HierarchicalSoftmax(D, V, clusters=torch.arange(V) * 7 // V),
-        7,
-        lambda layer, targets: N * (D + 4) + layer.num_clusters + of_split_clusters(layer, targets),
+        6,
+        lambda layer, targets: N * (D + 6) + layer.num_clusters,
     ),
     "mixture": (lambda: MixtureOfSoftmaxes(D, V, 3, latent_features=8), 3, lambda layer, targets: N * 3 * (8 + 3)),
     "one against all": (lambda: OneVsAll(D, V), 2, lambda layer, targets: N * D + 1),

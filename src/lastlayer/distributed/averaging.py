@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
-from lastlayer.distributed.row_sums import quotient, sum_rows
+from lastlayer.distributed.collectives import averaged, largest
+from lastlayer.distributed.ranks import Ranks, check_ranks
 from lastlayer.functional.row_sparse import row_sparse
 
 
@@ -56,17 +57,14 @@ class GradientAverager(Joinable):
     """
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-        if not dist.is_available() or not dist.is_initialized():
-            raise RuntimeError("a GradientAverager needs torch.distributed: call init_process_group first")
         super().__init__()
-        world = dist.group.WORLD if group is None else group
-        assert world is not None  # it is initialised
-        self.module, self.group = module, world
+        self.module = module
+        self.ranks, _ = check_ranks(group, self.join_device.type)
 
     def __call__(self) -> None:
         """Averages all gradients, in place of the process's own."""
         Join.notify_join_context(self)
-        average_gradients(self.module.parameters(), self.group)
+        _average_gradients(self.module.parameters(), self.ranks)
 
     # For `Join`.
 
@@ -80,7 +78,7 @@ class GradientAverager(Joinable):
 
     @property
     def join_process_group(self) -> Any:
-        return self.group
+        return self.ranks.group
 
 
 class _Joined(JoinHook):
@@ -92,51 +90,32 @@ class _Joined(JoinHook):
         parameters = list(self.averager.module.parameters())
         for parameter in parameters:
             parameter.grad = None
-        average_gradients(parameters, self.averager.group)
+        _average_gradients(parameters, self.averager.ranks)
         for parameter in parameters:
             parameter.grad = None
 
     def post_hook(self, is_last_joiner: bool) -> None:
         """The parameters of the process that trained longest."""
-        group, device = self.averager.group, self.averager.join_device
-        last = torch.tensor(dist.get_rank(group) if is_last_joiner else -1, device=device)
-        dist.all_reduce(last, dist.ReduceOp.MAX, group=group)
+        ranks, device = self.averager.ranks, self.averager.join_device
+        last = largest(torch.tensor(ranks.rank if is_last_joiner else -1, device=device), ranks)
         for parameter in self.averager.module.parameters():
-            dist.broadcast(parameter.data, group=group, group_src=int(last))
+            dist.broadcast(parameter.data, group=ranks.group, group_src=int(last))
 
 
 @torch.no_grad()
-def average_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """The means over the processes in place of each gradient; see `GradientAverager`."""
+def _average_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:
         return
-    gradients = [None if p.grad is None else _as_rows(p.grad) for p in trained]
-    own = [
-        (-1, 0) if g is None else (g.indices().shape[1] if g.is_sparse else 0, not g.is_sparse) for g in gradients
-    ]
-    facts = torch.tensor(own, device=trained[0].device)
-    most = facts.clone()
-    dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
-    for parameter, gradient, (rows, dense) in zip(trained, gradients, most.tolist(), strict=True):
-        if rows < 0:  # no process has one
+    own = [0 if p.grad is None else 1 if p.grad.is_sparse else 2 for p in trained]
+    kinds = largest(torch.tensor(own, device=trained[0].device), ranks).tolist()
+    for parameter, kind in zip(trained, kinds, strict=True):
+        gradient = parameter.grad
+        if kind == 0:  # no process has one
             continue
-        average = _dense_average if dense else _sparse_average
-        parameter.grad = average(parameter, gradient, rows, group)
-
-
-def _as_rows(gradient: Tensor) -> Tensor:
-    return gradient.coalesce() if gradient.is_sparse else gradient
-
-
-def _dense_average(parameter: Tensor, gradient: Tensor | None, rows: int, group: dist.ProcessGroup) -> Tensor:
-    total = torch.zeros_like(parameter) if gradient is None else gradient.to_dense().contiguous()
-    dist.all_reduce(total, group=group)
-    return total.div_(dist.get_world_size(group))
-
-
-def _sparse_average(parameter: Tensor, gradient: Tensor | None, rows: int, group: dist.ProcessGroup) -> Tensor:
-    if gradient is None:
-        nothing = torch.empty(0, dtype=torch.int64, device=parameter.device)
-        gradient = row_sparse(nothing, parameter.detach()[:0], len(parameter))
-    return quotient(sum_rows(gradient, rows, group), dist.get_world_size(group))
+        if kind == 2:
+            gradient = torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
+        elif gradient is None:
+            nothing = torch.empty(0, dtype=torch.int64, device=parameter.device)
+            gradient = row_sparse(nothing, parameter.detach()[:0], len(parameter))
+        parameter.grad = averaged(gradient, ranks)

@@ -5,15 +5,15 @@ of a tensor that all ranks hold is the same on all; and with R ranks
 
 | forward | backward |
 |---|---|
-| `copied`, `copied_together`: nothing, before each rank does its own part | the sum over the ranks |
+| `copied`: nothing, before each rank does its own part | the sum over the ranks |
 | `summed`: the sum over the ranks | nothing |
 | `gathered`: the columns of all ranks | the rank's own columns |
 
 Each backward pass is made of these again, and so second derivatives are right too.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lastlayer.distributed.ranks import Ranks
-from lastlayer.distributed.row_sums import gather_alike, quotient, sum_rows
 from lastlayer.functional.ordinary import ordinary
+from lastlayer.functional.row_sparse import row_sparse
 from lastlayer.functional.second_order import HandWritten
 from lastlayer.functional.sent_bytes import count_sent
 
@@ -37,21 +37,33 @@ def copied(tensor: Tensor, ranks: Ranks, *, mean: bool = False) -> Tensor:
     return tensor if ranks.size == 1 else _Copied.run(tensor, ranks, mean)
 
 
-def copied_together(tensors: Sequence[Tensor], ranks: Ranks) -> Sequence[Tensor]:
-    """Each as by `copied`, with one all-reduce of all their gradients."""
-    return tensors if ranks.size == 1 else _CopiedTogether.run(ranks, *tensors)
-
-
 def summed(tensor: Tensor, ranks: Ranks) -> Tensor:
     """The sum over the ranks."""
     return tensor if ranks.size == 1 else _Summed.run(tensor, ranks)
 
 
+def copied_together(tensors: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
+    """Each as by `copied`, with one all-reduce of all their gradients."""
+    return _together(tensors, lambda whole: copied(whole, ranks))
+
+
 def summed_together(tensors: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
     """The sum of each over the ranks, by one all-reduce."""
-    whole = summed(torch.cat([tensor.reshape(-1) for tensor in tensors]), ranks)
+    return _together(tensors, lambda whole: summed(whole, ranks))
+
+
+def _together(tensors: Sequence[Tensor], work: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    whole = work(torch.cat([tensor.reshape(-1) for tensor in tensors]))
     parts = whole.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def averaged(tensor: Tensor, ranks: Ranks) -> Tensor:
+    """The mean over the ranks; of a tensor that is sparse in its rows too, coalesced."""
+    if not tensor.is_sparse:
+        return summed(tensor, ranks) / ranks.size
+    total = summed(tensor.coalesce(), ranks)
+    return row_sparse(total.indices()[0], total.values() / ranks.size, len(total))
 
 
 def largest(tensor: Tensor, ranks: Ranks) -> Tensor:
@@ -74,7 +86,9 @@ def gathered_alike(tensor: Tensor, ranks: Ranks) -> list[Tensor]:
     if ranks.size == 1 or not tensor.numel():
         return [tensor] * ranks.size
     count_sent("all_gather", tensor.nbytes * (ranks.size - 1))
-    return gather_alike(tensor, ranks.group)
+    parts = [torch.empty_like(tensor) for _ in range(ranks.size)]
+    dist.all_gather(parts, tensor, group=ranks.group)
+    return parts
 
 
 def from_first(tensor: Tensor, ranks: Ranks) -> Tensor:
@@ -84,6 +98,32 @@ def from_first(tensor: Tensor, ranks: Ranks) -> Tensor:
         count_sent("broadcast", tensor.nbytes * (ranks.size - 1) / ranks.size)
         dist.broadcast(tensor, group=ranks.group, group_src=0)
     return tensor
+
+
+@contextmanager
+def same_random_numbers(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """PyTorch's default generators draw what those of the first rank draw; sends their states, some kB.
+
+    A rank whose generator was in the same state goes on from where the first rank's is afterwards; another's own
+    generator is left as it was.
+    """
+    if ranks.size == 1:
+        yield
+        return
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    before = [generator.get_state() for generator in generators]
+    own_device = torch.device(ranks.mesh.device_type)
+    firsts = [from_first(state.to(own_device), ranks).to(state.device) for state in before]
+    for generator, first in zip(generators, firsts, strict=True):
+        generator.set_state(first)
+    try:
+        yield
+    finally:
+        for generator, state, first in zip(generators, before, firsts, strict=True):
+            if not torch.equal(state, first):
+                generator.set_state(state)
 
 
 def _reduce(tensor: Tensor, ranks: Ranks, operation: Any = dist.ReduceOp.SUM) -> Tensor:
@@ -99,13 +139,21 @@ def _reduce(tensor: Tensor, ranks: Ranks, operation: Any = dist.ReduceOp.SUM) ->
     return result
 
 
-def _sum_of_rows(tensor: Tensor, ranks: Ranks) -> Tensor:
-    """The sum of row-sparse gradients: two all-gathers of the touched rows, of as many as a rank has at most."""
-    count = torch.tensor(tensor.indices().shape[1], device=tensor.device)
-    most = int(_reduce(count, ranks, dist.ReduceOp.MAX))
-    numbers = math.prod(tensor.shape[1:])
-    count_sent("all_gather", most * (numbers * tensor.itemsize + tensor.indices().itemsize) * (ranks.size - 1))
-    return sum_rows(tensor, most, ranks.group)
+def _sum_of_rows(
+    part: Tensor,  # (V, ...), sparse and coalesced
+    ranks: Ranks,
+) -> Tensor:  # (V, ...), sparse and coalesced
+    """Two all-gathers: each rank sends its rows and their ids, padded to the most that one has."""
+    count = part.indices().shape[1]
+    most = int(_reduce(torch.tensor(count, device=part.device), ranks, dist.ReduceOp.MAX))
+    ids = part.indices().new_full((most,), -1)
+    values = part.values().new_zeros(most, *part.shape[1:])
+    ids[:count], values[:count] = part.indices()[0], part.values()
+    all_ids, all_values = (torch.cat(gathered_alike(own, ranks)) for own in (ids, values))
+    used = all_ids >= 0
+    touched, places = all_ids[used].unique(return_inverse=True)
+    total = values.new_zeros(len(touched), *part.shape[1:])
+    return row_sparse(touched, total.index_add_(0, places, all_values[used]), len(part))
 
 
 class _Collective(HandWritten):
@@ -125,22 +173,7 @@ class _Copied(_Collective):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
-        total = summed(upstream[0], ctx.ranks)
-        return quotient(total, ctx.ranks.size) if ctx.mean else total, None, None
-
-
-class _CopiedTogether(_Collective):
-    @staticmethod
-    def forward(ranks: Ranks, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.ranks = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Any:
-        return None, *summed_together(upstream, ctx.ranks)
+        return (averaged if ctx.mean else summed)(upstream[0], ctx.ranks), None, None
 
 
 class _Summed(_Collective):

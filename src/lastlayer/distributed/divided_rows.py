@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from lastlayer.distributed.collectives import copied, from_first, summed
-from lastlayer.distributed.parameters import of_own_rows, own_rows
-from lastlayer.distributed.ranks import Ranks
+from lastlayer.distributed.ranks import Ranks, of_own_rows, own_rows
 from lastlayer.layers.factored.state import CHUNK_NUMBERS, FactoredState
 
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from lastlayer.distributed.collectives import copied, gathered, summed
 from lastlayer.distributed.divided_rows import DividedState
-from lastlayer.distributed.parameters import of_own_rows, own_rows
-from lastlayer.distributed.ranks import Ranks
+from lastlayer.distributed.ranks import Ranks, of_own_rows, own_rows
 from lastlayer.distributed.row_scores import Part, RowScoredLayer
 from lastlayer.functional.precision import no_autocast
 from lastlayer.functional.spherical import NormalizedLoss

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from lastlayer.distributed.collectives import copied, largest, summed
 from lastlayer.distributed.linear import DividedHead, divided_log_prob, divided_score
+from lastlayer.distributed.ranks import places_in
 from lastlayer.distributed.row_scores import Part, RowScoredLayer
 from lastlayer.distributed.sampled import no_logits
 from lastlayer.functional.cluster_softmax import cluster_log_prob
@@ -25,20 +26,19 @@ class Pieces(NamedTuple):
 
     own: slice  # the layer's rows of this rank
     clusters: slice  # those that have some of them
-    offsets: Tensor  # (P + 1,), where the rows of each begin on this rank
-    split: Tensor  # (B,), the clusters with rows on several ranks, of all ranks
+    offsets: Tensor  # (P + 1,), where the rows of each begin, among those of this rank
 
 
 class ShardedHierarchicalSoftmax(RowScoredLayer, HierarchicalSoftmax):
     """`HierarchicalSoftmax` over all ranks: the rows of its classes, cluster after cluster, are divided among
     them, and those of the head.
 
-    A cluster that begins on one rank and ends on another is computed in pieces. Of N rows, n of them with
-    targets in such clusters (fewer than there are ranks), a training step sends, by the counts of results:
-    forward `4 N + 3 n` numbers, and C with a bias, whether the clusters have classes that are not barred;
-    backward N d; all by all-reduce. Cost of a rank: that of the layer divided by the ranks, where targets are
-    even; the head forms its logits again in the backward pass. Queries compute all classes, and send the N C
-    log-probabilities of clusters.
+    A cluster that begins on one rank and ends on another is computed in pieces. Of N rows a training step sends,
+    by the counts of results: forward 6 N numbers (peak, mass and target's term of head and cluster), and C with a
+    bias, whether the clusters have classes that are not barred; backward N d; all by all-reduce. Cost of a rank:
+    that of the layer divided by the ranks, where targets are even; the head forms its logits again in the
+    backward pass. Queries compute all classes, and send 3 N C numbers of clusters: their log-probabilities, and
+    peaks and masses of the classes in them.
     """
 
     DIVIDED = ("head_weight", "head_bias", "weight", "bias")
@@ -51,97 +51,56 @@ class ShardedHierarchicalSoftmax(RowScoredLayer, HierarchicalSoftmax):
         pieces, barred = self._pieces(), self._barred_clusters()
         hidden = copied(hidden, self.ranks)
         total = divided_score(self._divided_head(barred), hidden, clusters[:, None])[:, 0]
-        split = torch.isin(clusters, pieces.split)
-        absent = split.new_zeros(split.shape) if barred is None else barred[clusters]
-        return total + self._of_clusters(pieces, hidden, clusters, slots, ~split & ~absent, split & ~absent)
+        return total + self._within(pieces, hidden, clusters, slots)
 
-    def _of_clusters(
-        self, pieces: Pieces, hidden: Tensor, clusters: Tensor, slots: Tensor, whole: Tensor, split: Tensor
-    ) -> Tensor:  # (N,), 0 at other rows
-        """`log P(class | cluster)` where one rank has all of the cluster (`whole`), and where several do.
+    def _within(self, pieces: Pieces, hidden: Tensor, clusters: Tensor, slots: Tensor) -> Tensor:  # (N,)
+        """`log P(class | cluster)`, 0 where all of the cluster is barred.
 
-        Of the latter (`split`) each rank computes `log P(reference | piece)` of its piece, in the same pass.
+        A rank that has a piece of the cluster gets its mass from one class in it, the target where it is there:
+        with f the logit of that class, the log of the mass is f - `log P(class | piece)`.
         """
-        of_split = split.nonzero().squeeze(1)
-        references = self._references(pieces, clusters[of_split])
-        used = references >= 0
-        at = (whole & (slots >= pieces.own.start) & (slots < pieces.own.stop)).nonzero().squeeze(1)
-        rows = torch.cat([at, of_split[used]])
-        if len(rows):
-            own_slots = torch.cat([slots[at], references[used]])
-            log_prob = self._inside(pieces, hidden.index_select(0, rows), clusters[rows], own_slots)
-        else:  # gradients flow through it all the same, as they do on other ranks
-            log_prob = no_logits(hidden[:0], self.weight, self.bias, self.sparse)
-        of_whole, of_references = log_prob.split([len(at), len(rows) - len(at)])
-        found = summed(log_prob.new_zeros(len(hidden)).index_copy(0, at, of_whole), self.ranks)
-        if not len(of_split):
-            return found
-        joined = self._split_clusters(pieces, hidden[of_split], slots[of_split], references, of_references)
-        return found.index_copy(0, of_split, joined)
-
-    def _split_clusters(
-        self, pieces: Pieces, hidden: Tensor, slots: Tensor, references: Tensor, log_prob: Tensor
-    ) -> Tensor:  # (n,)
-        """`log P(class | cluster)` of clusters in pieces. One class of each piece, of the largest bias, is the
-        reference of its mass: with f its logit, the log of the mass is f - `log P(reference | piece)`.
-        """
-        at = (references >= 0).nonzero().squeeze(1)
-        nothing = log_prob.new_full(slots.shape, LEAST)
-        peak, log_mass, target = nothing, nothing.index_copy(0, at, log_prob), torch.zeros_like(nothing)
-        has_target = (slots >= pieces.own.start) & (slots < pieces.own.stop)
+        first = self._first_of_piece(pieces, clusters)
+        at = (first >= 0).nonzero().squeeze(1)
+        target, has_target = places_in(pieces.own, slots[at])
+        barred = has_target & self._is_barred(target)
         if len(at):
-            reference = references[at]
-            places = torch.stack([reference, torch.where(has_target[at], slots[at], reference)], 1)
-            logits = self._logits_at(hidden.index_select(0, at), places - pieces.own.start)
-            peak = peak.index_copy(0, at, logits[:, 0].detach())
-            relative = logits - logits[:, :1].detach()
-            log_mass = log_mass.index_copy(0, at, relative[:, 0] - log_prob)
-            target = target.index_copy(0, at, relative[:, 1])
-        whole = largest(peak, self.ranks)
-        shift = peak - whole
-        parts = [(log_mass + shift).exp(), torch.where(has_target, target + shift, 0.0)]
-        mass, at_target = summed(torch.stack(parts), self.ranks)
-        return at_target - mass.log()
+            rows, place = hidden.index_select(0, at), torch.where(has_target & ~barred, target, first[at])
+            own = clusters[at] - pieces.clusters.start, pieces.offsets
+            more = {"sparse": self.sparse, "memory": self._memory}
+            log_prob = cluster_log_prob(rows, self.weight, self.bias, place, *own, **more)
+            # its gradient is sparse: a dense one would be a second one of all classes
+            none = place.new_empty(0)
+            logits = sampled_logits(rows, self.weight, self.bias, place[:, None], none, sparse=True)[0][:, 0]
+        else:  # gradients flow through it all the same, as they do on other ranks
+            log_prob = logits = no_logits(hidden[:0], self.weight, self.bias, self.sparse)
+        log_mass, nothing = logits - log_prob, log_prob.new_zeros(len(slots))
+        peak = largest((nothing + LEAST).index_copy(0, at, log_mass.detach()), self.ranks)[at]
+        of_target = torch.where(has_target, logits - peak, 0.0).masked_fill(barred, -torch.inf)
+        terms = [nothing.index_copy(0, at, term) for term in ((log_mass - peak).exp(), of_target)]
+        mass, of_target = summed(torch.stack(terms), self.ranks)
+        return of_target - mass.masked_fill(mass == 0, 1).log()
 
-    def _logits_at(self, hidden: Tensor, places: Tensor) -> Tensor:  # (n, M)
-        """Logits of a few of this rank's classes: a dense gradient would be a second one of all of them."""
-        return sampled_logits(hidden, self.weight, self.bias, places, places.new_empty(0), sparse=True)[0]
+    def _first_of_piece(self, pieces: Pieces, clusters: Tensor) -> Tensor:  # (n,) to (n,)
+        """The first row of this rank's piece of each cluster that is not barred; -1 where there is none."""
+        first, stops = pieces.offsets[:-1], pieces.offsets[1:]
+        if self.bias is not None:
+            free = F.pad((self.bias.detach() > -torch.inf).nonzero()[:, 0], (0, 1), value=len(self.weight))
+            first = free[torch.searchsorted(free, first)]
+        of_pieces = F.pad(first.masked_fill(first >= stops, -1), (0, 1), value=-1)
+        places, here = places_in(pieces.clusters, clusters)
+        return of_pieces[places.masked_fill(~here, -1)]
 
-    def _inside(self, pieces: Pieces, hidden: Tensor, clusters: Tensor, slots: Tensor) -> Tensor:  # (n,)
-        """`log P(class | piece)` of rows of this rank."""
-        return cluster_log_prob(
-            hidden,
-            self.weight,
-            self.bias,
-            slots - pieces.own.start,
-            clusters - pieces.clusters.start,
-            pieces.offsets,
-            sparse=self.sparse,
-            memory=self._memory,
-        )
-
-    def _references(self, pieces: Pieces, clusters: Tensor) -> Tensor:  # (n,) to (n,)
-        """The row of the class with the largest bias in this rank's piece of each cluster; -1 where there is none,
-        or all are barred."""
-        starts, stops = pieces.offsets[:-1].tolist(), pieces.offsets[1:].tolist()
-        bias = None if self.bias is None else self.bias.detach()
-        found = []
-        for start, stop in zip(starts, stops, strict=True):
-            best = start if bias is None else start + int(bias[start:stop].argmax())
-            found.append(-1 if bias is not None and bias[best] == -torch.inf else best + pieces.own.start)
-        of_pieces = torch.tensor([*found, -1], dtype=torch.int64, device=pieces.offsets.device)
-        here = (clusters >= pieces.clusters.start) & (clusters < pieces.clusters.stop)
-        return of_pieces[torch.where(here, clusters - pieces.clusters.start, len(found))]
+    def _is_barred(self, places: Tensor) -> Tensor:  # (n,) to (n,)
+        if self.bias is None or not len(self.bias):
+            return torch.zeros_like(places, dtype=torch.bool)
+        return self.bias.detach()[places] == -torch.inf
 
     def _pieces(self) -> Pieces:
         own = self.ranks.span(self.num_classes)
-        starts, stops = self.offsets[:-1], self.offsets[1:]
-        held = ((starts < own.stop) & (stops > own.start)).nonzero().squeeze(1)
+        held = ((self.offsets[:-1] < own.stop) & (self.offsets[1:] > own.start)).nonzero().squeeze(1)
         clusters = slice(int(held[0]), int(held[-1]) + 1) if len(held) else slice(0, 0)
         offsets = self.offsets[clusters.start : clusters.stop + 1].clamp(own.start, own.stop) - own.start
-        edges = self.offsets.new_tensor([span.start for span in self.ranks.spans(self.num_classes)[1:]])
-        split = ((starts[:, None] < edges) & (edges < stops[:, None])).any(1)
-        return Pieces(own, clusters, offsets, split.nonzero().squeeze(1))
+        return Pieces(own, clusters, offsets)
 
     def _divided_head(self, barred: Tensor | None) -> DividedHead:
         bias, own = self.head_bias, self.ranks.span(self.num_clusters)
@@ -181,18 +140,11 @@ class ShardedHierarchicalSoftmax(RowScoredLayer, HierarchicalSoftmax):
 
     def _joined(self, pieces: Pieces, peak: Tensor, log_sum: Tensor) -> Tensor:  # (n, P) each
         """The log of the mass of whole clusters, relative to the peak of the piece."""
-        if not len(pieces.split):
-            return log_sum
-        columns = pieces.split - pieces.clusters.start  # of the split clusters, among the pieces
-        here = (columns >= 0) & (columns < log_sum.shape[1])
-        own = columns[here]
-        nothing = peak.detach().new_full((len(peak), len(columns)), LEAST)
-        mine = log_sum[:, own]
-        exists = mine.detach() > -torch.inf
-        peaks = nothing.index_copy(1, here.nonzero()[:, 0], torch.where(exists, peak[:, own].detach(), LEAST))
-        whole = largest(peaks, self.ranks)
-        shift = (peaks - whole)[:, here]
-        mass = torch.where(exists, (mine.masked_fill(~exists, 0) + shift).exp(), 0.0)
-        total = summed(torch.zeros_like(nothing).index_copy(1, here.nonzero()[:, 0], mass), self.ranks)
-        joined = copied(total.masked_fill(total == 0, 1).log(), self.ranks)[:, here] - shift
-        return log_sum.index_copy(1, own, torch.where(exists, joined, mine))
+        at, beside = pieces.clusters, (pieces.clusters.start, self.num_clusters - pieces.clusters.stop)
+        exists = log_sum.detach() > -torch.inf
+        peak = torch.where(exists, peak.detach(), LEAST)
+        shift = peak - largest(F.pad(peak, beside, value=LEAST), self.ranks)[:, at]
+        mass = torch.where(exists, (log_sum.masked_fill(~exists, 0) + shift).exp(), 0.0)
+        total = summed(F.pad(mass, beside), self.ranks)
+        joined = copied(total.masked_fill(total == 0, 1).log(), self.ranks)[:, at] - shift
+        return torch.where(exists, joined, log_sum)

@@ -10,8 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from lastlayer.distributed.agreement import check_agreement
 from lastlayer.distributed.collectives import copied, from_first
-from lastlayer.distributed.parameters import copied_here, divided, local, of_own_rows, own_rows, replicated
-from lastlayer.distributed.ranks import Ranks
+from lastlayer.distributed.ranks import Ranks, copied_here, divided, local, of_own_rows, own_rows, replicated
 from lastlayer.functional.ordinary import ordinary
 from lastlayer.layers.base import OutputLayer
 

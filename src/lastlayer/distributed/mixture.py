@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from lastlayer.distributed.collectives import copied
+from lastlayer.distributed.collectives import copied, same_random_numbers
 from lastlayer.distributed.linear import DividedHead, divided_score
 from lastlayer.distributed.queries import log_softmax_of_ranks
-from lastlayer.distributed.random_numbers import same_random_numbers
 from lastlayer.distributed.row_scores import Part, RowScoredLayer
 from lastlayer.functional.linear_chunks import mapped_logits
 from lastlayer.functional.logit_map import barred_classes

@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lastlayer.distributed.collectives import copied, largest, summed
+from lastlayer.distributed.collectives import copied, largest, same_random_numbers, summed
 from lastlayer.distributed.full import ShardedSoftmaxHead
-from lastlayer.distributed.random_numbers import same_random_numbers
 from lastlayer.distributed.ranks import places_in
 from lastlayer.functional.partial_softmax import LEAST
 from lastlayer.functional.precision import exact_dtype

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from lastlayer.distributed.collectives import gathered, largest, summed
 from lastlayer.distributed.full import ShardedSoftmaxHead
 from lastlayer.distributed.one_vs_all import ShardedOneVsAll
-from lastlayer.distributed.parameters import local
 from lastlayer.distributed.queries import best_of_ranks, sample_of_ranks, selection_of
-from lastlayer.distributed.ranks import Ranks, places_in
+from lastlayer.distributed.ranks import Ranks, local, places_in
 from lastlayer.functional.changes import count_of_changes
 from lastlayer.functional.checks import check_count, check_hidden, check_positive
 from lastlayer.functional.partial_softmax import LEAST, mapped
