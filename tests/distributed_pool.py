@@ -16,9 +16,15 @@ TIMEOUT = 20  # seconds
 
 
 class Pool:
-    """Processes 0, 1 and 2 with a gloo group; functions run on the first `ranks` of them, in a group of these."""
+    """Processes 0, 1 and 2 with a gloo group; functions run on the first `ranks` of them, in a group of these.
+
+    After a failure there are new processes: those left could wait for each other in different collectives.
+    """
 
     def __init__(self):
+        self._start()
+
+    def _start(self):
         context = mp.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
         self.inputs = [context.Queue() for _ in range(WORLD)]
@@ -37,16 +43,24 @@ class Pool:
         try:
             errors = [self.results.get(timeout=2 * TIMEOUT) for _ in range(ranks)]
         except Empty:
-            raise AssertionError("a process of the pool does not answer") from None
+            errors = ["a process of the pool does not answer"]
         found = [error for error in errors if error]
-        assert not found, "\n".join(found)
+        if found:
+            self._stop()
+            self._start()
+            raise AssertionError("\n".join(found))
 
     def close(self):
         for queue in self.inputs:
             queue.put(None)
         for process in self.processes:
             process.join(10)
+        self._stop()
+
+    def _stop(self):
+        for process in self.processes:
             process.kill()
+            process.join()
         self.folder.cleanup()
 
 

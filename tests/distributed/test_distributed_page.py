@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -14,9 +15,10 @@ from torch.distributed.fsdp import fully_shard
 
 from lastlayer import FullSoftmax
 from lastlayer.distributed import shard
+from lastlayer.study import distributed_bench
 from lastlayer.study.bench import Sizes
 from lastlayer.study.compare import Comparison, Plan
-from lastlayer.study.distributed_bench import SHARDABLE, run_distributed_bench
+from lastlayer.study.distributed_bench import SHARDABLE
 from lastlayer.study.text.corpus import load_corpus
 from lastlayer.study.training.trainer import Budget
 
@@ -108,7 +110,10 @@ def test_compare_over_processes(pool, tmp_path):
 def bench_counts(group):
     as_torchrun(group.rank(), 3)
     try:
-        records = run_distributed_bench(Sizes(50, 8, 30, 1), list(SHARDABLE), 0, torch.device("cpu"))
+        with patch.object(distributed_bench, "ROUNDS", 1):
+            records = distributed_bench.run_distributed_bench(
+                Sizes(50, 8, 30, 1), list(SHARDABLE), 0, torch.device("cpu")
+            )
     finally:
         as_torchrun(0, 1)
     assert [record["name"] for record in records] == list(SHARDABLE)

@@ -143,26 +143,6 @@ def inputs_differ(group):
         sharded(hidden, targets) if rank else sharded.topk(hidden, 2)
 
 
-def later_inputs_differ(rank, store):
-    """The page: in a later call PyTorch's own comparison, where it is on, is an error on all ranks."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    layer = full()
-    sharded = make_sharded(layer, dist.group.WORLD)
-    hidden, targets = batch(layer, 6)
-    expected = sharded(hidden, targets)
-    rows = 6 - rank
-    with pytest.raises(RuntimeError, match=r"[Mm]ismatch"):
-        sharded(hidden[:rows], targets[:rows])
-    check_equal(sharded(hidden, targets), expected, "afterwards")
-
-
-def test_later_inputs_that_differ(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
-    torch.multiprocessing.spawn(later_inputs_differ, (str(tmp_path / "store"),), nprocs=2)
-
-
 def test_ranks_that_differ(pool):
     pool.run(layers_differ, 3)
     pool.run(inputs_differ, 3)

@@ -74,7 +74,7 @@ def all_steps_are_equal(group, losses, V):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_steps(pool, ranks):
-    pool.run(all_steps_are_equal, ranks, list(LOSSES), 11)
+    pool.run(all_steps_are_equal, ranks, list(LOSSES) if ranks == 3 else ["spherical"], 11)
 
 
 def test_ranks_without_classes(pool):
@@ -111,7 +111,7 @@ def answers_are_equal(group, loss, V, dtype):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_answers(pool, ranks):
-    for loss in LOSSES:
+    for loss in LOSSES if ranks == 3 else ["squared"]:
         pool.run(answers_are_equal, ranks, loss, 11, torch.float64)
     pool.run(answers_are_equal, ranks, "taylor", 4, torch.float64)
     pool.run(answers_are_equal, ranks, "spherical", 1, torch.float32)
@@ -253,8 +253,8 @@ def counted(calls, name, function):
 
 
 def test_many_steps(pool):
-    pool.run(stays_exact, 3, torch.float64, False, 300)
-    pool.run(stays_exact, 2, torch.float32, True, 150)
+    pool.run(stays_exact, 3, torch.float64, False, 120)
+    pool.run(stays_exact, 2, torch.float32, True, 80)
 
 
 def decisions_are_the_first_ranks(group):

@@ -66,9 +66,10 @@ def losses_are_equal(group, option, V):
         torch.manual_seed(1)
         layer = FullSoftmax(5, V, reduction=reduction, dtype=torch.float64, **copy.deepcopy(options_of(option, V)))
         sharded = make_sharded(layer, group)
-        for rows in (6, 0):
+        kinds = KINDS if reduction == "mean" else ("some ignored", "several")
+        for rows, kinds_of_rows in ((6, kinds), (0, kinds[-1:])):
             hidden, _ = batch(layer, rows)
-            for kind in KINDS:
+            for kind in kinds_of_rows:
                 arguments = targets_of(kind, hidden, V)
                 calls = {kind: lambda layer, h, arguments=arguments: layer(h, *arguments)}
                 check_calls(layer, sharded, hidden, None, calls, f"{option}, V={V}, {rows} rows, {reduction}")
@@ -108,11 +109,12 @@ def queries_are_equal(group, option, V, dtype):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_queries(pool, ranks):
-    for option in ("plain", "no bias", "everything"):
-        pool.run(queries_are_equal, ranks, option, 11, torch.float64)
-    pool.run(queries_are_equal, ranks, "plain", 4, torch.float64)
-    pool.run(queries_are_equal, ranks, "plain", 1, torch.float64)
-    pool.run(queries_are_equal, ranks, "soft cap", 11, torch.float32)
+    pool.run(queries_are_equal, ranks, "everything", 11, torch.float64)
+    if ranks == 3:
+        pool.run(queries_are_equal, ranks, "no bias", 11, torch.float64)
+        pool.run(queries_are_equal, ranks, "plain", 4, torch.float64)
+        pool.run(queries_are_equal, ranks, "plain", 1, torch.float64)
+        pool.run(queries_are_equal, ranks, "soft cap", 11, torch.float32)
 
 
 def bars(group):

@@ -60,7 +60,9 @@ def likelihoods_are_equal(group, name):
             hidden, targets = batch(layer, rows)
             some = targets.clone()
             some[::2] = -100
-            every = {"targets": targets, "on one rank": targets * 0, "some": some, "ignored": targets * 0 - 100}
+            every = {"some": some}
+            if reduction == "mean" and rows:
+                every |= {"targets": targets, "on one rank": targets * 0, "ignored": targets * 0 - 100}
             calls = {kind: lambda layer, h, ids=ids: layer(h, ids) for kind, ids in every.items()}
             check_calls(layer, sharded, hidden, targets, calls, f"{name}, {rows} rows, {reduction}")
     if name in SLOW_QUERIES:
@@ -95,9 +97,8 @@ def classes_are_barred(group, name):
 
 
 def test_barred_classes(pool):
-    for ranks in (2, 3):
-        for name in ("hierarchical, ragged", "mixture"):
-            pool.run(classes_are_barred, ranks, name)
+    for ranks, name in ((2, "hierarchical, ragged"), (3, "hierarchical, ragged"), (3, "mixture")):
+        pool.run(classes_are_barred, ranks, name)
 
 
 def draws_follow_the_model(group, name):
@@ -140,7 +141,7 @@ def one_vs_all_is_equal(group, sampled, V):
     several = torch.tensor([[0, 2, -100], [V - 1, 0, 0], [-100, -100, -100], [1, 2, 3]]) % V
     several[2] = -100
     several[0, 2] = -100
-    for reduction in ("mean", "sum", "none"):
+    for reduction in ("mean", "none"):
         torch.manual_seed(1)
         options = {"sampler": Uniform(V), "num_samples": 4} if sampled else {"positive_weight": WEIGHTS[:V]}
         layer = OneVsAll(5, V, reduction=reduction, dtype=torch.float64, **options)
@@ -166,7 +167,7 @@ def one_vs_all_is_equal(group, sampled, V):
 
 
 def test_one_vs_all(pool):
-    for ranks in (1, 2, 3):
+    for ranks in (1, 3):
         pool.run(one_vs_all_is_equal, ranks, False, 11)
         pool.run(one_vs_all_is_equal, ranks, True, 11)
     pool.run(one_vs_all_is_equal, 3, False, 4)
@@ -199,14 +200,14 @@ def sampled_is_equal(group, option, shared):
                 return layer(h, targets)
 
             check_calls(layer, sharded, hidden, None, {"loss": loss}, f"sampled, {option}, {reduction}")
-    hidden, targets = batch(layer, 5)
-    check_calls(layer, sharded, hidden, targets, queries(layer, hidden, targets), "sampled")
-    check_indices(layer, sharded, hidden, "sampled")
+    if option == "weights":
+        hidden, targets = batch(layer, 5)
+        check_calls(layer, sharded, hidden, targets, queries(layer, hidden, targets), "sampled")
+        check_indices(layer, sharded, hidden, "sampled")
 
 
 def test_sampled_softmax(pool):
-    for ranks in (1, 2, 3):
-        pool.run(sampled_is_equal, ranks, "weights", True)
+    pool.run(sampled_is_equal, 1, "weights", True)
     for option in SAMPLED:
         pool.run(sampled_is_equal, 3, option, True)
     pool.run(sampled_is_equal, 3, "all", False)

@@ -75,6 +75,11 @@ class ShardedFactoredOutput(RowScoredLayer, FactoredOutput):
         whole = gathered(own, self.ranks.spans(self.num_classes), self.ranks)
         return whole.reshape(*hidden.shape[:-1], self.num_classes)
 
+    def score(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """See `OutputLayer`."""
+        self._normalized()
+        return super().score(hidden, ids)
+
     # The hooks.
 
     def _own_outputs(self, hidden: Tensor) -> Tensor:  # (N, d) to (N, W)
@@ -93,10 +98,6 @@ class ShardedFactoredOutput(RowScoredLayer, FactoredOutput):
     def _log_prob(self, hidden: Tensor) -> Tensor:
         self._normalized()
         return super()._log_prob(hidden)
-
-    def _score(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        self._normalized()
-        return super()._score(hidden, ids)
 
     def _sample(self, hidden: Tensor, num_samples: int) -> Tensor:
         self._normalized()

@@ -73,10 +73,14 @@ class ShardedHierarchicalSoftmax(RowScoredLayer, HierarchicalSoftmax):
             logits = sampled_logits(rows, self.weight, self.bias, place[:, None], none, sparse=True)[0][:, 0]
         else:  # gradients flow through it all the same, as they do on other ranks
             log_prob = logits = no_logits(hidden[:0], self.weight, self.bias, self.sparse)
-        log_mass, nothing = logits - log_prob, log_prob.new_zeros(len(slots))
-        peak = largest((nothing + LEAST).index_copy(0, at, log_mass.detach()), self.ranks)[at]
-        of_target = torch.where(has_target, logits - peak, 0.0).masked_fill(barred, -torch.inf)
-        terms = [nothing.index_copy(0, at, term) for term in ((log_mass - peak).exp(), of_target)]
+        nothing = log_prob.new_zeros(len(slots))
+        peak = largest((nothing + LEAST).index_copy(0, at, (logits - log_prob).detach()), self.ranks)[at]
+        # A mass of 1 and the log-probability of what no other rank has, exactly; large logits cost it no digits.
+        alone = self._has_whole(pieces)[clusters[at] - pieces.clusters.start]
+        log_mass = torch.where(alone, 0.0, (logits - peak) - log_prob)
+        of_target = torch.where(alone, log_prob, logits - peak)
+        of_target = torch.where(has_target, of_target, 0.0).masked_fill(barred, -torch.inf)
+        terms = [nothing.index_copy(0, at, term) for term in (log_mass.exp(), of_target)]
         mass, of_target = summed(torch.stack(terms), self.ranks)
         return of_target - mass.masked_fill(mass == 0, 1).log()
 
@@ -89,6 +93,11 @@ class ShardedHierarchicalSoftmax(RowScoredLayer, HierarchicalSoftmax):
         of_pieces = F.pad(first.masked_fill(first >= stops, -1), (0, 1), value=-1)
         places, here = places_in(pieces.clusters, clusters)
         return of_pieces[places.masked_fill(~here, -1)]
+
+    def _has_whole(self, pieces: Pieces) -> Tensor:  # (P,) bool
+        """Which pieces are whole clusters."""
+        sizes = self.offsets.diff()[pieces.clusters]
+        return pieces.offsets.diff() == sizes
 
     def _is_barred(self, places: Tensor) -> Tensor:  # (n,) to (n,)
         if self.bias is None or not len(self.bias):
