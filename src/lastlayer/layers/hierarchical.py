@@ -42,17 +42,15 @@ class HierarchicalSoftmax(OutputLayer):
         tail = F.log_softmax(F.linear(h, rows of c in layer.weight, their biases))[place of y in c]
         log P(y | h) = head + tail
 
-    A different model from the full softmax, with its own parameters; it is exact in itself: probabilities sum to
-    one, and there is no padding that holds any. Cost of one target: `d (C + size of its cluster)`, about
-    `3.3 d sqrt(V)`, against `d V`. Memory beyond parameters: the batch, and the gradient of the touched clusters.
-    `log_prob` costs `d (V + C)` a row, as the full layer does. `topk` opens clusters best first and stops as
-    soon as the next cannot beat the k-th best.
+    A different model from the full softmax, with its own parameters, and exact in itself: its probabilities sum to
+    one. Cost of one target, or of a candidate of `score`: `d (C + size of its cluster)`, about `3.3 d sqrt(V)`,
+    against `d V`. Memory beyond parameters: the batch, and the gradient of the touched clusters. `log_prob` costs
+    `d (V + C)` a row. `topk` opens clusters best first until the next cannot beat the k-th best.
 
     With `sparse=True` the gradients of `weight` and `bias` hold the touched clusters' rows only (coalesced), and a
     whole training step costs what those rows cost. `torch.optim.SGD` (no weight decay) and `Adagrad` take them,
     also together with dense parameters; `SparseAdam` takes them alone: `sparse_parameters()` splits the groups.
-    AdamW, weight decay, `clip_grad_norm_` and `DistributedDataParallel` (supports only those of `nn.Embedding`) do
-    not.
+    AdamW, weight decay, `clip_grad_norm_` and `DistributedDataParallel` do not.
 
     When *not* to use it: below a few thousand classes, where the full softmax costs no more; and where the last
     few percent of perplexity count more than training time.
@@ -123,8 +121,8 @@ class HierarchicalSoftmax(OutputLayer):
         for name, buffer in clustering.items():
             self.register_buffer(name, buffer.to(self.weight.device))
         self._planned = clustering if self.weight.is_meta else None
-        self.register_buffer("_slots", None, persistent=False)
-        self.register_buffer("_clusters", None, persistent=False)
+        for name in ("_slots", "_clusters"):
+            self.register_buffer(name, None, persistent=False)
         self._derive()
         self._memory = GradientMemory()
         self.reset_parameters()
@@ -135,6 +133,7 @@ class HierarchicalSoftmax(OutputLayer):
             draw(parameter, self.in_features)
 
     @classmethod
+    @torch.no_grad()
     def from_full(
         cls, layer: FullSoftmax, *, clusters: Tensor | None = None, sparse: bool = False
     ) -> "HierarchicalSoftmax":
@@ -159,12 +158,9 @@ class HierarchicalSoftmax(OutputLayer):
             device=layer.weight.device,
             dtype=layer.weight.dtype,
         )
-        with torch.no_grad():
-            weight = layer.weight[made.order]
-            bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias[made.order]
-            head_weight, head_bias = means_above(weight, bias, made.offsets)
-        own = {"head_weight": head_weight, "head_bias": head_bias, "weight": weight, "bias": bias}
-        made.load_state_dict(own, strict=False)
+        weight = layer.weight[made.order]
+        bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias[made.order]
+        made._copy(*means_above(weight, bias, made.offsets), weight, bias)
         return made
 
     @torch.no_grad()
@@ -223,10 +219,14 @@ class HierarchicalSoftmax(OutputLayer):
         size = check_theano(TheanoParameters(W1, b1, W2, b2), num_classes)
         ids = torch.arange(num_classes, device="cpu") // size
         layer = cls(len(W1), num_classes, clusters=ids, sparse=sparse, device=W2.device, dtype=W2.dtype)
-        weight, bias = class_rows(W2, num_classes), class_rows(b2, num_classes)
-        own = {"head_weight": W1.T, "head_bias": b1, "weight": weight, "bias": bias}
-        layer.load_state_dict(own, strict=False)
+        layer._copy(W1.T, b1, class_rows(W2, num_classes), class_rows(b2, num_classes))
         return layer
+
+    def _copy(self, *values: Tensor) -> None:
+        """Sets head weight, head bias, weight and bias."""
+        for (_, parameter, _), value in zip(self._parameter_shapes(), values, strict=True):
+            assert parameter is not None
+            parameter.copy_(value)
 
     @torch.no_grad()
     def to_theano(self) -> TheanoParameters:
@@ -238,10 +238,11 @@ class HierarchicalSoftmax(OutputLayer):
         size = int(self.offsets[1])
         if not torch.equal(self._clusters.cpu(), torch.arange(self.num_classes, device="cpu") // size):
             raise ValueError("Theano's layout needs clusters of equally many neighbouring ids: y // nO")
-        zeros = (self.weight.new_zeros(n) for n in (self.num_clusters, self.num_classes))
-        b1, b2 = (z if b is None else b for z, b in zip(zeros, (self.head_bias, self.bias), strict=True))
-        blocks = (blocks_of(rows, self.num_clusters, size) for rows in (self.weight, b2))
-        return TheanoParameters(self.head_weight.T.clone(), b1.clone(), *blocks)
+        C, none = self.num_clusters, self.weight.new_zeros
+        head_bias = none(C) if self.head_bias is None else self.head_bias.clone()
+        bias = none(self.num_classes) if self.bias is None else self.bias
+        blocks = (blocks_of(rows, C, size) for rows in (self.weight, bias))
+        return TheanoParameters(self.head_weight.T.clone(), head_bias, *blocks)
 
     def class_weight(self) -> Tensor:  # (V, d)
         """The rows of `weight` in class order (a copy): row y is class y's vector inside its cluster."""
@@ -332,7 +333,8 @@ class HierarchicalSoftmax(OutputLayer):
         order, offsets = state_dict.get(f"{prefix}order"), state_dict.get(f"{prefix}offsets")
         if order is not None and not torch.equal(order.sort().values.cpu(), torch.arange(last + 1, device="cpu")):
             raise ValueError(f"{prefix}order in the state dict must hold each class from 0 to {last} once")
-        if offsets is not None and not _is_partition(offsets, self.num_classes):
+        edges = None if offsets is None else [int(offsets[0]), int(offsets[-1])]
+        if offsets is not None and (edges != [0, last + 1] or not bool((offsets.diff() > 0).all())):
             raise ValueError(f"{prefix}offsets in the state dict must rise from 0 to {self.num_classes}")
         return state_dict
 
@@ -340,7 +342,3 @@ class HierarchicalSoftmax(OutputLayer):
         """Sets what follows from `order` and `offsets`: row and cluster of each class."""
         self._slots = self.order.argsort()
         self._clusters = row_clusters(self.offsets, self.num_classes).index_select(0, self._slots)
-
-
-def _is_partition(offsets: Tensor, num_classes: int) -> bool:
-    return int(offsets[0]) == 0 and int(offsets[-1]) == num_classes and bool((offsets.diff() > 0).all())
