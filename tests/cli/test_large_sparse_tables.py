@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from lastlayer.cli.large_sparse_targets import show_cases
+from lastlayer.cli.reproduce import show_cases
 
 
 def shown(case, *records, columns=80):

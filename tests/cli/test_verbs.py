@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from lastlayer.cli import main
 from lastlayer.cli.app import app
-from lastlayer.cli.large_sparse_targets import large_sparse_targets
 from lastlayer.cli.options import Common, verb
+from lastlayer.cli.reproduce import large_sparse_targets
 from lastlayer.cli.speedup import speedup
 from lastlayer.kernels import engine
 from lastlayer.study.errors import StudyError, Terminated, UsageError
@@ -122,8 +122,7 @@ def test_finished_parts_outlive_an_interrupt(run, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    module = sys.modules["lastlayer.cli.large_sparse_targets"]  # the package has a function of that name
-    monkeypatch.setattr(module, "measure_scaling", interrupted)
+    monkeypatch.setattr("lastlayer.cli.reproduce.measure_scaling", interrupted)
     options = ["--parts", "exactness,scaling", "--steps", 3, "--json", tmp_path / "records.json"]
     result = run("reproduce", "large-sparse-targets", *options)
     assert (result.exit_code, result.stderr) == (130, "lastlayer: interrupted\n")

@@ -9,12 +9,9 @@ from lastlayer.cli.bench import bench
 from lastlayer.cli.compare import compare
 from lastlayer.cli.config import config
 from lastlayer.cli.help import Command
-from lastlayer.cli.hierarchical_softmax import hierarchical_softmax
-from lastlayer.cli.large_sparse_targets import large_sparse_targets
 from lastlayer.cli.options import verb
-from lastlayer.cli.softmax_bottleneck import softmax_bottleneck
+from lastlayer.cli.reproduce import hierarchical_softmax, large_sparse_targets, softmax_bottleneck, svd_softmax
 from lastlayer.cli.speedup import speedup
-from lastlayer.cli.svd_softmax import svd_softmax
 
 PLAIN = {"rich_markup_mode": None, "no_args_is_help": True, "add_completion": False}
 app = typer.Typer(**PLAIN, pretty_exceptions_enable=False)
