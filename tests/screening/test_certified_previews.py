@@ -13,12 +13,12 @@ every_preview = pytest.mark.parametrize("preview", [Int8Preview(), Int4Preview()
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("rows", [1, 12])
 def test_exact_answers_are_the_full_layers(kind, dtype, rows):
     """Each on the states that are hard for it."""
     weight, bias, hidden = (coarse_head if kind == "int8" else turned_head)(3000, dtype=dtype)
     preview = Int8Preview() if kind == "int8" else Int4Preview(calibration=hidden[200:])
-    hidden = hidden[:200]
+    hidden = hidden[:48]
     layer = ScreenedSoftmax(weight, bias, preview=preview, candidates=16, exact=True)
     wide = torch.promote_types(dtype, torch.float32)
     logits = nn.functional.linear(hidden.to(wide), weight.to(wide), bias.to(wide))
