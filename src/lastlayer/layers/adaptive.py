@@ -207,7 +207,7 @@ class AdaptiveSoftmax(OutputLayer):
     def _score(self, hidden: Tensor, ids: Tensor) -> Tensor:
         if not readable(hidden, ids, *self.parameters()):  # no shape may depend on the candidates
             return super()._score(hidden, ids)
-        score = linear_score if ids.shape[1] > 1 else _target_score
+        score = _target_score if ids.shape[1] == 1 else linear_score
         total = hidden.new_zeros(ids.shape, dtype=exact_dtype(hidden.dtype))
         for at, rows, weight, own, bias, absent in self._parts(hidden, ids):
             found = score(rows, weight, own, bias=bias).masked_fill(absent, 0)
