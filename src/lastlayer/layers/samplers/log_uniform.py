@@ -41,7 +41,7 @@ class LogUniform(IndependentSampler):
     """
 
     order: Tensor | None  # (V,), the class of each rank; None where ids are ranks
-    ranks: Tensor | None  # (V,), the rank of each class
+    log_probs: Tensor | None  # (V,), log q of each class
 
     def __init__(
         self, num_classes: int, *, counts: Tensor | None = None, replacement: bool = True, shared: bool = True
@@ -49,7 +49,8 @@ class LogUniform(IndependentSampler):
         super().__init__(num_classes, replacement=replacement, shared=shared)
         order = None if counts is None else by_falling_count(counts, self.num_classes)
         self.register_buffer("order", order, persistent=False)
-        self.register_buffer("ranks", None if order is None else order.argsort(), persistent=False)
+        log_probs = None if order is None else self._of_ranks(order.argsort())
+        self.register_buffer("log_probs", log_probs, persistent=False)
         watched = counts is None and self.num_classes >= LEAST_WATCHED_CLASSES
         self._to_watch = TARGETS_WATCHED if watched else 0
         self._log_ranks = 0.0
@@ -84,6 +85,8 @@ class LogUniform(IndependentSampler):
 
     def log_prob(self, ids: Tensor, hidden: Tensor | None = None) -> Tensor:
         """`log q` of the classes' ranks."""
-        ranks = ids if self.ranks is None else self.ranks[ids]
+        return self._of_ranks(ids) if self.log_probs is None else self.log_probs[ids]
+
+    def _of_ranks(self, ranks: Tensor) -> Tensor:
         share = ranks.double().add_(1).reciprocal_().log1p_()
         return share.div_(math.log(self.num_classes + 1)).log_().float()
