@@ -43,7 +43,8 @@ def a_gradient(state, rows, width, with_total):
     ids[:2] = ids[0, 0]
     by_score, by_norm, by_total = normal(rows, width), normal(rows), normal(rows) if with_total else None
     with engine.forced(None), torch.no_grad():
-        own = Pass(state, Ledger(), nn.Parameter(torch.zeros(())), SquaredError(), hidden, ids, by_score.double())
+        own = Pass(state, Ledger(), nn.Parameter(torch.zeros(())))
+        own.forward(SquaredError(), hidden, ids, by_score.double())
         own.loss = RowDerivatives(own.loss.row_loss, by_score, by_norm, by_total)
         own.backward(torch.ones(rows, dtype=dtype))
     assert own.gradient is not None

@@ -184,22 +184,6 @@ def test_custom_loss_in_ten_lines():
     Twins(loss, bias=True).train(batches(60))
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=repr)
-def test_derivatives_in_closed_form(loss):
-    """Those of each loss equal autograd's, outputs that are all alike (no variance) among them."""
-    generator = torch.Generator().manual_seed(2)
-    outputs = torch.randn(6, 50, generator=generator, dtype=torch.float64)
-    outputs[4] = 0.7
-    outputs[5] = 0
-    weights = torch.rand(6, 3, generator=generator, dtype=torch.float64)
-    statistics = (outputs[:, :3], weights, outputs.square().sum(1), outputs.sum(1), 50)
-    closed, expected = loss.derivatives(*statistics), SphericalLoss.derivatives(loss, *statistics)
-    assert (closed.by_total is None) == (expected.by_total is None) == (not loss.uses_sum)
-    for ours, theirs in zip(closed, expected, strict=True):
-        if theirs is not None:
-            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
-
-
 def test_losses_of_ones_own_that_would_train_wrongly():
     class Total(SphericalLoss):  # reads the sum, and does not say so
         def row_loss(self, scores, weights, squared_norm, total, num_classes):

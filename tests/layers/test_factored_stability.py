@@ -7,7 +7,7 @@ import torch
 from factored_twins import Twins, batches, worst
 
 from lastlayer import SquaredError, TaylorSoftmax, ZLoss
-from lastlayer.layers.factored.conditioning import RANGE, Stabilizer, growth_limit, independent_rows
+from lastlayer.layers.factored.conditioning import FAR, Stabilizer, growth_limit, independent_rows
 from lastlayer.layers.factored.state import FactoredState
 
 D, V = 10, 400
@@ -67,7 +67,7 @@ def test_the_shrunken_row_is_freed_and_rows_without_it_are_left_alone():
     state.factor[7, 3] = 1e17  # a target of late
     before, weight = state.factor.clone(), state.weight()
     Stabilizer().repair(state)
-    same = (state.factor == before).all(1)
+    same = (state.factor == before)[:, :3].all(1)
     assert not same[7]
     assert int(same.sum()) == V - 1
     assert worst(state.weight(), weight) < 1e-14
@@ -84,7 +84,7 @@ def test_scales_come_back_into_range(power, dtype):
     weight = state.weight()
     Stabilizer()._measure(state)
     scale = state.map.double().norm(dim=1)
-    assert 1 / RANGE < scale.min() <= scale.max() < RANGE
+    assert 2.0**-FAR < scale.min() <= scale.max() < 2.0**FAR
     assert torch.equal(state.weight(), weight)
     assert state.factor.abs().max() < 1e9
 

@@ -62,7 +62,7 @@ class SphericalLoss(ABC):
     def derivatives(
         self, scores: Tensor, weights: Tensor, squared_norm: Tensor, total: Tensor, num_classes: int
     ) -> RowDerivatives:
-        """`row_loss` with its derivatives, here from autograd; the losses below override it with closed forms.
+        """`row_loss` with its derivatives, from autograd.
 
         Raises:
             TypeError: a loss with trained parameters of its own, or `total` read without `uses_sum = True`.
@@ -121,12 +121,6 @@ class SquaredError(SphericalLoss):
     ) -> Tensor:
         return squared_norm + (weights * torch.sub(weights, scores, alpha=2)).sum(1)
 
-    def derivatives(
-        self, scores: Tensor, weights: Tensor, squared_norm: Tensor, total: Tensor, num_classes: int
-    ) -> RowDerivatives:
-        row_loss = self.row_loss(scores, weights, squared_norm, total, num_classes)
-        return RowDerivatives(row_loss, -2 * weights, torch.ones_like(squared_norm), None)
-
 
 class _QuadraticSoftmax(NormalizedLoss):
     """`p_i` proportional to `n(o_i) = a o_i^2 + b o_i + c`, which is positive everywhere."""
@@ -135,31 +129,14 @@ class _QuadraticSoftmax(NormalizedLoss):
     def coefficients(self) -> tuple[float, float, float]:
         """a, b and c."""
 
-    def _numerator(self, scores: Tensor) -> Tensor:
-        a, b, c = self.coefficients()
-        return (a * scores + b) * scores + c
-
-    def _normalizer(self, squared_norm: Tensor, total: Tensor, num_classes: int) -> Tensor:
-        a, b, c = self.coefficients()
-        normalizer = a * squared_norm + num_classes * c
-        return normalizer + b * total if self.uses_sum else normalizer
-
     def log_numerator(self, scores: Tensor) -> Tensor:
-        return self._numerator(scores).log()
+        a, b, c = self.coefficients()
+        return ((a * scores + b) * scores + c).log()
 
     def log_normalizer(self, squared_norm: Tensor, total: Tensor, num_classes: int) -> Tensor:
-        return self._normalizer(squared_norm, total, num_classes).log()
-
-    def derivatives(
-        self, scores: Tensor, weights: Tensor, squared_norm: Tensor, total: Tensor, num_classes: int
-    ) -> RowDerivatives:
-        a, b, _ = self.coefficients()
-        numerator, normalizer = self._numerator(scores), self._normalizer(squared_norm, total, num_classes)
-        every = weights.sum(1)
-        row_loss = every * normalizer.log() - (weights * numerator.log()).sum(1)
-        share = every / normalizer
-        by_score = -weights * (2 * a * scores + b) / numerator
-        return RowDerivatives(row_loss, by_score, a * share, b * share if self.uses_sum else None)
+        a, b, c = self.coefficients()
+        normalizer = a * squared_norm + num_classes * c
+        return (normalizer + b * total if self.uses_sum else normalizer).log()
 
 
 @dataclass(frozen=True)
@@ -223,33 +200,12 @@ class ZLoss(SphericalLoss):
     def row_loss(
         self, scores: Tensor, weights: Tensor, squared_norm: Tensor, total: Tensor, num_classes: int
     ) -> Tensor:
-        mean, variance, floor = _moments(squared_norm, total, num_classes)
-        z = (scores - mean[:, None]) / torch.maximum(variance, floor).sqrt()[:, None]
+        mean, mean_square = total / num_classes, squared_norm / num_classes
+        variance = torch.maximum(mean_square - mean.square(), 1e-6 * mean_square.detach() + 1e-30)
+        z = (scores - mean[:, None]) / variance.sqrt()[:, None]
         if num_classes <= 2:
             z = z.detach() + 0 * scores
         return -(weights * F.logsigmoid(self.alpha * (z - self.beta))).sum(1) / self.alpha
-
-    def derivatives(
-        self, scores: Tensor, weights: Tensor, squared_norm: Tensor, total: Tensor, num_classes: int
-    ) -> RowDerivatives:
-        mean, variance, floor = _moments(squared_norm, total, num_classes)
-        bounded = torch.maximum(variance, floor)
-        deviation = bounded.sqrt()
-        z = (scores - mean[:, None]) / deviation[:, None]
-        margin = self.alpha * (z - self.beta)
-        row_loss = -(weights * F.logsigmoid(margin)).sum(1) / self.alpha
-        if num_classes <= 2:
-            return RowDerivatives(row_loss, 0 * scores, 0 * squared_norm, 0 * total)
-        by_score = -weights * torch.sigmoid(-margin) / deviation[:, None]  # dL/dz = by_score * deviation
-        by_variance = -(by_score * z).sum(1) / (2 * deviation) * (variance > floor)
-        by_total = -(by_score.sum(1) + 2 * mean * by_variance) / num_classes
-        return RowDerivatives(row_loss, by_score, by_variance / num_classes, by_total)
-
-
-def _moments(squared_norm: Tensor, total: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and variance of the outputs, and the least that the variance counts as."""
-    mean, mean_square = total / num_classes, squared_norm / num_classes
-    return mean, mean_square - mean.square(), 1e-6 * mean_square.detach() + 1e-30
 
 
 def spherical_loss(

@@ -15,8 +15,8 @@ Repairs, by increasing cost (that of R in the rows of a batch is part of each st
   O(d^2), and R checked against U as a whole, O(d^3); where the amplification did grow, the rows of U that depend
   on larger ones are made orthogonal to these: O(V) for each, and O(d) for each row of F that this changes by more
   than rounding. Those are all at first; where a direction has shrunk to nothing, those that were targets recently;
-- rows of U whose scale leaves the range of the numbers are brought back, exactly, O(V) for each; an offset that
-  has grown large relative to W, which `F U` then nearly cancels, moves into F, O(V d);
+- rows of U whose scale goes out of range are brought back, exactly, O(V) for each; an offset that has grown large
+  relative to W, which `F U` then nearly cancels, moves into F, O(V d);
 - Q is computed anew from the weight, O(V d^2), once in so many steps that this costs one part in twenty of them.
 
 Where processes divide the rows of F, each repairs its own, and all repair what the first one decides.
@@ -35,8 +35,7 @@ CHANGED = (0.03, 0.1, 0.3, math.inf)  # of a row of U, its own share below which
 AMPLIFIED, AMPLIFIED_DOUBLE = 8.0, 64.0  # times sqrt(d): the amplification that calls for a repair
 SLACK = 2.0  # by which a repair leaves it below its limit
 CANCELLING = 16.0  # norms of a row of W that the offset may have, which is more than F U loses in digits
-RANGE = 2.0**60  # of the rows' norms: far from the ends of float32
-FAR = 20  # log2 of a row's norm that is brought back together with them
+FAR = 20  # log2 of the norm of a row of U from which it is scaled back to about 1: far from the range of float32
 SAMPLED = 512  # rows of F
 MOST = 7 / 8  # of them
 
@@ -92,7 +91,7 @@ class Stabilizer:
         return len(changed)
 
     def stabilize(self, state: FactoredState) -> int:
-        """Multiplies the product out where a singular value of U is outside [1/2, 2]; how many were."""
+        """All repairs; the product is multiplied out where singular values of U are outside [1/2, 2]: how many."""
         values = torch.linalg.svdvals(state.map.double())
         outside = int(state.first(((values < 0.5) | (values > 2)).sum()))
         if outside:
@@ -100,6 +99,7 @@ class Stabilizer:
         else:
             state.refresh_inverse()
         self._measure(state)
+        self.refresh_gram(state)
         return outside
 
     def refresh_gram(self, state: FactoredState) -> None:
@@ -116,8 +116,7 @@ class Stabilizer:
         own = torch.stack([amplification, state.offset.double().norm(), _typical_norm(state)])
         measured = state.first(torch.cat([own, scale]))
         (amplified, offset, typical), scale = measured[:3].tolist(), measured[3:]
-        if float(scale.min()) < 1 / RANGE or float(scale.max()) > RANGE:
-            _rescale(state, scale)
+        _rescale(state, scale)
         if offset > CANCELLING * typical:
             _fold_offset(state)
         self.growth = math.log(amplified)
@@ -197,10 +196,7 @@ def _rescale(
     state: FactoredState,
     scale: Tensor,  # (d,), norms of the rows of U
 ) -> None:
-    """Powers of 2 moved from the rows of U to F, so exactly, where they are beyond `2^FAR`; O(V) each.
-
-    What becomes too small for a number in F adds nothing to W either.
-    """
+    """Powers of 2 moved from rows of U to F, and so exactly: O(V) each. What underflows in F adds nothing to W."""
     exponents = scale.log2().round()
     rows = (exponents.abs() >= FAR).nonzero().squeeze(1)
     powers = exponents[rows].exp2()

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lastlayer.functional.operators import outside_graphs
-from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.precision import no_autocast
 from lastlayer.functional.reduce import at_kept, reduce_loss
 from lastlayer.functional.results import ScoreTopK, TopK
@@ -37,19 +35,17 @@ class FactoredOutput(OutputLayer):
         ||o||^2 = h^T Q h,    o_t = F_t (U h),    W - lr G^T H by updates of U, Q and the target rows of F
 
     Train it with `FactoredSGD`, which owns the step; the weight is state of the layer, not a parameter (one empty
-    parameter, the anchor, stands for it in optimizers and schedulers). Backward in training mode without one
-    raises. In `eval()` nothing is recorded, and gradients reach `hidden` alone.
+    parameter, the anchor, stands for it in optimizers and schedulers). In `eval()` nothing is recorded, and
+    gradients reach `hidden` alone.
 
     Time of a step on N examples: about `9 N d^2 + 5 N^2 d` multiply-adds, whatever V; memory `V d + 3 d^2`.
     `log_prob`, `topk` and `weight` cost what V classes cost. Repairs keep the state well conditioned at O(V)
     for each direction of the hidden space that training shrank some tenfold, and O(d) for each row that this
-    changes, at first all V, later those that were targets recently. Once in some 2 V examples Q is recomputed: O(V
-    d^2).
+    changes, at first all V, later recent targets. Once in some 2 V examples Q is recomputed: O(V d^2).
 
     When not to use it: with the ordinary softmax (no `exp` is possible here), with momentum, Adam or elementwise
-    clipping, or for few classes (a plain step is 3 V d multiply-adds an example, this one 9 d^2 + 5 N d, and
-    a third of a millisecond of small operations). bfloat16 layers compute and keep their state in float32; float16
-    ones do not train.
+    clipping, or for few classes (a plain step is 3 V d multiply-adds an example). bfloat16 layers compute and keep
+    their state in float32; float16 ones do not train.
 
     Args:
         in_features: d.
@@ -159,8 +155,7 @@ class FactoredOutput(OutputLayer):
     ) -> None:
         """Replaces weight and bias (None: leaves the bias), and forgets recorded steps.
 
-        No bias of -inf bars a class here: the norm of all outputs, which every loss reads, would be infinite.
-        Queries bar classes by `topk(hidden, k, exclude=..., allowed=...)`.
+        No bias of -inf bars a class here; queries bar classes by `topk(hidden, k, exclude=..., allowed=...)`.
 
         Raises:
             TypeError, ValueError: something else than finite tensors of these shapes whose squares can be summed
@@ -213,10 +208,8 @@ class FactoredOutput(OutputLayer):
         self._ledger.apply_scaling(self.anchor)
         if self._ledger.gradients:
             raise RuntimeError("stabilize() between backward and step(): call step() or zero_grad() before it")
-        moved = self._stabilizer.stabilize(self.state)
-        self._stabilizer.refresh_gram(self.state)
         self._ledger.version += 1
-        return moved
+        return self._stabilizer.stabilize(self.state)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, loss={self.loss}, bias={self.has_bias}"
@@ -224,20 +217,17 @@ class FactoredOutput(OutputLayer):
     # The hooks.
 
     def _log_prob(self, hidden: Tensor) -> Tensor:
-        loss = self._normalized()
-        with no_autocast(self.anchor.device.type):
-            return loss.log_prob(self.state.outputs(self._featured(hidden)))
+        return self._normalized().log_prob(self.scores(hidden))
 
     def _target_log_prob(self, hidden: Tensor, targets: Tensor) -> Tensor:
         self._normalized()
-        row_loss = self._read_losses(
-            hidden, targets[:, None], torch.ones_like(targets[:, None], dtype=torch.float64)
-        )
+        ids = targets[:, None]
+        row_loss = self._read_losses(hidden, ids, torch.ones_like(ids, dtype=torch.float64))
         return -row_loss.to(self.state.factor.dtype)
 
     def _topk(self, hidden: Tensor, k: int, selection: Selection | None) -> tuple[Tensor, Tensor]:
-        call = self._log_prob if isinstance(self.loss, NormalizedLoss) else self.scores
-        return self._dense_topk(call, hidden, k, selection)
+        normalized = isinstance(self.loss, NormalizedLoss)
+        return self._dense_topk(self._log_prob if normalized else self.scores, hidden, k, selection)
 
     def _normalized(self) -> NormalizedLoss:
         if not isinstance(self.loss, NormalizedLoss):
@@ -248,28 +238,15 @@ class FactoredOutput(OutputLayer):
         return self.loss
 
     def _target_losses(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:  # (N,), float64
-        trains = self.training and torch.is_grad_enabled() and self.anchor.requires_grad
-        return (self._recorded_losses if trains else self._read_losses)(hidden, ids, weights)
+        if not (self.training and torch.is_grad_enabled() and self.anchor.requires_grad):
+            return self._read_losses(hidden, ids, weights)
+        own = Pass(self.state, self._ledger, self.anchor)
+        return recorded_losses(own, self.loss, self._featured(hidden), ids, weights)
 
     def _read_losses(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         with no_autocast(self.anchor.device.type):
             _, scores, squared_norm, total = self.state.read(self._featured(hidden), ids)
         return self.loss.row_loss(scores, weights, squared_norm, total, self.num_classes)
-
-    @outside_graphs
-    def _recorded_losses(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        if self.anchor.dtype == torch.float16:
-            raise TypeError("a float16 FactoredOutput does not train: use layer.float() or layer.bfloat16()")
-        if not ordinary(hidden, self.anchor):
-            raise RuntimeError(
-                "FactoredOutput of lastlayer cannot record a training step in torch.func, forward-mode AD, an "
-                "exported program or on 'meta'; use layer.eval(), or lastlayer.functional.spherical_loss with "
-                "layer.weight"
-            )
-        featured = self._featured(hidden)
-        with torch.no_grad(), no_autocast(hidden.device.type):
-            own = Pass(self.state, self._ledger, self.anchor, self.loss, featured, ids, weights)
-        return recorded_losses(featured, own)
 
     def _featured(self, rows: Tensor) -> Tensor:  # (N, d), or (N, d + 1) with the constant feature of the bias
         rows = rows.to(self.state.factor.dtype)

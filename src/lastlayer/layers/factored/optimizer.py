@@ -109,8 +109,14 @@ class FactoredSGD(torch.optim.Optimizer):
             given if isinstance(given[0], dict) else [{"params": given}],
             {"lr": lr, "weight_decay": weight_decay, "max_norm": max_norm},
         )
-        if process_group is None and not all(layer.state.groups for layer in self._layers.values()):
-            _warn_of_processes()
+        alone = process_group is None and not all(layer.state.groups for layer in self._layers.values())
+        if alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            warnings.warn(
+                "FactoredSGD steps on the rows that its own process has seen, and steps are not averaged over "
+                f"these {dist.get_world_size()} processes: pass process_group=torch.distributed.group.WORLD for "
+                "steps on the rows of all",
+                stacklevel=2,
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group whose `"params"` are layers."""
@@ -153,7 +159,13 @@ class FactoredSGD(torch.optim.Optimizer):
         growths = self._agreed([0.0 if step is None else step.growth for step in plans], error)
         for (layer, _, _), step, growth in zip(gradients, plans, growths, strict=True):
             if step is not None:
-                self._warn(step.overshoots)
+                if step.overshoots is not None and not self._warned:
+                    self._warned = True
+                    warnings.warn(
+                        f"lr reverses a direction of the weight in one step; rates up to {step.overshoots:.6g} "
+                        "would not on this batch (warned once)",
+                        stacklevel=3,  # where step() is called, which PyTorch wraps once
+                    )
                 step.apply(layer.state)
                 layer._stabilizer.after(layer.state, replace(step, growth=growth))
             layer._ledger.close()
@@ -238,15 +250,6 @@ class FactoredSGD(torch.optim.Optimizer):
             raise error or ValueError(f"another process cannot make this step, so none makes it: {message}")
         return agreed[: len(growths)]
 
-    def _warn(self, safe_lr: float | None) -> None:
-        if safe_lr is not None and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"lr reverses a direction of the weight in one step; rates up to {safe_lr:.6g} would not on "
-                "this batch (warned once)",
-                stacklevel=4,  # where step() is called, which PyTorch wraps once
-            )
-
 
 def _of_all(gradient: Gradient | None, state: FactoredState, group: Any) -> Gradient | None:
     """The mean of the gradients of all processes, which all hold the same state; None where none has one.
@@ -278,16 +281,6 @@ def _gathered(tensor: Tensor, group: Any) -> list[Tensor]:
     count_sent("all_gather", tensor.nbytes * (len(parts) - 1))
     dist.all_gather(parts, tensor, group=group)
     return parts
-
-
-def _warn_of_processes() -> None:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        warnings.warn(
-            "FactoredSGD steps on the rows that its own process has seen, and steps are not averaged over these "
-            f"{dist.get_world_size()} processes: pass process_group=torch.distributed.group.WORLD for steps on "
-            "the rows of all",
-            stacklevel=3,
-        )
 
 
 def _check_settings(group: dict[str, Any]) -> None:

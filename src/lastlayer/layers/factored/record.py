@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lastlayer.functional.operators import outside_graphs
+from lastlayer.functional.ordinary import ordinary
 from lastlayer.functional.precision import no_autocast
 from lastlayer.functional.second_order import HandWritten, refused
-from lastlayer.functional.spherical import SphericalLoss
+from lastlayer.functional.spherical import RowDerivatives, SphericalLoss
 from lastlayer.kernels import factored as kernel
 from lastlayer.layers.factored.state import FactoredState
 
@@ -107,7 +109,8 @@ class Ledger:
         if not self.gradients:
             self.mark = MARK
             anchor.grad = torch.full_like(anchor, MARK)
-        if not _is_finite(gradient.by_hidden):
+        numbers = gradient.by_hidden
+        if not (np.isfinite(numbers.numpy()) if numbers.is_cpu else numbers.isfinite()).all():
             anchor.grad = torch.full_like(anchor, torch.nan)
         self.gradients.append(gradient)
 
@@ -136,36 +139,26 @@ class Ledger:
         self.spent = False
 
 
-def _is_finite(gradient: Tensor) -> bool:
-    """Whether all numbers are. On a CPU by numpy, on one thread: see "Threads" in docs/training_loops.md."""
-    if gradient.device.type == "cpu":
-        return bool(np.isfinite(gradient.numpy()).all())
-    return bool(gradient.isfinite().all())
-
-
 class Pass:
     """One forward pass in training: what its backward pass needs of it, and whether that was recorded."""
 
-    def __init__(
-        self,
-        state: FactoredState,
-        ledger: Ledger,
-        anchor: nn.Parameter,
-        loss: SphericalLoss,
-        hidden: Tensor,  # (N, d)
-        ids: Tensor,  # (N, K)
-        weights: Tensor,  # (N, K)
-    ) -> None:
+    hidden: Tensor  # (N, d)
+    products: Tensor  # (N, 2 d + 2)
+    ids: Tensor  # (N, K)
+    loss: RowDerivatives
+
+    def __init__(self, state: FactoredState, ledger: Ledger, anchor: nn.Parameter) -> None:
         self.state, self.ledger, self.anchor = state, ledger, anchor
         self.version = ledger.version
         self.recorded = False
         self.gradient: Gradient | None = None  # of the backward that runs
+
+    def forward(self, loss: SphericalLoss, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
+        """Reads the state."""
+        self.hidden = _copied(hidden)  # as the loop may refill its buffer before the step
         self.ids = ids.contiguous()
-        # The loop may refill the buffer of its hidden states before the step.
-        self.hidden = hidden.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
-        self.products, *statistics = state.read(self.hidden, self.ids)
-        scores, squared_norm, total = statistics
-        self.loss = loss.derivatives(scores, weights, squared_norm, total, state.num_classes)
+        self.products, scores, squared_norm, total = self.state.read(self.hidden, self.ids)
+        self.loss = loss.derivatives(scores, weights, squared_norm, total, self.state.num_classes)
 
     def backward(
         self,
@@ -193,7 +186,7 @@ class Pass:
                 sparse.addr_(by_total, state.total)
             by_hidden = torch.addcmul(sparse, by_norm[:, None], products[:, : state.features], value=2)
         self.gradient = Gradient(self.hidden, products, ids, by_score, by_norm, by_total, by_hidden, sparse)
-        return by_hidden.clone()  # its owner may change it
+        return _copied(by_hidden)  # as its owner may change it
 
     def record(self, _: Tensor) -> None:
         """The hook: records this backward pass, or an error where it cannot train the layer."""
@@ -208,11 +201,30 @@ class Pass:
         self.recorded = True
 
 
+def _copied(tensor: Tensor) -> Tensor:
+    """On a CPU by numpy, on one thread: see "Threads" in docs/training_loops.md."""
+    tensor = tensor.detach().resolve_neg()
+    return torch.from_numpy(tensor.numpy().copy()) if tensor.is_cpu else tensor.clone()
+
+
+@outside_graphs
 def recorded_losses(
-    hidden: Tensor,  # (N, d)
     own: Pass,
+    loss: SphericalLoss,
+    hidden: Tensor,  # (N, d)
+    ids: Tensor,  # (N, K)
+    weights: Tensor,  # (N, K)
 ) -> Tensor:  # (N,), float64
-    """The loss of each row of a pass; its backward records the step."""
+    """The loss of each row; its backward records the step."""
+    if own.anchor.dtype == torch.float16:
+        raise TypeError("a float16 FactoredOutput does not train: use layer.float() or layer.bfloat16()")
+    if not ordinary(hidden, own.anchor):
+        raise RuntimeError(
+            "FactoredOutput of lastlayer cannot record a training step in torch.func, forward-mode AD, an "
+            "exported program or on 'meta'; use layer.eval(), or lastlayer.functional.spherical_loss with layer.weight"
+        )
+    with torch.no_grad(), no_autocast(hidden.device.type):
+        own.forward(loss, hidden, ids, weights)
     anchor = own.anchor.clone()
     anchor.register_hook(own.record)
     return _RowLosses.run(anchor, hidden, own)

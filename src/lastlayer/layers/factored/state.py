@@ -101,7 +101,7 @@ class FactoredState:
         """The products of `hidden` with Q, U, offset and total; then in float64 target scores, squared norms and
         sums of the outputs. Differentiable in `hidden`."""
         if self.compiled() and not torch.is_grad_enabled() and ordinary(hidden, ids):
-            return kernel.read(hidden.contiguous().resolve_neg(), self.reading, self.factor, ids.contiguous())
+            return kernel.read(hidden.resolve_neg().contiguous(), self.reading, self.factor, ids.contiguous())
         products, d = hidden @ self.reading.T, self.features
         squared_norm = (products[:, :d] * hidden).sum(1).double().clamp(min=0)
         scores = self.target_scores(products[:, d : 2 * d], ids) + products[:, 2 * d, None]
