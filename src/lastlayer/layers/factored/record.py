@@ -221,7 +221,8 @@ def recorded_losses(
     if not ordinary(hidden, own.anchor):
         raise RuntimeError(
             "FactoredOutput of lastlayer cannot record a training step in torch.func, forward-mode AD, an "
-            "exported program or on 'meta'; use layer.eval(), or lastlayer.functional.spherical_loss with layer.weight"
+            "exported program or on 'meta'; use layer.eval(), or spherical_loss of lastlayer.functional with "
+            "layer.weight"
         )
     with torch.no_grad(), no_autocast(hidden.device.type):
         own.forward(loss, hidden, ids, weights)
