@@ -70,11 +70,6 @@ class ShardedFactoredOutput(RowScoredLayer, FactoredOutput):
         """The outputs of all classes, on every rank: sends as many numbers as it returns."""
         return self._run("scores", lambda: self._all_outputs(hidden), hidden=hidden)
 
-    def score(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """See `OutputLayer`."""
-        self._normalized()
-        return super().score(hidden, ids)
-
     def _all_outputs(self, hidden: Tensor) -> Tensor:
         own = self._own_outputs(self._rows(hidden))
         whole = gathered(own, self.ranks.spans(self.num_classes), self.ranks)
