@@ -7,7 +7,7 @@ import torch
 
 from lastlayer import FullSoftmax, HierarchicalSoftmax, TreeSoftmax
 from lastlayer.kernels import backends, engine
-from lastlayer.kernels.grouped import add_rows, scaled_rows, softmax_backward
+from lastlayer.kernels.grouped import add_rows, softmax_backward
 
 SIZES, COUNTS = torch.tensor([30_000, 1, 9_999]), torch.tensor([1, 2, 7])
 NUM_ROWS, NUM_CLASSES = int(COUNTS.sum()), int(SIZES.sum())
@@ -102,8 +102,3 @@ def test_rows_are_added_where_they_belong(count, weighted, dtype, isa):
     terms = rows.repeat_interleave(count, 0) * (1 if factors is None else factors.reshape(-1, 1))
     expected = torch.ones(8, 33, dtype=torch.float64).index_add_(0, places.reshape(-1), terms.double())
     torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_rows_are_scaled():
-    rows, scale = torch.randn(5, 7), torch.randn(5)
-    torch.testing.assert_close(scaled_rows(rows, scale), rows * scale[:, None])

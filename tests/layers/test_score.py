@@ -112,3 +112,15 @@ def test_padding_may_be_any_id():
     layer.ignore_index = 7
     ids[2, 3] = 7
     assert layer.score(hidden, ids)[2, 3] == 0
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("count", [0, 2])
+@pytest.mark.parametrize("name", LAYERS)
+def test_no_rows_and_no_candidates_have_gradients_of_zero(name, count, rows):
+    layer, _, _ = make(name)
+    hidden = torch.randn(rows, WIDTH, dtype=torch.float64, requires_grad=True)
+    values = layer.score(hidden, torch.randint(V, (rows, count)))
+    assert values.shape == (rows, count)
+    values.sum().backward()
+    assert count or not hidden.grad.any()

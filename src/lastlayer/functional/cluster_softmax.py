@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,9 +90,9 @@ def group_by_cluster(
 
 def touched_rows(groups: Groups) -> Tensor:  # (R,)
     """The weight rows of the touched clusters, rising."""
-    starts, sizes = groups.table[:, 2:].T.numpy()  # NumPy, for the reason of `scaled_rows`
-    shift = starts - (sizes.cumsum() - sizes)
-    return torch.from_numpy(np.arange(sizes.sum()) + shift.repeat(sizes)).to(groups.order.device)
+    starts, sizes = groups.table[:, 2], groups.table[:, 3]
+    shift = (starts - (sizes.cumsum(0) - sizes)).repeat_interleave(sizes)
+    return (torch.arange(len(shift), device="cpu") + shift).to(groups.order.device)
 
 
 @outside_graphs
@@ -184,9 +183,7 @@ def _form(
     settings, wanted = ctx.settings, ctx.needs_input_grad[2:]
     groups, hidden, scale = settings.groups, hidden.contiguous().resolve_neg(), -upstream.contiguous()
     compiled = settings.compiled(hidden, weight)
-    of_hidden = None
-    if slope is not None:
-        of_hidden = kernels.scaled_rows(slope, scale) if compiled else (slope * scale[:, None]).to(slope.dtype)
+    of_hidden = None if slope is None else (slope * scale[:, None]).to(slope.dtype)
     if not (wanted[1] or wanted[2]):
         return of_hidden, None, None
     num_classes, (order, table) = len(weight), groups

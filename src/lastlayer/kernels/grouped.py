@@ -54,15 +54,6 @@ def softmax_backward(
     )  # fmt: skip
 
 
-def scaled_rows(
-    rows: Tensor,  # (N, d)
-    scale: Tensor,  # (N,)
-) -> Tensor:  # (N, d)
-    """`rows * scale[:, None]` on the calling thread, by NumPy: PyTorch would share the work, and on a busy machine
-    wait for the other threads for milliseconds."""
-    return torch.from_numpy(rows.detach().numpy() * scale.detach().numpy()[:, None])
-
-
 def add_rows(
     sums: Tensor,  # (R, d) float32 or float64; gains the rows
     places: Tensor,  # (N, K) int64, where each goes
