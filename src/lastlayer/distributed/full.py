@@ -7,7 +7,6 @@ from lastlayer.distributed.collectives import copied
 from lastlayer.distributed.layer import ShardedLayer
 from lastlayer.distributed.linear import (
     DividedHead,
-    Smoothing,
     divided_cross_entropy,
     divided_log_prob,
     divided_sample,
@@ -63,8 +62,9 @@ class ShardedFullSoftmax(ShardedSoftmaxHead, FullSoftmax):
             at = target.kept.nonzero().squeeze(1)
             weights = None if target.weights is None else target.weights[at]
             rows, target = rows.index_select(0, at), TargetRows(target.ids[at], weights, None)
-        options = Smoothing(self.label_smoothing, self.z_loss, self.class_weights)
-        loss = divided_cross_entropy(self._head(), copied(rows, self.ranks), target, options, self.reduction)
+        names = ("label_smoothing", "z_loss", "class_weights", "reduction")
+        options = {name: getattr(self, name) for name in names}
+        loss = divided_cross_entropy(self._head(), copied(rows, self.ranks), target, **options)
         if self.reduction != "none":
             return loss
         if at is not None:

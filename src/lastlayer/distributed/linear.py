@@ -97,19 +97,14 @@ def divided_scores(parts: Sequence[Scored]) -> list[Tensor]:  # (n, M) each
     return [total[:, 1:] - total[:, :1].log() for total in summed_together(own, ranks)]
 
 
-class Smoothing(NamedTuple):
-    """The options of a cross-entropy."""
-
-    label_smoothing: float
-    z_loss: float
-    class_weights: Tensor | None  # (W,), this rank's
-
-
 def divided_cross_entropy(
     head: DividedHead,
     hidden: Tensor,  # (N, d)
     target: TargetRows,  # N rows
-    options: Smoothing,
+    *,
+    label_smoothing: float,
+    z_loss: float,
+    class_weights: Tensor | None,  # (W,), this rank's
     reduction: str,
 ) -> Tensor:  # (), or (N,) for "none"
     """`linear_cross_entropy` over all ranks, with the label smoothing of all V classes.
@@ -122,8 +117,7 @@ def divided_cross_entropy(
 
     of which each rank forms the terms of its own classes. Forward 3 N numbers are sent, with class weights 5 N.
     """
-    smoothing, z_loss, class_weights = options
-    exact = exact_dtype(hidden.dtype)
+    smoothing, exact = label_smoothing, exact_dtype(hidden.dtype)
     ids, target_weights, kept, dense = target
     counted = torch.ones(len(ids), dtype=exact, device=ids.device) if kept is None else kept.to(exact)
     if target_weights is None:
