@@ -137,6 +137,16 @@ def test_gradients_add_up_over_backwards():
     torch.testing.assert_close(layer.weight.grad.to_dense(), whole.weight.grad.to_dense())
 
 
+def test_gradients_add_up_after_an_empty_batch():
+    layer = make(sparse=True)
+    hidden, targets = batch(layer, 4)
+    layer.reduction = "sum"
+    for rows in (0, 4):
+        layer(hidden[:rows], targets[:rows]).backward()
+    expected = torch.autograd.grad(layer(hidden, targets), layer.weight)[0]
+    assert torch.equal(layer.weight.grad.to_dense(), expected.to_dense())
+
+
 def test_gradients_that_were_added_up_are_not_wrongly_marked_as_coalesced():
     """A mark on rows that occur twice would make optimizers drop half of them."""
     layer = make(sparse=True)
