@@ -1,6 +1,6 @@
 """Cross-entropy of a linear layer without its `(N, V)` logits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -117,45 +117,65 @@ class RowLoss(NamedTuple):
         self, inputs: tuple[Any, ...], shares: Tensor | None, wanted: Sequence[bool] | None
     ) -> tuple[Tensor, Tensors | None]:
         """Losses and gradients, chunk by chunk."""
-        hidden, weight, bias, *parameters = inputs
-        terms = self.terms if shares is None else self.terms.scaled(shares)
-        return bound(self.logit_map, parameters, lambda: self._of_chunks(hidden, weight, bias, terms, wanted))
+        return bound(
+            self.logit_map, inputs[3:], lambda: self._of_chunks(*inputs[:3], shares=shares, wanted=wanted)
+        )
 
     def _of_chunks(
         self,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        terms: RowTerms,
+        shares: Tensor | None,
         wanted: Sequence[bool] | None,
     ) -> tuple[Tensor, Tensors | None]:
-        kernel_map = None
-        smoothed = terms.soft is not None
-        backend = softmax_rows_backend_for(hidden.device, self.dtype, label_smoothing=smoothed)
-        if backend == "compiled" and terms.ids.dim() == 1:
-            kernel_map = NO_MAP if self.logit_map is None else self.logit_map.kernel_map()
         chunks = LinearChunks(hidden, weight, bias, self.logit_map, self.dtype)
-        kernel_map = None if chunks.barred is not None else kernel_map  # no kernel handles barred classes
-        form = wanted is not None
         if wanted is not None:
             chunks.want(wanted)
-            kernel_map = None if kernel_map is None else kernel_map._replace(counted=any(wanted[3:]))
-        losses = hidden.new_empty(len(hidden), dtype=chunks.exact)
-        for rows in chunks:
-            if kernel_map is not None:
-                losses[rows], sums = fused(chunks.multiply(rows), chunks.bias, terms.of(rows), form, kernel_map)
+        terms = self.terms if shares is None else self.terms.scaled(shares)
+        losses = chunk_losses(chunks, terms, form=wanted is not None)
+        return losses, None if wanted is None else chunks.gradients()
+
+
+def chunk_losses(
+    chunks: LinearChunks,
+    terms: RowTerms,
+    *,
+    form: bool,  # whether to form the gradients
+    weigh: Callable[[slice, Tensor], Tensor] | None = None,
+) -> Tensor:  # (N,)
+    """The losses of all rows, by the compiled kernel where it serves.
+
+    With `weigh` the gradients are those of the losses times `weigh(rows, losses)`, `(n,)`: factors that are known
+    only once the losses of these rows are.
+    """
+    hidden, map_pass = chunks.hidden, chunks.map_pass
+    # No kernel handles barred classes; the gradient of a map's parameters needs the factors before it has run.
+    known = terms.ids.dim() == 1 and chunks.barred is None and not (weigh is not None and chunks.map_wanted)
+    smoothed, kernel_map = terms.soft is not None, None
+    backend = softmax_rows_backend_for(hidden.device, hidden.dtype, label_smoothing=smoothed)
+    if known and backend == "compiled":
+        kernel_map = NO_MAP if map_pass is None else map_pass.logit_map.kernel_map()
+    losses = hidden.new_empty(len(hidden), dtype=chunks.exact)
+    for rows in chunks:
+        factors = None
+        if kernel_map is not None:
+            kernel_map = kernel_map._replace(counted=chunks.map_wanted)
+            losses[rows], sums = fused(chunks.multiply(rows), chunks.bias, terms.of(rows), form, kernel_map)
+            chunks.add_to_map(sums)
+            factors = None if weigh is None else weigh(rows, losses[rows])
+        else:
+            for part in chunks.parts(rows):
+                logits = chunks.logits(part)
+                values = chunks.map(logits)
+                losses[part] = plain(values, terms.of(part), form)
+                of_part = None if weigh is None else weigh(part, losses[part])
                 if form:
-                    chunks.add_to_map(sums)
-            else:
-                for part in chunks.parts(rows):
-                    logits = chunks.logits(part)
-                    values = chunks.map(logits)
-                    losses[part] = plain(values, terms.of(part), form)
-                    if form:
-                        chunks.map_back(part, logits, values)
-            if form:
-                chunks.multiply_back(rows)
-        return losses, chunks.gradients() if form else None
+                    values = values if of_part is None else values.mul_(of_part[:, None])
+                    chunks.map_back(part, logits, values)
+        if form:
+            chunks.multiply_back(rows, factors)
+    return losses
 
 
 def loss_of(

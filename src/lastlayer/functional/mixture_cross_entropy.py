@@ -8,12 +8,12 @@ from torch import Tensor
 
 from lastlayer.functional.checks import integer_ids
 from lastlayer.functional.linear_chunks import LinearChunks, linear_logits
+from lastlayer.functional.linear_cross_entropy import chunk_losses
 from lastlayer.functional.logit_map import LogitMap, bound
 from lastlayer.functional.one_pass import one_pass_loss
 from lastlayer.functional.precision import exact_dtype, product_dtype
 from lastlayer.functional.second_order import Tensors
-from lastlayer.kernels.backends import softmax_rows_backend_for
-from lastlayer.kernels.softmax_rows import NO_MAP, RowTerms, fused, plain
+from lastlayer.kernels.softmax_rows import RowTerms
 
 
 def mixture_cross_entropy(
@@ -78,14 +78,7 @@ class _MixtureLosses(NamedTuple):
         wanted: Sequence[bool] | None,
     ) -> tuple[Tensor, Tensors | None]:
         components = log_prior.shape[1]
-        form = wanted is not None
-        kernel_map = None
-        # The gradient of a map's parameters needs the responsibilities before the kernel has run.
-        of_map = wanted is not None and any(wanted[4:])
-        if softmax_rows_backend_for(latent.device, self.dtype) == "compiled" and not of_map:
-            kernel_map = NO_MAP if self.logit_map is None else self.logit_map.kernel_map()
         chunks = LinearChunks(latent, weight, bias, self.logit_map, self.dtype, group=components)
-        kernel_map = None if chunks.barred is not None else kernel_map  # no kernel handles barred classes
         if wanted is not None:
             chunks.want([wanted[0], *wanted[2:]])
         losses, of_prior = log_prior.new_empty(len(log_prior)), torch.empty_like(log_prior)
@@ -106,20 +99,7 @@ class _MixtureLosses(NamedTuple):
 
         ids = self.targets.repeat_interleave(components)
         terms = RowTerms(ids, torch.ones_like(ids, dtype=chunks.exact))
-        for rows in chunks:
-            scale = None
-            if kernel_map is not None:
-                nll, _ = fused(chunks.multiply(rows), chunks.bias, terms.of(rows), form, kernel_map)
-                scale = weigh(rows, nll)
-            else:
-                for part in chunks.parts(rows):
-                    logits = chunks.logits(part)
-                    values = chunks.map(logits)
-                    of_part = weigh(part, plain(values, terms.of(part), form))
-                    if form:
-                        chunks.map_back(part, logits, values.mul_(of_part[:, None]))
-            if form:
-                chunks.multiply_back(rows, scale)
+        chunk_losses(chunks, terms, form=wanted is not None, weigh=weigh)
         losses = losses if shares is None else losses.mul_(shares)
         if wanted is None:
             return losses, None
