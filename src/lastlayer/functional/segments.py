@@ -25,6 +25,6 @@ def cluster_sums(
     peak = nothing.scatter_reduce(1, columns, logits.detach(), "amax")
     peak = peak.masked_fill(peak == -torch.inf, 0)  # -inf - -inf would be NaN
     shifted = logits - peak.index_select(1, clusters)
-    sums = torch.zeros_like(peak).scatter_add(1, columns, shifted.exp())
+    sums = torch.zeros_like(peak).scatter_add(1, columns, shifted.exp_())
     empty = sums == 0
     return peak, sums.masked_fill(empty, 1).log().masked_fill(empty, -torch.inf)

@@ -121,8 +121,8 @@ class OutputLayer(nn.Module, ABC):
     ) -> Tensor:  # (..., C), 0 where padded
         """The exact log-probabilities of given candidates: `log_prob(hidden).gather(-1, ids)`.
 
-        A row's normaliser is computed once, however many candidates the row has. A padded place gives 0, as an
-        ignored target does in `target_log_prob`. Differentiable.
+        A normaliser over all classes is computed once a row, however many candidates it has. A padded place gives
+        0, as an ignored target does in `target_log_prob`. Differentiable.
 
         Raises:
             TypeError, ValueError, IndexError: ids of another dtype or shape, or that are no classes.

@@ -130,4 +130,4 @@ def permitted(
 def log_sum_exp(logits: Tensor) -> Tensor:  # (N, V) to (N, 1)
     """In float64, for large logits leave a float32 sum no digits."""
     peak = logits.amax(-1, keepdim=True).detach()
-    return (logits - peak).exp().sum(-1, keepdim=True).log().double() + peak
+    return (logits - peak).exp_().sum(-1, keepdim=True).log().double() + peak
