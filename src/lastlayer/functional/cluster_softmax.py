@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,9 +91,9 @@ def group_by_cluster(
 
 def touched_rows(groups: Groups) -> Tensor:  # (R,)
     """The weight rows of the touched clusters, rising."""
-    starts, sizes = groups.table[:, 2], groups.table[:, 3]
-    shift = (starts - (sizes.cumsum(0) - sizes)).repeat_interleave(sizes)
-    return (torch.arange(len(shift), device="cpu") + shift).to(groups.order.device)
+    starts, sizes = groups.table[:, 2:].T.numpy()  # NumPy, for the reason of `scaled_rows`
+    shift = starts - (sizes.cumsum() - sizes)
+    return torch.tensor(np.arange(sizes.sum()) + shift.repeat(sizes), device=groups.order.device)
 
 
 @outside_graphs
@@ -183,17 +184,20 @@ def _form(
     settings, wanted = ctx.settings, ctx.needs_input_grad[2:]
     groups, hidden, scale = settings.groups, hidden.contiguous().resolve_neg(), -upstream.contiguous()
     compiled = settings.compiled(hidden, weight)
-    of_hidden = None if slope is None else (slope * scale[:, None]).to(slope.dtype)
+    of_hidden = None
+    if slope is not None:
+        of_hidden = kernels.scaled_rows(slope, scale) if compiled else (slope * scale[:, None]).to(slope.dtype)
     if not (wanted[1] or wanted[2]):
         return of_hidden, None, None
     num_classes, (order, table) = len(weight), groups
     sizes = table[:, 3]
+    num_rows = int(sizes.sum())
     if settings.sparse:
-        num_rows = int(sizes.sum())
         of_weight = (settings.memory or GradientMemory()).allocate((num_rows, weight.shape[1]), weight)
         of_bias = weight.new_empty(num_rows)
     else:
-        of_weight, of_bias = weight.new_zeros(weight.shape), weight.new_zeros(num_classes)
+        make = weight.new_empty if num_rows == num_classes else weight.new_zeros  # every touched row is written
+        of_weight, of_bias = make(weight.shape), make(num_classes)
     if compiled:
         arrays = hidden, residual, scale, of_weight, of_bias
         kernels.softmax_backward(table, backends.GROUP_WORK, order, *arrays, compact=settings.sparse)

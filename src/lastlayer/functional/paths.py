@@ -15,6 +15,7 @@ from lastlayer.functional.second_order import HandWritten, gradients
 from lastlayer.functional.trees import Tree
 from lastlayer.kernels import paths as kernels
 from lastlayer.kernels.backends import paths_backend_for
+from lastlayer.kernels.grouped import scaled_rows
 
 
 def path_log_prob(
@@ -119,7 +120,7 @@ def _form(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of hidden and weight."""
     (hidden, weight), (factors, slope), (starts, nodes, _) = ctx.saved_tensors, ctx.formed, ctx.paths
     hidden, scale = hidden.contiguous().resolve_neg(), upstream.contiguous()
-    of_hidden = slope * scale[:, None] if ctx.needs_input_grad[0] else None
+    of_hidden = scaled_rows(slope, scale) if ctx.needs_input_grad[0] else None
     if not ctx.needs_input_grad[1]:
         return of_hidden, None
     ordered, pairs = nodes.sort(stable=True)
