@@ -60,7 +60,7 @@ sanitize: .venv/installed
 	cmake --build build/sanitize --parallel
 	cmake --install build/sanitize --prefix src
 	LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libstdc++.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest $(KERNEL_TESTS)
+	    ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest $(KERNEL_TESTS) --ignore tests/screening/test_memory.py # it would measure the sanitizer
 	rm -rf src/lastlayer/kernels/engines
 
 # The code that AMX tiles run, with the tiles in portable C++: on a processor without AMX, the tests of batches.
