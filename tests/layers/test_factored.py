@@ -184,6 +184,16 @@ def test_custom_loss_in_ten_lines():
     Twins(loss, bias=True).train(batches(60))
 
 
+def test_derivatives_in_closed_form_equal_those_of_autograd():
+    torch.manual_seed(0)
+    scores, weights = torch.randn(2, 5, 3, dtype=torch.float64)
+    squared_norm, total = torch.rand(2, 5, dtype=torch.float64) + 9
+    for loss in LOSSES:
+        found = loss.derivatives(scores, weights, squared_norm, total, 20)
+        expected = SphericalLoss.derivatives(loss, scores, weights, squared_norm, total, 20)
+        torch.testing.assert_close(found, expected)
+
+
 def test_losses_of_ones_own_that_would_train_wrongly():
     class Total(SphericalLoss):  # reads the sum, and does not say so
         def row_loss(self, scores, weights, squared_norm, total, num_classes):

@@ -121,6 +121,12 @@ class SquaredError(SphericalLoss):
     ) -> Tensor:
         return squared_norm + (weights * torch.sub(weights, scores, alpha=2)).sum(1)
 
+    def derivatives(
+        self, scores: Tensor, weights: Tensor, squared_norm: Tensor, total: Tensor, num_classes: int
+    ) -> RowDerivatives:
+        row_loss = self.row_loss(scores, weights, squared_norm, total, num_classes)
+        return RowDerivatives(row_loss, -2 * weights, torch.ones_like(squared_norm), None)
+
 
 class _QuadraticSoftmax(NormalizedLoss):
     """`p_i` proportional to `n(o_i) = a o_i^2 + b o_i + c`, which is positive everywhere."""
