@@ -73,9 +73,9 @@ class Scratch {
     Real* memory;
 };
 
-// Four lines of four numbers each, transposed: number k of line i is from[i * line + k], and goes to to[k * width + i].
-template <class Real>
-inline void transpose_4x4(Real* to, const Real* from, int64_t line, int64_t width, Real factor) {
+// Four lines of four numbers each, transposed: number k of line i is from[i * line + k], and goes to to[k * WIDTH + i].
+template <class Real, int64_t WIDTH>
+inline void transpose_4x4(Real* to, const Real* from, int64_t line, Real factor) {
 #if defined(LASTLAYER_SHUFFLES)
     typedef Real Four __attribute__((vector_size(4 * sizeof(Real))));
     Four rows[4], columns[4];
@@ -90,47 +90,49 @@ inline void transpose_4x4(Real* to, const Real* from, int64_t line, int64_t widt
     columns[3] = __builtin_shufflevector(high, other_high, 2, 3, 6, 7);
     for (int64_t k = 0; k < 4; ++k) {
         columns[k] *= factor;
-        std::memcpy(to + k * width, &columns[k], sizeof(Four));
+        std::memcpy(to + k * WIDTH, &columns[k], sizeof(Four));
     }
 #else
     for (int64_t k = 0; k < 4; ++k) {
-        for (int64_t i = 0; i < 4; ++i) to[k * width + i] = factor * from[i * line + k];
+        for (int64_t i = 0; i < 4; ++i) to[k * WIDTH + i] = factor * from[i * line + k];
     }
 #endif
 }
 
-// `lines` (at most `width`) lines of `depth` numbers, number k of all of them together: to[k * width + i].
-template <class Real>
-void pack_panel(Real* to, const Real* from, int64_t lines, int64_t depth, int64_t line, int64_t step, int64_t width,
-                Real factor) {
+// `lines` (at most `WIDTH`) lines of `depth` numbers, number k of all of them together: to[k * WIDTH + i].
+template <class Real, int64_t WIDTH>
+void pack_panel(Real* to, const Real* from, int64_t lines, int64_t depth, int64_t line, int64_t step, Real factor) {
     if (line == 1) {
-        for (int64_t k = 0; k < depth; ++k) {
-            for (int64_t i = 0; i < lines; ++i) to[k * width + i] = factor * from[k * step + i];
-        }
+        const auto copy = [&](int64_t count) {
+            for (int64_t k = 0; k < depth; ++k) {
+                for (int64_t i = 0; i < count; ++i) to[k * WIDTH + i] = factor * from[k * step + i];
+            }
+        };
+        lines == WIDTH ? copy(WIDTH) : copy(lines);  // of a number known to the compiler: whole vectors
         return;
     }
     const bool contiguous = step == 1;
     const int64_t whole_lines = contiguous ? lines / 4 * 4 : 0, whole_depth = contiguous ? depth / 4 * 4 : 0;
     for (int64_t i = 0; i < whole_lines; i += 4) {
         for (int64_t k = 0; k < whole_depth; k += 4) {
-            transpose_4x4(to + k * width + i, from + i * line + k, line, width, factor);
+            transpose_4x4<Real, WIDTH>(to + k * WIDTH + i, from + i * line + k, line, factor);
         }
     }
     for (int64_t i = 0; i < lines; ++i) {
         for (int64_t k = i < whole_lines ? whole_depth : 0; k < depth; ++k) {
-            to[k * width + i] = factor * from[i * line + k * step];
+            to[k * WIDTH + i] = factor * from[i * line + k * step];
         }
     }
 }
 
-// `count` lines of `depth` numbers, of which number k of line i is from[i * line + k * step], as panels of `width`
+// `count` lines of `depth` numbers, of which number k of line i is from[i * line + k * step], as panels of `WIDTH`
 // lines; lines that are missing in the last panel are zeros.
-template <class Real>
-void pack(Real* to, const Real* from, int64_t count, int64_t depth, int64_t line, int64_t step, int64_t width, Real factor) {
-    for (int64_t begin = 0; begin < count; begin += width, to += width * depth) {
-        const int64_t lines = std::min(width, count - begin);
-        if (lines < width) std::memset(to, 0, sizeof(Real) * width * depth);
-        pack_panel(to, from + begin * line, lines, depth, line, step, width, factor);
+template <class Real, int64_t WIDTH>
+void pack(Real* to, const Real* from, int64_t count, int64_t depth, int64_t line, int64_t step, Real factor) {
+    for (int64_t begin = 0; begin < count; begin += WIDTH, to += WIDTH * depth) {
+        const int64_t lines = std::min(WIDTH, count - begin);
+        if (lines < WIDTH) std::memset(to, 0, sizeof(Real) * WIDTH * depth);
+        pack_panel<Real, WIDTH>(to, from + begin * line, lines, depth, line, step, factor);
     }
 }
 
@@ -180,10 +182,10 @@ void multiply_alone(int64_t rows, int64_t columns, int64_t depth, Real alpha, Ma
         const int64_t deep = std::min(part, depth - k);
         for (int64_t j = 0; j < columns; j += wide) {
             const int64_t across = std::min(wide, columns - j);
-            pack<Real>(packed_b, b.data + k * b.row + j * b.column, across, deep, b.column, b.row, COLUMNS, 1);
+            pack<Real, COLUMNS>(packed_b, b.data + k * b.row + j * b.column, across, deep, b.column, b.row, 1);
             for (int64_t i = 0; i < rows; i += BLOCK_ROWS) {
                 const int64_t down = std::min(BLOCK_ROWS, rows - i);
-                pack<Real>(packed_a, a.data + i * a.row + k * a.column, down, deep, a.row, a.column, TILE_ROWS, alpha);
+                pack<Real, TILE_ROWS>(packed_a, a.data + i * a.row + k * a.column, down, deep, a.row, a.column, alpha);
                 for (int64_t q = 0; q < across; q += COLUMNS) {
                     const int64_t last = std::min(COLUMNS, across - q);
                     const auto tile = last <= Tiled<Real>::LANES ? multiply_tile<Real, 1> : multiply_tile<Real, TILE_VECTORS>;
