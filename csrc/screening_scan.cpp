@@ -116,18 +116,16 @@ void integer_block(const Place& place, const std::vector<Vector>& vectors) {
 // The same for all hidden states at once.
 void tiled_block(const Place& place, const std::vector<Vector>& vectors, const TiledHidden& hidden) {
     const Screen& screen = place.screen;
-    const float *scale = screen.scale + place.first, *bias = screen.bias + place.first;
-    if (screen.preview == INT8_ROWS) {
-        int8_tiles(screen, place.first, hidden, [&](int64_t i, int64_t row, float total) {
-            if (i < place.count) place.scores(row)[i] = scale[i] * (vectors[row].step * total) + bias[i];
-        });
-        return;
-    }
-    int4_tiles(screen, place.first, hidden, [&](int64_t i, int64_t row, int32_t sum) {
-        const auto middle = static_cast<int32_t>(15 * vectors[row].sum);  // codes are 0 to 15
-        const auto number = static_cast<float>(2 * sum - middle);
-        if (i < place.count) place.scores(row)[i] = scale[i] * (vectors[row].step * number) + bias[i];
-    });
+    const auto store = [&](int64_t start, int64_t row, const float (&numbers)[2 * SIDE]) {
+        const int64_t count = std::min(2 * SIDE, place.count - start);
+        const float *scale = screen.scale + place.first + start, *bias = screen.bias + place.first + start;
+        const float step = vectors[row].step;
+        float* scores = place.scores(row) + start;
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) scores[i] = scale[i] * (step * numbers[i]) + bias[i];
+    };
+    if (screen.preview == INT8_ROWS) int8_tiles(screen, place.first, hidden, store);
+    else int4_tiles(screen, place.first, hidden, vectors, store);
 }
 
 void float_span(const Place& span, const std::vector<Vector>& vectors) {

@@ -58,9 +58,9 @@ inline void separate_nibbles(const uint8_t* codes, int64_t chunks, int8_t* tiles
     }
 }
 
-// totals(class, row of `query`, sum): a class of the block that starts at `first`, padded ones included.
-template <class Totals>
-void int8_tiles(const Screen& screen, int64_t first, const TiledHidden& hidden, const Totals& totals) {
+// store(start, row of `query`, products of 2 SIDE classes with its whole numbers), from `first + start` on, padded ones included.
+template <class Store>
+void int8_tiles(const Screen& screen, int64_t first, const TiledHidden& hidden, const Store& store) {
     const int8_t* rows = static_cast<const int8_t*>(screen.rows) + first * screen.rows_width;
     const Tiles tiles;
     TileSums sums;
@@ -69,19 +69,25 @@ void int8_tiles(const Screen& screen, int64_t first, const TiledHidden& hidden, 
         for (int64_t group = 0; group < hidden.num_groups(); ++group) {
             tiles.multiply({{left, left + SIDE * screen.rows_width}, screen.rows_width,
                             {hidden.part(group, 0), hidden.part(group, 1)}, hidden.steps}, sums);
+            float products[2 * SIDE][SIDE];
+            for (int64_t i = 0; i < 2 * SIDE; ++i) {
+                const auto& of_class = sums[i / SIDE];
+                for (int64_t h = 0; h < SIDE; ++h)
+                    products[i][h] = 128.0f * static_cast<float>(of_class[0][i % SIDE][h]) + static_cast<float>(of_class[1][i % SIDE][h]);
+            }
             const int64_t states = std::min(SIDE, hidden.count - group * SIDE);
-            for (int64_t h = 0; h < states; ++h)
-                for (int64_t i = 0; i < 2 * SIDE; ++i) {
-                    const auto& of_class = sums[i / SIDE];
-                    totals(start + i, group * SIDE + h,
-                           128.0f * static_cast<float>(of_class[0][i % SIDE][h]) + static_cast<float>(of_class[1][i % SIDE][h]));
-                }
+            for (int64_t h = 0; h < states; ++h) {
+                float numbers[2 * SIDE];
+                for (int64_t i = 0; i < 2 * SIDE; ++i) numbers[i] = products[i][h];
+                store(start, group * SIDE + h, numbers);
+            }
         }
     }
 }
 
-template <class Totals>
-void int4_tiles(const Screen& screen, int64_t first, const TiledHidden& hidden, const Totals& totals) {
+template <class Store>
+void int4_tiles(const Screen& screen, int64_t first, const TiledHidden& hidden, const std::vector<Vector>& vectors,
+                const Store& store) {
     const int64_t chunks = screen.rows_width / CHUNK, group_bytes = hidden.steps * TILE_BYTES;
     const uint8_t* codes = static_cast<const uint8_t*>(screen.rows) + first / GROUP * chunks * CHUNK_BYTES;
     std::vector<int8_t> separated(static_cast<size_t>(2 * group_bytes));
@@ -95,10 +101,14 @@ void int4_tiles(const Screen& screen, int64_t first, const TiledHidden& hidden, 
             tiles.multiply({{hidden.part(group, 0), hidden.part(group, 1)}, hidden.steps * STEP,
                             {right, right + group_bytes}, hidden.steps}, sums);
             const int64_t states = std::min(SIDE, hidden.count - group * SIDE);
-            for (int64_t h = 0; h < states; ++h)
-                for (int64_t i = 0; i < 2 * GROUP; ++i)
-                    totals(start + i, group * SIDE + h,
-                           128 * sums[0][i / GROUP][h][i % GROUP] + sums[1][i / GROUP][h][i % GROUP]);
+            for (int64_t h = 0; h < states; ++h) {
+                const auto middle = static_cast<int32_t>(15 * vectors[group * SIDE + h].sum);  // codes are 0 to 15
+                float numbers[2 * GROUP];
+                for (int64_t pair = 0; pair < 2; ++pair)
+                    for (int64_t i = 0; i < GROUP; ++i)
+                        numbers[pair * GROUP + i] = static_cast<float>(2 * (128 * sums[0][pair][h][i] + sums[1][pair][h][i]) - middle);
+                store(start, group * SIDE + h, numbers);
+            }
         }
     }
 }
