@@ -1,11 +1,11 @@
 // Products of quantised rows with quantised hidden states, exact in 32-bit integers.
 //
-// A hidden state is `step * n` with whole n, |n| <= 8128: 14 bits. x86 multiplies 16-bit integers by pairs
-// (vpmaddwd; vpdpwssd where there is VNNI). Arm multiplies 8-bit ones by fours (sdot), so there n is kept in two
-// bytes, n = 128 high + low. `pack_*` arranges n as the primitives below read it, two bytes a coordinate either way.
+// A hidden state is `step * n` with whole n, |n| <= 8128: 14 bits. Processors multiply 16-bit integers by pairs, or 8-bit
+// ones by fours: there n is kept in two bytes, n = 128 high + low. `pack_*` arranges n as the primitives below read it,
+// two bytes a coordinate either way.
 //
 // Rows of 8 bits lie one after another: `Sums` then holds partial sums of one row. Rows of 4 bits are interleaved,
-// GROUP classes with four bytes each: `Sums` then holds the sums of as many classes as it has lanes. No lane
+// GROUP classes with four bytes each: `CodeSums` then holds the sums of as many classes as it has lanes. No lane
 // overflows up to MOST_WIDTH coordinates (see `screening/backend.py`).
 #pragma once
 
@@ -23,6 +23,17 @@ constexpr int NIBBLE_ORDER[CHUNK] = {0, 4, 1, 5, 2, 6, 3, 7};
 
 inline int8_t high_byte(int16_t n) { return static_cast<int8_t>((n + 64) >> 7); }
 inline int8_t low_byte(int16_t n) { return static_cast<int8_t>(n - 128 * high_byte(n)); }
+
+// Of each chunk the high bytes in the order of the nibbles, then the low bytes.
+inline void pack_bytes_of_chunks(const int16_t* n, int64_t width, int16_t* packed) {
+    int8_t* bytes = reinterpret_cast<int8_t*>(packed);
+    for (int64_t j = 0; j < width; j += CHUNK)
+        for (int place = 0; place < CHUNK; ++place) {
+            const int16_t number = n[j + NIBBLE_ORDER[place]];
+            bytes[2 * j + place] = high_byte(number);
+            bytes[2 * j + CHUNK + place] = low_byte(number);
+        }
+}
 
 }  // namespace lastlayer
 
@@ -61,9 +72,7 @@ template <int GROUPS, int HIDDEN>
 void multiply_codes(
     const uint8_t* codes, int64_t chunks, const int16_t* const (&hidden)[HIDDEN], int32_t (&sums)[HIDDEN][GROUPS * GROUP]) {
     constexpr int VECTORS = GROUP / LANES;
-    Sums own[GROUPS * VECTORS][HIDDEN];
-    for (auto& of_vector : own)
-        for (Sums& one : of_vector) one = no_sums();
+    CodeSums own[GROUPS * VECTORS][HIDDEN] = {};
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const int16_t* at[HIDDEN];
         for (int h = 0; h < HIDDEN; ++h) at[h] = hidden[h] + CHUNK * chunk;

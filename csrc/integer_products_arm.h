@@ -8,6 +8,7 @@ namespace lastlayer {
 struct Sums {
     int32x4_t high, low;
 };
+using CodeSums = Sums;
 using Row = int8x16_t;
 struct HiddenBytes {
     int8x16_t runs[2];  // 16 high bytes and 16 low ones; or twice 8 high ones and 8 low ones
@@ -27,16 +28,7 @@ inline void pack_hidden(const int16_t* n, int64_t width, int16_t* packed) {
         bytes[place + RUN] = low_byte(n[j]);
     }
 }
-// Of each chunk the high bytes in the order of the nibbles, then the low bytes.
-inline void pack_hidden_chunks(const int16_t* n, int64_t width, int16_t* packed) {
-    int8_t* bytes = reinterpret_cast<int8_t*>(packed);
-    for (int64_t j = 0; j < width; j += CHUNK)
-        for (int place = 0; place < CHUNK; ++place) {
-            const int16_t number = n[j + NIBBLE_ORDER[place]];
-            bytes[2 * j + place] = high_byte(number);
-            bytes[2 * j + CHUNK + place] = low_byte(number);
-        }
-}
+inline void pack_hidden_chunks(const int16_t* n, int64_t width, int16_t* packed) { pack_bytes_of_chunks(n, width, packed); }
 
 inline Sums no_sums() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
 inline Row load_row(const int8_t* at) { return vld1q_s8(at); }
@@ -48,7 +40,7 @@ inline Row load_codes(const uint8_t* at) { return vreinterpretq_s8_u8(vld1q_u8(a
 inline void store_sums(Sums sums, int32_t* at) { vst1q_s32(at, vaddq_s32(vshlq_n_s32(sums.high, 7), sums.low)); }
 
 template <int HIDDEN>
-void add_chunk(Row codes, const int16_t* const (&hidden)[HIDDEN], Sums (&sums)[HIDDEN]) {
+void add_chunk(Row codes, const int16_t* const (&hidden)[HIDDEN], CodeSums (&sums)[HIDDEN]) {
     const uint8x16_t bytes = vreinterpretq_u8_s8(codes);
     const Row first = vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15)));
     const Row second = vreinterpretq_s8_u8(vshrq_n_u8(bytes, 4));

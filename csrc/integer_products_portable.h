@@ -7,6 +7,7 @@ constexpr int64_t PIECE = 8, LANES = 16;
 struct Sums {
     int32_t lane[LANES];
 };
+using CodeSums = Sums;
 struct Row {
     int16_t number[2 * LANES];
 };

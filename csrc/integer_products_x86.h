@@ -1,4 +1,8 @@
 // The primitives of integer_products.h for AVX-512 and AVX2, each with VNNI where it is there.
+//
+// Rows of 8 bits are multiplied as 16-bit integers (vpmaddwd; vpdpwssd with VNNI), which their sign does not disturb. Codes
+// of 4 bits have none: with VNNI they are multiplied as bytes (vpdpbusd), twice as many in an instruction, with both
+// bytes of a hidden state.
 #pragma once
 
 #include <cstring>
@@ -8,8 +12,6 @@
 namespace lastlayer {
 
 inline void pack_hidden(const int16_t* n, int64_t width, int16_t* packed) { std::copy(n, n + width, packed); }
-inline void pack_hidden_chunks(const int16_t* n, int64_t width, int16_t* packed) { std::copy(n, n + width, packed); }
-
 #if defined(__AVX512BW__)
 
 using Sums = __m512i;
@@ -33,16 +35,13 @@ inline __m256 halves(Sums sums) {
     return _mm256_add_ps(_mm512_castps512_ps256(numbers), _mm512_extractf32x8_ps(numbers, 1));
 }
 inline Row load_codes(const uint8_t* at) { return _mm512_loadu_si512(at); }
-template <int PLACE>
-Row nibbles(Row codes) {
-    if (PLACE == 3) return _mm512_srli_epi16(codes, 12);
-    return _mm512_and_si512(_mm512_srli_epi16(codes, 4 * PLACE), _mm512_set1_epi16(15));
-}
-inline Row repeated(const int16_t* pair) {
-    int32_t both;
-    std::memcpy(&both, pair, sizeof both);
-    return _mm512_set1_epi32(both);
-}
+inline Row shifted(Row codes, int bits) { return _mm512_srli_epi16(codes, bits); }
+inline Row masked(Row codes, int32_t mask) { return _mm512_and_si512(codes, _mm512_set1_epi32(mask)); }
+inline Row repeated(int32_t four_bytes) { return _mm512_set1_epi32(four_bytes); }
+#if defined(__AVX512VNNI__)
+inline Sums multiply_add_bytes(Sums sums, Row codes, Row hidden) { return _mm512_dpbusd_epi32(sums, codes, hidden); }
+inline Sums combined(Sums high, Sums low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 7), low); }
+#endif
 inline void store_sums(Sums sums, int32_t* at) { _mm512_storeu_si512(at, sums); }
 
 #else
@@ -65,16 +64,13 @@ inline Sums multiply_add(Sums sums, Row a, Row b) {
 }
 inline __m256 halves(Sums sums) { return _mm256_cvtepi32_ps(sums); }
 inline Row load_codes(const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
-template <int PLACE>
-Row nibbles(Row codes) {
-    if (PLACE == 3) return _mm256_srli_epi16(codes, 12);
-    return _mm256_and_si256(_mm256_srli_epi16(codes, 4 * PLACE), _mm256_set1_epi16(15));
-}
-inline Row repeated(const int16_t* pair) {
-    int32_t both;
-    std::memcpy(&both, pair, sizeof both);
-    return _mm256_set1_epi32(both);
-}
+inline Row shifted(Row codes, int bits) { return _mm256_srli_epi16(codes, bits); }
+inline Row masked(Row codes, int32_t mask) { return _mm256_and_si256(codes, _mm256_set1_epi32(mask)); }
+inline Row repeated(int32_t four_bytes) { return _mm256_set1_epi32(four_bytes); }
+#if defined(__AVXVNNI__)
+inline Sums multiply_add_bytes(Sums sums, Row codes, Row hidden) { return _mm256_dpbusd_avx_epi32(sums, codes, hidden); }
+inline Sums combined(Sums high, Sums low) { return _mm256_add_epi32(_mm256_slli_epi32(high, 7), low); }
+#endif
 inline void store_sums(Sums sums, int32_t* at) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), sums); }
 
 #endif
@@ -86,13 +82,46 @@ inline void totals_of_four(const Sums (&sums)[4], float* totals) {
     _mm_storeu_ps(totals, _mm_add_ps(_mm256_castps256_ps128(fours), _mm256_extractf128_ps(fours, 1)));
 }
 
-// Adds the products of LANES classes in a chunk with each of several hidden states.
+inline int32_t four_bytes(const void* at) {
+    int32_t bytes;
+    std::memcpy(&bytes, at, sizeof bytes);
+    return bytes;
+}
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+
+struct CodeSums {
+    Sums high, low;
+};
+inline void store_sums(CodeSums sums, int32_t* at) { store_sums(combined(sums.high, sums.low), at); }
+inline void pack_hidden_chunks(const int16_t* n, int64_t width, int16_t* packed) { pack_bytes_of_chunks(n, width, packed); }
+
 template <int HIDDEN>
-void add_chunk(Row codes, const int16_t* const (&hidden)[HIDDEN], Sums (&sums)[HIDDEN]) {
-    const Row parts[4] = {nibbles<0>(codes), nibbles<1>(codes), nibbles<2>(codes), nibbles<3>(codes)};
+void add_chunk(Row codes, const int16_t* const (&hidden)[HIDDEN], CodeSums (&sums)[HIDDEN]) {
+    constexpr int32_t MASK = 0x0f0f0f0f;
+    const Row first = masked(codes, MASK), second = masked(shifted(codes, 4), MASK);
+    for (int h = 0; h < HIDDEN; ++h) {
+        const Row high = repeated(four_bytes(hidden[h])), next_high = repeated(four_bytes(hidden[h] + 2));
+        const Row low = repeated(four_bytes(hidden[h] + 4)), next_low = repeated(four_bytes(hidden[h] + 6));
+        sums[h].high = multiply_add_bytes(multiply_add_bytes(sums[h].high, first, high), second, next_high);
+        sums[h].low = multiply_add_bytes(multiply_add_bytes(sums[h].low, first, low), second, next_low);
+    }
+}
+
+#else
+
+using CodeSums = Sums;
+inline void pack_hidden_chunks(const int16_t* n, int64_t width, int16_t* packed) { std::copy(n, n + width, packed); }
+
+template <int HIDDEN>
+void add_chunk(Row codes, const int16_t* const (&hidden)[HIDDEN], CodeSums (&sums)[HIDDEN]) {
+    constexpr int32_t MASK = 0x000f000f;
+    const Row parts[4] = {masked(codes, MASK), masked(shifted(codes, 4), MASK), masked(shifted(codes, 8), MASK), shifted(codes, 12)};
     for (int h = 0; h < HIDDEN; ++h)
         for (int place = 0; place < 4; ++place)
-            sums[h] = multiply_add(sums[h], parts[place], repeated(hidden[h] + 2 * place));
+            sums[h] = multiply_add(sums[h], parts[place], repeated(four_bytes(hidden[h] + 2 * place)));
 }
+
+#endif
 
 }  // namespace lastlayer

@@ -4,13 +4,13 @@
 
 #include "integer_products.h"
 #include "parallel.h"
+#include "products.h"
 #include "screening.h"
 
 namespace lastlayer {
 namespace {
 
-constexpr int64_t PART = 64;   // products that are summed in float32 before they are added in float64
-constexpr int64_t GRAIN = 16;  // coordinates of a rotated state that a thread makes at once
+constexpr int64_t GRAIN = 16;  // coordinates of rotated states that a thread makes at once
 constexpr float WHOLE = 8128;  // the largest whole number of a hidden state, see integer_products.h
 constexpr float FINER = 16;    // 8-bit steps in a 4-bit one
 
@@ -21,35 +21,25 @@ double norm_of(const float* values, int64_t count) {
     return std::sqrt(total);
 }
 
-template <class Number>
-double dot(const Number* row, const float* hidden, int64_t count) {
-    double total = 0;
-    for (int64_t start = 0; start < count; start += PART) {
-        const int64_t end = std::min(start + PART, count);
-        float part = 0;
-#pragma omp simd reduction(+ : part)
-        for (int64_t j = start; j < end; ++j) part += load(row[j]) * hidden[j];
-        total += part;
-    }
-    return total;
-}
-
-double dot(const double* row, const float* hidden, int64_t count) {
-    double total = 0;
-#pragma omp simd reduction(+ : total)
-    for (int64_t j = 0; j < count; ++j) total += row[j] * hidden[j];
-    return total;
-}
-
-// Coordinate i of the rotated hidden state: first those of `rotation`, then those of `rotated_tail`.
-float rotated_coordinate(const Screen& screen, const float* hidden, int64_t i) {
+// rotated[row * stride + i] = rotation[i] . hidden[row] for `count` rows of a rotation, summed in `Real`.
+template <class Real, class Number>
+void rotate(const Screen& screen, const Query& query, const void* rotation, int64_t count, float* rotated, int64_t stride) {
     const int64_t width = screen.width;
-    if (i >= screen.rotated) return static_cast<float>(dot(screen.rotated_tail + (i - screen.rotated) * width, hidden, width));
-    if (screen.preview != INT4_ROWS)
-        return static_cast<float>(dot(static_cast<const double*>(screen.rotation) + i * width, hidden, width));
-    if (screen.rotation_type == BFLOAT16)
-        return static_cast<float>(dot(static_cast<const bfloat16*>(screen.rotation) + i * width, hidden, width));
-    return static_cast<float>(dot(static_cast<const float*>(screen.rotation) + i * width, hidden, width));
+    const std::vector<Real> hidden(query.hidden, query.hidden + query.count * width);
+    parallel_for(count, query.grain(count, GRAIN), [&](int64_t begin, int64_t end) {
+        std::vector<Real> four(static_cast<size_t>(4 * width));  // as hidden states are multiplied with them
+        for (int64_t first = begin; first < end; first += 4) {
+            const int64_t together = std::min<int64_t>(4, end - first);
+            const Number* rows = static_cast<const Number*>(rotation) + first * width;
+#pragma omp simd
+            for (int64_t j = 0; j < together * width; ++j) four[static_cast<size_t>(j)] = load(rows[j]);
+            for (int64_t row = 0; row < query.count; ++row) {
+                Real sums[4];
+                dot_1x4<Real>(hidden.data() + row * width, four.data(), width, sums);
+                for (int64_t n = 0; n < together; ++n) rotated[row * stride + first + n] = static_cast<float>(sums[n]);
+            }
+        }
+    });
 }
 
 // Rounds to whole numbers times a step; returns the norm of what that leaves over.
@@ -145,12 +135,14 @@ Prepared prepare_hidden(const Screen& screen, const Query& query) {
     prepared.of_rows.resize(static_cast<size_t>(query.count * screen.terms));
     const int64_t coordinates = screen.rotated ? screen.rotated + screen.tail : 0;
     std::vector<float> rotated(static_cast<size_t>(query.count * coordinates));
-    const int64_t total = query.count * coordinates;
-    parallel_for(total, query.grain(total, GRAIN), [&](int64_t begin, int64_t end) {
-        for (int64_t at = begin; at < end; ++at)
-            rotated[static_cast<size_t>(at)] =
-                rotated_coordinate(screen, query.hidden + at / coordinates * screen.width, at % coordinates);
-    });
+    if (screen.preview != INT4_ROWS) {
+        rotate<double, double>(screen, query, screen.rotation, screen.rotated, rotated.data(), coordinates);
+        rotate<float, float>(screen, query, screen.rotated_tail, screen.tail, rotated.data() + screen.rotated, coordinates);
+    } else if (screen.rotation_type == BFLOAT16) {
+        rotate<float, bfloat16>(screen, query, screen.rotation, screen.rotated, rotated.data(), coordinates);
+    } else {
+        rotate<float, float>(screen, query, screen.rotation, screen.rotated, rotated.data(), coordinates);
+    }
     parallel_for(query.count, query.grain(query.count, 4), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             const bool fits = finish(screen, query.hidden + row * screen.width, rotated.data() + row * coordinates,

@@ -22,15 +22,15 @@ class TiledHidden {
         : count(static_cast<int64_t>(vectors.size())), steps((screen.rows_width + STEP - 1) / STEP),
           bytes(static_cast<size_t>((count + SIDE - 1) / SIDE * 2 * steps * TILE_BYTES)) {
         for (int64_t row = 0; row < count; ++row) {
-            int8_t* high = part(row / SIDE, 0);
-            int8_t* low = part(row / SIDE, 1);
-            for (int64_t j = 0; j < screen.rows_width; ++j) {
-                const bool codes = screen.preview == INT4_ROWS;
-                const int64_t coordinate = codes ? j / CHUNK * CHUNK + NIBBLE_ORDER[j % CHUNK] : j;
-                const int64_t place = codes ? row % SIDE * steps * STEP + j : j / 4 * 64 + row % SIDE * 4 + j % 4;
-                const int16_t n = vectors[static_cast<size_t>(row)].packed[static_cast<size_t>(coordinate)];
-                high[place] = high_byte(n);
-                low[place] = low_byte(n);
+            const std::vector<int16_t>& packed = vectors[static_cast<size_t>(row)].packed;
+            const bool codes = screen.preview == INT4_ROWS;
+            const auto* bytes = reinterpret_cast<const int8_t*>(packed.data());  // of codes, see pack_bytes_of_chunks
+            for (int64_t low = 0; low < 2; ++low) {
+                int8_t* to = part(row / SIDE, low);
+                for (int64_t j = 0; j < screen.rows_width; ++j) {
+                    if (codes) to[row % SIDE * steps * STEP + j] = bytes[j / CHUNK * 2 * CHUNK + low * CHUNK + j % CHUNK];
+                    else to[j / 4 * 64 + row % SIDE * 4 + j % 4] = (low ? low_byte : high_byte)(packed[static_cast<size_t>(j)]);
+                }
             }
         }
     }

@@ -24,6 +24,7 @@ struct float16 {  // finite
     uint16_t bits;
 };
 
+inline double load(double value) { return value; }
 inline float load(float value) { return value; }
 inline float load(bfloat16 value) { return bits_as<float>(static_cast<uint32_t>(value.bits) << 16); }
 

@@ -14,7 +14,6 @@ from lastlayer.screening.preview import ErrorBound, PreparedPreview, Preview
 from lastlayer.screening.quantised import whole_numbers
 
 FINE = 16  # one coordinate of so many has 8 bits
-SUMMED = 64  # products of a rotation that the kernels sum in float32
 CHANGED = 0.3  # of a coordinate, by rounding a rotation to bfloat16
 
 
@@ -93,7 +92,7 @@ class PreparedInt4(PreparedPreview):
         )
         self.bytes_read = self.rows.bytes_read + self.rotation.nbytes
         # of B^T h in float32, as shares of ||h||: in the balanced norm, and in that of what is multiplied
-        share = rounding_share(SUMMED, torch.float32)
+        share = rounding_share(width, torch.float32)
         lengths = exact.norm(dim=0)
         self.rounding = torch.tensor(
             [
