@@ -12,6 +12,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cache_hints.h"
+
 namespace lastlayer {
 
 constexpr int64_t GROUP = 16;       // classes whose 4-bit rows are interleaved
@@ -60,6 +62,7 @@ void multiply_rows(
         for (int h = 0; h < HIDDEN; ++h) numbers[h] = load_hidden(hidden[h] + j);
         for (int r = 0; r < 4; ++r) {  // one row at a time: the sums alone take half of the registers
             const auto row = load_row(rows + r * width + j);
+            if (j % LINE_BYTES == 0) prefetch(rows + r * width + j + PREFETCH_BYTES, 1);
             for (int h = 0; h < HIDDEN; ++h) sums[h][r] = multiply_add(sums[h][r], row, numbers[h]);
         }
     }
@@ -79,6 +82,7 @@ void multiply_codes(
         for (int group = 0; group < GROUPS; ++group)
             for (int vector = 0; vector < VECTORS; ++vector) {
                 const uint8_t* place = codes + (group * chunks + chunk) * CHUNK_BYTES + vector * 4 * LANES;
+                if (vector == 0) prefetch(place + GROUPS * chunks * CHUNK_BYTES, 1);  // of the next GROUPS groups
                 add_chunk<HIDDEN>(load_codes(place), at, own[group * VECTORS + vector]);
             }
     }

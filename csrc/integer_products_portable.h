@@ -13,7 +13,7 @@ struct Row {
 };
 
 inline void pack_hidden(const int16_t* n, int64_t width, int16_t* packed) { std::copy(n, n + width, packed); }
-inline void pack_hidden_chunks(const int16_t* n, int64_t width, int16_t* packed) { std::copy(n, n + width, packed); }
+inline void pack_hidden_chunks(const int16_t* n, int64_t width, int16_t* packed) { pack_bytes_of_chunks(n, width, packed); }
 
 inline Sums no_sums() { return {}; }
 inline Row load_row(const int8_t* at) {
@@ -36,22 +36,21 @@ inline void totals_of_four(const Sums (&sums)[4], float* totals) {
         for (int j = 0; j < PIECE; ++j) totals[r] += static_cast<float>(sums[r].lane[j]);
     }
 }
-inline Row load_codes(const uint8_t* at) {
-    Row codes;
-    for (int j = 0; j < 2 * LANES; ++j) codes.number[j] = static_cast<int16_t>(at[2 * j] | at[2 * j + 1] << 8);
-    return codes;
-}
+inline const uint8_t* load_codes(const uint8_t* at) { return at; }
 inline void store_sums(const Sums& sums, int32_t* at) { std::copy(sums.lane, sums.lane + LANES, at); }
 
 template <int HIDDEN>
-void add_chunk(const Row& codes, const int16_t* const (&hidden)[HIDDEN], Sums (&sums)[HIDDEN]) {
-    for (int h = 0; h < HIDDEN; ++h)
-        for (int place = 0; place < 4; ++place)
+void add_chunk(const uint8_t* codes, const int16_t* const (&hidden)[HIDDEN], CodeSums (&sums)[HIDDEN]) {
+    for (int h = 0; h < HIDDEN; ++h) {
+        const int8_t *high = reinterpret_cast<const int8_t*>(hidden[h]), *low = high + CHUNK;
+        for (int byte = 0; byte < 4; ++byte) {
+            const int first = 128 * high[byte] + low[byte], second = 128 * high[byte + 4] + low[byte + 4];
             for (int lane = 0; lane < LANES; ++lane) {
-                const int first = static_cast<uint16_t>(codes.number[2 * lane]) >> (4 * place) & 15;
-                const int second = static_cast<uint16_t>(codes.number[2 * lane + 1]) >> (4 * place) & 15;
-                sums[h].lane[lane] += first * hidden[h][2 * place] + second * hidden[h][2 * place + 1];
+                const int two = codes[4 * lane + byte];
+                sums[h].lane[lane] += (two & 15) * first + (two >> 4) * second;
             }
+        }
+    }
 }
 
 }  // namespace lastlayer

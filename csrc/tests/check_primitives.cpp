@@ -83,7 +83,7 @@ void check_codes(int64_t chunks) {
         }
 }
 
-#if !defined(__ARM_FEATURE_DOTPROD)  // where tiles run, hidden states are packed as whole numbers in order
+#if !defined(__ARM_FEATURE_DOTPROD)  // where tiles run, rows of 8 bits are multiplied with whole numbers in order
 
 // `exact(i, n)`: the product of class i with the whole numbers n.
 template <class Number, class Product>
@@ -91,16 +91,23 @@ void check_tiles(PreviewKind preview, int64_t width, int64_t count, const std::v
     Screen screen{};
     screen.classes = BLOCK, screen.rows_width = width, screen.preview = preview, screen.rows = rows.data();
     std::vector<Vector> vectors(static_cast<size_t>(count));
-    for (Vector& vector : vectors)
-        for (int64_t j = 0; j < width; ++j) vector.packed.push_back(static_cast<int16_t>(drawn(-8128, 8128)));
+    std::vector<std::vector<int16_t>> numbers(vectors.size(), std::vector<int16_t>(static_cast<size_t>(width)));
+    for (size_t row = 0; row < vectors.size(); ++row) {
+        for (int16_t& number : numbers[row]) number = static_cast<int16_t>(drawn(-8128, 8128));
+        vectors[row].packed = numbers[row];
+        if (preview == INT4_ROWS) pack_bytes_of_chunks(numbers[row].data(), width, vectors[row].packed.data());
+    }
     const TiledHidden hidden(screen, vectors);
     int64_t found = 0;
-    const auto compare = [&](int64_t i, int64_t row, double total) {
-        const double sum = exact(i, vectors[row].packed);
-        expect(std::abs(total - sum) <= (preview == INT4_ROWS ? 0 : 2e-7 * 128 * 8128.0 * double(width)), "tiles", i);
-        ++found;
+    const auto compare = [&](int64_t start, int64_t row, const float (&products)[2 * SIDE]) {
+        for (int64_t i = 0; i < 2 * SIDE; ++i) {
+            const double sum = exact(start + i, numbers[row]);
+            const double error = preview == INT4_ROWS ? std::abs(products[i] / 2 - sum) : std::abs(products[i] - sum);
+            expect(error <= 2e-7 * 128 * 8128.0 * double(width), "tiles", start + i);
+        }
+        found += 2 * SIDE;
     };
-    if (preview == INT4_ROWS) int4_tiles(screen, 0, hidden, compare);
+    if (preview == INT4_ROWS) int4_tiles(screen, 0, hidden, vectors, compare);  // twice the products
     else int8_tiles(screen, 0, hidden, compare);
     expect(found == BLOCK * count, "tiles: all sums", found);
 }
