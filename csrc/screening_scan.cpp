@@ -139,7 +139,7 @@ void float_span(const Place& span, const std::vector<Vector>& vectors) {
 }  // namespace
 
 void scan(const Screen& screen, const Query& query, const Prepared& prepared, Summaries& summaries) {
-    const bool tiled = HAS_TILES && screen.preview != FLOAT_COLUMNS && query.count >= FEWEST_FOR_TILES;
+    const bool tiled = HAS_TILES && screen.preview != FLOAT_COLUMNS && query.count >= fewest_for_tiles(screen.preview);
     const TiledHidden hidden(screen, tiled ? prepared.vectors : std::vector<Vector>{});
     parallel_for(screen.classes, query.grain(screen.classes, SPAN), [&](int64_t begin, int64_t end) {
         for (int64_t start = begin; start < end; start += SPAN) {

@@ -12,8 +12,9 @@
 
 namespace lastlayer {
 
-// From so many hidden states on; below, most of a tile would be padding.
-constexpr int64_t FEWEST_FOR_TILES = 8;
+// The number of hidden states from which tiles are faster: below, most of a tile is padding, and 4-bit codes have to be
+// separated first.
+inline int64_t fewest_for_tiles(int64_t preview) { return preview == INT4_ROWS ? 12 : 8; }
 
 // Hidden states by sixteens as tiles: all high bytes of a group, then all low ones; zeros where states are lacking.
 class TiledHidden {
