@@ -10,6 +10,7 @@
 namespace lastlayer {
 namespace {
 
+constexpr int64_t PART = 192;  // products that are summed in float32 before they are added in float64
 constexpr int64_t GRAIN = 16;  // coordinates of rotated states that a thread makes at once
 constexpr float WHOLE = 8128;  // the largest whole number of a hidden state, see integer_products.h
 constexpr float FINER = 16;    // 8-bit steps in a 4-bit one
@@ -21,22 +22,32 @@ double norm_of(const float* values, int64_t count) {
     return std::sqrt(total);
 }
 
-// rotated[row * stride + i] = rotation[i] . hidden[row] for `count` rows of a rotation, summed in `Real`.
+// rotated[row * stride + i] = rotation[i] . hidden[row] for `count` rows of a rotation, PART products at a time in `Real`.
 template <class Real, class Number>
 void rotate(const Screen& screen, const Query& query, const void* rotation, int64_t count, float* rotated, int64_t stride) {
     const int64_t width = screen.width;
     const std::vector<Real> hidden(query.hidden, query.hidden + query.count * width);
     parallel_for(count, query.grain(count, GRAIN), [&](int64_t begin, int64_t end) {
-        std::vector<Real> four(static_cast<size_t>(4 * width));  // as hidden states are multiplied with them
+        std::vector<Real> four(static_cast<size_t>(4 * width));  // part after part of four rows
         for (int64_t first = begin; first < end; first += 4) {
             const int64_t together = std::min<int64_t>(4, end - first);
-            const Number* rows = static_cast<const Number*>(rotation) + first * width;
+            for (int64_t start = 0; start < width; start += PART) {
+                const int64_t size = std::min(PART, width - start);
+                for (int64_t n = 0; n < together; ++n) {
+                    const Number* from = static_cast<const Number*>(rotation) + (first + n) * width + start;
+                    Real* to = four.data() + 4 * start + n * size;
 #pragma omp simd
-            for (int64_t j = 0; j < together * width; ++j) four[static_cast<size_t>(j)] = load(rows[j]);
+                    for (int64_t j = 0; j < size; ++j) to[j] = load(from[j]);
+                }
+            }
             for (int64_t row = 0; row < query.count; ++row) {
-                Real sums[4];
-                dot_1x4<Real>(hidden.data() + row * width, four.data(), width, sums);
-                for (int64_t n = 0; n < together; ++n) rotated[row * stride + first + n] = static_cast<float>(sums[n]);
+                double totals[4] = {};
+                for (int64_t start = 0; start < width; start += PART) {
+                    Real sums[4];
+                    dot_1x4<Real>(hidden.data() + row * width + start, four.data() + 4 * start, std::min(PART, width - start), sums);
+                    for (int64_t n = 0; n < 4; ++n) totals[n] += sums[n];
+                }
+                for (int64_t n = 0; n < together; ++n) rotated[row * stride + first + n] = static_cast<float>(totals[n]);
             }
         }
     });

@@ -13,6 +13,7 @@ from lastlayer.screening.int4_rows import FINER, Int4Rows
 from lastlayer.screening.preview import ErrorBound, PreparedPreview, Preview
 from lastlayer.screening.quantised import whole_numbers
 
+SUMMED = 192  # products of a rotation that the engine sums in float32
 FINE = 16  # one coordinate of so many has 8 bits
 CHANGED = 0.3  # of a coordinate, by rounding a rotation to bfloat16
 
@@ -92,7 +93,7 @@ class PreparedInt4(PreparedPreview):
         )
         self.bytes_read = self.rows.bytes_read + self.rotation.nbytes
         # of B^T h in float32, as shares of ||h||: in the balanced norm, and in that of what is multiplied
-        share = rounding_share(width, torch.float32)
+        share = rounding_share(SUMMED, torch.float32)
         lengths = exact.norm(dim=0)
         self.rounding = torch.tensor(
             [
