@@ -12,6 +12,7 @@
 namespace lastlayer {
 
 inline void pack_hidden(const int16_t* n, int64_t width, int16_t* packed) { std::copy(n, n + width, packed); }
+
 #if defined(__AVX512BW__)
 
 using Sums = __m512i;

@@ -24,12 +24,12 @@ class TiledHidden {
           bytes(static_cast<size_t>((count + SIDE - 1) / SIDE * 2 * steps * TILE_BYTES)) {
         for (int64_t row = 0; row < count; ++row) {
             const std::vector<int16_t>& packed = vectors[static_cast<size_t>(row)].packed;
-            const auto* bytes = reinterpret_cast<const int8_t*>(packed.data());  // of codes, see pack_bytes_of_chunks
+            const auto* of_codes = reinterpret_cast<const int8_t*>(packed.data());  // see pack_bytes_of_chunks
             for (int64_t low = 0; low < 2; ++low) {
                 int8_t* to = part(row / SIDE, low);
                 for (int64_t j = 0; j < screen.rows_width; ++j) {
                     if (screen.preview == INT4_ROWS)
-                        to[row % SIDE * steps * STEP + j] = bytes[(2 * (j / CHUNK) + low) * CHUNK + j % CHUNK];
+                        to[row % SIDE * steps * STEP + j] = of_codes[(2 * (j / CHUNK) + low) * CHUNK + j % CHUNK];
                     else
                         to[j / 4 * 64 + row % SIDE * 4 + j % 4] = (low ? low_byte : high_byte)(packed[static_cast<size_t>(j)]);
                 }

@@ -91,7 +91,7 @@ def plan_step(
     probe = (
         gradient.by_score.sum() if gradient.by_total is None else gradient.by_score.sum() + gradient.by_total.sum()
     )
-    if not bool(probe.isfinite()):
+    if not math.isfinite(float(probe)):
         raise ValueError("hidden, or the gradient of the loss, is not finite: the step is refused")
     by_rows = 0 < 2 * len(gradient.ids) <= 3 * state.features
     compiled = factored_backend_for(gradient.ids.device, gradient.hidden.dtype) == "compiled"
