@@ -50,10 +50,11 @@ class EngineScreen(CompiledScreen):
         """The rows (contiguous, on a CPU) screened; and for how many the full layer had to run."""
         hidden = hidden.float()
         found, status = self.screened(hidden, query)
+        if not bool(status.any()):
+            return found, 0
         open_rows = status.nonzero().squeeze(1)
-        if len(open_rows):
-            with no_autocast(hidden.device.type):
-                full = full_layer(self.head, hidden[open_rows], query.rows(open_rows))
-            for mine, theirs in zip(found[:5], full[:5], strict=True):
-                mine[open_rows] = theirs
+        with no_autocast(hidden.device.type):
+            full = full_layer(self.head, hidden[open_rows], query.rows(open_rows))
+        for mine, theirs in zip(found[:5], full[:5], strict=True):
+            mine[open_rows] = theirs
         return found, len(open_rows)
