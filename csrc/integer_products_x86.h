@@ -38,7 +38,7 @@ inline __m256 halves(Sums sums) {
 inline Row load_codes(const uint8_t* at) { return _mm512_loadu_si512(at); }
 inline Row shifted(Row codes, int bits) { return _mm512_srli_epi16(codes, bits); }
 inline Row masked(Row codes, int32_t mask) { return _mm512_and_si512(codes, _mm512_set1_epi32(mask)); }
-inline Row repeated(int32_t four_bytes) { return _mm512_set1_epi32(four_bytes); }
+inline Row broadcast(int32_t bytes) { return _mm512_set1_epi32(bytes); }
 #if defined(__AVX512VNNI__)
 inline Sums multiply_add_bytes(Sums sums, Row codes, Row hidden) { return _mm512_dpbusd_epi32(sums, codes, hidden); }
 inline Sums combined(Sums high, Sums low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 7), low); }
@@ -67,7 +67,7 @@ inline __m256 halves(Sums sums) { return _mm256_cvtepi32_ps(sums); }
 inline Row load_codes(const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
 inline Row shifted(Row codes, int bits) { return _mm256_srli_epi16(codes, bits); }
 inline Row masked(Row codes, int32_t mask) { return _mm256_and_si256(codes, _mm256_set1_epi32(mask)); }
-inline Row repeated(int32_t four_bytes) { return _mm256_set1_epi32(four_bytes); }
+inline Row broadcast(int32_t bytes) { return _mm256_set1_epi32(bytes); }
 #if defined(__AVXVNNI__)
 inline Sums multiply_add_bytes(Sums sums, Row codes, Row hidden) { return _mm256_dpbusd_avx_epi32(sums, codes, hidden); }
 inline Sums combined(Sums high, Sums low) { return _mm256_add_epi32(_mm256_slli_epi32(high, 7), low); }
@@ -83,10 +83,10 @@ inline void totals_of_four(const Sums (&sums)[4], float* totals) {
     _mm_storeu_ps(totals, _mm_add_ps(_mm256_castps256_ps128(fours), _mm256_extractf128_ps(fours, 1)));
 }
 
-inline int32_t four_bytes(const void* at) {
+inline Row repeated(const int16_t* four_bytes) {
     int32_t bytes;
-    std::memcpy(&bytes, at, sizeof bytes);
-    return bytes;
+    std::memcpy(&bytes, four_bytes, sizeof bytes);
+    return broadcast(bytes);
 }
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
@@ -102,8 +102,8 @@ void add_chunk(Row codes, const int16_t* const (&hidden)[HIDDEN], CodeSums (&sum
     constexpr int32_t MASK = 0x0f0f0f0f;
     const Row first = masked(codes, MASK), second = masked(shifted(codes, 4), MASK);
     for (int h = 0; h < HIDDEN; ++h) {
-        const Row high = repeated(four_bytes(hidden[h])), next_high = repeated(four_bytes(hidden[h] + 2));
-        const Row low = repeated(four_bytes(hidden[h] + 4)), next_low = repeated(four_bytes(hidden[h] + 6));
+        const Row high = repeated(hidden[h]), next_high = repeated(hidden[h] + 2);
+        const Row low = repeated(hidden[h] + 4), next_low = repeated(hidden[h] + 6);
         sums[h].high = multiply_add_bytes(multiply_add_bytes(sums[h].high, first, high), second, next_high);
         sums[h].low = multiply_add_bytes(multiply_add_bytes(sums[h].low, first, low), second, next_low);
     }
@@ -120,7 +120,7 @@ void add_chunk(Row codes, const int16_t* const (&hidden)[HIDDEN], CodeSums (&sum
     const Row parts[4] = {masked(codes, MASK), masked(shifted(codes, 4), MASK), masked(shifted(codes, 8), MASK), shifted(codes, 12)};
     for (int h = 0; h < HIDDEN; ++h)
         for (int place = 0; place < 4; ++place)
-            sums[h] = multiply_add(sums[h], parts[place], repeated(four_bytes(hidden[h] + 2 * place)));
+            sums[h] = multiply_add(sums[h], parts[place], repeated(hidden[h] + 2 * place));
 }
 
 #endif

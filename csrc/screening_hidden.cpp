@@ -146,13 +146,12 @@ Prepared prepare_hidden(const Screen& screen, const Query& query) {
     prepared.of_rows.resize(static_cast<size_t>(query.count * screen.terms));
     const int64_t coordinates = screen.rotated ? screen.rotated + screen.tail : 0;
     std::vector<float> rotated(static_cast<size_t>(query.count * coordinates));
-    if (screen.preview != INT4_ROWS) {
+    if (screen.preview == INT4_ROWS) {
+        const auto by_type = screen.rotation_type == BFLOAT16 ? rotate<float, bfloat16> : rotate<float, float>;
+        by_type(screen, query, screen.rotation, screen.rotated, rotated.data(), coordinates);
+    } else if (screen.rotated != 0) {
         rotate<double, double>(screen, query, screen.rotation, screen.rotated, rotated.data(), coordinates);
         rotate<float, float>(screen, query, screen.rotated_tail, screen.tail, rotated.data() + screen.rotated, coordinates);
-    } else if (screen.rotation_type == BFLOAT16) {
-        rotate<float, bfloat16>(screen, query, screen.rotation, screen.rotated, rotated.data(), coordinates);
-    } else {
-        rotate<float, float>(screen, query, screen.rotation, screen.rotated, rotated.data(), coordinates);
     }
     parallel_for(query.count, query.grain(query.count, 4), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {

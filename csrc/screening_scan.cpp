@@ -1,4 +1,6 @@
 // One pass over the stored rows for all hidden states: scores, summarised while they are in the first cache.
+#include <type_traits>
+
 #include "integer_products.h"
 #include "parallel.h"
 #include "screening.h"
@@ -31,6 +33,22 @@ struct Place {  // where the scores of one block go
     }
 };
 
+// Scores of the `count` classes of a block from `start` on, by the products of their rows with a hidden state's whole numbers.
+template <class Product>
+void put_scores(const Place& place, const Vector& vector, int64_t row, int64_t start, int64_t count, const Product* products) {
+    const float *scale = place.screen.scale + place.first + start, *bias = place.screen.bias + place.first + start;
+    float* scores = place.scores(row) + start;
+    const float step = vector.step;
+    const auto middle = static_cast<int32_t>(15 * vector.sum);  // codes are 0 to 15
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+        float number;
+        if constexpr (std::is_same_v<Product, int32_t>) number = static_cast<float>(2 * products[i] - middle);
+        else number = products[i];
+        scores[i] = scale[i] * (step * number) + bias[i];
+    }
+}
+
 // Of `HIDDEN` hidden states from `row` on.
 template <int HIDDEN>
 void int8_block(const Place& place, const Vector* vectors, int64_t row) {
@@ -41,13 +59,7 @@ void int8_block(const Place& place, const Vector* vectors, int64_t row) {
     float totals[HIDDEN][BLOCK];
     for (int64_t i = 0; i < place.count; i += 4)
         multiply_rows<HIDDEN>(rows + i * screen.rows_width, screen.rows_width, packed, &totals[0][i], BLOCK);
-    const float *scale = screen.scale + place.first, *bias = screen.bias + place.first;
-    for (int h = 0; h < HIDDEN; ++h) {
-        float* scores = place.scores(row + h);
-        const float step = vectors[row + h].step;
-#pragma omp simd
-        for (int64_t i = 0; i < place.count; ++i) scores[i] = scale[i] * (step * totals[h][i]) + bias[i];
-    }
+    for (int h = 0; h < HIDDEN; ++h) put_scores(place, vectors[row + h], row + h, 0, place.count, totals[h]);
 }
 
 template <int GROUPS, int HIDDEN>
@@ -62,16 +74,7 @@ void int4_block(const Place& place, const Vector* vectors, int64_t row) {
         int32_t sums[HIDDEN][CLASSES];
         multiply_codes<GROUPS, HIDDEN>(
             static_cast<const uint8_t*>(screen.rows) + first / GROUP * chunks * CHUNK_BYTES, chunks, packed, sums);
-        for (int h = 0; h < HIDDEN; ++h) {
-            float* scores = place.scores(row + h) + start;
-            const float step = vectors[row + h].step;
-            const auto middle = static_cast<int32_t>(15 * vectors[row + h].sum);  // codes are 0 to 15
-#pragma omp simd
-            for (int64_t i = 0; i < count; ++i) {
-                const auto number = static_cast<float>(2 * sums[h][i] - middle);
-                scores[i] = screen.scale[first + i] * (step * number) + screen.bias[first + i];
-            }
-        }
+        for (int h = 0; h < HIDDEN; ++h) put_scores(place, vectors[row + h], row + h, start, count, sums[h]);
     }
 }
 
@@ -116,16 +119,11 @@ void integer_block(const Place& place, const std::vector<Vector>& vectors) {
 // The same for all hidden states at once.
 void tiled_block(const Place& place, const std::vector<Vector>& vectors, const TiledHidden& hidden) {
     const Screen& screen = place.screen;
-    const auto store = [&](int64_t start, int64_t row, const float (&numbers)[2 * SIDE]) {
-        const int64_t count = std::min(2 * SIDE, place.count - start);
-        const float *scale = screen.scale + place.first + start, *bias = screen.bias + place.first + start;
-        const float step = vectors[row].step;
-        float* scores = place.scores(row) + start;
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i) scores[i] = scale[i] * (step * numbers[i]) + bias[i];
+    const auto store = [&](int64_t start, int64_t row, const auto* products) {
+        put_scores(place, vectors[row], row, start, std::min(2 * SIDE, place.count - start), products);
     };
     if (screen.preview == INT8_ROWS) int8_tiles(screen, place.first, hidden, store);
-    else int4_tiles(screen, place.first, hidden, vectors, store);
+    else int4_tiles(screen, place.first, hidden, store);
 }
 
 void float_span(const Place& span, const std::vector<Vector>& vectors) {

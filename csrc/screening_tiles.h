@@ -60,7 +60,8 @@ inline void separate_nibbles(const uint8_t* codes, int64_t chunks, int8_t* tiles
     }
 }
 
-// store(start, row of `query`, products of 2 SIDE classes with its whole numbers), from `first + start` on, padded ones included.
+// store(start, row of `query`, products): of the 2 SIDE classes from `first + start` on, padded ones included, with its
+// whole numbers; of 8-bit rows float, of codes int32_t.
 template <class Store>
 void int8_tiles(const Screen& screen, int64_t first, const TiledHidden& hidden, const Store& store) {
     const int8_t* rows = static_cast<const int8_t*>(screen.rows) + first * screen.rows_width;
@@ -79,17 +80,16 @@ void int8_tiles(const Screen& screen, int64_t first, const TiledHidden& hidden, 
             }
             const int64_t states = std::min(SIDE, hidden.count - group * SIDE);
             for (int64_t h = 0; h < states; ++h) {
-                float numbers[2 * SIDE];
-                for (int64_t i = 0; i < 2 * SIDE; ++i) numbers[i] = products[i][h];
-                store(start, group * SIDE + h, numbers);
+                float of_state[2 * SIDE];
+                for (int64_t i = 0; i < 2 * SIDE; ++i) of_state[i] = products[i][h];
+                store(start, group * SIDE + h, of_state);
             }
         }
     }
 }
 
 template <class Store>
-void int4_tiles(const Screen& screen, int64_t first, const TiledHidden& hidden, const std::vector<Vector>& vectors,
-                const Store& store) {
+void int4_tiles(const Screen& screen, int64_t first, const TiledHidden& hidden, const Store& store) {
     const int64_t chunks = screen.rows_width / CHUNK, group_bytes = hidden.steps * TILE_BYTES;
     const uint8_t* codes = static_cast<const uint8_t*>(screen.rows) + first / GROUP * chunks * CHUNK_BYTES;
     std::vector<int8_t> separated(static_cast<size_t>(2 * group_bytes));
@@ -104,12 +104,11 @@ void int4_tiles(const Screen& screen, int64_t first, const TiledHidden& hidden, 
                             {right, right + group_bytes}, hidden.steps}, sums);
             const int64_t states = std::min(SIDE, hidden.count - group * SIDE);
             for (int64_t h = 0; h < states; ++h) {
-                const auto middle = static_cast<int32_t>(15 * vectors[group * SIDE + h].sum);  // codes are 0 to 15
-                float numbers[2 * GROUP];
+                int32_t of_state[2 * GROUP];
                 for (int64_t pair = 0; pair < 2; ++pair)
                     for (int64_t i = 0; i < GROUP; ++i)
-                        numbers[pair * GROUP + i] = static_cast<float>(2 * (128 * sums[0][pair][h][i] + sums[1][pair][h][i]) - middle);
-                store(start, group * SIDE + h, numbers);
+                        of_state[pair * GROUP + i] = 128 * sums[0][pair][h][i] + sums[1][pair][h][i];
+                store(start, group * SIDE + h, of_state);
             }
         }
     }
